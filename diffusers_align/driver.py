@@ -1,0 +1,266 @@
+"""Runs a stock diffusers pipeline, unmodified, and hands each of its scheduler's steps to a callback.
+
+A pipeline draws its next state in one place, `scheduler.step`. For the time of one call, the scheduler's class is replaced by
+a run-time subclass with the same signatures, so that isinstance checks, deep copies and signature inspection see what they
+know. Denoiser calls whose outcome is already known can be gated: they return zeros of the right shape at no cost, so the
+pipeline's own loop reaches any of its steps, with everything that depends on the step's index in place.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+_OUTPUT_SHAPES: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
+
+
+def denoisers(pipeline) -> dict[str, ModelMixin]:
+    """The pipeline's denoising networks by component name: its `unet*` or `transformer*` components, in diffusers' naming."""
+    models = {name: m for name, m in pipeline.components.items() if isinstance(m, nn.Module) and name.startswith(("unet", "transformer"))}
+    if not models:
+        models = {name: m for name, m in pipeline.components.items() if isinstance(m, ModelMixin) and not hasattr(m, "decode")}
+    if not models:
+        raise ValueError(f"{type(pipeline).__name__} has no denoiser: none of its components {sorted(pipeline.components)} is a diffusers model.")
+    return models
+
+
+@dataclass
+class Step:
+    """One scheduler step of a running pipeline.
+
+    Attributes:
+        k: solver step of this scheduler, from 0.
+        child: 0 for the pipeline's own scheduler, 1, 2, ... for the copies it makes (a second modality).
+        sample, model_output: (B, *D), as the pipeline passes them.
+    """
+
+    k: int
+    child: int
+    scheduler: Any
+    timestep: Any
+    sample: Tensor
+    model_output: Tensor
+    _stock_step: Callable = field(repr=False)
+    _arguments: dict = field(repr=False)
+    output: Any = None
+
+    def run(self, **overrides):
+        """The scheduler's own step, with any of its arguments replaced; its output as a dataclass."""
+        self.output = self._stock_step(self.scheduler, **{**self._arguments, **overrides, "return_dict": True})
+        return self.output
+
+    def skip(self) -> None:
+        """Leave the step uncomputed; the callback must return the next state."""
+        if hasattr(self.scheduler, "skip_step"):
+            self.scheduler.skip_step(self.timestep)
+        else:
+            self.run()
+
+    def result(self, prev_sample: Tensor | None):
+        """What the pipeline gets: the step's own output, or `prev_sample` in its place, in the form that it asked for."""
+        if self.output is None and prev_sample is None:
+            self.run()
+        values = list(self.output.to_tuple()) if self.output is not None else [prev_sample, prev_sample]
+        if prev_sample is not None:
+            values[0] = prev_sample
+        if not self._arguments.get("return_dict", True):
+            return tuple(values[: getattr(self.scheduler, "tuple_length", len(values))])
+        if self.output is None:
+            from .schedulers.scheduling_utils import SDESchedulerOutput
+
+            return SDESchedulerOutput(prev_sample=prev_sample)
+        self.output.prev_sample = values[0]
+        return self.output
+
+
+class _Session:
+    """The schedulers of one run (the pipeline's own and its copies) and how far each has come."""
+
+    def __init__(self, on_step: Callable[[Step], Tensor | None], timesteps: Tensor | None):
+        self.on_step, self.timesteps = on_step, timesteps
+        self.schedulers: list[Any] = []
+        self.taken: list[int] = []
+
+    def adopt(self, scheduler) -> int:
+        for index, known in enumerate(self.schedulers):
+            if known is scheduler:
+                return index
+        self.schedulers.append(scheduler)
+        self.taken.append(0)
+        return len(self.schedulers) - 1
+
+    def step(self, scheduler, stock_step: Callable, arguments: dict):
+        child = self.adopt(scheduler)
+        step = Step(self.taken[child], child, scheduler, arguments["timestep"], arguments["sample"], arguments["model_output"], stock_step, arguments)
+        result = step.result(self.on_step(step))
+        self.taken[child] += 1
+        return result
+
+
+def _hooked_class(cls: type, session: _Session) -> type:
+    step_signature, set_signature = inspect.signature(cls.step), inspect.signature(cls.set_timesteps)
+
+    def step(self, *args, **kwargs):
+        arguments = dict(step_signature.bind(self, *args, **kwargs).arguments)
+        arguments.pop("self")
+        return session.step(self, cls.step, arguments)
+
+    def set_timesteps(self, *args, **kwargs):
+        cls.set_timesteps(self, *args, **kwargs)
+        if session.timesteps is not None:
+            self.timesteps = session.timesteps.to(self.timesteps.device)
+
+    def __deepcopy__(self, memo):
+        if hasattr(cls, "__deepcopy__"):
+            child = cls.__deepcopy__(self, memo)
+        else:
+            child = object.__new__(type(self))
+            child.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        session.adopt(child)
+        return child
+
+    step.__signature__, set_timesteps.__signature__ = step_signature, set_signature
+    return type(cls.__name__, (cls,), {"step": step, "set_timesteps": set_timesteps, "__deepcopy__": __deepcopy__, "__module__": cls.__module__})
+
+
+@contextmanager
+def _hooked(scheduler, session: _Session) -> Iterator[None]:
+    cls = type(scheduler)
+    session.adopt(scheduler)
+    scheduler.__class__ = _hooked_class(cls, session)
+    try:
+        yield
+    finally:
+        for known in session.schedulers:
+            known.__class__ = cls
+
+
+@contextmanager
+def _gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
+    """While `is_open()` is False, calls return zeros shaped like the last real output for such an input (learned by one real
+    call without gradient if there was none)."""
+    forward, had_own = module.forward, "forward" in module.__dict__
+    shapes = _OUTPUT_SHAPES.setdefault(module, {})
+
+    def gate(*args, **kwargs):
+        first = args[0] if args else next(iter(kwargs.values()))
+        key = (tuple(x.shape for x in pytree.tree_leaves(first) if isinstance(x, Tensor)), len(args), tuple(kwargs), kwargs.get("return_dict"))
+        if is_open():
+            output = forward(*args, **kwargs)
+        elif key in shapes:
+            return pytree.tree_map(lambda leaf: torch.zeros(leaf[0], dtype=leaf[1], device=leaf[2]), shapes[key], is_leaf=lambda x: type(x) is _Shape)
+        else:
+            with torch.no_grad():
+                output = forward(*args, **kwargs)
+        if key not in shapes:
+            shapes[key] = pytree.tree_map_only(Tensor, lambda x: _Shape((x.shape, x.dtype, x.device)), output)
+        return output
+
+    module.forward = gate
+    try:
+        yield
+    finally:
+        if had_own:
+            module.forward = forward
+        else:
+            del module.forward
+
+
+class _Shape(tuple):
+    """(shape, dtype, device) of a tensor that a gated call stands in for."""
+
+
+class PromptMemory:
+    """Remembers what `encode_prompt` returned, so that replays cost no text encoding. Keeps the `size` latest results."""
+
+    def __init__(self, size: int = 32):
+        self.size, self.entries = size, OrderedDict()
+
+    @contextmanager
+    def installed(self, pipeline) -> Iterator[None]:
+        encode = getattr(pipeline, "encode_prompt", None)
+        if encode is None:
+            yield
+            return
+
+        def remembered(*args, **kwargs):
+            key = _key((args, kwargs))
+            if key not in self.entries:
+                with torch.no_grad():
+                    # The arguments are kept as well: keys of tensors and images are their identities.
+                    self.entries[key] = (encode(*args, **kwargs), args, kwargs)
+                while len(self.entries) > self.size:
+                    self.entries.popitem(last=False)
+            self.entries.move_to_end(key)
+            return self.entries[key][0]
+
+        pipeline.__dict__["encode_prompt"] = remembered
+        try:
+            yield
+        finally:
+            del pipeline.__dict__["encode_prompt"]
+
+
+def _key(value):
+    if isinstance(value, (str, int, float, bool, type(None), torch.dtype, torch.device)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _key(v)) for k, v in value.items())
+    return type(value).__name__, id(value), getattr(value, "_version", 0)
+
+
+@contextmanager
+def _quiet(pipeline) -> Iterator[None]:
+    before = dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipeline._progress_bar_config = before
+
+
+def drive(
+    pipeline,
+    on_step: Callable[[Step], Tensor | None],
+    call: dict,
+    *,
+    gradients: bool = False,
+    timesteps: Tensor | None = None,
+    needs_denoiser: Callable[[int], bool] | None = None,
+    memory: PromptMemory | None = None,
+):
+    """Call `pipeline(**call)` and hand each scheduler step to `on_step`; return the pipeline's output.
+
+    Args:
+        on_step: gets a `Step`. What it returns (B, *D) becomes the next state; None lets the scheduler's own step stand.
+        gradients: run the undecorated `__call__` with autograd on (diffusers wraps it in `torch.no_grad`).
+        timesteps: stand in for the scheduler's own after `set_timesteps`; rows of (N, B) give each sample its own time.
+        needs_denoiser: of solver step k, whether its denoiser calls must be real. None: all are.
+        memory: remembers encoded prompts across calls.
+
+    Everything is restored when it returns or raises.
+    """
+    session = _Session(on_step, timesteps)
+    with ExitStack() as stack:
+        stack.enter_context(_hooked(pipeline.scheduler, session))
+        stack.enter_context(_quiet(pipeline))
+        if needs_denoiser is not None:
+            for module in denoisers(pipeline).values():
+                stack.enter_context(_gated(module, lambda: needs_denoiser(session.taken[0])))
+        if memory is not None:
+            stack.enter_context(memory.installed(pipeline))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        return inspect.unwrap(type(pipeline).__call__)(pipeline, **call)

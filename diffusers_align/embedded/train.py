@@ -1,0 +1,346 @@
+"""Make the embedded models from nothing but composed scenes.
+
+    python -m diffusers_align.embedded.train vae sd3 sd clip classifier --output_dir models --minutes 10 60 60 8 4
+
+Needs no GPU: the shipped files were made on two shared CPU cores. Every stage draws its own scenes, prints its loss, saves
+what it has every five minutes and leaves a folder in diffusers' or transformers' own format. `vae` must come first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from .classifier import SceneClassifier
+from .scenes import COLORS, OBJECTS, Scene, place, render, sample_scene
+
+IMAGE_SIZE, LATENT_SIZE, MAX_TOKENS = 32, 16, 16
+
+
+def make_scenes(number: int, seed: int) -> tuple[Tensor, list[Scene], Tensor]:
+    """(N, 3, 32, 32) uint8 images, their scenes, and the objects' mean centres (N, 2) in [0, 1]."""
+    rng, images, scenes, centers = random.Random(seed), [], [], []
+    for _ in range(number):
+        scene = sample_scene(rng)
+        boxes = place(scene, IMAGE_SIZE, rng)
+        images.append(np.asarray(render(scene, rng, IMAGE_SIZE, boxes)))
+        scenes.append(scene)
+        centers.append(np.mean([((x + s / 2) / IMAGE_SIZE, (y + s / 2) / IMAGE_SIZE) for x, y, s in boxes], 0))
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return stacked, scenes, torch.tensor(np.stack(centers), dtype=torch.float32)
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose merges make one token of every word of the captions; other text falls back to letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    rng = random.Random(0)
+    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=4000, special_tokens=special, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    bpe.train_from_iterator((sample_scene(rng).caption() for _ in range(20000)), trainer)
+    model = json.loads(bpe.to_str())["model"]
+    vocab = model["vocab"]
+    for letter in alphabet:
+        vocab.setdefault(letter + "</w>", len(vocab))
+    return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in model["merges"]], model_max_length=MAX_TOKENS)
+
+
+def text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS, projection_dim=width, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    return tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+
+
+class Ema:
+    """Exponential moving average of parameters, with the usual warm-up min(decay, (1 + n) / (10 + n))."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float = 0.999):
+        self.parameters, self.decay, self.updates = parameters, decay, 0
+        self.shadow = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for parameter, average in zip(self.parameters, self.shadow):
+            held = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(held)
+
+
+def fit(name: str, modules: list[nn.Module], loss_fn, save, minutes: float, lr: float, save_every: float = 300) -> None:
+    """AdamW on `loss_fn()` for the given minutes: 100 warm-up updates, linear decay over the time left, saves of the EMA."""
+    parameters = [p for module in modules for p in module.parameters()]
+    optimizer, ema = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01), Ema(parameters)
+    print(f"{name}: {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {minutes} minutes", flush=True)
+    start, saved, average, update = time.monotonic(), 0.0, 0.0, 0
+    while (elapsed := time.monotonic() - start) < 60 * minutes:
+        rate = lr * min(1, (update + 1) / 100) * max(0.02, 1 - elapsed / (60 * minutes))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = loss_fn()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        ema.update()
+        average = loss.item() if update == 0 else 0.98 * average + 0.02 * loss.item()
+        update += 1
+        if update % 100 == 0:
+            print(f"{name} update {update} after {elapsed:.0f} s: loss {average:.4f}", flush=True)
+        if elapsed - saved > save_every:
+            saved = elapsed
+            ema.swap()
+            save()
+            ema.swap()
+    ema.swap()
+    save()
+
+
+# --- the autoencoder that both pipelines share --------------------------------------------------------------------
+
+
+def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
+
+
+def train_vae(out: Path, minutes: float) -> None:
+    """AutoencoderKL of factor 2 (32 px to 16 x 16 x 4): L1 on pixels and on their gradients, a light KL."""
+    images = make_scenes(20000, seed=1)[0].float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+    vae = AutoencoderKL(
+        block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1, latent_channels=4, norm_num_groups=8, mid_block_add_attention=False, sample_size=IMAGE_SIZE,
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+
+    def loss_fn() -> Tensor:
+        batch = images[torch.randint(0, len(images), (32,))]
+        posterior = vae.encode(batch).latent_dist
+        decoded = vae.decode(posterior.sample()).sample
+        edges = sum(F.l1_loss(a, b) for a, b in zip(gradients(decoded), gradients(batch)))
+        return F.l1_loss(decoded, batch) + 0.5 * edges + 1e-4 * posterior.kl().mean() / LATENT_SIZE**2
+
+    def save() -> None:
+        with torch.no_grad():
+            latents = vae.encode(images[:2048]).latent_dist.mode()
+            decoded = vae.decode(latents[:256]).sample
+        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4), shift_factor=round(latents.mean().item(), 4))
+        vae.save_pretrained(out / "vae")
+        psnr = 10 * torch.log10(4 / F.mse_loss(decoded, images[:256]))
+        print(f"vae: PSNR {psnr:.2f} dB, scaling factor {vae.config.scaling_factor}", flush=True)
+
+    fit("vae", [vae], loss_fn, save, minutes, lr=2e-3)
+
+
+class LatentScenes:
+    """Scenes encoded once: latents (N, 4, 16, 16) of mean 0 and deviation 1, token ids with a tenth of the captions empty."""
+
+    def __init__(self, out: Path, tokenizer: CLIPTokenizer, number: int = 20000, seed: int = 2):
+        self.vae = AutoencoderKL.from_pretrained(out / "vae").eval()
+        images, scenes, _ = make_scenes(number, seed)
+        with torch.no_grad():
+            encode = lambda x: self.vae.encode(x.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)).latent_dist.mode()  # noqa: E731
+            latents = torch.cat([encode(part) for part in images.split(256)])
+        self.latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
+        self.ids, self.empty = tokenize(tokenizer, [scene.caption() for scene in scenes]), tokenize(tokenizer, [""])
+
+    def batch(self, size: int) -> tuple[Tensor, Tensor]:
+        index = torch.randint(0, len(self.latents), (size,))
+        return self.latents[index], torch.where(torch.rand(size, 1) < 0.1, self.empty, self.ids[index])
+
+
+# --- mini-sd3: flow matching ---------------------------------------------------------------------------------------
+
+
+def train_sd3(out: Path, minutes: float) -> None:
+    """SD3 transformer, velocity loss at logit-normal times (https://arxiv.org/abs/2403.03206), text encoders trained along.
+
+    The T5 slot is empty, so the pipeline appends `max_sequence_length` (256 by default) zero tokens to the text. The model
+    sees none in most updates and all in some, and so learns to ignore them: pass `max_sequence_length=0` to save the work.
+    """
+    tokenizer = build_tokenizer()
+    data = LatentScenes(out, tokenizer)
+    encoders = [CLIPTextModelWithProjection(text_config(tokenizer, 64, 3)) for _ in range(2)]
+    transformer = SD3Transformer2DModel(
+        sample_size=LATENT_SIZE, patch_size=2, in_channels=4, out_channels=4, num_layers=6, attention_head_dim=32, num_attention_heads=4,
+        joint_attention_dim=128, caption_projection_dim=128, pooled_projection_dim=128, pos_embed_max_size=LATENT_SIZE,
+    )  # fmt: skip
+
+    def loss_fn() -> Tensor:
+        x0, ids = data.batch(64)
+        encoded = [encoder(ids, output_hidden_states=True) for encoder in encoders]
+        tokens = torch.cat([e.hidden_states[-2] for e in encoded], -1)
+        padding = 256 if random.random() < 0.06 else 0
+        tokens = torch.cat([tokens, tokens.new_zeros(len(ids), padding, tokens.shape[-1])], 1)
+        pooled = torch.cat([e.text_embeds for e in encoded], -1)
+        noise, sigma = torch.randn_like(x0), torch.sigmoid(torch.randn(len(x0)))
+        mix = sigma.view(-1, 1, 1, 1)
+        velocity = transformer((1 - mix) * x0 + mix * noise, tokens, pooled, timestep=1000 * sigma).sample
+        return F.mse_loss(velocity, noise - x0)
+
+    def save() -> None:
+        vae = AutoencoderKL.from_pretrained(out / "vae")
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+        pipeline = StableDiffusion3Pipeline(
+            transformer=transformer, scheduler=scheduler, vae=vae, text_encoder=encoders[0], tokenizer=tokenizer,
+            text_encoder_2=encoders[1], tokenizer_2=tokenizer, text_encoder_3=None, tokenizer_3=None,
+        )  # fmt: skip
+        save_pipeline(pipeline, out / "mini-sd3")
+
+    fit("sd3", [transformer, *encoders], loss_fn, save, minutes, lr=1e-3)
+
+
+# --- mini-sd: denoising diffusion ----------------------------------------------------------------------------------
+
+
+def train_sd(out: Path, minutes: float) -> None:
+    """UNet, epsilon loss with min-SNR weights of gamma 5 (https://arxiv.org/abs/2303.09556), text encoder trained along."""
+    tokenizer = build_tokenizer()
+    data = LatentScenes(out, tokenizer)
+    encoder = CLIPTextModel(text_config(tokenizer, 128, 2))
+    unet = UNet2DConditionModel(
+        sample_size=LATENT_SIZE, block_out_channels=(48, 96), layers_per_block=1, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
+    ).to(memory_format=torch.channels_last)  # fmt: skip
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    alphas = scheduler.alphas_cumprod
+    weights = (alphas / (1 - alphas)).clamp(max=5) / (alphas / (1 - alphas))
+
+    def loss_fn() -> Tensor:
+        x0, ids = data.batch(64)
+        noise, t = torch.randn_like(x0), torch.randint(0, 1000, (len(x0),))
+        noised = scheduler.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
+        error = (unet(noised, t, encoder(ids)[0]).sample - noise).square().mean((1, 2, 3))
+        return (weights[t] * error).mean()
+
+    def save() -> None:
+        vae = AutoencoderKL.from_pretrained(out / "vae")
+        # StableDiffusionPipeline knows no shift: the mean of the latents is folded into the data by training without it.
+        vae.register_to_config(shift_factor=None)
+        pipeline = StableDiffusionPipeline(
+            unet=unet, scheduler=scheduler, vae=vae, text_encoder=encoder, tokenizer=tokenizer, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        save_pipeline(pipeline, out / "mini-sd")
+
+    data.latents += data.vae.config.shift_factor * data.vae.config.scaling_factor
+    fit("sd", [unet, encoder], loss_fn, save, minutes, lr=1e-3)
+
+
+def save_pipeline(pipeline, folder: Path) -> None:
+    """Denoiser and autoencoder in half precision; text encoders in float32, because transformers keeps a file's dtype."""
+    pipeline.save_pretrained(folder)
+    for name in ("transformer", "unet", "vae"):
+        if module := getattr(pipeline, name, None):
+            half = type(module).from_config(module.config)
+            half.load_state_dict(module.state_dict())
+            half.half().save_pretrained(folder / name)
+
+
+# --- the judges: mini-clip and the scene classifier ----------------------------------------------------------------
+
+
+def judged_images(out: Path, number: int, seed: int) -> tuple[Tensor, list[Scene], Tensor]:
+    """Scenes as judges must know them: half sharp, half through the autoencoder with a little noise, as samples look."""
+    images, scenes, centers = make_scenes(number, seed)
+    vae, half = AutoencoderKL.from_pretrained(out / "vae").eval(), number // 2
+    with torch.no_grad():
+        for start in range(0, half, 256):
+            part = images[start : min(half, start + 256)]
+            latents = vae.encode(part.float() / 127.5 - 1).latent_dist.mode()
+            latents += 0.2 * torch.rand(len(part), 1, 1, 1) * torch.randn_like(latents) / vae.config.scaling_factor
+            images[start : start + len(part)] = (vae.decode(latents).sample * 127.5 + 127.5).clamp(0, 255).byte()
+    return images, scenes, centers
+
+
+def train_classifier(out: Path, minutes: float) -> None:
+    images, scenes, centers = judged_images(out, 16000, seed=3)
+    objects = torch.tensor([list(OBJECTS).index(s.object) for s in scenes])
+    colors = torch.tensor([list(COLORS).index(s.color) for s in scenes])
+    counts = torch.tensor([s.count - 1 for s in scenes])
+    classifier = SceneClassifier().to(memory_format=torch.channels_last)
+
+    def loss_fn() -> Tensor:
+        index = torch.randint(0, len(images), (96,))
+        predicted = classifier((images[index].float() / 255).contiguous(memory_format=torch.channels_last))
+        classes = (("object", objects), ("color", colors), ("count", counts))
+        loss = sum(F.cross_entropy(predicted[name], labels[index], label_smoothing=0.02) for name, labels in classes)
+        return loss + 10 * F.smooth_l1_loss(predicted["center"], centers[index], beta=0.05)
+
+    fit("classifier", [classifier], loss_fn, lambda: classifier.save_pretrained(out / "scene-classifier"), minutes, lr=2e-3)
+
+
+def train_clip(out: Path, minutes: float) -> None:
+    """CLIPModel with a ViT on 4-pixel patches; the contrast leaves out pairs whose captions are equal."""
+    images, scenes, _ = judged_images(out, 16000, seed=4)
+    tokenizer, captions = build_tokenizer(), [scene.caption() for scene in scenes]
+    ids = tokenize(tokenizer, captions)
+    caption_id = torch.tensor([hash(c) for c in captions])
+    vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": IMAGE_SIZE, "patch_size": 4, "projection_dim": 64}  # fmt: skip
+    text = text_config(tokenizer, 96, 2).to_dict() | {"projection_dim": 64}
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+
+    def loss_fn() -> Tensor:
+        index = torch.randint(0, len(images), (128,))
+        pixels = images[index].float() / 127.5 - 1
+        logits = clip(input_ids=ids[index], pixel_values=pixels).logits_per_image
+        same = (caption_id[index][:, None] == caption_id[index]) & ~torch.eye(len(index), dtype=torch.bool)
+        logits, target = logits.masked_fill(same, -math.inf), torch.arange(len(index))
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    def save() -> None:
+        clip.save_pretrained(out / "mini-clip")
+        tokenizer.save_pretrained(out / "mini-clip")
+        settings = {"crop_size": IMAGE_SIZE, "size": {"shortest_edge": IMAGE_SIZE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        from transformers import CLIPImageProcessor
+
+        CLIPImageProcessor(**settings).save_pretrained(out / "mini-clip")
+
+    fit("clip", [clip], loss_fn, save, minutes, lr=1e-3)
+
+
+STAGES = {"vae": train_vae, "sd3": train_sd3, "sd": train_sd, "clip": train_clip, "classifier": train_classifier}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="+", choices=list(STAGES))
+    parser.add_argument("--minutes", nargs="+", type=float, required=True, help="training time of each stage")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args(argv)
+    if len(args.minutes) != len(args.stages):
+        parser.error(f"{len(args.stages)} stages need as many --minutes, got {len(args.minutes)}")
+    torch.set_num_threads(args.threads)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for stage, minutes in zip(args.stages, args.minutes):
+        torch.manual_seed(0)
+        STAGES[stage](args.output_dir, minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,402 @@
+"""A stock pipeline as a policy: roll it out, replay it with gradients, evaluate it at any state, decode and encode.
+
+No method knows a model family. Everything goes through the pipeline's own `__call__` (`diffusers_align.driver`), with its
+scheduler replaced by an SDE scheduler that has the same noise table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import lora
+from .driver import PromptMemory, Step, denoisers, drive
+from .latent_layout import LatentLayout
+from .schedulers import sde_twin
+from .schedulers.scheduling_utils import SDESchedulerMixin
+from .trajectory import Condition, Trajectory
+from .transition import GaussianTransition
+
+
+def noise_seed(*key: Any) -> int:
+    """A seed from any key, such as (seed, epoch, prompt, sample): results then depend on neither batch size nor processes."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
+
+
+class Policy:
+    """Wraps a pipeline. Its parameters are frozen and in evaluation mode; `add_lora` adds what can be trained.
+
+    Args:
+        pipeline: any diffusers pipeline. Its scheduler is replaced.
+        scheduler: an SDE scheduler; the SDE twin of the pipeline's own by default.
+        call_kwargs: arguments of every call (`num_inference_steps`, `guidance_scale`, `height` ...), which a method's own
+            override.
+    """
+
+    def __init__(self, pipeline, scheduler: SDESchedulerMixin | None = None, **call_kwargs: Any):
+        self.pipeline, self.call_kwargs = pipeline, call_kwargs
+        if scheduler is not None and not isinstance(scheduler, SDESchedulerMixin):
+            raise TypeError(f"{type(scheduler).__name__} returns no log-probabilities; pass sde_twin(scheduler) or leave it out.")
+        pipeline.scheduler = scheduler if scheduler is not None else sde_twin(pipeline.scheduler)
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        self._parameters = inspect.signature(type(pipeline).__call__).parameters
+        self._memory = PromptMemory()
+        self._layout: LatentLayout | None = None
+        self._unguided: dict[str, Any] | None = None
+        self._own_times: bool | None = None
+
+    @property
+    def scheduler(self) -> SDESchedulerMixin:
+        return self.pipeline.scheduler
+
+    @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        """The networks that are trained, by component name."""
+        return denoisers(self.pipeline)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.denoisers.values())).device
+
+    # --- conditions ------------------------------------------------------------------------------------------------
+
+    def condition(self, prompts: list[str], *, seeds: list[int] | None = None, **call_kwargs: Any) -> Condition:
+        """The call for these prompts. They are encoded at first use and remembered for replays.
+
+        Raises:
+            ValueError: no prompts, a number of seeds that is not theirs, or an argument that the pipeline's call lacks.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise ValueError("No prompts: give at least one.")
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}.")
+        kwargs = {**self.call_kwargs, **call_kwargs}
+        if unknown := sorted(set(kwargs) - set(self._parameters)):
+            raise ValueError(f"{type(self.pipeline).__name__}'s call has no {', '.join(unknown)}; it takes {', '.join(self._parameters)}.")
+        return Condition(prompts, kwargs, seeds)
+
+    def _call(self, condition: Condition, **overrides: Any) -> dict[str, Any]:
+        call = {**condition.kwargs}
+        if "prompt" in self._parameters:
+            call["prompt"] = list(condition.prompts)
+        if "generator" in self._parameters and condition.seeds is not None:
+            call["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in condition.seeds]
+        if "output_type" in self._parameters:
+            call["output_type"] = "latent"
+        return {**call, **overrides}
+
+    def _drive(self, condition: Condition, on_step, *, needs_denoiser=None, timesteps=None, **overrides: Any):
+        return drive(
+            self.pipeline, on_step, self._call(condition, **overrides), gradients=torch.is_grad_enabled(),
+            timesteps=timesteps, needs_denoiser=needs_denoiser, memory=self._memory,
+        )  # fmt: skip
+
+    # --- trajectories ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        prompts: list[str] | Condition,
+        *,
+        seeds: list[int] | None = None,
+        generator: torch.Generator | None = None,
+        deterministic: bool = False,
+        **call_kwargs: Any,
+    ) -> Trajectory:
+        """Sample one trajectory a prompt.
+
+        Args:
+            seeds: one integer a sample, which fixes its initial noise and every draw; taken from `generator` (or torch's
+                global one) if absent.
+            deterministic: walk the ODE; no step has a log-probability then.
+        """
+        condition = prompts if isinstance(prompts, Condition) else self.condition(prompts, seeds=seeds, **call_kwargs)
+        if condition.seeds is None:
+            drawn = torch.randint(2**62, (len(condition),), generator=generator, device=generator.device if generator else "cpu")
+            condition = Condition(condition.prompts, condition.kwargs, drawn.tolist())
+        tapes: dict[int, list[dict]] = {}
+
+        def record(step: Step) -> None:
+            sample, output = step.sample.detach().clone(), step.run()
+            tapes.setdefault(step.child, []).append(
+                {"state": sample, "action": output.prev_sample.detach().clone(), "log_prob": output.log_prob, **_schedule(step)}
+            )
+
+        with self._noise(condition.seeds, deterministic):
+            self._drive(condition, record)
+        trajectories = [_trajectory(tapes[child], condition) for child in sorted(tapes)]
+        return Trajectory(**{**vars(trajectories[0]), "children": tuple(trajectories[1:])})
+
+    def replay(
+        self,
+        trajectory: Trajectory,
+        on_step: Callable[[int, GaussianTransition], None],
+        steps: list[int] | None = None,
+        condition: Condition | None = None,
+    ) -> None:
+        """One pass of the pipeline with the recorded actions forced, under the current weights and autograd mode.
+
+        `on_step(k, transition)` may call `backward`: each step's graph stands alone, so memory stays one denoiser step's.
+
+        Args:
+            steps: which solver steps; every stochastic one by default. The denoiser runs for these only.
+            condition: in the place of the trajectory's own, for another caption of the same samples.
+
+        Raises:
+            ValueError: the pipeline arrives at another state than the recorded one (other arguments, seeds or weights of a
+                component before the denoiser).
+        """
+        wanted = set(trajectory.stochastic.nonzero().flatten().tolist() if steps is None else steps)
+
+        def force(step: Step) -> Tensor:
+            tape = trajectory if step.child == 0 else trajectory.children[step.child - 1]
+            action = tape.actions[:, step.k].to(step.sample.device)
+            if step.k not in wanted:
+                step.skip()
+                return action
+            _check_state(step, tape)
+            output = step.run(prev_sample=action)
+            if step.child == 0:
+                on_step(step.k, GaussianTransition(output.prev_sample_mean, output.std))
+            return action
+
+        self._drive(condition or trajectory.condition, force, needs_denoiser=lambda k: k in wanted)
+
+    def transition(self, trajectory: Trajectory, k: int, condition: Condition | None = None) -> GaussianTransition:
+        """The kernel of solver step k under the current weights, with its graph if autograd is on."""
+        if not 0 <= k < trajectory.num_steps:
+            raise ValueError(f"The trajectory has steps 0 to {trajectory.num_steps - 1}, got {k}.")
+        found: list[GaussianTransition] = []
+        self.replay(trajectory, lambda _, transition: found.append(transition), [k], condition)
+        return found[0]
+
+    @torch.no_grad()
+    def complete(self, trajectory: Trajectory, k: int, deterministic: bool = True, seeds: list[int] | None = None) -> Tensor:
+        """Sample on from state k (0: the initial noise) to the end: the final latents (B, *D).
+
+        Args:
+            deterministic: walk the ODE; otherwise `seeds` draw the noise of the new steps.
+        """
+        if not 0 <= k <= trajectory.num_steps:
+            raise ValueError(f"The trajectory has states 0 to {trajectory.num_steps}, got {k}.")
+        if k == trajectory.num_steps:
+            return trajectory.final
+        last: list[Tensor] = []
+
+        def go(step: Step) -> Tensor | None:
+            tape = trajectory if step.child == 0 else trajectory.children[step.child - 1]
+            if step.k < k:
+                step.skip()
+                return tape.actions[:, step.k].to(step.sample.device)
+            if step.k == k:
+                _check_state(step, tape)
+            drawn = step.run().prev_sample
+            if step.child == 0:
+                last[:] = [drawn]
+            return None
+
+        with self._noise(seeds or trajectory.condition.seeds, deterministic):
+            self._drive(trajectory.condition, go, needs_denoiser=lambda step: step >= k)
+        return last[0]
+
+    @contextmanager
+    def _noise(self, seeds: list[int] | None, deterministic: bool) -> Iterator[None]:
+        """The steps' noise comes from streams of its own: pipelines may or may not draw from theirs in between."""
+        scheduler, before = self.scheduler, (self.scheduler.generator, self.scheduler.deterministic)
+        scheduler.deterministic = deterministic
+        if seeds is not None:
+            scheduler.generator = [torch.Generator("cpu").manual_seed(noise_seed(seed, "steps")) for seed in seeds]
+        try:
+            yield
+        finally:
+            scheduler.generator, scheduler.deterministic = before
+
+    # --- single evaluations ----------------------------------------------------------------------------------------
+
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition, guidance: bool = False) -> Tensor:
+        """The model's output (B, *D) at `latents` (B, *D) and per-sample `timesteps` (B,), in the scheduler's units.
+
+        Args:
+            guidance: classifier-free guidance as the condition's call asks for; otherwise off, one denoiser row a sample.
+
+        Pipelines that cannot take a time for each sample are found by a comparison at the first call and evaluated time by time.
+        """
+        if len(latents) != len(condition) or timesteps.shape != (len(condition),):
+            raise ValueError(f"{len(condition)} prompts need latents and timesteps of as many, got {tuple(latents.shape)} and {tuple(timesteps.shape)}.")
+        overrides = {} if guidance else self._guidance_off(condition)
+        if not guidance and len(set(timesteps.tolist())) > 1 and self._own_times is None:
+            with torch.no_grad():
+                self._own_times = self._takes_own_times(latents, timesteps, condition, overrides)
+        if len(set(timesteps.tolist())) == 1:
+            return self._predict(latents, timesteps[0], condition, overrides)
+        if self._own_times and not guidance:
+            return self._predict(latents, timesteps, condition, overrides)
+        return self._predict_one_by_one(latents, timesteps, condition, overrides)
+
+    def _predict(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
+        """Solver step 0 is gated and returns `latents`; step 1 evaluates them at `timesteps`; the rest is skipped."""
+        rows = max(2, int(condition.kwargs.get("num_inference_steps", self._default("num_inference_steps", 50))))
+        outputs: list[Tensor] = []
+
+        def capture(step: Step) -> Tensor:
+            if step.k == 1:
+                if step.sample.shape != latents.shape or not torch.equal(step.sample, latents):
+                    raise ValueError(f"{type(self.pipeline).__name__} edits its latents between steps; predict has no meaning there.")
+                outputs.append(step.model_output)
+            return latents if step.k == 0 else step.sample
+
+        self._drive(
+            condition, capture, timesteps=timesteps.expand(rows, *timesteps.shape), needs_denoiser=lambda k: k == 1, **overrides
+        )  # fmt: skip
+        if not outputs:
+            raise ValueError("The pipeline took fewer than two solver steps; raise num_inference_steps (or strength).")
+        return outputs[0]
+
+    def _predict_one_by_one(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
+        out: list[Tensor | None] = [None] * len(latents)
+        for value in sorted(set(timesteps.tolist())):
+            index = (timesteps == value).nonzero().flatten().tolist()
+            part = self._predict(latents[index], timesteps[index[0]], condition.select(index), overrides)
+            for i, row in zip(index, part):
+                out[i] = row
+        return torch.stack(out)
+
+    def _takes_own_times(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> bool:
+        one_by_one = self._predict_one_by_one(latents, timesteps, condition, overrides)
+        try:
+            together = self._predict(latents, timesteps, condition, overrides)
+        except (RuntimeError, ValueError, TypeError):
+            return False
+        return bool((together - one_by_one).abs().max() <= 1e-3 * one_by_one.abs().max())
+
+    def _guidance_off(self, condition: Condition) -> dict[str, Any]:
+        """Arguments that switch classifier-free guidance off: found by trying which give one denoiser row a sample."""
+        if self._unguided is None:
+            single = condition.select([0])
+            tries = [{}, *({name: value} for name in ("true_cfg_scale", "guidance_scale") for value in (1.0, 0.0) if name in self._parameters)]
+            for overrides in tries:
+                if self._rows_a_step(single, overrides) == 1:
+                    self._unguided = overrides
+                    break
+            else:
+                raise ValueError(f"Found no argument of {type(self.pipeline).__name__} that switches guidance off; call predict(..., guidance=True).")
+        return self._unguided
+
+    @torch.no_grad()
+    def _rows_a_step(self, single: Condition, overrides: dict) -> int | None:
+        rows, in_first = [], [True]
+
+        def count(module, args, kwargs):
+            first = args[0] if args else next(iter(kwargs.values()))
+            if in_first[0]:
+                rows.append(len(first))
+
+        def step(step: Step) -> Tensor:
+            in_first[0] = False
+            step.skip()
+            return step.sample
+
+        handles = [m.register_forward_pre_hook(count, with_kwargs=True) for m in self.denoisers.values()]
+        try:
+            self._drive(single, step, needs_denoiser=lambda k: k == 0, **overrides)
+        except (ValueError, TypeError, AssertionError, RuntimeError):
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
+        return sum(rows)
+
+    def _default(self, name: str, otherwise):
+        parameter = self._parameters.get(name)
+        return otherwise if parameter is None or parameter.default in (inspect.Parameter.empty, None) else parameter.default
+
+    # --- pixels ----------------------------------------------------------------------------------------------------
+
+    def decode(self, latents: Tensor, condition: Condition | None = None) -> Tensor:
+        """Latents in the pipeline's layout to images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], by the pipeline's own
+        tail. Differentiable if autograd is on (values beyond [0, 1] are clamped and pass no gradient)."""
+        condition = condition or self.condition([""] * len(latents), seeds=list(range(len(latents))))
+
+        def put(step: Step) -> Tensor:
+            step.skip()
+            return latents
+
+        return _images(self._drive(condition, put, needs_denoiser=lambda k: False, output_type="pt"))
+
+    def encode(self, images: Tensor, condition: Condition | None = None) -> Tensor:
+        """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] to clean latents in the pipeline's own layout: `decode`'s
+        inverse as far as the autoencoder allows.
+
+        Raises:
+            ValueError: the pipeline's tail is not an affine map and a permutation before `vae.decode`.
+        """
+        if self._layout is None or self._layout.image_shape != images.shape[1:]:
+            single = condition.select([0]) if condition else self.condition([""], seeds=[0])
+            self._layout = LatentLayout.find(self, single, images[:1])
+        return self._layout.encode(images)
+
+    # --- weights ---------------------------------------------------------------------------------------------------
+
+    def add_lora(self, rank: int = 16, alpha: int | None = None, **config: Any) -> list[nn.Parameter]:
+        """Add a trainable LoRA to every denoiser and return its parameters (`diffusers_align.lora.add`)."""
+        return lora.add(self.denoisers, rank, alpha, **config)
+
+    def save_lora(self, directory) -> None:
+        """Save in the format that the pipeline's `load_lora_weights` reads (`diffusers_align.lora.save`)."""
+        lora.save(self.pipeline, self.denoisers, directory)
+
+    def load_lora(self, directory) -> None:
+        """Load what `save_lora` wrote; into the trainable LoRA if `add_lora` was called before."""
+        lora.load(self.pipeline, self.denoisers, directory)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        return [p for module in self.denoisers.values() for p in module.parameters() if p.requires_grad]
+
+    def reference(self):
+        """Context: adapters off, so that the policy is the pretrained model; restored on any exception."""
+        return lora.disabled(self.denoisers.values())
+
+
+def _schedule(step: Step) -> dict[str, Any]:
+    sigmas = getattr(step.scheduler, "sigmas", None)
+    index = getattr(step.scheduler, "step_index", None)
+    sigma = float(sigmas[index - 1]) if sigmas is not None and index else float("nan")
+    return {"timestep": float(step.timestep), "sigma": sigma}
+
+
+def _trajectory(tape: list[dict], condition: Condition) -> Trajectory:
+    batch = len(tape[0]["state"])
+    none = torch.full((batch,), float("nan"), dtype=torch.float64)
+    return Trajectory(
+        states=torch.stack([row["state"] for row in tape], 1),
+        actions=torch.stack([row["action"] for row in tape], 1),
+        timesteps=torch.tensor([row["timestep"] for row in tape]),
+        sigmas=torch.tensor([row["sigma"] for row in tape]),
+        stochastic=torch.tensor([row["log_prob"] is not None for row in tape]),
+        log_probs=torch.stack([none.to(row["state"].device) if row["log_prob"] is None else row["log_prob"].detach() for row in tape], 1),
+        condition=condition,
+    )
+
+
+def _check_state(step: Step, tape: Trajectory) -> None:
+    recorded = tape.states[:, step.k].to(step.sample.device)
+    if recorded.shape == step.sample.shape and torch.allclose(step.sample.float(), recorded.float(), rtol=1e-2, atol=1e-3):
+        return
+    raise ValueError(
+        f"At solver step {step.k} the pipeline stands at another state than the one recorded. A replay needs the call "
+        "arguments, the seeds and the frozen components of the rollout."
+    )
+
+
+def _images(output) -> Tensor:
+    images = output[0]
+    return torch.stack(list(images)) if isinstance(images, (list, tuple)) else images

@@ -1,0 +1,181 @@
+"""Flow matching as a policy: the probability-flow ODE turned into an SDE with a Gaussian kernel and a log-probability."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from ..transition import GaussianTransition
+from .kernels import KERNELS, Kernel
+from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, build_source
+
+
+class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
+    """`FlowMatchEulerDiscreteScheduler` whose `step` draws from a stochastic kernel and returns its log-probability.
+
+    Args:
+        sde_type: the kernel: `flow_grpo`, `dance_grpo`, `memoryless`, `memoryless_em` or `cps` (`diffusers_align.schedulers.kernels`).
+        noise_level: strength of the noise, the papers' a or eta: 0.7 for Flow-GRPO on SD3.5, 0.3 for DanceGRPO, 0.8 for CPS; or
+            one value a solver step. 0 gives the stock step, bit for bit. The memoryless kernels know only "0" and "on".
+        sde_window: (first, last + 1): solver steps that are stochastic; the stock ODE step is taken elsewhere.
+        source: config of a stock scheduler with flow sigmas (UniPC, DPM-Solver ...) whose schedule this one follows. Written
+            by `sde_twin`.
+
+    The other arguments are the parent's, dynamic shifting included.
+    """
+
+    init_noise_sigma = 1.0
+    tuple_length = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        invert_sigmas: bool = False,
+        shift_terminal: float | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        time_shift_type: str = "exponential",
+        stochastic_sampling: bool = False,
+        sde_type: str = "flow_grpo",
+        noise_level: float | list[float] = 0.7,
+        sde_window: tuple[int, int] | list[int] | None = None,
+        source: dict | None = None,
+    ):
+        super().__init__(
+            num_train_timesteps, shift, use_dynamic_shifting, base_shift, max_shift, base_image_seq_len, max_image_seq_len,
+            invert_sigmas, shift_terminal, use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, time_shift_type, stochastic_sampling,
+        )  # fmt: skip
+        if sde_type not in KERNELS:
+            raise ValueError(f"Unknown sde_type {sde_type!r}; choose one of {', '.join(KERNELS)}.")
+        levels = [noise_level] if isinstance(noise_level, (int, float)) else noise_level
+        if any(level < 0 or (sde_type == "cps" and level > 1) for level in levels):
+            raise ValueError(f"noise_level must not be negative (nor above 1 for cps), got {noise_level}.")
+        if sde_window is not None and not 0 <= sde_window[0] < sde_window[1]:
+            raise ValueError(f"sde_window must be (first, last + 1) with 0 <= first < last + 1, got {tuple(sde_window)}.")
+        self._source = build_source(source)
+        self._sigma_list = self.sigmas.tolist()
+
+    # What other schedulers have and some pipelines call on a flow-matching one too.
+
+    def scale_model_input(self, sample: Tensor, timestep=None) -> Tensor:
+        return sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self.scale_noise(original_samples, timesteps, noise)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+    ) -> None:
+        """The parent's schedule, or that of the `source` scheduler if there is one."""
+        if self._source is None:
+            super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
+        else:
+            given = {"sigmas": sigmas, "mu": mu, "timesteps": timesteps}
+            accepted = inspect.signature(self._source.set_timesteps).parameters
+            given = {name: value for name, value in given.items() if value is not None and name in accepted}
+            self._source.set_timesteps(num_inference_steps, device=device, **given)
+            self.num_inference_steps = len(self._source.timesteps)
+            # Float timesteps: the parent refuses integers, because they look like step indices.
+            self.timesteps, self.sigmas = self._source.timesteps.float(), self._source.sigmas.to(device)
+            self._step_index = self._begin_index = None
+        self._sigma_list = self.sigmas.tolist()
+
+    def _noise_at(self, k: int) -> float:
+        level, window = self.config.noise_level, self.config.sde_window
+        if self.deterministic or (window is not None and not window[0] <= k < window[1]):
+            return 0.0
+        return level if isinstance(level, (int, float)) else level[k] if k < len(level) else 0.0
+
+    def kernel(self, k: int) -> Kernel:
+        """Weights and standard deviation of solver step k; std is 0 where the stock step is taken."""
+        noise, inverted = self._noise_at(k), self.config.invert_sigmas
+        sigma, sigma_next, second = (1 - s if inverted else s for s in (*self._sigma_list[k : k + 2], self._sigma_list[1]))
+        if noise == 0 or sigma_next >= sigma:
+            return Kernel(1.0, self._sigma_list[k + 1] - self._sigma_list[k], 0.0)
+        x_weight, v_weight, std = KERNELS[self.config.sde_type](sigma, sigma_next, noise, second)
+        return Kernel(x_weight, -v_weight if inverted else v_weight, std)
+
+    @property
+    def stochastic_steps(self) -> Tensor:
+        return torch.tensor([self.kernel(k).std > 0 for k in range(len(self.timesteps))])
+
+    def step_position(self, timestep) -> int:
+        timestep = timestep.to(self.timesteps.device) if isinstance(timestep, Tensor) else timestep
+        matches = (self.timesteps == timestep).nonzero()
+        if len(matches) == 0:
+            raise ValueError(f"Timestep {timestep} is not one of the scheduler's {len(self.timesteps)} timesteps; pass one of `scheduler.timesteps`.")
+        return int(matches[0])
+
+    def transition(self, model_output: Tensor, timestep, sample: Tensor) -> GaussianTransition:
+        """The kernel of the step that leaves `timestep`, for the velocity (B, *D) at the state `sample` (B, *D), in float32."""
+        return self._transition(self.step_position(timestep), model_output, sample)
+
+    def skip_step(self, timestep) -> None:
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        self._step_index += 1
+
+    def _transition(self, k: int, model_output: Tensor, sample: Tensor) -> GaussianTransition:
+        x_weight, v_weight, std = self.kernel(k)
+        mean = x_weight * sample.float() + v_weight * model_output.float()
+        return GaussianTransition(mean, torch.full([1] * sample.ndim, std, device=sample.device))
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generator = None,
+        per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
+        *,
+        prev_sample: Tensor | None = None,
+    ) -> SDESchedulerOutput | tuple:
+        """One reverse step. With `return_dict=False`, the stock tuple (prev_sample,).
+
+        `prev_sample` (B, *D) is scored and returned instead of a fresh draw. The `s_` arguments are the parent's and unused.
+
+        Raises:
+            ValueError: `per_token_timesteps` with noise: tokens that stand still have no density.
+        """
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        k = self.step_index
+        if self.kernel(k).std == 0:
+            stock = FlowMatchEulerDiscreteScheduler.step(self, model_output, timestep, sample, generator=generator, per_token_timesteps=per_token_timesteps)
+            clean = self._clean(k, model_output, sample) if per_token_timesteps is None else None
+            output = self._deterministic_output(stock, prev_sample, clean)
+        elif per_token_timesteps is not None:
+            raise ValueError("Timesteps that differ within a sample have no stochastic kernel here; set noise_level=0 for this pipeline.")
+        else:
+            transition = self._transition(k, model_output, sample)
+            clean = self._clean(k, model_output, sample)
+            output = self._score(transition, clean, model_output.dtype, generator, prev_sample)
+            self._step_index += 1
+        return output if return_dict else (output.prev_sample,)
+
+    def _clean(self, k: int, model_output: Tensor, sample: Tensor) -> Tensor:
+        sigma = self._sigma_list[k]
+        weight = 1 - sigma if self.config.invert_sigmas else -sigma
+        return sample.float() + weight * model_output.float()

@@ -1,0 +1,105 @@
+"""What the SDE schedulers share: drawing from the kernel, scoring a given action, rebuilding another scheduler's tables."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from ..transition import GaussianTransition
+
+Generator = torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class SDESchedulerOutput(BaseOutput):
+    """The output of `step`: diffusers' fields first, then what a policy needs.
+
+    Attributes:
+        prev_sample: (B, *D), the next state x_{t-1}, in the dtype of the pipeline.
+        pred_original_sample: (B, *D), the clean sample that the model predicts.
+        log_prob: (B,) nats, of `prev_sample` as returned (after rounding); None at deterministic steps.
+        prev_sample_mean: (B, *D), the kernel's mean, float32; at deterministic steps the stock step's result.
+        std: (1, ..., 1) float32, the kernel's standard deviation; 0 at deterministic steps.
+    """
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+    log_prob: Tensor | None = None
+    prev_sample_mean: Tensor | None = None
+    std: Tensor | None = None
+
+
+class SDESchedulerMixin:
+    """Turns a stock scheduler into a policy. A subclass writes `transition`, `stochastic_steps`, `step_position` and a `step`
+    with its parent's parameter list.
+
+    Runtime state lives in plain attributes, never in the config:
+        generator: draws the noise where the pipeline passes none (flow-matching pipelines never do); a list seeds each sample.
+        deterministic: True turns every step into the parent's own, bit for bit (evaluation, completions).
+    """
+
+    generator: Generator = None
+    deterministic: bool = False
+    tuple_length: int  # of the stock step with return_dict=False
+
+    def transition(self, model_output: Tensor, timestep, sample: Tensor) -> GaussianTransition:
+        """The Gaussian of the step that leaves `timestep`, at state `sample` (B, *D), for the model's output there."""
+        raise TypeError(f"{type(self).__name__} must define transition(model_output, timestep, sample).")
+
+    @property
+    def stochastic_steps(self) -> Tensor:
+        """(K,) bool over the current `timesteps`: where std > 0, so where a log-probability exists."""
+        raise TypeError(f"{type(self).__name__} must define stochastic_steps.")
+
+    def step_position(self, timestep) -> int:
+        """Index k of the solver step that leaves `timestep`."""
+        raise TypeError(f"{type(self).__name__} must define step_position(timestep).")
+
+    def skip_step(self, timestep) -> None:
+        """Move on to the next solver step without computing this one: its outcome is already known."""
+
+    def __deepcopy__(self, memo):
+        """A copy with noise of its own: some pipelines copy their scheduler to denoise a second modality beside the first."""
+        child = object.__new__(type(self))
+        memo[id(self)] = child
+        for name, value in self.__dict__.items():
+            child.__dict__[name] = _fork(value) if name == "generator" else copy.deepcopy(value, memo)
+        return child
+
+    def _deterministic_output(self, stock, prev_sample: Tensor | None, clean: Tensor | None) -> SDESchedulerOutput:
+        drawn = stock.prev_sample
+        std = torch.zeros([1] * drawn.ndim, device=drawn.device)
+        return SDESchedulerOutput(drawn if prev_sample is None else prev_sample, clean, None, drawn, std)
+
+    def _score(self, transition: GaussianTransition, clean: Tensor, dtype: torch.dtype, generator: Generator, prev_sample: Tensor | None) -> SDESchedulerOutput:
+        """Draw the next state unless it is given, round it as the pipeline will, and score what is left."""
+        if prev_sample is None:
+            prev_sample = transition.sample(self.generator if generator is None else generator, dtype).to(dtype)
+        return SDESchedulerOutput(prev_sample, clean.to(dtype), transition.log_prob(prev_sample), transition.mean, transition.std)
+
+    @classmethod
+    def _get_compatibles(cls):
+        """diffusers looks names up in its own namespace only; we are compatible with ourselves and with our stock parents."""
+        return [c for c in cls.__mro__ if hasattr(c, "from_config") and c.__name__.endswith("Scheduler")]
+
+
+def _fork(generator: Generator) -> Generator:
+    """Generators whose streams differ from the given ones but are fixed by them."""
+    if isinstance(generator, list):
+        return [_fork(g) for g in generator]
+    if generator is None:
+        return None
+    return torch.Generator(generator.device).manual_seed((generator.initial_seed() * 6364136223846793005 + 1442695040888963407) % 2**63)
+
+
+def build_source(source: dict | None):
+    """The stock scheduler that a twin copies its tables from, rebuilt from the `source` entry of the twin's config."""
+    if source is None:
+        return None
+    import diffusers
+
+    return getattr(diffusers, source["_class_name"]).from_config(dict(source))

@@ -1,0 +1,112 @@
+"""From any stock scheduler to the policy that walks the same noise table, and recipes that set its stochastic side."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+
+import torch
+
+from ..front_doors import front_door
+from .scheduling_ddim_sde import DDIMSDEScheduler
+from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+from .scheduling_utils import SDESchedulerMixin
+
+SDE_FIELDS = {
+    "DDIMSDEScheduler": ("eta",),
+    "FlowMatchSDEScheduler": ("sde_type", "noise_level", "sde_window"),
+}
+NO_KERNEL = {
+    "LCM": "it is a consistency sampler: few steps, each a jump to the clean sample",
+    "TCD": "it is a consistency sampler: few steps, each a jump to the clean sample",
+    "CM": "it samples consistency models",
+    "SCM": "it samples consistency models in trigonometric flow",
+    "EDM": "it walks in EDM's sigma space",
+    "CosineDPM": "it walks in EDM's sigma space",
+    "KarrasVe": "it walks in a variance-exploding space",
+    "ScoreSde": "it walks in a variance-exploding space",
+    "UnCLIP": "its variance is learned, on a table of its own",
+    "DDPMWuerstchen": "its time is continuous, without a table",
+    "RePaint": "it jumps back and forth in time",
+    "VQDiffusion": "its states are discrete",
+    "Amused": "its states are discrete",
+}
+
+
+def sde_twin(scheduler, **sde_fields):
+    """The SDE scheduler with the same noise table as `scheduler`.
+
+    Diffusion schedulers (DDIM, DDPM, PNDM, Euler, DPM-Solver, CogVideoX's ...) become a `DDIMSDEScheduler` with the same
+    `alphas_cumprod`; those of flow matching (FlowMatchEuler, UniPC and DPM-Solver with flow sigmas) a `FlowMatchSDEScheduler`
+    that follows the same sigmas. An SDE scheduler is copied.
+
+    Args:
+        sde_fields: `eta`, or `sde_type`, `noise_level`, `sde_window`; the class's defaults where absent.
+
+    Raises:
+        ValueError: the scheduler has no Gaussian kernel of either form, or a field belongs to the other form.
+    """
+    cls = _twin_class(scheduler)
+    if unknown := sorted(set(sde_fields) - set(SDE_FIELDS[cls.__name__])):
+        raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; its fields are {', '.join(SDE_FIELDS[cls.__name__])}.")
+    if isinstance(scheduler, SDESchedulerMixin):
+        return cls.from_config(scheduler.config, **sde_fields)
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    source = {"_class_name": type(scheduler).__name__, **config}
+    return (_flow_twin if cls is FlowMatchSDEScheduler else _ddim_twin)(scheduler, config, source, sde_fields)
+
+
+def _twin_class(scheduler) -> type:
+    if isinstance(scheduler, SDESchedulerMixin):
+        return DDIMSDEScheduler if isinstance(scheduler, DDIMSDEScheduler) else FlowMatchSDEScheduler
+    name = type(scheduler).__name__
+    for prefix, reason in NO_KERNEL.items():
+        if name.startswith(prefix):
+            raise ValueError(f"{name} has no SDE twin: {reason}. Give the pipeline a DDIM or a FlowMatchEuler scheduler if its model allows.")
+    flow = name.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
+    if flow:
+        return FlowMatchSDEScheduler
+    if getattr(scheduler, "alphas_cumprod", None) is not None:
+        return DDIMSDEScheduler
+    raise ValueError(f"{name} has no SDE twin: it has neither flow sigmas nor an alphas_cumprod table.")
+
+
+def _flow_twin(scheduler, config: dict, source: dict, sde_fields: dict) -> FlowMatchSDEScheduler:
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        known = inspect.signature(FlowMatchSDEScheduler.__init__).parameters
+        return FlowMatchSDEScheduler.from_config({name: value for name, value in config.items() if name in known}, **sde_fields)
+    return FlowMatchSDEScheduler(num_train_timesteps=config["num_train_timesteps"], shift=config.get("flow_shift") or 1.0, source=source, **sde_fields)
+
+
+def _ddim_twin(scheduler, config: dict, source: dict, sde_fields: dict) -> DDIMSDEScheduler:
+    known = inspect.signature(DDIMSDEScheduler.__init__).parameters
+    # DDIM clips by default, latent models must not be clipped: clip only where the source asks for it.
+    config = {"clip_sample": False} | {name: value for name, value in config.items() if name in known}
+    if config.get("timestep_spacing") == "linspace":
+        # DDIM steps by num_train_timesteps // K, which leaves a linspace grid; trailing also starts at the last timestep.
+        config["timestep_spacing"] = "trailing"
+    twin = DDIMSDEScheduler.from_config(config, **sde_fields)
+    if torch.equal(twin.alphas_cumprod, scheduler.alphas_cumprod.cpu().to(torch.float32)):
+        return twin
+    return DDIMSDEScheduler.from_config(config, source=source, **sde_fields)
+
+
+def apply_recipe(pipeline, recipe: str | Path):
+    """Give `pipeline` the SDE twin of its own scheduler with the fields of a recipe, and return the pipeline.
+
+    Args:
+        recipe: a folder with a `scheduler_config.json` that holds SDE fields only, or the name of one that ships with the
+            package: `ddpo`, `flow_grpo`, `flow_grpo_fast`, `dance_grpo`, `cps`, `memoryless`.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        ValueError: the recipe is for the other kind of model (diffusion or flow matching).
+    """
+    folder = Path(recipe) if Path(recipe).is_dir() else front_door("schedulers", str(recipe))
+    fields = json.loads((folder / "scheduler_config.json").read_text())
+    wanted, actual = fields.pop("_class_name"), _twin_class(pipeline.scheduler).__name__
+    if wanted != actual:
+        raise ValueError(f"Recipe {recipe} is for {wanted}, but the pipeline's {type(pipeline.scheduler).__name__} becomes a {actual}.")
+    pipeline.scheduler = sde_twin(pipeline.scheduler, **{k: v for k, v in fields.items() if not k.startswith("_")})
+    return pipeline

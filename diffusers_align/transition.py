@@ -1,0 +1,68 @@
+r"""The reverse kernel of one solver step: $p(x_{t-1} \mid x_t, c) = \mathcal N(\mu, \mathrm{std}^2 I)$.
+
+Everything that policy-gradient, preference and control methods need from a sampler is its mean and its standard deviation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+def sum_per_sample(x: Tensor) -> Tensor:
+    """Sum over all but the batch dimension, accumulated in float64 (float32 where a device has none): (B, *D) -> (B,)."""
+    dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    return x.flatten(1).sum(1, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class GaussianTransition:
+    """A batch of diagonal Gaussians over the next state.
+
+    Attributes:
+        mean: (B, *D) float32.
+        std: (1 or B, 1, ..., 1), broadcastable to `mean`, float32; 0 marks a deterministic step.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, generator: torch.Generator | list[torch.Generator] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Draw x_{t-1}. `generator` may be a list with one generator a sample; `dtype` is the dtype the noise is drawn in."""
+        noise = randn_tensor(tuple(self.mean.shape), generator, self.mean.device, dtype or self.mean.dtype)
+        return self.mean + self.std * noise
+
+    def log_prob(self, x_prev: Tensor) -> Tensor:
+        """Log-density of `x_prev` (B, *D) in nats, (B,): the SUM over D, elementwise in float32 and reduced in float64.
+
+        Raises:
+            ValueError: the step is deterministic (std is 0), so the density does not exist.
+        """
+        self._require_noise()
+        deviation = (x_prev.to(self.mean.dtype) - self.mean) / self.std
+        return sum_per_sample(-0.5 * deviation.square() - self.std.log() - _HALF_LOG_2PI)
+
+    def kl(self, other: GaussianTransition) -> Tensor:
+        r"""$\mathrm{KL}(p \,\|\, q)$ in nats, (B,), closed form, summed over D. `other` is q.
+
+        Raises:
+            ValueError: either step is deterministic.
+        """
+        self._require_noise()
+        other._require_noise()
+        ratio = (self.std / other.std).square()
+        shift = ((self.mean - other.mean) / other.std).square()
+        return sum_per_sample(0.5 * (shift + ratio - 1 - ratio.log()))
+
+    def _require_noise(self) -> None:
+        if bool((self.std <= 0).any()):
+            raise ValueError(
+                "This step is deterministic (std is 0), so it has no log-probability. Use only the steps where "
+                "`scheduler.stochastic_steps` is True, or raise the scheduler's noise (`eta`, `noise_level`)."
+            )
