@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers.loaders.lora_base import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -74,7 +73,7 @@ def save(pipeline, denoisers: dict[str, nn.Module], directory: str | Path) -> No
         if hasattr(type(pipeline), "save_lora_weights"):
             if name == "unet":
                 weights = convert_state_dict_to_diffusers(weights)
-            metadata = _collate_lora_metadata({argument.removesuffix("_lora_layers"): module})
+            metadata = {argument.replace("_lora_layers", "_lora_adapter_metadata"): module.peft_config[ADAPTER].to_dict()}
             type(pipeline).save_lora_weights(folder, **{argument: weights}, **metadata)
         else:
             logger.warning(

@@ -1,0 +1,171 @@
+"""What a reward is, how one is called, added up and found by name.
+
+A reward is any callable. It gets images (B, 3, H, W), or videos (B, F, 3, H, W), in [0, 1], the prompts, and the other fields
+of the data set by keyword. It returns (B,) numbers, higher is better, NaN where it could not score; or a dict of such
+tensors, of which `reward` is the one to optimise and the others are logged.
+
+>>> def brightness(images, prompts, **columns):
+...     return images.flatten(1).mean(1)
+>>> score(brightness, torch.ones(2, 3, 8, 8), ["a cat", "a dog"])
+{'reward': tensor([1., 1.])}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .loading import BUILT_INS, find_reward, parse_terms, reward_name
+
+
+class Reward(Protocol):
+    """Any callable with this signature; a class, a function or a method."""
+
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor | dict[str, Tensor]:
+        """images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1]. Returns (B,), or a dict of (B,) with the key `reward`."""
+        ...
+
+
+class InvalidReward(ValueError):
+    """A reward returned something that cannot be trained on: a wrong shape, no `reward` entry, NaN or infinity."""
+
+
+def score(reward: Reward, images: Tensor, prompts: list[str], *, on_invalid: Literal["error", "mask"] = "error", **columns: Any) -> dict[str, Tensor]:
+    """Call a reward and check its answer.
+
+    Args:
+        images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1].
+        prompts: B of them.
+        on_invalid: what to do where `reward` is NaN or infinite: raise, or put NaN for the caller to leave out.
+        columns: the data set's other fields, passed on.
+
+    Returns:
+        (B,) float32 tensors on the images' device, with the graph if the reward keeps it; the one to optimise is `reward`.
+        Entries beside `reward` may hold NaN: a component that does not apply to an image.
+
+    Raises:
+        InvalidReward: a wrong shape, a dict of several entries without `reward`; NaN or infinity unless masked.
+    """
+    if on_invalid not in ("error", "mask"):
+        raise ValueError(f"on_invalid must be 'error' or 'mask', got {on_invalid!r}.")
+    if len(images) != len(prompts):
+        raise ValueError(f"As many prompts as images are needed: got {len(images)} images and {len(prompts)} prompts.")
+    scores = as_scores(reward, reward(images, prompts, **columns), images)
+    valid = torch.isfinite(scores["reward"])
+    if valid.all():
+        return scores
+    if on_invalid == "mask":
+        return scores | {"reward": torch.where(valid, scores["reward"], torch.nan)}
+    raise InvalidReward(_describe_invalid(reward, scores, valid, prompts))
+
+
+def as_scores(reward: Reward, result: Any, images: Tensor) -> dict[str, Tensor]:
+    """A reward's answer as a dict of (B,) float32 tensors with the key `reward`."""
+    name, batch = reward_name(reward), len(images)
+    entries = dict(result) if isinstance(result, Mapping) else {"reward": result}
+    if "reward" not in entries:
+        if len(entries) != 1:
+            raise InvalidReward(
+                f"Reward {name!r} returned the entries {sorted(entries)}, none of which is called 'reward': add an entry 'reward', the (B,) tensor to optimise."
+            )
+        entries = {"reward": next(iter(entries.values()))}
+    scores = {}
+    for key, value in entries.items():
+        try:
+            values = torch.as_tensor(value, device=images.device).float()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidReward(f"Reward {name!r} returned a {type(value).__name__} for {key!r}, which is no tensor of numbers: {error}.") from error
+        if values.shape != (batch,):
+            raise InvalidReward(
+                f"Reward {name!r} returned the shape {tuple(values.shape)} for {key!r}, for {batch} images: expected ({batch},), one number an image."
+            )
+        scores[key] = values
+    return scores
+
+
+def _describe_invalid(reward: Reward, scores: dict[str, Tensor], valid: Tensor, prompts: list[str], shown: int = 3) -> str:
+    invalid = [prompt for prompt, ok in zip(prompts, valid.tolist()) if not ok]
+    listed = ", ".join(repr(prompt) for prompt in invalid[:shown]) + (", ..." if len(invalid) > shown else "")
+    blame = ""
+    if isinstance(reward, WeightedSum):
+        blame = " because of " + ", ".join(repr(name) for name in reward.names if not torch.isfinite(scores[name]).all())
+    return (
+        f"Reward {reward_name(reward)!r} is NaN or infinite for {len(invalid)} of {len(prompts)} images{blame}. Prompts: {listed}. "
+        "Repair the reward, or leave such images out with `--invalid_rewards mask` (`on_invalid='mask'` in Python)."
+    )
+
+
+class WeightedSum:
+    """The sum of rewards times weights; every component is returned beside it, unweighted, under its name.
+
+    Args:
+        rewards: `{reward: weight}`, or a list of (reward, weight) or (reward, weight, name).
+
+    An image that one component cannot score (NaN) has no sum.
+    """
+
+    def __init__(self, rewards: Mapping[Reward, float] | Iterable[tuple[Reward, float] | tuple[Reward, float, str]]):
+        terms = list(rewards.items() if isinstance(rewards, Mapping) else rewards)
+        self.rewards, self.weights = [term[0] for term in terms], [float(term[1]) for term in terms]
+        self.names = [term[2] if len(term) > 2 else reward_name(term[0]) for term in terms]
+        if not terms:
+            raise ValueError("A weighted sum needs at least one reward.")
+        if len(set(self.names)) < len(terms) or "reward" in self.names:
+            raise ValueError(f"The components of a weighted sum need different names, none of them 'reward': got {self.names}.")
+        self.name = "+".join(f"{name}*{weight:g}" for name, weight in zip(self.names, self.weights))
+
+    def to(self, device: torch.device | str) -> WeightedSum:
+        """Move every component that can be moved."""
+        self.rewards = [move(reward, device) for reward in self.rewards]
+        return self
+
+    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> dict[str, Tensor]:
+        """Returns `reward`, `<component>`, and `<component>/<entry>` for what a component returned beside its reward."""
+        total, parts = 0.0, {}
+        for reward, weight, name in zip(self.rewards, self.weights, self.names):
+            scores = as_scores(reward, reward(images, prompts, **columns), images)
+            parts[name] = scores.pop("reward")
+            parts |= {f"{name}/{key}": value for key, value in scores.items()}
+            total = total + weight * parts[name]
+        return {"reward": total, **parts}
+
+
+def move(reward: Reward, device: torch.device | str | None) -> Reward:
+    """`reward.to(device)` where there is such a method and a device."""
+    return reward.to(device) if device is not None and callable(getattr(reward, "to", None)) else reward
+
+
+def load_reward(spec: str | Callable, *, device: torch.device | str | None = None, **options: Any) -> Reward:
+    """A reward by name: built in, `module:function`, `path/to/file.py:function`, or a sum of them.
+
+    >>> load_reward("jpeg_compressibility")  # doctest: +SKIP
+    >>> load_reward("clip_score*1.0 + jpeg_compressibility*0.1", device="cuda")  # doctest: +SKIP
+    >>> load_reward("my_rewards.py:brightness")  # doctest: +SKIP
+
+    Args:
+        spec: one name, or names with weights joined by `+`. A class is instantiated. A callable is returned as it is.
+        device: moved there if the reward has a method `to`.
+        options: arguments of the reward's class or function, such as `model`. In a sum each term gets those that it takes.
+
+    Raises:
+        ValueError: nothing is found under the name, it cannot be called, or an option belongs to no term.
+    """
+    if callable(spec) and not isinstance(spec, (str, type)):
+        return move(spec, device)
+    terms = parse_terms(spec)
+    found, unused = [], set(options)
+    for name, weight in terms:
+        reward, used = find_reward(name, options)
+        unused -= used
+        found.append((move(reward, device), weight, name.rpartition(":")[2]))
+    if unused:
+        raise ValueError(f"Reward {spec!r} takes no option {', '.join(sorted(map(repr, unused)))}.")
+    if len(terms) == 1 and terms[0][1] is None:
+        return found[0][0]
+    return WeightedSum([(reward, 1.0 if weight is None else weight, name) for reward, weight, name in found])
+
+
+__all__ = ["BUILT_INS", "InvalidReward", "Reward", "WeightedSum", "load_reward", "score"]

@@ -1,0 +1,48 @@
+"""CLIP (https://arxiv.org/abs/2103.00020) as the rewards use it: frozen, float32, unit embeddings, gradients to the pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .preprocessing import Preprocessing
+
+
+class CLIPEmbedder(nn.Module):
+    """A `transformers.CLIPModel` with its preprocessing and its tokenizer.
+
+    Args:
+        model: a Hub name or a folder.
+        processor: where image settings and tokenizer are, if not with the model.
+    """
+
+    def __init__(self, model: str, processor: str | None = None):
+        from transformers import AutoTokenizer, CLIPModel
+
+        super().__init__()
+        self.model = CLIPModel.from_pretrained(model).float().eval().requires_grad_(False)
+        self.preprocess = Preprocessing.from_pretrained(processor or model)
+        self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def images(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) in [0, 1] to unit embeddings (N, D)."""
+        return F.normalize(pooled(self.model.get_image_features(pixel_values=self.preprocess(images.to(self.device)))), dim=-1)
+
+    @torch.no_grad()
+    def texts(self, prompts: list[str]) -> Tensor:
+        """B prompts, cut to the model's length, to unit embeddings (B, D)."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt").to(self.device)
+        return F.normalize(pooled(self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)), dim=-1)
+
+
+def pooled(features: Any) -> Tensor:
+    """What `get_image_features` means: a tensor in transformers 4, the `pooler_output` of an object in transformers 5."""
+    return features if isinstance(features, Tensor) else features.pooler_output

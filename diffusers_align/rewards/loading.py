@@ -1,0 +1,114 @@
+"""Find a reward by name: what stands behind `load_reward`."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+BUILT_INS = {
+    "aesthetic": "diffusers_align.rewards.aesthetic:AestheticScore",
+    "clip_score": "diffusers_align.rewards.clip_score:CLIPScore",
+    "jpeg_compressibility": "diffusers_align.rewards.jpeg:jpeg_compressibility",
+    "jpeg_incompressibility": "diffusers_align.rewards.jpeg:jpeg_incompressibility",
+    "pick_score": "diffusers_align.rewards.pick_score:PickScore",
+    "scene_score": "diffusers_align.rewards.scene:SceneScore",
+}
+
+TERM = r"\s*([^*+]+?)\s*(?:\*\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*)?"
+
+
+def reward_name(reward: Any) -> str:
+    """The attribute `name`, the function's name, or the class's."""
+    if isinstance(reward, functools.partial):
+        return reward_name(reward.func)
+    return getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__
+
+
+def parse_terms(spec: str) -> list[tuple[str, float | None]]:
+    """`"a*1.0 + b*-0.1"` as [("a", 1.0), ("b", -0.1)]; a term without a weight has None.
+
+    Raises:
+        ValueError: the text is no such sum.
+    """
+    if not re.fullmatch(rf"{TERM}(?:\+{TERM})*", spec):
+        raise ValueError(f"Cannot read the reward {spec!r}: write one name, or a sum such as 'clip_score*1.0+jpeg_compressibility*0.1'.")
+    return [(name, float(weight) if weight else None) for name, weight in re.findall(rf"{TERM}(?:\+|$)", spec)]
+
+
+def find_reward(name: str, options: dict[str, Any]) -> tuple[Callable, set[str]]:
+    """The reward of that name with those of the options that it takes, and their names."""
+    module_name, colon, attribute = BUILT_INS.get(name, name).rpartition(":")
+    if not colon or not module_name or not attribute:
+        raise ValueError(_unknown(name))
+    module = _load_file(Path(module_name), name) if module_name.endswith(".py") else _import(module_name, name)
+    try:
+        target = functools.reduce(getattr, attribute.split("."), module)
+    except AttributeError as error:
+        guess = difflib.get_close_matches(attribute, [key for key, value in vars(module).items() if callable(value)], 1)
+        hint = f" Did you mean {guess[0]!r}?" if guess else ""
+        raise ValueError(f"Reward {name!r}: {module_name!r} has no {attribute!r}.{hint}") from error
+    if not callable(target):
+        raise ValueError(f"Reward {name!r} is a {type(target).__name__}: a function or a class is needed.")
+    taken = {key: value for key, value in options.items() if key in _parameters(target)}
+    if isinstance(target, type):
+        target = target(**taken)
+        if not callable(target):
+            raise ValueError(f"Reward {name!r}: objects of that class cannot be called, write its `__call__(self, images, prompts, **columns)`.")
+    elif taken:
+        target = functools.partial(target, **taken)
+    return target, set(taken)
+
+
+def _parameters(target: Callable) -> set[str]:
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name for p in inspect.signature(target).parameters.values() if p.kind in named} - {"images", "prompts"}
+
+
+def _unknown(name: str) -> str:
+    guess = difflib.get_close_matches(name, BUILT_INS, 1)
+    hint = f" Did you mean {guess[0]!r}?" if guess else ""
+    return (
+        f"There is no reward {name!r}.{hint} Built in: {', '.join(BUILT_INS)}. A reward of your own is named 'module:function' "
+        "or 'path/to/file.py:function', a callable (images, prompts, **columns) -> (B,) tensor."
+    )
+
+
+def _load_file(path: Path, name: str) -> ModuleType:
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(f"Reward {name!r}: there is no file {path}.")
+    key = f"diffusers_align_reward_{path.stem}_{abs(hash(path)):x}"
+    if key in sys.modules:
+        return sys.modules[key]
+    spec = importlib.util.spec_from_file_location(key, path)
+    module = sys.modules[key] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[key]
+        raise
+    return module
+
+
+def _import(module_name: str, name: str) -> ModuleType:
+    """Import from the usual places, then from the current folder, which `sys.path` lacks under a launcher."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there, but one that it imports is not
+        raise ValueError(
+            f"Reward {name!r}: there is no module {error.name!r}, neither installed nor in {os.getcwd()}. Write 'module:function' or 'path/to/file.py:function'."
+        ) from error

@@ -1,0 +1,341 @@
+"""Stock diffusers pipelines with tiny random weights, built in code: no download, no files, under a second each.
+
+`FAMILIES` names them. Models keep the structure of their families (packed latents, several text encoders, a learned variance,
+shifted and scaled autoencoders, schedulers as published) at a width of 8 to 32, so that what differs between families is
+there to be tested.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+CLIP_WIDTH, TEXT_WIDTH, LATENT_CHANNELS = 16, 32, 4
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to build a pipeline and call it.
+
+    Attributes:
+        build: makes the pipeline, the same weights each time.
+        call: arguments of each of its calls.
+        slow: for the families whose tests take more than a few seconds.
+    """
+
+    build: Callable[[], diffusers.DiffusionPipeline]
+    call: dict[str, Any] = field(default_factory=dict)
+    slow: bool = False
+
+
+# --- parts -------------------------------------------------------------------------------------------------------------
+
+
+def seeded(cls: type, *args: Any, **config: Any) -> torch.nn.Module:
+    """`cls(*args, **config)` with every matrix drawn anew: some layers start at zero, which would hide what lies before
+    them, and some parameters start as uninitialised memory."""
+    torch.manual_seed(0)
+    module = cls(*args, **config)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
+            if fan_in > 1:
+                parameter.normal_(std=fan_in**-0.5)
+    return module.eval()
+
+
+def clip_tokenizer() -> transformers.CLIPTokenizer:
+    """One token a character, in and at the end of a word."""
+    characters = [c for c in string.printable if c.isprintable() and c != " "]
+    tokens = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+
+
+def t5_tokenizer() -> transformers.T5Tokenizer:
+    """One token a character."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0), ("▁", -2.0)]
+    vocab = [*special, *((c, -3.0) for c in string.printable if c.isprintable() and c != " ")]
+    return transformers.T5Tokenizer(vocab=vocab, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", extra_ids=10, model_max_length=512)
+
+
+def byte_vocabulary(*special: str) -> dict[str, int]:
+    return {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+
+
+def gemma_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token a byte."""
+    tokenizer = Tokenizer(models.BPE(vocab=byte_vocabulary("<pad>", "<eos>", "<bos>", "<unk>"), merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", model_max_length=512, **names)
+
+
+def qwen_tokenizer() -> transformers.Qwen2Tokenizer:
+    """One token a byte, with a chat template."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = transformers.Qwen2Tokenizer(vocab=byte_vocabulary(), merges=[], additional_special_tokens=special, model_max_length=2048)
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    return tokenizer
+
+
+def clip(tokenizer: transformers.CLIPTokenizer, projected: bool = False) -> torch.nn.Module:
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=1,
+        hidden_size=CLIP_WIDTH, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2, projection_dim=CLIP_WIDTH,
+    )  # fmt: skip
+    return seeded(transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel, config)
+
+
+def clip_parts(suffix: str = "", projected: bool = False) -> dict[str, Any]:
+    tokenizer = clip_tokenizer()
+    return {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": clip(tokenizer, projected)}
+
+
+def t5_parts(suffix: str = "") -> dict[str, Any]:
+    tokenizer = t5_tokenizer()
+    config = transformers.T5Config(vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_heads=4, num_layers=1, dropout_rate=0.0)
+    return {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": seeded(transformers.T5EncoderModel, config)}
+
+
+LANGUAGE_MODEL = {
+    "hidden_size": TEXT_WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
+    "attention_dropout": 0.0, "bos_token_id": None, "eos_token_id": 0,
+}  # fmt: skip
+
+
+def gemma_parts() -> dict[str, Any]:
+    tokenizer = gemma_tokenizer()
+    return {"tokenizer": tokenizer, "text_encoder": seeded(transformers.Gemma2Model, transformers.Gemma2Config(vocab_size=len(tokenizer), **LANGUAGE_MODEL))}
+
+
+def image_vae(levels: int = 2, **config: Any) -> diffusers.AutoencoderKL:
+    return seeded(
+        diffusers.AutoencoderKL, block_out_channels=[8] * levels, norm_num_groups=2, latent_channels=LATENT_CHANNELS,
+        down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels, **config,
+    )  # fmt: skip
+
+
+def causal_vae(cls: type, **config: Any) -> torch.nn.Module:
+    """The video autoencoder of Wan and Qwen-Image: a quarter of the size, half of the frames after the first."""
+    statistics = {"latents_mean": [-0.3, -0.1, 0.1, 0.3], "latents_std": [0.5, 1.0, 1.5, 2.0]}
+    return seeded(cls, base_dim=4, z_dim=LATENT_CHANNELS, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True], **statistics, **config)
+
+
+def shifted_flow(**config: Any) -> diffusers.FlowMatchEulerDiscreteScheduler:
+    return diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **config})
+
+
+def quiet(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipeline:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# --- noise-predicting families -----------------------------------------------------------------------------------------
+
+STABLE_DIFFUSION_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def unet(**config: Any) -> diffusers.UNet2DConditionModel:
+    fields = {
+        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": CLIP_WIDTH,
+    }  # fmt: skip
+    return seeded(diffusers.UNet2DConditionModel, **{**fields, **config})
+
+
+def stable_diffusion(cls: type = diffusers.StableDiffusionPipeline, prediction_type: str = "epsilon", in_channels: int = LATENT_CHANNELS):
+    scheduler = diffusers.DDIMScheduler(
+        **STABLE_DIFFUSION_BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type
+    )  # fmt: skip
+    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return quiet(cls(unet=unet(in_channels=in_channels), vae=image_vae(), scheduler=scheduler, **clip_parts(), **absent))
+
+
+def stable_diffusion_xl():
+    denoiser = unet(
+        cross_attention_dim=2 * CLIP_WIDTH, transformer_layers_per_block=(1, 2), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + CLIP_WIDTH,
+    )  # fmt: skip
+    scheduler = diffusers.EulerDiscreteScheduler(**STABLE_DIFFUSION_BETAS, timestep_spacing="leading", steps_offset=1)
+    vae = image_vae(scaling_factor=0.13025)
+    return quiet(diffusers.StableDiffusionXLPipeline(unet=denoiser, vae=vae, scheduler=scheduler, **clip_parts(), **clip_parts("_2", projected=True)))
+
+
+def pixart_sigma():
+    """Learns its variance beside the noise: twice the channels."""
+    transformer = seeded(
+        diffusers.PixArtTransformer2DModel, sample_size=8, in_channels=LATENT_CHANNELS, out_channels=2 * LATENT_CHANNELS, num_layers=1,
+        num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, caption_channels=TEXT_WIDTH, use_additional_conditions=False,
+    )  # fmt: skip
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
+    return quiet(diffusers.PixArtSigmaPipeline(transformer=transformer, vae=image_vae(), scheduler=scheduler, **t5_parts()))
+
+
+# --- flow-matching families --------------------------------------------------------------------------------------------
+
+
+def stable_diffusion_3():
+    transformer = seeded(
+        diffusers.SD3Transformer2DModel, sample_size=8, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=2,
+        num_attention_heads=2, attention_head_dim=8, caption_projection_dim=16, joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=2 * CLIP_WIDTH, pos_embed_max_size=16, qk_norm="rms_norm",
+    )  # fmt: skip
+    text = {**clip_parts(projected=True), **clip_parts("_2", projected=True), **t5_parts("_3")}
+    vae = image_vae(scaling_factor=1.5305, shift_factor=0.0609)
+    return quiet(diffusers.StableDiffusion3Pipeline(transformer=transformer, vae=vae, scheduler=shifted_flow(), **text))
+
+
+def flux(cls: type = diffusers.FluxPipeline, guidance_embeds: bool = True):
+    transformer = seeded(
+        diffusers.FluxTransformer2DModel, in_channels=4 * LATENT_CHANNELS, num_layers=1, num_single_layers=1, num_attention_heads=2,
+        attention_head_dim=16, axes_dims_rope=(4, 4, 8), joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=CLIP_WIDTH,
+        guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+    scheduler = shifted_flow(use_dynamic_shifting=True)
+    vae = image_vae(scaling_factor=0.3611, shift_factor=0.1159)
+    return quiet(cls(transformer=transformer, vae=vae, scheduler=scheduler, **clip_parts(), **t5_parts("_2")))
+
+
+def sana():
+    """Its published scheduler is a multistep solver of the flow."""
+    transformer = seeded(
+        diffusers.SanaTransformer2DModel, sample_size=8, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=1,
+        num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16,
+        caption_channels=TEXT_WIDTH,
+    )  # fmt: skip
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in {
+        "block_types": ("ResBlock", "EfficientViTBlock"), "block_out_channels": (8, 8), "layers_per_block": (1, 1), "qkv_multiscales": ((), (5,)),
+    }.items()}  # fmt: skip
+    vae = seeded(diffusers.AutoencoderDC, latent_channels=LATENT_CHANNELS, attention_head_dim=2, scaling_factor=0.41407, **sides)
+    scheduler = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return quiet(diffusers.SanaPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **gemma_parts()))
+
+
+def lumina2():
+    transformer = seeded(
+        diffusers.Lumina2Transformer2DModel, sample_size=8, in_channels=LATENT_CHANNELS, hidden_size=16, num_layers=1, num_refiner_layers=1,
+        num_attention_heads=2, num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 2, 2), axes_lens=(128, 32, 32), cap_feat_dim=TEXT_WIDTH,
+    )  # fmt: skip
+    vae = image_vae(levels=4, scaling_factor=0.3611, shift_factor=0.1159)
+    return quiet(diffusers.Lumina2Pipeline(transformer=transformer, vae=vae, scheduler=shifted_flow(shift=6.0), **gemma_parts()))
+
+
+def qwen_image():
+    transformer = seeded(
+        diffusers.QwenImageTransformer2DModel, in_channels=4 * LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=1, num_attention_heads=2,
+        attention_head_dim=16, axes_dims_rope=(4, 4, 8), joint_attention_dim=TEXT_WIDTH,
+    )  # fmt: skip
+    tokenizer = qwen_tokenizer()
+    text = {**LANGUAGE_MODEL, "vocab_size": len(tokenizer), "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_WIDTH}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    text_encoder = seeded(transformers.Qwen2_5_VLForConditionalGeneration, config)
+    scheduler = shifted_flow(shift=1.0, use_dynamic_shifting=True, shift_terminal=0.02, time_shift_type="exponential")
+    vae = causal_vae(diffusers.AutoencoderKLQwenImage)
+    return quiet(diffusers.QwenImagePipeline(transformer=transformer, vae=vae, scheduler=scheduler, tokenizer=tokenizer, text_encoder=text_encoder))
+
+
+def z_image():
+    transformer = seeded(
+        diffusers.ZImageTransformer2DModel, in_channels=LATENT_CHANNELS, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
+        cap_feat_dim=TEXT_WIDTH, axes_dims=[8, 4, 4], axes_lens=[256, 32, 32],
+    )  # fmt: skip
+    tokenizer = qwen_tokenizer()
+    text_encoder = seeded(transformers.Qwen3Model, transformers.Qwen3Config(vocab_size=len(tokenizer), **LANGUAGE_MODEL))
+    vae = image_vae(scaling_factor=0.3611, shift_factor=0.1159)
+    return quiet(diffusers.ZImagePipeline(transformer=transformer, vae=vae, scheduler=shifted_flow(), tokenizer=tokenizer, text_encoder=text_encoder))
+
+
+# --- video families ----------------------------------------------------------------------------------------------------
+
+
+def wan():
+    transformer = seeded(
+        diffusers.WanTransformer3DModel, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=1, num_attention_heads=2,
+        attention_head_dim=12, text_dim=TEXT_WIDTH, freq_dim=16, ffn_dim=32, cross_attn_norm=True, rope_max_seq_len=32,
+    )  # fmt: skip
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    vae = causal_vae(diffusers.AutoencoderKLWan, scale_factor_temporal=2, scale_factor_spatial=4)
+    return quiet(diffusers.WanPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **t5_parts()))
+
+
+def cogvideox():
+    """Predicts the velocity of a noise schedule that ends without signal."""
+    transformer = seeded(
+        diffusers.CogVideoXTransformer3DModel, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=1, num_attention_heads=2,
+        attention_head_dim=16, time_embed_dim=8, text_embed_dim=TEXT_WIDTH, sample_width=8, sample_height=8, sample_frames=5,
+        temporal_compression_ratio=2, max_text_seq_length=32,
+    )  # fmt: skip
+    vae = seeded(
+        diffusers.AutoencoderKLCogVideoX, down_block_types=["CogVideoXDownBlock3D"] * 2, up_block_types=["CogVideoXUpBlock3D"] * 2,
+        block_out_channels=(8, 8), latent_channels=LATENT_CHANNELS, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=2,
+    )  # fmt: skip
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=1.0, set_alpha_to_one=True, timestep_spacing="trailing"
+    )
+    return quiet(diffusers.CogVideoXPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **t5_parts()))
+
+
+def ltx():
+    transformer = seeded(
+        diffusers.LTXVideoTransformer3DModel, in_channels=8, out_channels=8, num_layers=1, num_attention_heads=2, attention_head_dim=16,
+        cross_attention_dim=32, caption_channels=TEXT_WIDTH,
+    )  # fmt: skip
+    sides = {f"{side}{name}": value for side in ("", "decoder_") for name, value in {
+        "block_out_channels": (8, 8), "layers_per_block": (1, 1, 1), "spatio_temporal_scaling": (True, True),
+    }.items()}  # fmt: skip
+    vae = seeded(
+        diffusers.AutoencoderKLLTXVideo, latent_channels=8, down_block_types=["LTXVideoDownBlock3D"] * 2, patch_size=1,
+        decoder_inject_noise=(False,) * 3, **sides,
+    )  # fmt: skip
+    return quiet(diffusers.LTXPipeline(transformer=transformer, vae=vae, scheduler=shifted_flow(use_dynamic_shifting=True), **t5_parts()))
+
+
+# --- the table ---------------------------------------------------------------------------------------------------------
+
+
+def photograph(size: int = 16) -> torch.Tensor:
+    """(1, 3, size, size), a smooth picture in [0, 1]."""
+    ramp = torch.linspace(0, 1, size)
+    return torch.stack([ramp[:, None].expand(size, size), ramp[None].expand(size, size), (ramp[:, None] - ramp[None]).abs()])[None]
+
+
+SMALL = {"height": 16, "width": 16, "num_inference_steps": 4, "guidance_scale": 3.0}
+LARGER = {**SMALL, "height": 32, "width": 32}
+SHORT = {"max_sequence_length": 32}
+TRUE_GUIDANCE = {"true_cfg_scale": 3.0, "negative_prompt": "blurry"}
+
+FAMILIES = {
+    "sd15": Family(stable_diffusion, SMALL),
+    "sd15_v": Family(lambda: stable_diffusion(prediction_type="v_prediction"), SMALL),
+    "sd15_img2img": Family(
+        lambda: stable_diffusion(diffusers.StableDiffusionImg2ImgPipeline),
+        {"image": photograph(), "strength": 0.8, "num_inference_steps": 5, "guidance_scale": 3.0},
+    ),
+    "sd15_edit": Family(
+        lambda: stable_diffusion(diffusers.StableDiffusionInstructPix2PixPipeline, in_channels=2 * LATENT_CHANNELS),
+        {"image": photograph(), "num_inference_steps": 4, "guidance_scale": 3.0, "image_guidance_scale": 1.5},
+    ),
+    "sdxl": Family(stable_diffusion_xl, SMALL),
+    "pixart_sigma": Family(pixart_sigma, {**SMALL, **SHORT, "use_resolution_binning": False, "clean_caption": False}),
+    "sd3": Family(stable_diffusion_3, {**SMALL, **SHORT}),
+    "flux": Family(flux, {**SMALL, **SHORT}),
+    "flux_true_cfg": Family(lambda: flux(guidance_embeds=False), {**SMALL, **SHORT, **TRUE_GUIDANCE}),
+    "flux_kontext": Family(lambda: flux(diffusers.FluxKontextPipeline), {**SMALL, **SHORT, "image": photograph(), "max_area": 256, "_auto_resize": False}),
+    "sana": Family(sana, {**LARGER, **SHORT, "use_resolution_binning": False, "complex_human_instruction": None}),
+    "lumina2": Family(lumina2, {**LARGER, "system_prompt": "Draw.", "max_sequence_length": 48}),
+    "qwen_image": Family(qwen_image, {**SMALL, **TRUE_GUIDANCE, "guidance_scale": None}),
+    "z_image": Family(z_image, {**SMALL, "max_sequence_length": 64}),
+    "wan": Family(wan, {**SMALL, **SHORT, "num_frames": 3}, slow=True),
+    "cogvideox": Family(cogvideox, {**SMALL, **SHORT, "num_frames": 5}, slow=True),
+    "ltx": Family(ltx, {**LARGER, **SHORT, "num_frames": 5}, slow=True),
+}  # fmt: skip
