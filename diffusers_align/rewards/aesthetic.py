@@ -58,7 +58,7 @@ class AestheticScore(nn.Module):
             )
         self.head = AestheticMLP(width)
         self.head.load_state_dict(state)
-        self.head.float().eval().requires_grad_(False)
+        self.float().eval().requires_grad_(False)
 
     def forward(self, images: Tensor, prompts: list[str] | None = None, **columns: Any) -> Tensor:
         """images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1]. Returns (B,) ratings."""

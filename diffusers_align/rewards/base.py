@@ -89,9 +89,8 @@ def as_scores(reward: Reward, result: Any, images: Tensor) -> dict[str, Tensor]:
 def _describe_invalid(reward: Reward, scores: dict[str, Tensor], valid: Tensor, prompts: list[str], shown: int = 3) -> str:
     invalid = [prompt for prompt, ok in zip(prompts, valid.tolist()) if not ok]
     listed = ", ".join(repr(prompt) for prompt in invalid[:shown]) + (", ..." if len(invalid) > shown else "")
-    blame = ""
-    if isinstance(reward, WeightedSum):
-        blame = " because of " + ", ".join(repr(name) for name in reward.names if not torch.isfinite(scores[name]).all())
+    parts = [name for name in reward.names if not torch.isfinite(scores[name]).all()] if isinstance(reward, WeightedSum) else []
+    blame = f" because of {', '.join(map(repr, parts))}" if parts else ""
     return (
         f"Reward {reward_name(reward)!r} is NaN or infinite for {len(invalid)} of {len(prompts)} images{blame}. Prompts: {listed}. "
         "Repair the reward, or leave such images out with `--invalid_rewards mask` (`on_invalid='mask'` in Python)."
@@ -147,7 +146,7 @@ def load_reward(spec: str | Callable, *, device: torch.device | str | None = Non
 
     Args:
         spec: one name, or names with weights joined by `+`. A class is instantiated. A callable is returned as it is.
-        device: moved there if the reward has a method `to`.
+        device: moved there if the reward has a method `to`; passed on if it has an argument `device`.
         options: arguments of the reward's class or function, such as `model`. In a sum each term gets those that it takes.
 
     Raises:
@@ -157,8 +156,9 @@ def load_reward(spec: str | Callable, *, device: torch.device | str | None = Non
         return move(spec, device)
     terms = parse_terms(spec)
     found, unused = [], set(options)
+    placed = options if device is None else options | {"device": device}
     for name, weight in terms:
-        reward, used = find_reward(name, options)
+        reward, used = find_reward(name, placed)
         unused -= used
         found.append((move(reward, device), weight, name.rpartition(":")[2]))
     if unused:

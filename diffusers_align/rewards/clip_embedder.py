@@ -23,9 +23,10 @@ class CLIPEmbedder(nn.Module):
         from transformers import AutoTokenizer, CLIPModel
 
         super().__init__()
-        self.model = CLIPModel.from_pretrained(model).float().eval().requires_grad_(False)
+        self.model = CLIPModel.from_pretrained(model).float()
         self.preprocess = Preprocessing.from_pretrained(processor or model)
         self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
+        self.eval().requires_grad_(False)
 
     @property
     def device(self) -> torch.device:

@@ -27,6 +27,7 @@ class CLIPScore(nn.Module):
     def __init__(self, model: str = "openai/clip-vit-large-patch14", processor: str | None = None):
         super().__init__()
         self.clip = CLIPEmbedder(model, processor)
+        self.eval()
 
     def forward(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         """images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1]. Returns (B,) cosines."""

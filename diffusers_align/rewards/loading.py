@@ -110,5 +110,6 @@ def _import(module_name: str, name: str) -> ModuleType:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, but one that it imports is not
         raise ValueError(
-            f"Reward {name!r}: there is no module {error.name!r}, neither installed nor in {os.getcwd()}. Write 'module:function' or 'path/to/file.py:function'."
+            f"Reward {name!r}: there is no module {error.name!r}, neither installed nor in {os.getcwd()}. "
+            "Write 'module:function' or 'path/to/file.py:function'."
         ) from error

@@ -33,6 +33,7 @@ class PickScore(nn.Module):
         super().__init__()
         self.clip = CLIPEmbedder(model, processor or (PROCESSOR if model == MODEL else None))
         self.raw = raw
+        self.eval()
 
     def forward(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         """images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1]. Returns (B,) scores."""

@@ -91,10 +91,11 @@ class Preprocessing:
         if isinstance(target, int):
             short = min(height, width)
             target = (target * height // short, target * width // short)
-        if target == (height, width):
-            return images
-        # Bicubic weights are negative in places; 8-bit images cut what they overshoot, and so does this.
-        return F.interpolate(images, size=target, mode=self.mode, antialias=True).clamp(0, 1)
+        # Bicubic weights are negative in places. PIL resizes the width, then the height, and 8 bits cut the overshoot of each pass.
+        for size in ((height, target[1]), target):
+            if size != tuple(images.shape[-2:]):
+                images = F.interpolate(images, size=size, mode=self.mode, antialias=True).clamp(0, 1)
+        return images
 
     def _crop(self, images: Tensor) -> Tensor:
         if self.crop is None:

@@ -35,7 +35,8 @@ class SceneScore(nn.Module):
         from ..embedded.classifier import SceneClassifier
 
         super().__init__()
-        self.classifier = SceneClassifier.from_pretrained(model or embedded.path("scene-classifier")).float().eval().requires_grad_(False)
+        self.classifier = SceneClassifier.from_pretrained(model or embedded.path("scene-classifier"))
+        self.float().eval().requires_grad_(False)
 
     def forward(self, images: Tensor, prompts: list[str], **columns: Any) -> dict[str, Tensor]:
         """images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1]; of a video, everything is the mean over frames.

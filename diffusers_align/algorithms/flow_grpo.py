@@ -1,0 +1,46 @@
+r"""Flow-GRPO: online RL for flow matching (https://arxiv.org/abs/2505.05470).
+
+The probability-flow ODE becomes an SDE with the same marginals, so that sampling explores and has log-probabilities. Each
+prompt is sampled G times; a sample's advantage is how far its reward lies above its group's mean. The loss is PPO's, with a
+penalty that holds the policy near the pretrained model:
+
+$$ L = \mathbb E\Big[\max(-A\rho_t, -A\,\mathrm{clip}(\rho_t, 1-c, 1+c)) + \beta\, D_{KL}(\pi_\theta \| \pi_{ref})\Big] $$
+
+Against the official code (yifan123/flow_grpo, 879042c): the loss is the same. Its KL divides by the squared diffusion
+coefficient without the step's length, so it is the Gaussian KL times -dt; the maintainers call that deliberate, and the
+paper's betas go with it. `official_kl` is that one and the script's default, `gaussian_kl` the exact one. Samples whose
+advantage is 0 stay in the batch, so the loss's denominator is constant.
+
+Fast (SDE window): the same loss on the few steps of the scheduler's `sde_window`; the others are ODE steps.
+
+Logged: `reward`, `reward_std` within groups, `zero_std` the fraction of groups without any signal; `ratio_error`, |ratio - 1|
+before the epoch's first update; `kl`, in the chosen form; `clip_fraction`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..rl.importance import clipped_surrogate, importance_ratio
+
+
+def flow_grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *, per_dim: int, clip_range: float = 1e-4) -> Tensor:
+    """The clipped loss of one solver step, (B,).
+
+    Args:
+        log_prob, old_log_prob: (B,) nats, summed over dimensions; the second without gradient.
+        advantage: (B,), without gradient.
+        per_dim: number of dimensions of the action; 1 for the true ratio.
+        clip_range: 1e-4 in the official configs (1e-5 for Fast and CPS).
+    """
+    return clipped_surrogate(importance_ratio(log_prob, old_log_prob, per_dim), advantage, clip_range)
+
+
+def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
+    """Exact KL of two kernels of equal std, in nats per dimension, (B,): mean((mu - mu_ref)^2) / (2 std^2)."""
+    return ((mean - ref_mean).square() / (2 * std.square())).flatten(1).mean(1)
+
+
+def official_kl(mean: Tensor, ref_mean: Tensor, std: Tensor, step_size: float) -> Tensor:
+    """The official code's KL, (B,): `gaussian_kl` times the step's length |sigma_next - sigma|."""
+    return step_size * gaussian_kl(mean, ref_mean, std)

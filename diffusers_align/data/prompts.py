@@ -1,0 +1,72 @@
+"""Prompts: from a file or from the sets that ship with the package, and which of them an epoch samples."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_SHIPPED = Path(__file__).parent / "prompts"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and the data set's other fields, which rewards get as keyword arguments."""
+
+    text: str
+    columns: dict = field(default_factory=dict)
+
+
+def shipped_sets() -> list[str]:
+    return sorted(path.stem for path in _SHIPPED.glob("*.txt"))
+
+
+def load_prompts(source: str, column: str = "prompt") -> list[Prompt]:
+    """Read prompts from a `.txt` file (one a line), a `.jsonl` or a `.csv` file (field `column`), or a set of the package.
+
+    Raises:
+        ValueError: no such file or set, no prompts in it, or a row without a prompt (the message names the row).
+    """
+    path = Path(source)
+    if not path.suffix and (_SHIPPED / f"{source}.txt").is_file():
+        path = _SHIPPED / f"{source}.txt"
+    if not path.is_file():
+        raise ValueError(f"No prompt file {source!r}, and no shipped set of that name: there are {', '.join(shipped_sets())}.")
+    if path.suffix == ".txt":
+        prompts = [Prompt(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    elif path.suffix in (".jsonl", ".csv"):
+        prompts = [_from_row(row, number, column, path) for number, row in enumerate(_rows(path), 1)]
+    else:
+        raise ValueError(f"{path} is not a .txt, .jsonl or .csv file.")
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts. Write one a line.")
+    return prompts
+
+
+def _rows(path: Path) -> list[dict]:
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            return list(csv.DictReader(file))
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def _from_row(row: dict, number: int, column: str, path: Path) -> Prompt:
+    text = str(row.get(column) or "").strip()
+    if not text:
+        raise ValueError(f"{path}, row {number}: no {column!r} among its fields {sorted(row)}. Name the right one with --prompt_column.")
+    return Prompt(text, {name: value for name, value in row.items() if name != column})
+
+
+def prompts_of_epoch(prompts: list[Prompt], number: int, seed: int, epoch: int) -> list[int]:
+    """Indices of the `number` prompts that an epoch samples: walks through seeded permutations, so each is seen equally often.
+
+    A function of its arguments alone: it depends on neither the number of processes nor what was drawn before.
+    """
+    start, chosen = epoch * number, []
+    for position in range(start, start + number):
+        cycle, offset = divmod(position, len(prompts))
+        order = random.Random(f"{seed}/{cycle}").sample(range(len(prompts)), len(prompts))
+        chosen.append(order[offset])
+    return chosen

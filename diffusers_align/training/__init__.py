@@ -1,0 +1,1 @@
+"""What the training scripts share: arguments, the run (checkpoints, trackers, metrics), sampling, pictures, the Hub."""

@@ -1,0 +1,70 @@
+"""What a run leaves for others: the model card and, if asked, the upload."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import yaml
+from huggingface_hub import create_repo, upload_folder
+
+from .. import __version__, embedded
+
+IGNORED = ["checkpoint-*", ".*", "logs/**"]
+
+
+def write_model_card(run, results: dict[str, tuple[float, float]], pictures: list[str]) -> Path:
+    """Write `README.md`: how to load the LoRA, results as (mean, s.e.), pictures, the command and the configuration."""
+    args, name = run.args, run.args.pretrained_model_name_or_path
+    base = f'diffusers_align.embedded.path("{name}")' if name in embedded.NAMES else f'"{name}"'
+    front = {
+        "library_name": "diffusers", "license": "other", "tags": ["diffusers", "lora", "diffusers-align", run.algorithm.lower(), "template:sd-lora"],
+        **({} if name in embedded.NAMES or Path(name).exists() else {"base_model": name}),
+    }  # fmt: skip
+    config = {key: value for key, value in sorted(vars(args).items()) if key not in ("hub_token", "config", "trackers") and value is not None}
+    rows = "\n".join(f"| {key} | {mean:.4f} ± {error:.4f} |" for key, (mean, error) in results.items())
+    shown = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in pictures)
+    repo = args.hub_model_id or run.output_dir.name
+    card = f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {repo}
+
+A LoRA that aligns `{name}` with the reward `{args.reward}`, trained by {run.algorithm} with diffusers-align {__version__}.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({base})
+pipe.load_lora_weights("{repo}", weight_name="pytorch_lora_weights.safetensors")
+```
+
+Results on held-out prompts at equal seeds (mean ± standard error, {args.num_eval_samples} images):
+
+| | |
+|---|---|
+{rows}
+
+{shown}
+
+## Training
+
+```bash
+accelerate launch {" ".join(sys.argv)}
+```
+
+```yaml
+{yaml.safe_dump(config, sort_keys=False).strip()}
+```
+"""
+    path = run.output_dir / "README.md"
+    path.write_text(card, encoding="utf-8")
+    return path
+
+
+def push(run) -> str:
+    """Upload the output folder, without checkpoints, to `--hub_model_id`; return the repository's name."""
+    repo = create_repo(run.args.hub_model_id or run.output_dir.name, exist_ok=True, token=run.args.hub_token).repo_id
+    upload_folder(repo_id=repo, folder_path=run.output_dir, commit_message="End of training", ignore_patterns=IGNORED, token=run.args.hub_token)
+    return repo

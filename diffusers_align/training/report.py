@@ -1,0 +1,108 @@
+"""The picture and the numbers of a run: sample grids on the way, before and after at the end."""
+
+from __future__ import annotations
+
+from ..data.prompts import load_prompts
+from ..rewards import load_reward
+from . import hub
+from .pictures import before_and_after, grid
+from .sampling import Evaluation, evaluate, paired_gain
+
+
+def _model(name: str | None) -> dict:
+    from .. import embedded
+
+    return {} if name is None else {"model": embedded.path(name) if name in embedded.NAMES else name}
+
+
+class Report:
+    """Evaluates the policy at fixed held-out prompts and seeds, before and after, and writes what the user takes home.
+
+    Attributes:
+        reward: the reward that is trained on.
+        prompts: the training prompts.
+    """
+
+    def __init__(self, run, policy):
+        args, self.run, self.policy = run.args, run, policy
+        self.reward = load_reward(args.reward, device=run.accelerator.device, **_model(args.reward_model))
+        self.rewards = {"reward": self.reward}
+        if args.eval_reward:
+            self.rewards[args.eval_reward] = load_reward(args.eval_reward, device=run.accelerator.device, **_model(args.eval_reward_model))
+        self.prompts = load_prompts(args.prompts, args.prompt_column)
+        self.held_out = load_prompts(args.eval_prompts, args.prompt_column) if args.eval_prompts else self.prompts
+        self.before: Evaluation | None = None
+
+    def _evaluate(self) -> Evaluation:
+        args = self.run.args
+        return evaluate(self.run, self.policy, self.rewards, self.held_out, args.num_eval_samples, args.num_validation_images)
+
+    def start(self) -> None:
+        """Evaluate the pretrained model."""
+        with self.policy.reference():
+            self.before = self._evaluate()
+        self.run.print(f"before: {_summary(self.before)}")
+
+    def validate(self, epoch: int) -> None:
+        """Every `--validation_epochs`: a grid of the first validation prompts at their fixed seeds, and their mean reward."""
+        args, run = self.run.args, self.run
+        if (epoch + 1) % args.validation_epochs:
+            return
+        with run.averaged():
+            now = evaluate(run, self.policy, {"reward": self.reward}, self.held_out, args.num_validation_images, args.num_validation_images)
+        if run.is_main:
+            folder = run.output_dir / "samples"
+            folder.mkdir(exist_ok=True)
+            picture = grid(now.images, now.prompts)
+            picture.save(folder / f"epoch-{epoch + 1:04d}.png")
+            self._track(picture, epoch + 1)
+
+    def _track(self, picture, step: int) -> None:
+        import numpy as np
+
+        for tracker in self.run.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+            elif tracker.name == "wandb":
+                import wandb
+
+                tracker.log({"samples": wandb.Image(picture)}, step=step)
+
+    def finish(self) -> dict[str, tuple[float, float]]:
+        """Evaluate the aligned model; save the LoRA, pictures and the model card; push if asked. Returns (gain, s.e.) by reward."""
+        run, args = self.run, self.run.args
+        with run.averaged():
+            after = self._evaluate()
+            if run.is_main:
+                self.policy.save_lora(run.output_dir)
+        results, gains = {}, {}
+        for name, values in self.before.rewards.items():
+            if name not in self.rewards:
+                continue
+            results[f"{name}, before"], results[f"{name}, after"] = _mean(values), _mean(after.rewards[name])
+            results[f"{name}, paired gain"] = gains[name] = paired_gain(values, after.rewards[name])
+        if run.is_main:
+            before_and_after(self.before.images, after.images, self.before.prompts).save(run.output_dir / "before_after.png")
+            pictures = [name for name in ("before_after.png", "reward_curve.png") if (run.output_dir / name).is_file()]
+            hub.write_model_card(run, results, pictures)
+            if args.push_to_hub:
+                run.print(f"Pushed to {hub.push(run)}.")
+        run.print(f"after:  {_summary(after)}")
+        for name, (gain, error) in gains.items():
+            run.print(f"gain in {args.reward if name == 'reward' else name} on held-out prompts: {gain:+.4f} ± {error:.4f} (paired, s.e.)")
+        run.print(f"LoRA, pictures and model card: {run.output_dir}")
+        run.accelerator.end_training()
+        return gains
+
+
+def _mean(values) -> tuple[float, float]:
+    valid = values[~values.isnan()]
+    return float(valid.mean()), float(valid.std() / max(1, len(valid)) ** 0.5)
+
+
+def _summary(evaluation: Evaluation) -> str:
+    parts = []
+    for name, values in evaluation.rewards.items():
+        mean, error = _mean(values)
+        parts.append(f"{name} {mean:.4f} ± {error:.4f}")
+    return ", ".join(parts)

@@ -1,0 +1,253 @@
+"""A training run: accelerator, optimizer, checkpoints that resume exactly, metrics, trackers. The loop stays in the script."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from .. import embedded
+from ..policy import Policy
+from ..schedulers import sde_twin
+from .arguments import check_output_dir
+from .pictures import reward_curve
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Run:
+    """State and services of one run. Everything that a resumed run needs is saved by `checkpoint`.
+
+    Attributes:
+        history: one dict of metrics an epoch, also written to `metrics.jsonl` and drawn in `reward_curve.png`.
+        epoch: the next epoch to train.
+    """
+
+    def __init__(self, args, algorithm: str):
+        self.args, self.algorithm = args, algorithm
+        self.output_dir = check_output_dir(args.output_dir)
+        project = ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir / "logs"))
+        self.accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=args.trackers or None, project_config=project)
+        if args.trackers:
+            self.accelerator.init_trackers(args.run_name or self.output_dir.name, config={k: str(v) for k, v in vars(args).items() if k != "hub_token"})
+        set_seed(args.seed)
+        torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+        self.history: list[dict[str, float]] = []
+        self.epoch, self.ema, self.optimizer_steps = 0, None, 0
+        self.accelerator.register_for_checkpointing(self)
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def print(self, *values: Any) -> None:
+        self.accelerator.print(*values)
+
+    # --- what is trained -------------------------------------------------------------------------------------------
+
+    def load_policy(self, **sde_fields: Any) -> Policy:
+        """The pipeline with the SDE twin of its scheduler and a fresh LoRA."""
+        args = self.args
+        name = embedded.path(args.pretrained_model_name_or_path) if args.pretrained_model_name_or_path in embedded.NAMES else args.pretrained_model_name_or_path
+        pipeline = DiffusionPipeline.from_pretrained(name, dtype=DTYPES[args.mixed_precision], revision=args.revision, variant=args.variant)
+        pipeline.to(self.accelerator.device)
+        call = {n: getattr(args, n) for n in ("num_inference_steps", "guidance_scale", "height", "width") if getattr(args, n) is not None}
+        policy = Policy(pipeline, sde_twin(pipeline.scheduler, **sde_fields), **call, **args.call_kwargs)
+        config = {"target_modules": args.lora_layers.split(",")} if args.lora_layers else {}
+        policy.add_lora(args.rank, args.lora_alpha, **config)
+        if args.gradient_checkpointing:
+            for module in policy.denoisers.values():
+                module.enable_gradient_checkpointing()
+        self.policy = policy
+        self.accelerator.register_for_checkpointing(_Weights(policy))
+        return policy
+
+    def load_optimizer(self, steps: int) -> None:
+        """AdamW over the LoRA, a learning-rate schedule of `steps` optimizer steps, and the moving average if asked for."""
+        args, parameters = self.args, self.policy.trainable_parameters()
+        betas = (args.adam_beta1, args.adam_beta2)
+        optimizer = torch.optim.AdamW(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
+        self.optimizer = self.accelerator.prepare(optimizer)
+        self.lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=steps)
+        self.accelerator.register_for_checkpointing(self.lr_scheduler)
+        if args.use_ema:
+            self.ema = EMAModel(parameters, decay=args.ema_decay)
+            self.accelerator.register_for_checkpointing(self.ema)
+
+    def batches(self, num_samples: int) -> tuple[int, int]:
+        """How many batches an epoch's samples make on each process, and how many of them make an optimizer step.
+
+        Raises:
+            ValueError: the samples do not divide into equal batches.
+        """
+        args, processes = self.args, self.accelerator.num_processes
+        if num_samples % (processes * args.train_batch_size):
+            raise ValueError(
+                f"{num_samples} samples an epoch do not divide into batches of {args.train_batch_size} on {processes} processes. "
+                "Change --train_batch_size or the number of samples."
+            )
+        number = num_samples // (processes * args.train_batch_size)
+        return number, min(number, args.gradient_accumulation_steps or -(-number // 2))
+
+    @staticmethod
+    def chunks(num_batches: int, batches_a_step: int) -> list[range]:
+        """The batches of each optimizer step."""
+        return [range(start, min(num_batches, start + batches_a_step)) for start in range(0, num_batches, batches_a_step)]
+
+    def loss_weight(self, samples, chunk: range, num_steps: int) -> float:
+        """What makes the sum of per-sample, per-step losses of an optimizer step their mean, over all processes."""
+        return 1 / (num_steps * sum(len(samples.batches[b]) for b in chunk) * self.accelerator.num_processes)
+
+    def optimizer_step(self) -> float:
+        """All-reduce, clip, step, average. Returns the gradient's norm before clipping.
+
+        Gradients are summed by hand: a data-parallel wrapper would hide the denoiser's class from the pipeline.
+        """
+        parameters = self.policy.trainable_parameters()
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        self.optimizer_steps += 1
+        if self.ema is not None and self.optimizer_steps % self.args.ema_interval == 0:
+            self.ema.step(parameters)
+        return float(norm)
+
+    def averaged(self):
+        """Context: the moving average in the place of the live weights, if there is one."""
+        return _Averaged(self.ema, self.policy.trainable_parameters())
+
+    # --- epochs, metrics -------------------------------------------------------------------------------------------
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, under a progress bar; checkpoints on the way and at the end."""
+        args = self.args
+        with tqdm(total=args.num_epochs, initial=self.epoch, desc=self.algorithm, unit="epoch", disable=not self.is_main) as bar:
+            while self.epoch < args.num_epochs:
+                yield self.epoch
+                self.epoch += 1
+                bar.update()
+                bar.set_postfix({k: f"{self.history[-1][k]:.3g}" for k in ("reward", "ratio_error", "kl") if self.history and k in self.history[-1]})
+                if self.epoch % args.checkpointing_epochs == 0 or self.epoch == args.num_epochs:
+                    self.checkpoint()
+
+    def epoch_metrics(self, samples, diagnostics: list[list[dict]], norms: list[float], others: dict[str, list[float]]) -> dict[str, float]:
+        """Reward metrics; `ratio_error` before the first update, clipping after the last; means of `others`."""
+        first, last = diagnostics[0], diagnostics[-1]
+        metrics = {**samples.metrics(), "ratio_error": max(d["ratio_error"] for d in first)}
+        metrics |= {name: sum(d[name] for d in last) / len(last) for name in ("clip_fraction", "approx_kl")}
+        metrics |= {name: sum(values) / len(values) for name, values in others.items() if values}
+        return {**metrics, "grad_norm": sum(norms) / len(norms), "lr": self.lr_scheduler.get_last_lr()[0]}
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Add an epoch's metrics to the history, `metrics.jsonl`, the curve and the trackers."""
+        row = {"epoch": self.epoch, **{name: float(value) for name, value in metrics.items()}}
+        self.history.append(row)
+        self.accelerator.log(row, step=self.epoch)
+        if self.is_main:
+            _write_atomically(self.output_dir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
+            reward_curve(self.history, self.output_dir / "reward_curve.png")
+
+    # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> None:
+        """Save everything to `checkpoint-<epoch>`: complete or not at all, so that a kill in between loses nothing."""
+        final, partial = self.output_dir / f"checkpoint-{self.epoch}", self.output_dir / f".checkpoint-{self.epoch}.partial"
+        if self.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            self.policy.save_lora(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            self._prune()
+        self.accelerator.wait_for_everyone()
+
+    def checkpoints(self) -> list[Path]:
+        return sorted(self.output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+    def _prune(self) -> None:
+        limit = self.args.checkpoints_total_limit
+        for old in self.checkpoints()[: -limit if limit else 0]:
+            shutil.rmtree(old)
+
+    def resume(self) -> None:
+        """Go on from `--resume_from_checkpoint`, if given; call when policy, optimizer and other state are registered.
+
+        Raises:
+            FileNotFoundError: the named checkpoint does not exist.
+        """
+        wanted = self.args.resume_from_checkpoint
+        if not wanted:
+            return
+        found = self.checkpoints()
+        if wanted == "latest" and not found:
+            self.print(f"No checkpoint in {self.output_dir} yet: starting from the beginning.")
+            return
+        folder = found[-1] if wanted == "latest" else Path(wanted) if Path(wanted).is_dir() else self.output_dir / wanted
+        if not folder.is_dir():
+            raise FileNotFoundError(f"No checkpoint {wanted!r}; {self.output_dir} has {', '.join(p.name for p in found) or 'none'}.")
+        self.accelerator.load_state(str(folder))
+        self.print(f"Resumed from {folder.name}: {self.epoch} of {self.args.num_epochs} epochs are done.")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "history": self.history, "optimizer_steps": self.optimizer_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.history, self.optimizer_steps = state["epoch"], list(state["history"]), state["optimizer_steps"]
+
+
+class _Weights:
+    """The trainable parameters as something that accelerate checkpoints, in float32 and in order."""
+
+    def __init__(self, policy: Policy):
+        self.policy = policy
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {f"{i:05d}": p.detach().cpu().clone() for i, p in enumerate(self.policy.trainable_parameters())}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        parameters = self.policy.trainable_parameters()
+        if len(parameters) != len(state) or any(p.shape != state[f"{i:05d}"].shape for i, p in enumerate(parameters)):
+            raise ValueError("The checkpoint's LoRA has another shape: resume with the model, --rank and --lora_layers it was trained with.")
+        for i, parameter in enumerate(parameters):
+            parameter.copy_(state[f"{i:05d}"])
+
+
+class _Averaged:
+    def __init__(self, ema: EMAModel | None, parameters: list[torch.nn.Parameter]):
+        self.ema, self.parameters = ema, parameters
+
+    def __enter__(self) -> None:
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+
+    def __exit__(self, *exception) -> None:
+        if self.ema is not None:
+            self.ema.restore(self.parameters)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    os.replace(partial, path)
