@@ -119,7 +119,8 @@ def _hooked_class(cls: type, session: _Session) -> type:
     def set_timesteps(self, *args, **kwargs):
         cls.set_timesteps(self, *args, **kwargs)
         if session.timesteps is not None:
-            self.timesteps = session.timesteps.to(self.timesteps.device)
+            # In the schedule's own dtype: some pipelines index their noise table with it.
+            self.timesteps = session.timesteps.to(self.timesteps)
 
     def __deepcopy__(self, memo):
         if hasattr(cls, "__deepcopy__"):

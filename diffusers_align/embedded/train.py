@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteSchedu
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from .classifier import SceneClassifier
 from .scenes import COLORS, OBJECTS, Scene, place, render, sample_scene
@@ -176,13 +176,19 @@ class LatentScenes:
 # --- mini-sd3: flow matching ---------------------------------------------------------------------------------------
 
 
-def silent_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
-    """A T5 that says nothing: its last norm's weight is 0. StableDiffusion3Pipeline does not load without a third encoder."""
-    config = T5Config(vocab_size=128, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=1)
-    encoder = T5EncoderModel(config)
+def silent_t5(width: int) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+    """A T5 that says nothing: its last norm's weight is 0, and its tokenizer reads every text as empty.
+
+    StableDiffusion3Pipeline does not load without a third encoder.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, processors
+
+    encoder = T5EncoderModel(T5Config(vocab_size=3, d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=1))
     nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
-    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0), ("▁", -2.0)] + [(chr(c), -3.0) for c in range(33, 127)]
-    return encoder, T5Tokenizer(vocab=letters, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", extra_ids=10)
+    backend = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(Regex(r"[\s\S]+"), "")
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return encoder, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", model_max_length=512)
 
 
 def train_sd3(out: Path, minutes: float) -> None:

@@ -36,9 +36,9 @@ def flow_grpo(sigma: float, sigma_next: float, noise_level: float, sigma_after_f
     r"""Flow-GRPO (https://arxiv.org/abs/2505.05470, eq. 9): $g = a\sqrt{\sigma/(1-\sigma)}$.
 
     At sigma = 1 the coefficient is infinite; as in the official code, the second sigma of the schedule stands inside
-    $(1-\sigma)$ there, so the first step's std is exactly a.
+    $(1-\sigma)$ there, so the first step's std is exactly a. The same holds near 1, where some schedules (UniPC's) start.
     """
-    singular = sigma_after_first if sigma >= 1 else sigma
+    singular = min(sigma, sigma_after_first) if sigma > 0.999 else sigma
     return euler_maruyama(sigma, sigma_next, noise_level * math.sqrt(sigma / (1 - singular)))
 
 

@@ -52,11 +52,24 @@ class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
         eta: float = 1.0,
         source: dict | None = None,
     ):
+        # By keyword: the parent would register positional values as its defaults, and copies would lose them.
         super().__init__(
-            num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, clip_sample, set_alpha_to_one, steps_offset,
-            prediction_type, thresholding, dynamic_thresholding_ratio, clip_sample_range, sample_max_value, timestep_spacing,
-            rescale_betas_zero_snr,
-        )  # fmt: skip
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            clip_sample=clip_sample,
+            set_alpha_to_one=set_alpha_to_one,
+            steps_offset=steps_offset,
+            prediction_type=prediction_type,
+            thresholding=thresholding,
+            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
+            clip_sample_range=clip_sample_range,
+            sample_max_value=sample_max_value,
+            timestep_spacing=timestep_spacing,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        )
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], got {eta}: above 1 the kernel's direction term is imaginary.")
         if (other := build_source(source)) is not None:

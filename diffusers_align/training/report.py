@@ -12,7 +12,7 @@ from .sampling import Evaluation, evaluate, paired_gain
 def _model(name: str | None) -> dict:
     from .. import embedded
 
-    return {} if name is None else {"model": embedded.path(name) if name in embedded.NAMES else name}
+    return {} if not name else {"model": embedded.path(name) if name in embedded.NAMES else name}
 
 
 class Report:
