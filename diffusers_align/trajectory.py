@@ -122,7 +122,7 @@ class Trajectory:
         tensors, call = self._tensors(""), {}
         for name, value in self.condition.kwargs.items():
             if isinstance(value, Tensor):
-                tensors[f"condition.{name}"] = value.contiguous()
+                tensors[f"condition.{name}"] = value.clone(memory_format=torch.contiguous_format)
             else:
                 call[name] = value
         try:
@@ -143,7 +143,7 @@ class Trajectory:
         return replace(parts[0], children=tuple(parts[1:]))
 
     def _tensors(self, prefix: str) -> dict[str, Tensor]:
-        own = {f"{prefix}{name}": getattr(self, name).contiguous() for name in _FIELDS}
+        own = {f"{prefix}{name}": getattr(self, name).clone(memory_format=torch.contiguous_format) for name in _FIELDS}
         for i, child in enumerate(self.children):
             own |= child._tensors(f"child{i}.")
         return own

@@ -95,6 +95,15 @@ def test_first_std_of_flow_grpo_is_the_noise_level(noise_level, shift, steps):
     assert torch.equal(scheduler.transition(randn(0), scheduler.timesteps[0], randn(1)).std.flatten(), torch.tensor([noise_level]))
 
 
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DPMSolverMultistepScheduler"])
+def test_first_std_is_the_noise_level_where_the_schedule_starts_just_below_one(name):
+    source = getattr(diffusers, name)(use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
+    scheduler = sde_twin(source, sde_type="flow_grpo", noise_level=0.7)
+    scheduler.set_timesteps(10)
+    assert 0.999 < scheduler.sigmas[0] < 1
+    assert scheduler.kernel(0).std == pytest.approx(0.7, rel=0.01)
+
+
 @pytest.mark.parametrize("k", [1, 4, 8])
 def test_memoryless_kernel_is_the_gaussian_posterior_of_its_noising_process(k):
     """Bayes' rule for x' given x and x_0, with x = a x' + sqrt(c) noise."""

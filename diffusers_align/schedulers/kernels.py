@@ -26,7 +26,7 @@ class Kernel(NamedTuple):
 
 
 def euler_maruyama(sigma: float, sigma_next: float, g: float) -> Kernel:
-    """The reverse SDE with diffusion coefficient g, discretised by Euler-Maruyama. Its order is 1 in the step."""
+    """The reverse SDE with diffusion coefficient g, discretised by Euler-Maruyama. Its order is 1 in the step, for bounded g."""
     dt = sigma_next - sigma
     pull = g * g / (2 * sigma) * dt
     return Kernel(1 + pull, dt + pull * (1 - sigma), g * math.sqrt(-dt))

@@ -76,6 +76,12 @@ class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
             self.alphas_cumprod = other.alphas_cumprod.to(torch.float32)
             self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
 
+    def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
+        """The parent's, kept below 1 - alpha': at zero terminal SNR they are equal, and rounding would make the direction term NaN."""
+        variance = super()._get_variance(timestep, prev_timestep)
+        room = 1 - (self.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod)
+        return torch.where((variance**0.5) ** 2 > room, room * (1 - 1e-6), variance)
+
     def _noise_scale(self) -> float:
         return 0.0 if self.deterministic else self.config.eta
 

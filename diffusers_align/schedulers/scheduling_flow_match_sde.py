@@ -120,10 +120,11 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
         """Weights and standard deviation of solver step k; std is 0 where the stock step is taken."""
         noise, inverted = self._noise_at(k), self.config.invert_sigmas
         sigma, sigma_next, second = (1 - s if inverted else s for s in (*self._sigma_list[k : k + 2], self._sigma_list[1]))
-        if noise == 0 or sigma_next >= sigma:
-            return Kernel(1.0, self._sigma_list[k + 1] - self._sigma_list[k], 0.0)
-        x_weight, v_weight, std = KERNELS[self.config.sde_type](sigma, sigma_next, noise, second)
-        return Kernel(x_weight, -v_weight if inverted else v_weight, std)
+        if noise > 0 and sigma_next < sigma:
+            x_weight, v_weight, std = KERNELS[self.config.sde_type](sigma, sigma_next, noise, second)
+            if std > 0:
+                return Kernel(x_weight, -v_weight if inverted else v_weight, std)
+        return Kernel(1.0, self._sigma_list[k + 1] - self._sigma_list[k], 0.0)
 
     @property
     def stochastic_steps(self) -> Tensor:

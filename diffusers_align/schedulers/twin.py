@@ -20,6 +20,7 @@ SDE_FIELDS = {
 NO_KERNEL = {
     "LCM": "it is a consistency sampler: few steps, each a jump to the clean sample",
     "TCD": "it is a consistency sampler: few steps, each a jump to the clean sample",
+    "FlowMatchLCM": "it is a consistency sampler: few steps, each a jump to the clean sample",
     "CM": "it samples consistency models",
     "SCM": "it samples consistency models in trigonometric flow",
     "EDM": "it walks in EDM's sigma space",
@@ -28,6 +29,9 @@ NO_KERNEL = {
     "ScoreSde": "it walks in a variance-exploding space",
     "UnCLIP": "its variance is learned, on a table of its own",
     "DDPMWuerstchen": "its time is continuous, without a table",
+    "DDIMInverse": "it walks from data to noise",
+    "DPMSolverMultistepInverse": "it walks from data to noise",
+    "Helios": "its schedule has several stages",
     "RePaint": "it jumps back and forth in time",
     "VQDiffusion": "its states are discrete",
     "Amused": "its states are discrete",
@@ -83,6 +87,8 @@ def _ddim_twin(scheduler, config: dict, source: dict, sde_fields: dict) -> DDIMS
     known = inspect.signature(DDIMSDEScheduler.__init__).parameters
     # DDIM clips by default, latent models must not be clipped: clip only where the source asks for it.
     config = {"clip_sample": False} | {name: value for name, value in config.items() if name in known}
+    if type(scheduler).__name__.startswith("CogVideoX"):
+        config["clip_sample"] = False  # registered by these classes, True by default, but never read
     if config.get("timestep_spacing") == "linspace":
         # DDIM steps by num_train_timesteps // K, which leaves a linspace grid; trailing also starts at the last timestep.
         config["timestep_spacing"] = "trailing"
