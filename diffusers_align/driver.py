@@ -156,7 +156,7 @@ def _gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
 
     def gate(*args, **kwargs):
         first = args[0] if args else next(iter(kwargs.values()))
-        key = (tuple(x.shape for x in pytree.tree_leaves(first) if isinstance(x, Tensor)), len(args), tuple(kwargs), kwargs.get("return_dict"))
+        key = (tuple((x.shape, x.dtype) for x in pytree.tree_leaves(first) if isinstance(x, Tensor)), len(args), tuple(kwargs), kwargs.get("return_dict"))
         if is_open():
             output = forward(*args, **kwargs)
         elif key in shapes:
@@ -196,7 +196,7 @@ class PromptMemory:
             return
 
         def remembered(*args, **kwargs):
-            key = _key((args, kwargs))
+            key = (_key((args, kwargs)), pipeline.dtype, pipeline.device)
             if key not in self.entries:
                 with torch.no_grad():
                     # The arguments are kept as well: keys of tensors and images are their identities.

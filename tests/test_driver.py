@@ -1,0 +1,126 @@
+"""The driver leaves a pipeline as it found it, and what it puts in the scheduler's place passes for the scheduler."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from tiny_pipelines import FAMILIES
+
+from diffusers_align.driver import PromptMemory, denoisers, drive
+
+CALL = {"prompt": ["a cat"], "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent", "height": 16, "width": 16}
+
+
+@pytest.fixture
+def pipeline():
+    return FAMILIES["sd15"].build()
+
+
+def call(**overrides):
+    return {**CALL, "generator": torch.Generator().manual_seed(0), **overrides}
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, DPMSolverMultistepScheduler])
+def test_watching_a_stock_scheduler_changes_nothing(pipeline, scheduler):
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(**call())[0]
+    steps = []
+    driven = drive(pipeline, lambda step: steps.append(step.k), call())[0]
+    assert torch.equal(driven, expected)
+    assert steps == list(range(len(pipeline.scheduler.timesteps)))
+
+
+def test_inside_a_run_the_scheduler_passes_for_its_own_class(pipeline):
+    cls, seen = type(pipeline.scheduler), []
+
+    def look(step):
+        seen.append(isinstance(step.scheduler, cls))
+        seen.append(inspect.signature(step.scheduler.step) == inspect.signature(cls(num_train_timesteps=10).step))
+        seen.append(inspect.signature(step.scheduler.set_timesteps) == inspect.signature(cls(num_train_timesteps=10).set_timesteps))
+        seen.append(type(step.scheduler).__name__ == cls.__name__)
+
+    drive(pipeline, look, call())
+    assert seen and all(seen)
+    assert type(pipeline.scheduler) is cls
+
+
+def test_everything_is_restored_when_a_callback_raises(pipeline):
+    cls, config = type(pipeline.scheduler), dict(getattr(pipeline, "_progress_bar_config", {}))
+
+    def fail(step):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        drive(pipeline, fail, call(), needs_denoiser=lambda k: True, memory=PromptMemory())
+    assert type(pipeline.scheduler) is cls
+    assert "encode_prompt" not in pipeline.__dict__
+    assert "forward" not in pipeline.unet.__dict__
+    assert pipeline._progress_bar_config == config
+
+
+def test_the_returned_state_replaces_the_schedulers(pipeline):
+    out = drive(pipeline, lambda step: torch.full_like(step.sample, 0.5), call())[0]
+    assert torch.equal(out, torch.full_like(out, 0.5))
+
+
+def test_gated_calls_cost_nothing_and_return_zeros(pipeline):
+    calls, outputs = [0], []
+    pipeline.unet.register_forward_hook(lambda *_: None)
+    forward = pipeline.unet.forward
+
+    def counted(*args, **kwargs):
+        calls[0] += 1
+        return forward(*args, **kwargs)
+
+    pipeline.unet.forward = counted
+    drive(pipeline, lambda step: None, call(), needs_denoiser=lambda k: True)
+    before = calls[0]
+    drive(pipeline, lambda step: outputs.append(step.model_output), call(), needs_denoiser=lambda k: k == 1)
+    assert (before, calls[0] - before) == (3, 1)
+    assert [bool(output.any()) for output in outputs] == [False, True, False]
+    assert pipeline.unet.forward is counted
+
+
+def test_gradients_flow_only_when_asked_for(pipeline):
+    pipeline.unet.requires_grad_(True)
+    kept = []
+    drive(pipeline, lambda step: kept.append(step.model_output.requires_grad), call())
+    drive(pipeline, lambda step: kept.append(step.model_output.requires_grad), call(), gradients=True)
+    assert kept == [False] * 3 + [True] * 3
+
+
+def test_prompts_are_encoded_once(pipeline):
+    memory, calls = PromptMemory(size=1), [0]
+    pipeline.text_encoder.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    first = drive(pipeline, lambda step: None, call(), memory=memory)[0]
+    encoded = calls[0]
+    second = drive(pipeline, lambda step: None, call(), memory=memory)[0]
+    assert encoded > 0 and calls[0] == encoded and torch.equal(first, second)
+    drive(pipeline, lambda step: None, call(prompt=["a dog"]), memory=memory)
+    assert calls[0] > encoded and len(memory.entries) == 1
+
+
+def test_copies_of_the_scheduler_are_children_with_steps_of_their_own(pipeline):
+    seen, copies = [], []
+
+    def on_step(step):
+        seen.append((step.child, step.k))
+        if step.child == 0:
+            if not copies:
+                copies.append(copy.deepcopy(step.scheduler))
+            copies[0].step(step.model_output, step.timestep, step.sample)
+
+    drive(pipeline, on_step, call())
+    assert [s for s in seen if s[0] == 0] == [(0, 0), (0, 1), (0, 2)]
+    assert [s for s in seen if s[0] == 1] == [(1, 0), (1, 1), (1, 2)]
+
+
+def test_a_pipeline_without_denoiser_is_refused():
+    class Nothing:
+        components = {"tokenizer": object()}
+
+    with pytest.raises(ValueError, match="no denoiser"):
+        denoisers(Nothing())

@@ -1,0 +1,221 @@
+"""What `Policy` promises beyond families: memory, micro-batches, reproducibility, errors that help."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from tiny_pipelines import FAMILIES
+
+from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, Policy, noise_seed
+from diffusers_align.lora import scale_of
+
+PROMPTS, SEEDS = ["a cat", "a dog", "a red bird", "a fish"], [1, 2, 3, 4]
+
+
+def make(name="sd3", **call):
+    policy = Policy(FAMILIES[name].build(), **{**FAMILIES[name].call, **call})
+    trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
+    parameters = policy.add_lora(rank=4)
+    torch.manual_seed(0)
+    for parameter in parameters:
+        parameter.data.add_(0.02 * torch.randn_like(parameter))
+    return policy, trajectory, parameters
+
+
+def gradient(policy, parameters, trajectories, steps=None):
+    for parameter in parameters:
+        parameter.grad = None
+    for trajectory in trajectories:
+        policy.replay(trajectory, lambda k, transition: transition.log_prob(trajectory.actions[:, k]).sum().backward(), steps)  # noqa: B023
+    return torch.cat([p.grad.flatten() for p in parameters])
+
+
+def saved_bytes(function):
+    """Bytes that autograd keeps for the backward pass, each storage counted once."""
+    storages = {}
+
+    def pack(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = function()
+    return sum(storages.values()), result
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd15"])
+def test_a_transition_keeps_one_denoiser_steps_memory(name):
+    policy, trajectory, _ = make(name, num_inference_steps=8)
+    inputs, denoiser = {}, next(iter(policy.denoisers.values()))
+    handle = denoiser.register_forward_pre_hook(lambda m, args, kwargs: inputs.update(args=args, kwargs=kwargs), with_kwargs=True)
+    kept, _ = saved_bytes(lambda: policy.transition(trajectory, 3))
+    handle.remove()
+    bare, _ = saved_bytes(lambda: denoiser(*inputs["args"], **inputs["kwargs"]))
+    assert bare <= kept <= 1.1 * bare + 16 * trajectory.final.numel() * 4
+
+
+def test_gradient_checkpointing_saves_memory_and_keeps_the_gradient():
+    policy, trajectory, parameters = make("sd3")
+    kept, _ = saved_bytes(lambda: policy.transition(trajectory, 1))
+    expected = gradient(policy, parameters, [trajectory])
+    for module in policy.denoisers.values():
+        module.enable_gradient_checkpointing()
+        module.train()
+    less, _ = saved_bytes(lambda: policy.transition(trajectory, 1))
+    assert less < 0.7 * kept
+    torch.testing.assert_close(gradient(policy, parameters, [trajectory]), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd15"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 3e-5)])
+def test_micro_batches_and_single_steps_do_not_change_the_gradient(name, dtype, tolerance):
+    """To 1e-6 where the denoiser's own rounding, which depends on the batch, is out of the way."""
+    policy, _, parameters = make(name)
+    policy.pipeline.to(dtype)
+    trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
+    for parameter in parameters:
+        parameter.data.add_(0.01)
+    whole = gradient(policy, parameters, [trajectory])
+    parts = gradient(policy, parameters, [trajectory.select([0, 2]), trajectory.select([3]), trajectory.select([1])])
+    assert float((whole - parts).norm() / whole.norm()) < tolerance
+    steps = trajectory.stochastic.nonzero().flatten().tolist()
+    one_by_one = sum(gradient(policy, parameters, [trajectory], [k]) for k in steps)
+    assert float((whole - one_by_one).norm() / whole.norm()) < tolerance
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd15", "wan"])
+def test_a_samples_noise_depends_on_its_seed_alone(name):
+    policy, trajectory, _ = make(name)
+    with policy.reference():
+        alone = policy.rollout([PROMPTS[2]], seeds=[SEEDS[2]])
+    torch.testing.assert_close(alone.states[0, 0], trajectory.states[2, 0])
+    torch.testing.assert_close(alone.final[0], trajectory.final[2], rtol=1e-4, atol=1e-4)
+    other = policy.rollout([PROMPTS[2]], seeds=[99])
+    assert not torch.allclose(other.states[0, 0], trajectory.states[2, 0])
+
+
+def test_noise_seeds_differ_and_stay():
+    keys = [(s, e, p, i) for s in range(3) for e in range(3) for p in range(3) for i in range(3)]
+    assert len({noise_seed(*key) for key in keys}) == len(keys)
+    assert noise_seed(42, 0, 1, 2) == noise_seed(42, 0, 1, 2) and 0 <= noise_seed("x") < 2**63
+
+
+def test_unseeded_rollouts_take_their_seeds_from_the_generator():
+    policy, _, _ = make()
+    first, second = (policy.rollout(PROMPTS[:1], generator=torch.Generator().manual_seed(s)) for s in (0, 0))
+    assert torch.equal(first.final, second.final)
+    assert not torch.equal(policy.rollout(PROMPTS[:1]).final, first.final)
+
+
+def test_replaying_moved_weights_shows_in_the_ratio():
+    policy, trajectory, _ = make()
+    ratios = []
+    with torch.no_grad():
+        policy.replay(trajectory, lambda k, t: ratios.append(t.log_prob(trajectory.actions[:, k]) - trajectory.log_probs[:, k]))
+    assert all(bool((r != 0).all()) for r in ratios)
+    with torch.no_grad(), policy.reference():
+        exact = []
+        policy.replay(trajectory, lambda k, t: exact.append(torch.equal(t.log_prob(trajectory.actions[:, k]), trajectory.log_probs[:, k])))
+    assert all(exact)
+
+
+def test_another_caption_gives_another_density_of_the_same_action():
+    policy, trajectory, _ = make()
+    view = policy.condition(["a house"] * 4, seeds=SEEDS)
+    own, other = (policy.transition(trajectory, 1, c).log_prob(trajectory.actions[:, 1]) for c in (None, view))
+    assert not torch.equal(own, other)
+
+
+def test_a_loaded_trajectory_replays(tmp_path):
+    from diffusers_align import Trajectory
+
+    policy, trajectory, _ = make()
+    trajectory.save(tmp_path / "t.safetensors")
+    loaded = Trajectory.load(tmp_path / "t.safetensors")
+    with policy.reference(), torch.no_grad():
+        log_prob = policy.transition(loaded, 0).log_prob(loaded.actions[:, 0])
+    assert torch.equal(log_prob, trajectory.log_probs[:, 0])
+
+
+def test_reference_restores_on_an_exception():
+    policy, trajectory, parameters = make()
+    before = policy.transition(trajectory, 0).mean
+    with pytest.raises(KeyError), policy.reference():
+        raise KeyError
+    assert torch.equal(policy.transition(trajectory, 0).mean, before) and all(p.requires_grad for p in parameters)
+    assert scale_of(policy.denoisers.values()) > 0
+
+
+def test_everything_but_the_lora_is_frozen_and_in_eval_mode():
+    policy, _, parameters = make("sd3")
+    trainable = [p for c in policy.pipeline.components.values() if isinstance(c, torch.nn.Module) for p in c.parameters() if p.requires_grad]
+    assert {id(p) for p in trainable} == {id(p) for p in parameters} == {id(p) for p in policy.trainable_parameters()}
+    assert all(p.dtype == torch.float32 for p in parameters)
+
+
+def test_the_twin_is_chosen_by_the_pipelines_scheduler():
+    assert isinstance(Policy(FAMILIES["sd15"].build()).scheduler, DDIMSDEScheduler)
+    assert isinstance(Policy(FAMILIES["sd3"].build()).scheduler, FlowMatchSDEScheduler)
+
+
+def test_decode_is_in_range_and_differentiable():
+    policy, trajectory, _ = make("sd15")
+    latents = (0.1 * trajectory.final).requires_grad_()
+    images = policy.decode(latents)
+    assert images.shape[:2] == (4, 3) and 0 <= float(images.min()) and float(images.max()) <= 1
+    images.sum().backward()
+    assert float(latents.grad.abs().sum()) > 0
+
+
+class TestErrors:
+    def test_call_arguments_that_the_pipeline_lacks(self):
+        policy, _, _ = make()
+        with pytest.raises(ValueError, match="has no guidance"):
+            policy.rollout(PROMPTS, guidance=3)
+
+    def test_no_prompts_or_seeds_of_another_number(self):
+        policy, _, _ = make()
+        with pytest.raises(ValueError, match="No prompts"):
+            policy.rollout([])
+        with pytest.raises(ValueError, match="4 prompts need as many seeds"):
+            policy.rollout(PROMPTS, seeds=[1])
+
+    def test_a_replay_with_other_seeds_is_refused(self):
+        policy, trajectory, _ = make()
+        with pytest.raises(ValueError, match="another state than the one recorded"):
+            policy.transition(trajectory, 0, policy.condition(PROMPTS, seeds=[5, 6, 7, 8]))
+
+    def test_steps_that_do_not_exist(self):
+        policy, trajectory, _ = make()
+        with pytest.raises(ValueError, match="steps 0 to"):
+            policy.transition(trajectory, 99)
+        with pytest.raises(ValueError, match="states 0 to"):
+            policy.complete(trajectory, 99)
+
+    def test_a_deterministic_trajectory_has_no_log_prob(self):
+        policy, _, _ = make()
+        trajectory = policy.rollout(PROMPTS, seeds=SEEDS, deterministic=True)
+        assert not trajectory.stochastic.any() and trajectory.log_probs.isnan().all()
+        with pytest.raises(ValueError, match="no log-probability"):
+            policy.scheduler.deterministic = True
+            policy.transition(trajectory, 0).log_prob(trajectory.actions[:, 0])
+
+    def test_a_stock_scheduler_is_no_policy(self):
+        with pytest.raises(TypeError, match="sde_twin"):
+            Policy(FAMILIES["sd15"].build(), DDIMScheduler())
+
+    def test_dropout_and_second_adapters_are_refused(self):
+        policy, _, _ = make()
+        with pytest.raises(ValueError, match="carries an adapter"):
+            policy.add_lora(rank=4)
+        with pytest.raises(ValueError, match="lora_dropout must be 0"):
+            Policy(FAMILIES["sd15"].build()).add_lora(rank=4, lora_dropout=0.1)
+
+    def test_images_of_another_size_cannot_be_encoded(self):
+        policy, _, _ = make("sd15")
+        with pytest.raises(ValueError, match="pass images of the size"):
+            policy.encode(torch.rand(1, 3, 64, 64))
+
+    def test_predict_wants_a_time_for_each_sample(self):
+        policy, trajectory, _ = make()
+        with pytest.raises(ValueError, match="need latents and timesteps of as many"):
+            policy.predict(trajectory.final, trajectory.timesteps[:2], trajectory.condition)
