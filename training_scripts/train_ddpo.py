@@ -20,7 +20,7 @@ def parse_args(argv=None):
     parser = arguments.base_parser(__doc__.splitlines()[0])
     parser.set_defaults(rank=4, lora_alpha=4, num_inference_steps=50, guidance_scale=5.0)
     group = parser.add_argument_group("DDPO")
-    group.add_argument("--variant", choices=["is", "sf"], default="is", help="importance sampling, or the score function (one step an epoch)")
+    group.add_argument("--estimator", choices=["is", "sf"], default="is", help="importance sampling, or the score function (one step an epoch)")
     group.add_argument("--num_samples_per_epoch", type=int, default=256)
     group.add_argument("--eta", type=float, default=1.0, help="noise of the DDIM kernel")
     group.add_argument("--timestep_fraction", type=float, default=1.0, help="share of the steps that is trained, drawn for each batch")
@@ -35,17 +35,17 @@ def parse_args(argv=None):
 def trained_steps(trajectory, args, epoch, batch):
     """The stochastic steps, or a random share of them, in order."""
     steps = trajectory.stochastic.nonzero().flatten().tolist()
-    number = max(1, round(len(steps) * args.timestep_fraction))
+    number = min(len(steps), max(1, round(len(steps) * args.timestep_fraction)))
     return sorted(random.Random(f"{args.seed}/{epoch}/{batch}/steps").sample(steps, number))
 
 
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "DDPO")
+    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
     policy = run.load_policy(eta=args.eta)
     report = Report(run, policy)
-    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
-    if args.variant == "sf":
+    if args.estimator == "sf":
         batches_a_step = num_batches
     run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
     statistics = PromptStatistics(args.per_prompt_stat_buffer_size, args.per_prompt_stat_min_count)
@@ -76,7 +76,7 @@ def main(argv=None):
 
                 def on_step(k, transition):
                     old, new = trajectory.log_probs[:, k], transition.log_prob(trajectory.actions[:, k])
-                    if args.variant == "sf":
+                    if args.estimator == "sf":
                         loss = reinforce_loss(new, advantage, per_dim=dimensions)
                     else:
                         loss = ddpo_loss(new, old, advantage, per_dim=dimensions, clip_range=args.clip_range)

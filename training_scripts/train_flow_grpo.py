@@ -45,9 +45,9 @@ def sde_window(args, epoch):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "Flow-GRPO")
+    num_batches, batches_a_step = run.batches(args.num_prompts_per_epoch * args.group_size)
     policy = run.load_policy(sde_type=args.sde_type, noise_level=args.noise_level)
     report = Report(run, policy)
-    num_batches, batches_a_step = run.batches(args.num_prompts_per_epoch * args.group_size)
     run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
     run.resume()
     report.start()

@@ -129,7 +129,7 @@ def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
 
-def train_vae(out: Path, minutes: float) -> None:
+def train_vae(out: Path, minutes: float, resume: bool) -> None:
     """AutoencoderKL of factor 2 (32 px to 16 x 16 x 4): L1 on pixels and on their gradients, a light KL."""
     images = make_scenes(20000, seed=1)[0].float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
     vae = AutoencoderKL(
@@ -191,7 +191,7 @@ def silent_t5(width: int) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     return encoder, PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", model_max_length=512)
 
 
-def train_sd3(out: Path, minutes: float) -> None:
+def train_sd3(out: Path, minutes: float, resume: bool) -> None:
     """SD3 transformer, velocity loss at logit-normal times (https://arxiv.org/abs/2403.03206), text encoders trained along.
 
     The third encoder is silent: it appends `max_sequence_length` (256 by default) zero tokens to the text. The model sees none
@@ -204,6 +204,10 @@ def train_sd3(out: Path, minutes: float) -> None:
         sample_size=LATENT_SIZE, patch_size=2, in_channels=4, out_channels=4, num_layers=6, attention_head_dim=32, num_attention_heads=4,
         joint_attention_dim=128, caption_projection_dim=128, pooled_projection_dim=128, pos_embed_max_size=LATENT_SIZE,
     )  # fmt: skip
+
+    if resume:
+        transformer.load_state_dict(SD3Transformer2DModel.from_pretrained(out / "mini-sd3" / "transformer").state_dict())
+        encoders = [CLIPTextModelWithProjection.from_pretrained(out / "mini-sd3" / name) for name in ("text_encoder", "text_encoder_2")]
 
     def loss_fn() -> Tensor:
         x0, ids = data.batch(64)
@@ -232,7 +236,7 @@ def train_sd3(out: Path, minutes: float) -> None:
 # --- mini-sd: denoising diffusion ----------------------------------------------------------------------------------
 
 
-def train_sd(out: Path, minutes: float) -> None:
+def train_sd(out: Path, minutes: float, resume: bool) -> None:
     """UNet, epsilon loss with min-SNR weights of gamma 5 (https://arxiv.org/abs/2303.09556), text encoder trained along."""
     tokenizer = build_tokenizer()
     data = LatentScenes(out, tokenizer)
@@ -241,7 +245,11 @@ def train_sd(out: Path, minutes: float) -> None:
         sample_size=LATENT_SIZE, block_out_channels=(48, 96), layers_per_block=1, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
     ).to(memory_format=torch.channels_last)  # fmt: skip
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    if resume:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(out / "mini-sd" / "unet").state_dict())
+        encoder = CLIPTextModel.from_pretrained(out / "mini-sd" / "text_encoder")
+    # Not Stable Diffusion's betas: on 16 x 16 latents their last step still shows the mean, which is the background's colour.
+    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
     alphas = scheduler.alphas_cumprod
     weights = (alphas / (1 - alphas)).clamp(max=5) / (alphas / (1 - alphas))
 
@@ -292,7 +300,7 @@ def judged_images(out: Path, number: int, seed: int) -> tuple[Tensor, list[Scene
     return images, scenes, centers
 
 
-def train_classifier(out: Path, minutes: float) -> None:
+def train_classifier(out: Path, minutes: float, resume: bool) -> None:
     images, scenes, centers = judged_images(out, 16000, seed=3)
     objects = torch.tensor([list(OBJECTS).index(s.object) for s in scenes])
     colors = torch.tensor([list(COLORS).index(s.color) for s in scenes])
@@ -309,7 +317,7 @@ def train_classifier(out: Path, minutes: float) -> None:
     fit("classifier", [classifier], loss_fn, lambda: classifier.save_pretrained(out / "scene-classifier"), minutes, lr=2e-3)
 
 
-def train_clip(out: Path, minutes: float) -> None:
+def train_clip(out: Path, minutes: float, resume: bool) -> None:
     """CLIPModel with a ViT on 4-pixel patches; the contrast leaves out pairs whose captions are equal."""
     images, scenes, _ = judged_images(out, 16000, seed=4)
     tokenizer, captions = build_tokenizer(), [scene.caption() for scene in scenes]
@@ -346,6 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("stages", nargs="+", choices=list(STAGES))
     parser.add_argument("--minutes", nargs="+", type=float, required=True, help="training time of each stage")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--resume", action="store_true", help="sd and sd3: go on from the weights in the output folder")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     if len(args.minutes) != len(args.stages):
@@ -353,8 +362,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for stage, minutes in zip(args.stages, args.minutes):
-        torch.manual_seed(0)
-        STAGES[stage](args.output_dir, minutes)
+        torch.manual_seed(int(args.resume))
+        STAGES[stage](args.output_dir, minutes, args.resume)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
+import sys
 from pathlib import Path
 
 import yaml
@@ -106,7 +108,14 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     if args.push_to_hub and args.hub_token and "wandb" in args.report_to:
         parser.error("--hub_token would be logged to wandb with the other arguments; log in with `hf auth login` instead")
     _check_trackers(parser, args)
+    args.command = _command(sys.argv[1:] if argv is None else argv)
     return args
+
+
+def _command(argv: list[str]) -> str:
+    """The command line that makes this run, for the model card: without the token."""
+    kept = [word for before, word in zip(["", *argv], argv) if not word.startswith("--hub_token") and before != "--hub_token"]
+    return shlex.join(["accelerate", "launch", sys.argv[0], *kept])
 
 
 def _recipe(parser: argparse.ArgumentParser, path: str) -> dict:

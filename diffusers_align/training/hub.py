@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import yaml
@@ -16,12 +15,13 @@ IGNORED = ["checkpoint-*", ".*", "logs/**"]
 def write_model_card(run, results: dict[str, tuple[float, float]], pictures: list[str]) -> Path:
     """Write `README.md`: how to load the LoRA, results as (mean, s.e.), pictures, the command and the configuration."""
     args, name = run.args, run.args.pretrained_model_name_or_path
-    base = f'diffusers_align.embedded.path("{name}")' if name in embedded.NAMES else f'"{name}"'
+    base = f'embedded.path("{name}")' if name in embedded.NAMES else f'"{name}"'
+    imports = "from diffusers import DiffusionPipeline" + ("\n\nfrom diffusers_align import embedded" if name in embedded.NAMES else "")
     front = {
         "library_name": "diffusers", "license": "other", "tags": ["diffusers", "lora", "diffusers-align", run.algorithm.lower(), "template:sd-lora"],
         **({} if name in embedded.NAMES or Path(name).exists() else {"base_model": name}),
     }  # fmt: skip
-    config = {key: value for key, value in sorted(vars(args).items()) if key not in ("hub_token", "config", "trackers") and value is not None}
+    config = {key: value for key, value in sorted(vars(args).items()) if key not in ("hub_token", "config", "trackers", "command") and value is not None}
     rows = "\n".join(f"| {key} | {mean:.4f} ± {error:.4f} |" for key, (mean, error) in results.items())
     shown = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in pictures)
     repo = args.hub_model_id or run.output_dir.name
@@ -34,7 +34,7 @@ def write_model_card(run, results: dict[str, tuple[float, float]], pictures: lis
 A LoRA that aligns `{name}` with the reward `{args.reward}`, trained by {run.algorithm} with diffusers-align {__version__}.
 
 ```python
-from diffusers import DiffusionPipeline
+{imports}
 
 pipe = DiffusionPipeline.from_pretrained({base})
 pipe.load_lora_weights("{repo}", weight_name="pytorch_lora_weights.safetensors")
@@ -51,7 +51,7 @@ Results on held-out prompts at equal seeds (mean ± standard error, {args.num_ev
 ## Training
 
 ```bash
-accelerate launch {" ".join(sys.argv)}
+{args.command}
 ```
 
 ```yaml
@@ -63,8 +63,13 @@ accelerate launch {" ".join(sys.argv)}
     return path
 
 
+def create(run) -> None:
+    """Make the repository, before training, so that a wrong token is found then; `--hub_model_id` becomes its full name."""
+    run.args.hub_model_id = create_repo(run.args.hub_model_id or run.output_dir.name, exist_ok=True, token=run.args.hub_token).repo_id
+
+
 def push(run) -> str:
-    """Upload the output folder, without checkpoints, to `--hub_model_id`; return the repository's name."""
-    repo = create_repo(run.args.hub_model_id or run.output_dir.name, exist_ok=True, token=run.args.hub_token).repo_id
+    """Upload the output folder, without checkpoints, to the repository that `create` made; return its name."""
+    repo = run.args.hub_model_id
     upload_folder(repo_id=repo, folder_path=run.output_dir, commit_message="End of training", ignore_patterns=IGNORED, token=run.args.hub_token)
     return repo

@@ -38,7 +38,9 @@ class Report:
         return evaluate(self.run, self.policy, self.rewards, self.held_out, args.num_eval_samples, args.num_validation_images)
 
     def start(self) -> None:
-        """Evaluate the pretrained model."""
+        """Make the repository if the run will be pushed; evaluate the pretrained model."""
+        if self.run.args.push_to_hub and self.run.is_main:
+            hub.create(self.run)
         with self.policy.reference():
             self.before = self._evaluate()
         self.run.print(f"before: {_summary(self.before)}")

@@ -106,7 +106,13 @@ class Run:
         return [range(start, min(num_batches, start + batches_a_step)) for start in range(0, num_batches, batches_a_step)]
 
     def loss_weight(self, samples, chunk: range, num_steps: int) -> float:
-        """What makes the sum of per-sample, per-step losses of an optimizer step their mean, over all processes."""
+        """What makes the sum of per-sample, per-step losses of an optimizer step their mean, over all processes.
+
+        Raises:
+            ValueError: there is no step to train.
+        """
+        if num_steps == 0:
+            raise ValueError("No step with noise is left to train: raise the noise or the timestep fraction, or move the SDE window to earlier steps.")
         return 1 / (num_steps * sum(len(samples.batches[b]) for b in chunk) * self.accelerator.num_processes)
 
     def optimizer_step(self) -> float:
@@ -206,6 +212,8 @@ class Run:
         if not folder.is_dir():
             raise FileNotFoundError(f"No checkpoint {wanted!r}; {self.output_dir} has {', '.join(p.name for p in found) or 'none'}.")
         self.accelerator.load_state(str(folder))
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
         self.print(f"Resumed from {folder.name}: {self.epoch} of {self.args.num_epochs} epochs are done.")
 
     def state_dict(self) -> dict[str, Any]:

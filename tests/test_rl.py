@@ -1,0 +1,239 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_align.rl import (
+    PromptStatistics,
+    batch_advantages,
+    clipped_surrogate,
+    group_advantages,
+    importance_ratio,
+    ratio_diagnostics,
+    true_ratio_bound,
+)
+
+torch.set_num_threads(1)
+NAN = float("nan")
+
+
+def tensor(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def rewards_of(n: int, seed: int = 0) -> torch.Tensor:
+    return 3 + 2 * torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# advantages over a batch
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("eps", [1e-8, 0.5])
+def test_batch_advantages_are_numpys(ddof, eps):
+    rewards = rewards_of(11)
+    values = rewards.numpy()
+    expected = (values - values.mean()) / (values.std(ddof=ddof) + eps)
+    np.testing.assert_allclose(batch_advantages(rewards, eps=eps, ddof=ddof).numpy(), expected, rtol=1e-12)
+
+
+def test_batch_advantages_by_hand():
+    # mean 2, squared deviations 1 + 0 + 1: std is sqrt(2/3), or 1 with one degree of freedom taken off
+    rewards = tensor(1, 2, 3)
+    torch.testing.assert_close(batch_advantages(rewards, eps=0), tensor(-math.sqrt(1.5), 0, math.sqrt(1.5)))
+    torch.testing.assert_close(batch_advantages(rewards, eps=0, ddof=1), tensor(-1, 0, 1))
+    torch.testing.assert_close(batch_advantages(rewards, eps=1, ddof=1), tensor(-0.5, 0, 0.5))
+
+
+def test_rewards_that_could_not_be_scored_enter_no_statistic():
+    rewards = tensor(1, NAN, 2, 3, NAN)
+    expected = torch.zeros_like(rewards)
+    expected[[0, 2, 3]] = batch_advantages(tensor(1, 2, 3))
+    torch.testing.assert_close(batch_advantages(rewards), expected)
+
+
+@pytest.mark.parametrize("rewards", [tensor(), tensor(5), tensor(NAN), tensor(NAN, NAN), tensor(NAN, 5)])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_too_few_rewards_give_no_signal(rewards, ddof):
+    torch.testing.assert_close(batch_advantages(rewards, ddof=ddof), torch.zeros_like(rewards), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 5.3, -7.77])
+@pytest.mark.parametrize("count", [3, 7, 24, 48])
+def test_equal_rewards_have_exactly_no_advantage(value, count):
+    # In float32 the mean of equal numbers may differ from them by a rounding error, which a small eps would blow up.
+    rewards, one_group = torch.full((count,), value), torch.zeros(count, dtype=torch.long)
+    assert batch_advantages(rewards).abs().max() == 0
+    assert group_advantages(rewards, one_group, global_std=True).abs().max() == 0
+    assert group_advantages(rewards, one_group, global_std=False).abs().max() == 0
+    assert PromptStatistics(min_count=1).update(["a cat"] * count, rewards).abs().max() == 0
+    assert PromptStatistics(min_count=count + 1).update(["a cat"] * count, rewards).abs().max() == 0
+
+
+# advantages within groups
+
+
+@pytest.mark.parametrize("global_std", [True, False])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_group_advantages_are_numpys(global_std, ddof):
+    rewards, groups = rewards_of(12), torch.tensor([5, 0, 5, 9, 0, 9, 5, 0, 9, 0, 0, 5])
+    values, expected = rewards.numpy(), np.zeros(12)
+    for group in (0, 5, 9):
+        members = values[groups.numpy() == group]
+        scale = values.std(ddof=ddof) if global_std else members.std(ddof=ddof)
+        expected[groups.numpy() == group] = (members - members.mean()) / (scale + 1e-4)
+    np.testing.assert_allclose(group_advantages(rewards, groups, global_std=global_std, ddof=ddof).numpy(), expected, rtol=1e-12)
+
+
+def test_group_advantages_by_hand():
+    # Two groups: {0, 2} with std 1 and {10, 14} with std 2; all four about their mean 6.5: squares 42.25 + 20.25 + 12.25 + 56.25.
+    rewards, groups = tensor(0, 10, 2, 14), torch.tensor([0, 1, 0, 1])
+    torch.testing.assert_close(group_advantages(rewards, groups, global_std=False, eps=0), tensor(-1, -1, 1, 1))
+    torch.testing.assert_close(group_advantages(rewards, groups, eps=0), tensor(-1, -2, 1, 2) / math.sqrt(131 / 4))
+    torch.testing.assert_close(group_advantages(rewards, groups, global_std=False, eps=1), tensor(-1 / 2, -2 / 3, 1 / 2, 2 / 3))
+
+
+@pytest.mark.parametrize("global_std", [True, False])
+def test_group_advantages_sum_to_zero_in_each_group(global_std):
+    rewards, groups = rewards_of(24), torch.arange(24) % 4
+    advantages = group_advantages(rewards, groups, global_std=global_std)
+    for group in range(4):
+        assert advantages[groups == group].sum().abs() < 1e-12
+
+
+@pytest.mark.parametrize("global_std", [True, False])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_a_group_of_one_and_a_group_of_equals_have_no_signal(global_std, ddof):
+    rewards, groups = tensor(7, 1, 1, 1, 0, 4), torch.tensor([0, 1, 1, 1, 2, 2])
+    advantages = group_advantages(rewards, groups, global_std=global_std, ddof=ddof)
+    assert advantages[:4].abs().max() == 0
+    assert advantages[4] < 0 < advantages[5]
+
+
+@pytest.mark.parametrize("global_std", [True, False])
+def test_rewards_that_could_not_be_scored_leave_their_group(global_std):
+    rewards, groups = tensor(0, NAN, 2, 10, 14, NAN), torch.tensor([0, 0, 0, 1, 1, 2])
+    valid = torch.tensor([0, 2, 3, 4])
+    expected = torch.zeros_like(rewards)
+    expected[valid] = group_advantages(rewards[valid], groups[valid], global_std=global_std)
+    torch.testing.assert_close(group_advantages(rewards, groups, global_std=global_std), expected)
+
+
+# statistics of each prompt
+
+
+def test_a_prompt_borrows_the_batchs_statistics_until_it_was_seen_often_enough():
+    statistics = PromptStatistics(min_count=3, eps=0)
+    torch.testing.assert_close(statistics.update(["a", "a", "b"], tensor(1, 2, 9)), batch_advantages(tensor(1, 2, 9), eps=0))
+    # now a has been seen 3 times: 1, 2, 6 with mean 3 and variance 14/3; b twice
+    advantages = statistics.update(["a", "b"], tensor(6, 10))
+    torch.testing.assert_close(advantages, tensor(3 / math.sqrt(14 / 3), 1))
+
+
+def test_prompt_statistics_add_eps_to_the_deviation():
+    statistics = PromptStatistics(min_count=1, eps=0.5)
+    torch.testing.assert_close(statistics.update(["a", "a"], tensor(0, 2)), tensor(-1, 1) / 1.5)
+
+
+def test_prompt_statistics_keep_the_latest_rewards_only():
+    statistics = PromptStatistics(buffer_size=2, min_count=1, eps=0)
+    statistics.update(["a"] * 3, tensor(100, 1, 3))
+    assert statistics.state_dict() == {"a": [1, 3]}
+    # 5 pushes 1 out: mean of 3 and 5 is 4, std 1
+    torch.testing.assert_close(statistics.update(["a"], tensor(5)), tensor(1))
+
+
+def test_prompt_statistics_leave_out_what_could_not_be_scored():
+    statistics = PromptStatistics(min_count=1, eps=0)
+    advantages = statistics.update(["a", "a", "a", "b"], tensor(0, NAN, 2, NAN))
+    torch.testing.assert_close(advantages, tensor(-1, 0, 1, 0))
+    assert statistics.state_dict() == {"a": [0, 2]}
+
+
+def test_restored_prompt_statistics_continue_identically():
+    def batch(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [f"prompt {i}" for i in torch.randint(5, (12,), generator=generator).tolist()], torch.randn(12, generator=generator)
+
+    uninterrupted, before = PromptStatistics(8, 4), PromptStatistics(8, 4)
+    for seed in range(3):
+        uninterrupted.update(*batch(seed))
+        before.update(*batch(seed))
+    state = before.state_dict()
+    after = PromptStatistics(8, 4)
+    after.load_state_dict(state)
+    before.update(*batch(99))  # a saved state is a copy
+    for seed in range(3, 9):
+        assert torch.equal(uninterrupted.update(*batch(seed)), after.update(*batch(seed)))
+    assert uninterrupted.state_dict() == after.state_dict()
+    assert max(map(len, after.state_dict().values())) == 8
+
+
+# ratios and their clipping
+
+
+def test_importance_ratio_by_hand():
+    log_prob, old = tensor(-10, -20, 5), tensor(-12, -20, 9)
+    torch.testing.assert_close(importance_ratio(log_prob, old), tensor(math.exp(2), 1, math.exp(-4)))
+    torch.testing.assert_close(importance_ratio(log_prob, old, 4), tensor(math.exp(0.5), 1, math.exp(-1)))
+
+
+def test_importance_ratio_has_expectation_one_under_the_old_policy():
+    old, new = torch.distributions.Normal(tensor(0), 1.0), torch.distributions.Normal(tensor(0.3), 1.0)
+    x = torch.randn(400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ratio = importance_ratio(new.log_prob(x), old.log_prob(x))
+    assert abs(ratio.mean() - 1) < 4 * ratio.std() / math.sqrt(len(x))
+
+
+@pytest.mark.parametrize("clip_range", [1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("dimensions", [1, 1024, 16384])
+def test_true_ratio_bound_is_what_a_ratio_at_the_clip_range_means(clip_range, dimensions):
+    log_ratio = dimensions * math.log1p(clip_range)
+    torch.testing.assert_close(importance_ratio(tensor(log_ratio), tensor(0), dimensions), tensor(1 + clip_range))
+    assert true_ratio_bound(clip_range, dimensions) == pytest.approx((1 + clip_range) ** dimensions, rel=1e-9)
+    assert true_ratio_bound(clip_range, dimensions) <= math.exp(clip_range * dimensions) * (1 + 1e-12)
+
+
+def test_true_ratio_bound_does_not_overflow():
+    assert true_ratio_bound(0.2, 10**9) == math.exp(700)
+
+
+def test_clipped_surrogate_by_hand():
+    ratio = tensor(0.5, 1, 1.5, 0.5, 1, 1.5)
+    advantage = tensor(2, 2, 2, -2, -2, -2)
+    # A > 0: no gain beyond 1.2, the full loss below 0.8; A < 0: the other way around
+    torch.testing.assert_close(clipped_surrogate(ratio, advantage, 0.2), tensor(-1, -2, -2.4, 1.6, 2, 3))
+    torch.testing.assert_close(clipped_surrogate(ratio, advantage, (0.1, 0.3)), tensor(-1, -2, -2.6, 1.8, 2, 3))
+
+
+def test_clipped_surrogate_is_pessimistic_and_exact_inside_the_range():
+    ratio, advantage = 1 + rewards_of(1000, 1) / 10, rewards_of(1000, 2) - 3
+    loss, unclipped = clipped_surrogate(ratio, advantage, 0.2), -advantage * ratio
+    assert (loss >= unclipped).all()
+    inside = (ratio - 1).abs() < 0.2
+    assert 0 < inside.sum() < 1000
+    assert torch.equal(loss[inside], unclipped[inside])
+    assert torch.equal(clipped_surrogate(ratio, advantage, 0.2), clipped_surrogate(ratio, advantage, (0.2, 0.2)))
+
+
+# diagnostics
+
+
+def test_diagnostics_of_an_exact_replay_are_zero():
+    log_prob = rewards_of(8) * 1000
+    assert ratio_diagnostics(log_prob, log_prob.clone(), 1e-4, 1024) == {"ratio_error": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0}
+
+
+def test_diagnostics_by_hand():
+    log_ratio = tensor(math.log(1.5), math.log(0.9), 0, math.log(0.7)).requires_grad_()
+    expected = {"ratio_error": 0.5, "clip_fraction": 0.5, "approx_kl": (0.5 - 0.1 - 0.3 - math.log(1.5 * 0.9 * 0.7)) / 4}
+    for per_dim in (1, 10):
+        assert ratio_diagnostics(log_ratio * per_dim, tensor(0, 0, 0, 0), 0.2, per_dim) == pytest.approx(expected)
+
+
+def test_approx_kl_estimates_the_kl():
+    old, new = torch.distributions.Normal(tensor(0), 1.0), torch.distributions.Normal(tensor(0.2), 1.0)
+    x = torch.randn(400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kl = ratio_diagnostics(new.log_prob(x), old.log_prob(x), 0.2)["approx_kl"]
+    assert kl == pytest.approx(0.2**2 / 2, rel=0.02)

@@ -1,0 +1,387 @@
+"""The scripts on the embedded models: what a run leaves behind, that it resumes exactly, and what its errors say."""
+
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from fake_hub import FakeHub
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_align import embedded
+from diffusers_align.rewards.base import InvalidReward
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parents[1]
+LORA = "pytorch_lora_weights.safetensors"
+PROMPTS = [("a cat on a red background", 0.5), ("two dogs on a blue background", 1.0), ("a green apple", 2.0)]
+REWARDS = """
+import os
+from pathlib import Path
+
+import torch
+
+
+def brightness(images, prompts, weight=None, **columns):
+    values = images.flatten(1).mean(1)
+    return values * torch.tensor([float(w) for w in weight], device=images.device) if weight else values
+
+
+def redness(images, prompts, **columns):
+    return {"reward": images[:, 0].flatten(1).mean(1), "green": images[:, 1].flatten(1).mean(1)}
+
+
+def no_dogs(images, prompts, **columns):
+    values = images.flatten(1).mean(1)
+    return torch.tensor([float("nan") if "dog" in prompt else value for prompt, value in zip(prompts, values.tolist())])
+
+
+def recorded(images, prompts, **columns):
+    (Path(__file__).parent / f"rank-{os.environ['RANK']}-of-{os.environ['WORLD_SIZE']}").touch()
+    return images.flatten(1).mean(1)
+"""
+COMMON = {
+    "num_inference_steps": 3,
+    "guidance_scale": 1.0,
+    "train_batch_size": 2,
+    "rank": 4,
+    "learning_rate": 3e-3,
+    "num_eval_samples": 4,
+    "num_validation_images": 4,
+    "checkpointing_epochs": 1,
+}
+SCRIPTS = {
+    "flow_grpo": {
+        "pretrained_model_name_or_path": "mini-sd3",
+        "call_kwargs": '{"max_sequence_length": 1}',
+        "num_prompts_per_epoch": 2,
+        "group_size": 2,
+    },
+    "ddpo": {"pretrained_model_name_or_path": "mini-sd", "num_samples_per_epoch": 4},
+}
+# What the uninterrupted and the resumed runs are made of: everything that has a state of its own.
+STATEFUL = {
+    "flow_grpo": {"use_ema": True, "ema_interval": 1, "kl_form": "gaussian", "lr_scheduler": "linear", "lr_warmup_steps": 6, "report_to": "tensorboard"},
+    "ddpo": {
+        "per_prompt_stat_min_count": 2,
+        "per_prompt_stat_buffer_size": 4,
+        "timestep_fraction": 0.7,
+        "lr_scheduler": "constant_with_warmup",
+        "lr_warmup_steps": 6,
+    },
+}
+NAMES = tuple(SCRIPTS)
+
+
+def script(name):
+    return ROOT / "training_scripts" / f"train_{name}.py"
+
+
+def arguments(name, out, task, **flags):
+    """The command line: True is a bare flag, None is left out."""
+    reward = {"prompts": task / "prompts.jsonl", "reward": f"{task / 'rewards.py'}:brightness"}
+    values = {**COMMON, **SCRIPTS[name], **reward, "output_dir": out, "num_epochs": 1, "validation_epochs": 10, **flags}
+    return [word for key, value in values.items() if value is not None for word in (f"--{key}", *([] if value is True else [str(value)]))]
+
+
+def train(name, out, task, **flags):
+    spec = importlib.util.spec_from_file_location(f"train_{name}", script(name))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main(arguments(name, out, task, **flags))
+    return out
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_lora(actual, expected, **tolerance):
+    actual, expected = load_file(actual / LORA), load_file(expected / LORA)
+    assert actual.keys() == expected.keys() and len(actual) > 0
+    for name, value in expected.items():
+        if tolerance:
+            torch.testing.assert_close(actual[name], value, **tolerance)
+        else:
+            assert torch.equal(actual[name], value), name
+
+
+def assert_same_state(actual, expected):
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(actual, expected)
+    elif isinstance(expected, dict):
+        assert list(actual) == list(expected)
+        for key, value in expected.items():
+            assert_same_state(actual[key], value)
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected)
+        for mine, theirs in zip(actual, expected):
+            assert_same_state(mine, theirs)
+    else:
+        assert actual == expected
+
+
+def assert_same_run(actual, expected, last):
+    """Bit for bit: weights, metrics, pictures, and whatever the last checkpoint holds (average, statistics, optimizer, schedule)."""
+    assert (actual / "metrics.jsonl").read_text() == (expected / "metrics.jsonl").read_text()
+    assert_same_lora(actual, expected)
+    assert (actual / "before_after.png").read_bytes() == (expected / "before_after.png").read_bytes()
+    states = sorted(path.name for path in (expected / last).iterdir() if path.suffix in (".pkl", ".bin") and "random" not in path.name)
+    assert len(states) >= 4
+    for name in states:
+        mine, theirs = (torch.load(folder / last / name, weights_only=False) for folder in (actual, expected))
+        assert_same_state(mine, theirs)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A folder with prompts, with a column for the reward, and rewards."""
+    folder = tmp_path_factory.mktemp("task")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text, "weight": weight}) + "\n" for text, weight in PROMPTS))
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
+
+
+def uninterrupted(name, task):
+    flags = {"num_epochs": 4, "validation_epochs": 2, "checkpoints_total_limit": 2, "eval_reward": f"{task / 'rewards.py'}:redness"}
+    return STATEFUL[name] | flags
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, task):
+    """Four epochs of a script, run once: finished("ddpo")."""
+    folders = {}
+
+    def get(name):
+        if name not in folders:
+            folders[name] = train(name, tmp_path_factory.mktemp(name) / "run", task, **uninterrupted(name, task))
+        return folders[name]
+
+    return get
+
+
+# --- what a run leaves behind ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metrics(finished, name):
+    metrics = rows(finished(name))
+    assert [row["epoch"] for row in metrics] == [0, 1, 2, 3]
+    assert all(row["ratio_error"] == 0.0 for row in metrics), "the replay is the rollout, bit for bit"
+    assert all(row["grad_norm"] > 0 and row["reward_se"] > 0 for row in metrics)
+    rate = [row["lr"] for row in metrics]
+    assert rate[0] < rate[1] < rate[2] == 3e-3 and rate[3] == (0.0 if name == "flow_grpo" else 3e-3)
+    if name == "flow_grpo":
+        assert metrics[0]["kl"] < metrics[-1]["kl"] and metrics[0]["zero_std"] == 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files(finished, name):
+    folder = finished(name)
+    for picture in ("reward_curve.png", "before_after.png", "samples/epoch-0002.png", "samples/epoch-0004.png"):
+        with Image.open(folder / picture) as image:
+            assert image.format == "PNG" and min(image.size) > 100 and len(image.convert("L").getcolors()) > 10
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    assert not list(folder.rglob(".*")), "nothing half-written is left"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_model_card(finished, task, name):
+    card = (finished(name) / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "diffusers"
+    assert "load_lora_weights(" in card and "![before after](before_after.png)" in card and "![reward curve](reward_curve.png)" in card
+    for result in ("reward, before", "reward, after", "reward, paired gain", ":redness, paired gain"):
+        assert f"{result} | " in card
+    command = next(line for line in card.splitlines() if line.startswith("accelerate launch"))
+    assert shlex.split(command)[3:] == arguments(name, finished(name), task, **uninterrupted(name, task)), "the command can be pasted into a shell"
+    config = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
+    assert config["num_epochs"] == 4 and config["learning_rate"] == 3e-3 and config["seed"] == 42
+
+
+def test_tensorboard(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = finished("flow_grpo")
+    events = EventAccumulator(str(folder / "logs" / folder.name)).Reload()
+    assert [event.value for event in events.Scalars("reward")] == pytest.approx([row["reward"] for row in rows(folder)])
+    assert len(events.Images("samples")) == 2
+
+
+def draw(pipe, name):
+    call = json.loads(SCRIPTS[name].get("call_kwargs", "{}"))
+    generator = torch.Generator().manual_seed(3)
+    return pipe(PROMPTS[0][0], num_inference_steps=3, guidance_scale=1.0, generator=generator, output_type="pt", **call).images
+
+
+@pytest.mark.parametrize("name, scale", [("flow_grpo", 2.0), ("ddpo", 1.0)])
+def test_the_lora_loads_into_a_stock_pipeline(finished, name, scale):
+    pipe = DiffusionPipeline.from_pretrained(embedded.path(SCRIPTS[name]["pretrained_model_name_or_path"]))
+    before = draw(pipe, name)
+    pipe.load_lora_weights(finished(name))
+    layer = next(m for m in (pipe.transformer if name == "flow_grpo" else pipe.unet).modules() if isinstance(m, BaseTunerLayer))
+    assert set(layer.scaling.values()) == {scale}, "the alpha travels along"
+    assert (draw(pipe, name) - before).abs().max() > 1e-3
+    pipe.unload_lora_weights()
+    assert torch.equal(draw(pipe, name), before)
+
+
+def test_the_average_is_published_and_the_live_weights_are_kept(finished):
+    published, live = load_file(finished("flow_grpo") / LORA), load_file(finished("flow_grpo") / "checkpoint-4" / LORA)
+    assert published.keys() == live.keys() and any(not torch.equal(published[key], live[key]) for key in live)
+
+
+# --- resume ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, checkpoint", [("flow_grpo", "latest"), ("ddpo", "checkpoint-2")])
+def test_resumed_equals_uninterrupted(finished, task, tmp_path, name, checkpoint):
+    train(name, tmp_path / "run", task, num_epochs=2, **STATEFUL[name])
+    assert [row["epoch"] for row in rows(tmp_path / "run")] == [0, 1]
+    train(name, tmp_path / "run", task, num_epochs=4, resume_from_checkpoint=checkpoint, **STATEFUL[name])
+    assert_same_run(tmp_path / "run", finished(name), "checkpoint-4")
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted(finished, task, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(script("ddpo"))]
+    argv = arguments("ddpo", tmp_path / "run", task, num_epochs=4, **STATEFUL["ddpo"])
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*launch, *argv], env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "run" / "checkpoint-1").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
+    assert (tmp_path / "run" / "checkpoint-1").is_dir() and not (tmp_path / "run" / LORA).exists()
+
+    train("ddpo", tmp_path / "run", task, num_epochs=4, resume_from_checkpoint="latest", **STATEFUL["ddpo"])
+    assert_same_run(tmp_path / "run", finished("ddpo"), "checkpoint-4")
+
+
+# --- processes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(task, tmp_path):
+    """Samples go to processes in turn, so groups straddle them; the same two samples make each optimizer step."""
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    flags = {"reward": f"{tmp_path / 'rewards.py'}:recorded", "num_epochs": 2, "train_batch_size": 1}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", str(script("flow_grpo"))]
+    argv = arguments("flow_grpo", tmp_path / "two", task, **flags, gradient_accumulation_steps=1)
+    done = subprocess.run([*launch, *argv], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(path.name for path in tmp_path.glob("rank-*")) == ["rank-0-of-2", "rank-1-of-2"]
+
+    train(
+        "flow_grpo",
+        tmp_path / "one",
+        task,
+        **{**flags, "reward": f"{task / 'rewards.py'}:brightness"},
+        prompts=plain_prompts(tmp_path),
+        gradient_accumulation_steps=2,
+    )
+    assert_same_lora(tmp_path / "two", tmp_path / "one", rtol=0, atol=1e-5)
+    for mine, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one")):
+        assert mine["ratio_error"] == 0.0 and mine["reward"] == pytest.approx(theirs["reward"], abs=1e-5)
+
+
+def plain_prompts(folder):
+    (folder / "prompts.txt").write_text("".join(f"{text}\n" for text, _ in PROMPTS))
+    return folder / "prompts.txt"
+
+
+# --- variants ----------------------------------------------------------------------------------------------------------
+
+
+def test_flow_grpo_with_cps_a_window_and_the_official_kl(task, tmp_path):
+    flags = {"sde_type": "cps", "sde_window_size": 1, "num_inference_steps": 4, "kl_form": "official", "no-global_std": True}
+    train("flow_grpo", tmp_path / "run", task, num_epochs=2, kl_beta=0.1, **flags)
+    assert all(row["ratio_error"] == 0.0 and row["grad_norm"] > 0 for row in rows(tmp_path / "run"))
+    assert rows(tmp_path / "run")[1]["kl"] > 0
+
+
+def test_ddpo_with_the_score_function_pushed_to_the_hub(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with FakeHub().running() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
+        push = {"push_to_hub": True, "hub_model_id": "bright-cats", "hub_token": "hf_secret"}
+        out = train("ddpo", tmp_path / "run", task, estimator="sf", **{"no-per_prompt_stat_tracking": True}, **push)
+
+        files = hub.repositories["tester/bright-cats"]
+        local = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+        assert set(files) - {".gitattributes"} == {path for path in local if not path.startswith("checkpoint-")} and LORA in files
+        assert "checkpoint-1/optimizer.bin" in local
+        assert not any(b"hf_secret" in content for content in files.values())
+        assert b'load_lora_weights("tester/bright-cats"' in files["README.md"]
+
+        pipe = DiffusionPipeline.from_pretrained(embedded.path("mini-sd"))
+        pipe.load_lora_weights("tester/bright-cats", weight_name=LORA, cache_dir=tmp_path / "cache")
+        pushed = draw(pipe, "ddpo")
+        pipe.unload_lora_weights()
+        pipe.load_lora_weights(out)
+        assert torch.equal(draw(pipe, "ddpo"), pushed)
+    metrics = rows(out)
+    assert metrics[0]["ratio_error"] == 0.0 and metrics[0]["clip_fraction"] == 0.0, "one optimizer step an epoch"
+
+
+# --- errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_invalid_reward_stops_with_its_prompt_or_is_masked(task, tmp_path):
+    reward = f"{task / 'rewards.py'}:no_dogs"
+    with pytest.raises(InvalidReward, match="(?s)'no_dogs' is NaN .*two dogs on a blue background.*--invalid_rewards mask"):
+        train("flow_grpo", tmp_path / "run", task, reward=reward, num_epochs=2)
+    train("flow_grpo", tmp_path / "run", task, reward=reward, num_epochs=2, invalid_rewards="mask")
+    metrics = rows(tmp_path / "run")
+    assert sum(row.get("invalid_rewards", 0) for row in metrics) >= 2
+    assert all(value == value for row in metrics for value in row.values())
+    assert all(torch.isfinite(value).all() for value in load_file(tmp_path / "run" / LORA).values())
+
+
+@pytest.mark.parametrize(
+    "error, message, flags",
+    [
+        (ValueError, "(?s)clip_scoer.*clip_score", {"reward": "clip_scoer"}),
+        (ValueError, "4 samples an epoch do not divide into batches of 3 on 1 processes", {"train_batch_size": 3}),
+        (ValueError, "empty.txt holds no prompts", {"prompts": "empty.txt"}),
+        (ValueError, "No prompt file 'mini_trian'", {"prompts": "mini_trian"}),
+        (OSError, "Cannot write to --output_dir empty.txt/run", {"output_dir": "empty.txt/run"}),
+        (FileNotFoundError, "No checkpoint 'checkpoint-3'; .* has none", {"resume_from_checkpoint": "checkpoint-3"}),
+    ],
+)
+def test_errors_say_what_to_do(task, tmp_path, monkeypatch, error, message, flags):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n")
+    with pytest.raises(error, match=message):
+        train("ddpo", tmp_path / "run", task, **flags)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recipes_parse(name):
+    spec = importlib.util.spec_from_file_location(f"train_{name}", script(name))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipes = sorted((ROOT / "training_scripts" / "recipes").glob(f"{name}_*.yaml"))
+    assert len(recipes) >= 2
+    for recipe in recipes:
+        assert module.parse_args(["--config", str(recipe)]).prompts
