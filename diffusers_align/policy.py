@@ -68,7 +68,7 @@ class Policy:
 
     # --- conditions ------------------------------------------------------------------------------------------------
 
-    def condition(self, prompts: list[str], *, seeds: list[int] | None = None, **call_kwargs: Any) -> Condition:
+    def condition(self, prompts: list[str], *, seeds: list[int] | None = None, step_seeds: list[int] | None = None, **call_kwargs: Any) -> Condition:
         """The call for these prompts. They are encoded at first use and remembered for replays.
 
         Raises:
@@ -77,12 +77,13 @@ class Policy:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("No prompts: give at least one.")
-        if seeds is not None and len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(seeds)}.")
+        for given in (seeds, step_seeds):
+            if given is not None and len(given) != len(prompts):
+                raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(given)}.")
         kwargs = {**self.call_kwargs, **call_kwargs}
         if unknown := sorted(set(kwargs) - set(self._parameters)):
             raise ValueError(f"{type(self.pipeline).__name__}'s call has no {', '.join(unknown)}; it takes {', '.join(self._parameters)}.")
-        return Condition(prompts, kwargs, seeds)
+        return Condition(prompts, kwargs, seeds, step_seeds)
 
     def _call(self, condition: Condition, **overrides: Any) -> dict[str, Any]:
         call = {**condition.kwargs}
@@ -108,6 +109,7 @@ class Policy:
         prompts: list[str] | Condition,
         *,
         seeds: list[int] | None = None,
+        step_seeds: list[int] | None = None,
         generator: torch.Generator | None = None,
         deterministic: bool = False,
         **call_kwargs: Any,
@@ -117,12 +119,13 @@ class Policy:
         Args:
             seeds: one integer a sample, which fixes its initial noise and every draw; taken from `generator` (or torch's
                 global one) if absent.
+            step_seeds: seeds of the steps' noise alone, for samples that share their initial noise.
             deterministic: walk the ODE; no step has a log-probability then.
         """
-        condition = prompts if isinstance(prompts, Condition) else self.condition(prompts, seeds=seeds, **call_kwargs)
+        condition = prompts if isinstance(prompts, Condition) else self.condition(prompts, seeds=seeds, step_seeds=step_seeds, **call_kwargs)
         if condition.seeds is None:
             drawn = torch.randint(2**62, (len(condition),), generator=generator, device=generator.device if generator else "cpu")
-            condition = Condition(condition.prompts, condition.kwargs, drawn.tolist())
+            condition = Condition(condition.prompts, condition.kwargs, drawn.tolist(), condition.step_seeds)
         tapes: dict[int, list[dict]] = {}
 
         def record(step: Step) -> None:
@@ -131,7 +134,7 @@ class Policy:
                 {"state": sample, "action": output.prev_sample.detach().clone(), "log_prob": output.log_prob, **_schedule(step)}
             )
 
-        with self._noise(condition.seeds, deterministic):
+        with self._noise(condition.step_seeds or condition.seeds, deterministic):
             self._drive(condition, record)
         trajectories = [_trajectory(tapes[child], condition) for child in sorted(tapes)]
         return Trajectory(**{**vars(trajectories[0]), "children": tuple(trajectories[1:])})
@@ -204,7 +207,7 @@ class Policy:
                 last[:] = [drawn]
             return None
 
-        with self._noise(seeds or trajectory.condition.seeds, deterministic):
+        with self._noise(seeds or trajectory.condition.step_seeds or trajectory.condition.seeds, deterministic):
             self._drive(trajectory.condition, go, needs_denoiser=lambda step: step >= k)
         return last[0]
 

@@ -20,12 +20,14 @@ class Condition:
     Attributes:
         prompts: B strings.
         kwargs: the call's other arguments. Lists and tensors of length B belong to the samples one by one.
-        seeds: B integers; each fixes its sample's initial noise and the noise of its steps, whatever the batch.
+        seeds: B integers; each fixes its sample's initial noise, whatever the batch.
+        step_seeds: B integers for the noise of the steps; derived from `seeds` if absent.
     """
 
     prompts: list[str]
     kwargs: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] | None = None
+    step_seeds: list[int] | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -42,7 +44,7 @@ class Condition:
 
         # Schedules are lists whose length may happen to be B.
         kwargs = {name: value if name in ("sigmas", "timesteps") else pick(value) for name, value in self.kwargs.items()}
-        return Condition([self.prompts[i] for i in index], kwargs, None if self.seeds is None else [self.seeds[i] for i in index])
+        return Condition([self.prompts[i] for i in index], kwargs, pick(self.seeds), pick(self.step_seeds))
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ class Trajectory:
         if any(not torch.equal(p.timesteps, first.timesteps) or not torch.equal(p.stochastic, first.stochastic) for p in parts):
             raise ValueError("Trajectories with different schedules cannot be joined; roll them out with the same call arguments.")
         fields = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("states", "actions", "log_probs")}
-        seeds = None if first.condition.seeds is None else [s for p in parts for s in p.condition.seeds]
-        condition = Condition([c for p in parts for c in p.condition.prompts], _joined_kwargs(parts), seeds)
+        seeds = [None if getattr(first.condition, n) is None else [s for p in parts for s in getattr(p.condition, n)] for n in ("seeds", "step_seeds")]
+        condition = Condition([c for p in parts for c in p.condition.prompts], _joined_kwargs(parts), *seeds)
         children = tuple(Trajectory.cat([p.children[i] for p in parts]) for i in range(len(first.children)))
         return replace(first, **fields, condition=condition, children=children)
 
@@ -126,7 +128,8 @@ class Trajectory:
             else:
                 call[name] = value
         try:
-            meta = json.dumps({"prompts": self.condition.prompts, "seeds": self.condition.seeds, "kwargs": call, "children": len(self.children)})
+            own = {"prompts": self.condition.prompts, "seeds": self.condition.seeds, "step_seeds": self.condition.step_seeds}
+            meta = json.dumps({**own, "kwargs": call, "children": len(self.children)})
         except TypeError as error:
             raise TypeError(f"Cannot save a trajectory whose call arguments {sorted(call)} are not all JSON or tensors: {error}") from error
         save_file(tensors, path, {"trajectory": meta})
@@ -138,7 +141,7 @@ class Trajectory:
             meta = json.loads(file.metadata()["trajectory"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         kwargs = meta["kwargs"] | {name.removeprefix("condition."): t for name, t in tensors.items() if name.startswith("condition.")}
-        condition = Condition(meta["prompts"], kwargs, meta["seeds"])
+        condition = Condition(meta["prompts"], kwargs, meta["seeds"], meta["step_seeds"])
         parts = [cls(**{n: tensors[f"{prefix}{n}"] for n in _FIELDS}, condition=condition) for prefix in ["", *(f"child{i}." for i in range(meta["children"]))]]
         return replace(parts[0], children=tuple(parts[1:]))
 

@@ -9,7 +9,7 @@ import random
 
 from diffusers_align.algorithms.ddpo import ddpo_loss
 from diffusers_align.algorithms.reinforce import reinforce_loss
-from diffusers_align.rl import PromptStatistics, batch_advantages, ratio_diagnostics
+from diffusers_align.rl import PromptStatistics, batch_advantages, describe_clip, ratio_diagnostics
 from diffusers_align.training import arguments
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
@@ -57,6 +57,7 @@ def main(argv=None):
         # 1 roll out
         samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_samples_per_epoch, 1)
         dimensions = samples.batches[0].final[0].numel()
+        run.explain_once(describe_clip(args.clip_range, dimensions))
 
         # 2 advantages
         if args.per_prompt_stat_tracking:

@@ -9,12 +9,15 @@ import random
 
 import torch
 
-from diffusers_align.algorithms.flow_grpo import flow_grpo_loss, gaussian_kl, official_kl
-from diffusers_align.rl import group_advantages, ratio_diagnostics, true_ratio_bound
+from diffusers_align.algorithms.flow_grpo import describe_kl, flow_grpo_loss, gaussian_kl, official_kl
+from diffusers_align.rl import describe_clip, group_advantages, ratio_diagnostics
 from diffusers_align.training import arguments
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 from diffusers_align.training.sampling import sample_epoch
+
+# The paper's beta goes with the official form; for ten steps of equal length the exact KL is ten times as large.
+KL_BETA = {"official": 0.04, "gaussian": 0.004}
 
 
 def parse_args(argv=None):
@@ -22,6 +25,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("Flow-GRPO")
     group.add_argument("--num_prompts_per_epoch", type=int, default=48, help="groups an epoch")
     group.add_argument("--group_size", type=int, default=24, help="samples of a prompt")
+    group.add_argument("--same_latent", action=arguments.argparse.BooleanOptionalAction, default=False, help="one initial noise a group (DanceGRPO's default)")
     group.add_argument("--sde_type", default="flow_grpo", choices=["flow_grpo", "dance_grpo", "cps", "memoryless", "memoryless_em"])
     group.add_argument("--noise_level", type=float, default=0.7, help="the paper's a")
     group.add_argument("--sde_window_size", type=int, help="Flow-GRPO-Fast: that many consecutive SDE steps, ODE elsewhere; all steps if absent")
@@ -30,14 +34,21 @@ def parse_args(argv=None):
     group.add_argument("--clip_range", type=float, default=1e-4, help="of the ratio per dimension")
     group.add_argument("--adv_clip_max", type=float, default=5.0)
     group.add_argument("--global_std", action=arguments.argparse.BooleanOptionalAction, default=True, help="divide advantages by the std of all rewards")
-    group.add_argument("--kl_beta", type=float, default=0.04, help="weight of the KL to the pretrained model; 0 saves its forward pass")
+    group.add_argument("--kl_beta", type=float, help="weight of the KL to the pretrained model (official: 0.04, gaussian: 0.004); 0 saves its forward pass")
     group.add_argument("--kl_form", choices=["official", "gaussian"], default="official", help="official is the exact Gaussian KL times the step's length")
-    return arguments.parse(parser, argv)
+    args = arguments.parse(parser, argv)
+    if args.kl_beta is None:
+        args.kl_beta = KL_BETA[args.kl_form]
+    if args.sde_window_size:
+        args.sde_window_range = args.sde_window_range or (0, max(args.sde_window_size, args.num_inference_steps // 2))
+        if args.sde_window_range[1] - args.sde_window_range[0] < args.sde_window_size:
+            parser.error(f"--sde_window_range {args.sde_window_range} has no room for a window of --sde_window_size {args.sde_window_size}")
+    return args
 
 
 def sde_window(args, epoch):
     """The window of an epoch, the same for every group and process: groups that mix windows compare unlike samples."""
-    first, end = args.sde_window_range or (0, max(args.sde_window_size, args.num_inference_steps // 2))
+    first, end = args.sde_window_range
     start = random.Random(f"{args.seed}/{epoch}/window").randint(first, end - args.sde_window_size)
     return [start, start + args.sde_window_size]
 
@@ -56,13 +67,12 @@ def main(argv=None):
         # 1 roll out
         if args.sde_window_size:
             policy.scheduler.register_to_config(sde_window=sde_window(args, epoch))
-        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_prompts_per_epoch, args.group_size)
+        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_prompts_per_epoch, args.group_size, args.same_latent)
         trajectory = samples.batches[0]
         last = int(trajectory.num_steps * args.timestep_fraction)
         steps = [k for k in trajectory.stochastic.nonzero().flatten().tolist() if k < max(1, last)]
         step_sizes, dimensions = policy.scheduler.sigmas.diff().abs().tolist(), trajectory.final[0].numel()
-        if epoch == 0 and (bound := true_ratio_bound(args.clip_range, dimensions)) < 1.2:
-            run.print(f"The clip range bounds the true ratio of a step by {bound:.3f}: with {dimensions} dimensions, a wider --clip_range would learn faster.")
+        run.explain_once(describe_clip(args.clip_range, dimensions), describe_kl(args.kl_beta, args.kl_form, step_sizes))
 
         # 2 advantages
         advantages = group_advantages(samples.rewards, samples.groups, global_std=args.global_std)

@@ -44,3 +44,10 @@ def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
 def official_kl(mean: Tensor, ref_mean: Tensor, std: Tensor, step_size: float) -> Tensor:
     """The official code's KL, (B,): `gaussian_kl` times the step's length |sigma_next - sigma|."""
     return step_size * gaussian_kl(mean, ref_mean, std)
+
+
+def describe_kl(beta: float, form: str, step_sizes: list[float]) -> str:
+    """The same penalty in the other form's beta, for the mean of the steps' lengths."""
+    length = sum(step_sizes) / len(step_sizes)
+    other, equivalent = ("gaussian", beta * length) if form == "official" else ("official", beta / length)
+    return f"kl_beta {beta:g} on the {form} KL weighs like {equivalent:.3g} on the {other} one at the mean step of {length:.3g}"

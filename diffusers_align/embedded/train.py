@@ -17,11 +17,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 
 from .classifier import SceneClassifier
 from .scenes import COLORS, OBJECTS, Scene, place, render, sample_scene
@@ -323,7 +340,10 @@ def train_clip(out: Path, minutes: float, resume: bool) -> None:
     tokenizer, captions = build_tokenizer(), [scene.caption() for scene in scenes]
     ids = tokenize(tokenizer, captions)
     caption_id = torch.tensor([hash(c) for c in captions])
-    vision = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": IMAGE_SIZE, "patch_size": 4, "projection_dim": 64}  # fmt: skip
+    vision = {
+        "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": IMAGE_SIZE,
+        "patch_size": 4, "projection_dim": 64,
+    }  # fmt: skip
     text = text_config(tokenizer, 96, 2).to_dict() | {"projection_dim": 64}
     clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 

@@ -2,12 +2,13 @@
 
 from .advantages import PromptStatistics, batch_advantages, group_advantages
 from .diagnostics import ratio_diagnostics
-from .importance import clipped_surrogate, importance_ratio, true_ratio_bound
+from .importance import clipped_surrogate, describe_clip, importance_ratio, true_ratio_bound
 
 __all__ = [
     "PromptStatistics",
     "batch_advantages",
     "clipped_surrogate",
+    "describe_clip",
     "group_advantages",
     "importance_ratio",
     "ratio_diagnostics",

@@ -23,6 +23,13 @@ def true_ratio_bound(clip_range: float, dimensions: int) -> float:
     return math.exp(min(700.0, dimensions * math.log1p(clip_range)))
 
 
+def describe_clip(clip_range: float, dimensions: int) -> str:
+    """What a per-dimension clip range means for the true ratio, with a warning where it hardly lets the policy move."""
+    bound = true_ratio_bound(clip_range, dimensions)
+    text = f"clip_range {clip_range:g} on the mean over {dimensions} dimensions bounds the true ratio of a step by {bound:.4g}"
+    return text + ("; below 1.2, a wider clip range would learn faster" if bound < 1.2 else "")
+
+
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_range: float | tuple[float, float]) -> Tensor:
     r"""PPO's pessimistic objective as a loss, (B,): $\max(-A\rho, -A\,\mathrm{clip}(\rho, 1 - c_-, 1 + c_+))$.
 

@@ -45,6 +45,7 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
         self.history: list[dict[str, float]] = []
         self.epoch, self.ema, self.optimizer_steps = 0, None, 0
+        self._explained: set[str] = set()
         self.accelerator.register_for_checkpointing(self)
 
     @property
@@ -53,6 +54,13 @@ class Run:
 
     def print(self, *values: Any) -> None:
         self.accelerator.print(*values)
+
+    def explain_once(self, *texts: str) -> None:
+        """Print each text the first time that it comes up."""
+        for text in texts:
+            if text not in self._explained:
+                self._explained.add(text)
+                self.print(text)
 
     # --- what is trained -------------------------------------------------------------------------------------------
 

@@ -53,23 +53,27 @@ def _spread(rewards: Tensor) -> Tensor:
     return valid.std(correction=0) if len(valid) else torch.zeros(())
 
 
-def sample_epoch(run, policy: Policy, reward, prompts: list[Prompt], epoch: int, num_prompts: int, group_size: int) -> Samples:
+def sample_epoch(run, policy: Policy, reward, prompts: list[Prompt], epoch: int, num_prompts: int, group_size: int, same_latent: bool = False) -> Samples:
     """Roll out `group_size` samples of each of `num_prompts` prompts and score them.
 
     Noise is keyed by (seed, epoch, prompt, sample), so neither the batch size nor the number of processes changes a sample.
+
+    Args:
+        same_latent: the samples of a group share their initial noise, so that their rewards differ by the steps' noise alone.
     """
     args, accelerator = run.args, run.accelerator
     chosen = prompts_of_epoch(prompts, num_prompts, args.seed, epoch)
     order = [(group, sample) for group in range(num_prompts) for sample in range(group_size)]
     random.Random(f"{args.seed}/{epoch}/order").shuffle(order)
-    seeds = [noise_seed(args.seed, epoch, group, chosen[group], sample) for group, sample in order]
+    step_seeds = [noise_seed(args.seed, epoch, group, chosen[group], sample) for group, sample in order]
+    seeds = [noise_seed(args.seed, epoch, group, chosen[group]) for group, _ in order] if same_latent else step_seeds
     mine = list(range(len(order)))[accelerator.process_index :: accelerator.num_processes]
     batches, index, results = [], [], []
     for start in range(0, len(mine), args.train_batch_size):
         part = mine[start : start + args.train_batch_size]
         asked = [prompts[chosen[order[i][0]]] for i in part]
         with accelerator.autocast():
-            trajectory = policy.rollout([p.text for p in asked], seeds=[seeds[i] for i in part])
+            trajectory = policy.rollout([p.text for p in asked], seeds=[seeds[i] for i in part], step_seeds=[step_seeds[i] for i in part])
         batches.append(trajectory)
         index.append(torch.tensor(part))
         with torch.no_grad():

@@ -1,0 +1,241 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from diffusers_align.data import load_prompts
+from diffusers_align.front_doors import folder
+from diffusers_align.rewards import BUILT_INS
+from diffusers_align.training import arguments
+
+SCRIPTS = folder("training_scripts")
+RECIPES = sorted((SCRIPTS / "recipes").glob("*.yaml"))
+REQUIRED = ["--pretrained_model_name_or_path", "mini-sd", "--prompts", "mini_train", "--reward", "jpeg", "--output_dir", "out"]
+
+
+def parse(*argv: str, required=REQUIRED):
+    parser = arguments.base_parser("A test.")
+    parser.add_argument("--window", type=int, nargs=2)
+    return arguments.parse(parser, [*required, *argv])
+
+
+def recipe(tmp_path: Path, text: str) -> list[str]:
+    (tmp_path / "recipe.yaml").write_text(text)
+    return ["--config", str(tmp_path / "recipe.yaml")]
+
+
+def message(capsys, *argv: str, required=REQUIRED) -> str:
+    """What the parser prints as it exits."""
+    with pytest.raises(SystemExit) as exit:
+        parse(*argv, required=required)
+    assert exit.value.code == 2
+    return capsys.readouterr().err
+
+
+def script_of(recipe: Path):
+    """The script whose algorithm's name the recipe's begins with."""
+    stems = [path.stem for path in SCRIPTS.glob("train_*.py") if recipe.stem.startswith(path.stem.removeprefix("train_"))]
+    assert stems, f"{recipe.name} begins with no script's name"
+    return load_script(max(stems, key=len))
+
+
+def load_script(stem: str):
+    spec = importlib.util.spec_from_file_location(stem, SCRIPTS / f"{stem}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# recipes
+
+
+def test_recipe_replaces_defaults_and_flags_replace_the_recipe(tmp_path):
+    config = recipe(tmp_path, "rank: 7\nseed: 5\nuse_ema: true\ngradient_checkpointing: true\n")
+    args = parse(*config, "--seed", "6", "--no-use_ema")
+    assert (args.rank, args.seed, args.use_ema, args.gradient_checkpointing) == (7, 6, False, True)
+    assert args.train_batch_size == parse().train_batch_size == 8
+    assert parse().rank == 32
+
+
+def test_recipe_may_hold_the_required_values(tmp_path):
+    config = recipe(tmp_path, "pretrained_model_name_or_path: mini-sd\nprompts: mini_train\nreward: jpeg\noutput_dir: out\n")
+    assert parse(*config, required=[]).prompts == "mini_train"
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "'1e-4'"])
+def test_every_spelling_of_a_float_is_one(tmp_path, text):
+    rate = parse(*recipe(tmp_path, f"learning_rate: {text}\n")).learning_rate
+    assert isinstance(rate, float)
+    assert rate == 1e-4
+
+
+def test_recipe_values_get_their_flags_type(tmp_path):
+    args = parse(*recipe(tmp_path, "rank: '7'\nlearning_rate: 1\nwindow: [0, 3]\ncall_kwargs: {num_frames: 9}\nguidance_scale: null\nrun_name: 2024\n"))
+    assert (args.rank, args.learning_rate, args.window, args.call_kwargs, args.guidance_scale) == (7, 1.0, [0, 3], {"num_frames": 9}, None)
+    assert parse(*recipe(tmp_path, "call_kwargs: '{\"num_frames\": 9}'\n")).call_kwargs == {"num_frames": 9}
+
+
+def test_a_list_is_a_comma_separated_value(tmp_path):
+    assert parse(*recipe(tmp_path, "lora_layers: [to_q, to_k]\n")).lora_layers == "to_q,to_k"
+
+
+def test_an_empty_recipe_changes_nothing(tmp_path):
+    config = recipe(tmp_path, "# nothing\n")
+    differing = {name for name, value in vars(parse(*config)).items() if value != vars(parse())[name]}
+    assert differing == {"config", "command"}
+
+
+def test_yamls_no_is_the_choice_of_that_name(tmp_path):
+    # YAML 1.1 reads an unquoted no as false.
+    assert parse(*recipe(tmp_path, "mixed_precision: no\n")).mixed_precision == "no"
+
+
+def test_unknown_keys_of_a_recipe_are_named(tmp_path, capsys):
+    error = message(capsys, *recipe(tmp_path, "learning_rat: 1\nrank: 2\nzeal: 3\n"))
+    assert "recipe.yaml: unknown keys learning_rat, zeal" in error
+
+
+def test_a_value_outside_the_choices_is_an_error_that_lists_them(tmp_path, capsys):
+    error = message(capsys, *recipe(tmp_path, "mixed_precision: fp8\n"))
+    assert "mixed_precision" in error
+    assert "must be one of no, fp16, bf16, got 'fp8'" in error
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rank: many",
+        "rank: 3.5",
+        "rank: true",
+        "rank: {a: 1}",
+        "mixed_precision: null",
+        "learning_rate: fast",
+        "window: [0, x]",
+        "window: [1]",
+        "use_ema: 'false'",
+        "call_kwargs: '[1]'",
+    ],
+)
+def test_a_recipes_value_of_the_wrong_type_is_named(tmp_path, capsys, text):
+    error = message(capsys, *recipe(tmp_path, text + "\n"))
+    assert "recipe.yaml" in error
+    assert text.split(":")[0] in error
+
+
+def test_a_missing_recipe_is_an_error(capsys):
+    assert "no recipe 'nowhere.yaml'" in message(capsys, "--config", "nowhere.yaml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_parse_with_their_script(path):
+    args = script_of(path).parse_args(["--config", str(path)])
+    assert args.reward in BUILT_INS
+    assert load_prompts(args.prompts)
+    assert load_prompts(args.eval_prompts or args.prompts)
+    assert not Path(args.output_dir).is_absolute()
+    assert isinstance(args.learning_rate, float)
+    assert isinstance(args.clip_range, float)
+
+
+def test_there_are_recipes_for_every_script():
+    assert {script_of(path).__name__ for path in RECIPES} == {path.stem for path in SCRIPTS.glob("train_*.py")}
+
+
+@pytest.mark.parametrize("stem", sorted(path.stem for path in SCRIPTS.glob("train_*.py")))
+def test_the_help_of_a_script_can_be_printed(stem, capsys):
+    with pytest.raises(SystemExit) as exit:
+        load_script(stem).parse_args(["--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert all(flag in text for flag in ("--config", "--reward", "--output_dir"))
+
+
+# flags
+
+
+def test_an_unknown_flag_is_an_error(capsys):
+    assert "unrecognized arguments: --learning_rat 1" in message(capsys, "--learning_rat", "1")
+
+
+def test_flags_cannot_be_abbreviated(capsys):
+    assert "unrecognized arguments" in message(capsys, "--learning", "1")
+
+
+@pytest.mark.parametrize("missing", range(0, len(REQUIRED), 2), ids=lambda i: REQUIRED[i])
+def test_a_missing_required_value_is_named(capsys, missing):
+    required = REQUIRED[:missing] + REQUIRED[missing + 2 :]
+    assert f"{REQUIRED[missing]} is required" in message(capsys, required=required)
+
+
+@pytest.mark.parametrize(
+    "flag", ["num_inference_steps", "train_batch_size", "num_epochs", "rank", "num_eval_samples", "checkpointing_epochs", "validation_epochs"]
+)
+def test_counts_must_be_positive(capsys, flag):
+    assert f"--{flag} must be at least 1, got 0" in message(capsys, f"--{flag}", "0")
+
+
+@pytest.mark.parametrize("rate", ["0", "-1e-4"])
+def test_the_learning_rate_must_be_positive(capsys, rate):
+    assert "--learning_rate must be positive" in message(capsys, f"--learning_rate={rate}")
+
+
+@pytest.mark.parametrize("text", ["[1]", "nonsense", "3"])
+def test_call_kwargs_must_be_a_json_object(capsys, text):
+    assert "--call_kwargs" in message(capsys, "--call_kwargs", text)
+    assert parse("--call_kwargs", '{"num_frames": 9}').call_kwargs == {"num_frames": 9}
+
+
+# trackers
+
+
+def test_trackers_are_a_list(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert parse().trackers == []
+    assert parse("--report_to", "tensorboard, wandb").trackers == ["tensorboard", "wandb"]
+
+
+@pytest.mark.parametrize("trackers", ["mlflow", "tensorboard,mlflow"])
+def test_an_unknown_tracker_is_an_error_that_lists_the_known(capsys, monkeypatch, trackers):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert "unknown tracker 'mlflow'; choose among none, tensorboard, wandb, trackio" in message(capsys, "--report_to", trackers)
+
+
+@pytest.mark.parametrize("tracker", arguments.TRACKERS)
+def test_a_tracker_that_is_not_installed_is_an_error_with_the_command(capsys, monkeypatch, tracker):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert f"--report_to {tracker}: not installed. Run `pip install {tracker}`" in message(capsys, "--report_to", tracker)
+
+
+# the token
+
+
+def test_a_token_that_a_tracker_would_log_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert "--hub_token would be logged to wandb" in message(capsys, "--push_to_hub", "--hub_token", "secret", "--report_to", "wandb")
+
+
+@pytest.mark.parametrize("token", [["--hub_token", "secret"], ["--hub_token=secret"]])
+def test_the_recorded_command_line_holds_no_token(token):
+    command = parse("--push_to_hub", *token, "--rank", "3").command
+    assert "secret" not in command
+    assert command.startswith("accelerate launch ")
+    assert command.endswith("--push_to_hub --rank 3")
+
+
+# the output folder
+
+
+def test_the_output_folder_is_made_and_left_empty(tmp_path):
+    made = arguments.check_output_dir(str(tmp_path / "a" / "b"))
+    assert made == tmp_path / "a" / "b"
+    assert list(made.iterdir()) == []
+    (made / "kept").touch()
+    arguments.check_output_dir(str(made))
+    assert [path.name for path in made.iterdir()] == ["kept"]
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_an_output_folder_that_cannot_be_made_is_an_error_with_help(tmp_path, below):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"Cannot write to --output_dir .*file.*Choose another folder or free some space"):
+        arguments.check_output_dir(str(tmp_path / "file" / below))

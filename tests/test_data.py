@@ -1,0 +1,174 @@
+import json
+import random
+from collections import Counter
+
+import pytest
+
+from diffusers_align.data import Prompt, load_prompts, prompts_of_epoch
+from diffusers_align.data.prompts import shipped_sets
+from diffusers_align.embedded.scenes import OBJECTS, Scene, parse
+
+# reading
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_text_files_hold_a_prompt_a_line(tmp_path):
+    file = write(tmp_path / "prompts.txt", "a cat\n\n  ein großer Hund, ‘nachts’ \n\t\n猫")
+    assert load_prompts(file) == [Prompt("a cat"), Prompt("ein großer Hund, ‘nachts’"), Prompt("猫")]
+
+
+def test_jsonl_files_keep_their_other_columns_and_types(tmp_path):
+    rows = [{"prompt": "a cat", "count": 1, "tags": ["x"]}, {"prompt": " two dogs ", "count": 2, "tags": None}]
+    file = write(tmp_path / "prompts.jsonl", "\n\n".join(map(json.dumps, rows)) + "\n")
+    assert load_prompts(file) == [Prompt("a cat", {"count": 1, "tags": ["x"]}), Prompt("two dogs", {"count": 2, "tags": None})]
+
+
+def test_csv_files_keep_their_other_columns(tmp_path):
+    file = write(tmp_path / "prompts.csv", 'id,prompt,text\n7,"a cat, sitting",OCR\n8,"two\nlines",\n')
+    assert load_prompts(file) == [Prompt("a cat, sitting", {"id": "7", "text": "OCR"}), Prompt("two\nlines", {"id": "8", "text": ""})]
+
+
+def test_the_prompts_column_can_be_named(tmp_path):
+    file = write(tmp_path / "prompts.jsonl", '{"caption": "a cat", "prompt": "other"}')
+    assert load_prompts(file, column="caption") == [Prompt("a cat", {"prompt": "other"})]
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_column_or_prompt(tmp_path):
+    # as spreadsheet programs write them
+    (tmp_path / "prompts.csv").write_text("prompt,id\na cat,1\n", encoding="utf-8-sig")
+    (tmp_path / "prompts.txt").write_text("a cat\n", encoding="utf-8-sig")
+    assert load_prompts(str(tmp_path / "prompts.csv")) == [Prompt("a cat", {"id": "1"})]
+    assert load_prompts(str(tmp_path / "prompts.txt")) == [Prompt("a cat")]
+
+
+def test_shipped_sets_are_read_by_name():
+    assert {"mini_train", "mini_heldout", "simple_animals"} <= set(shipped_sets())
+    for name in shipped_sets():
+        texts = [prompt.text for prompt in load_prompts(name)]
+        assert len(texts) == len(set(texts)) > 10, name
+    assert len(load_prompts("simple_animals")) == 45
+    assert load_prompts("simple_animals")[0] == Prompt("a cat")
+
+
+# errors
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "empty.csv"])
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_file_without_prompts_is_an_error(tmp_path, name, text):
+    file = write(tmp_path / name, "prompt\n" if name.endswith("csv") else text.replace(" ", "") if name.endswith("jsonl") else text)
+    with pytest.raises(ValueError, match=rf"{name} holds no prompts"):
+        load_prompts(file)
+
+
+@pytest.mark.parametrize("row", ['{"caption": "a cat"}', '{"prompt": ""}', '{"prompt": "  "}', '{"prompt": null}'])
+def test_a_row_without_a_prompt_is_named(tmp_path, row):
+    file = write(tmp_path / "prompts.jsonl", f'{{"prompt": "a cat"}}\n{row}\n')
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, row 2: no 'prompt'.*--prompt_column"):
+        load_prompts(file)
+
+
+def test_a_missing_column_is_an_error_that_shows_those_there_are(tmp_path):
+    file = write(tmp_path / "prompts.csv", "id,caption\n1,a cat\n")
+    with pytest.raises(ValueError, match=r"row 1: no 'prompt' among its fields \['caption', 'id'\]"):
+        load_prompts(file)
+
+
+@pytest.mark.parametrize("row", ["{not json", '"a cat"', "[1]"])
+def test_a_line_that_is_no_json_object_is_named(tmp_path, row):
+    file = write(tmp_path / "prompts.jsonl", f'{{"prompt": "a cat"}}\n{row}\n')
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, row 2"):
+        load_prompts(file)
+
+
+def test_a_csv_row_with_too_many_fields_is_named(tmp_path):
+    # an unquoted comma in the prompt
+    file = write(tmp_path / "prompts.csv", "prompt\na cat\na dog, running\n")
+    with pytest.raises(ValueError, match=r"prompts\.csv, row 2"):
+        load_prompts(file)
+
+
+@pytest.mark.parametrize("source", ["no_such_set", "no/such/file.txt", "mini_train.json"])
+def test_an_unknown_source_is_an_error_that_lists_the_sets(source):
+    with pytest.raises(ValueError, match=rf"No prompt file '{source}'.*mini_heldout, mini_train, simple_animals"):
+        load_prompts(source)
+
+
+def test_another_suffix_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"prompts\.parquet is not a \.txt, \.jsonl or \.csv file"):
+        load_prompts(write(tmp_path / "prompts.parquet", "a cat"))
+
+
+# the prompts of an epoch
+
+
+@pytest.mark.parametrize(("length", "number"), [(10, 4), (7, 7), (5, 12), (3, 1), (1, 4)])
+def test_prompts_are_seen_equally_often(length, number):
+    prompts, seen = [Prompt(str(i)) for i in range(length)], Counter()
+    for epoch in range(30):
+        chosen = prompts_of_epoch(prompts, number, 0, epoch)
+        assert len(chosen) == number
+        seen.update(chosen)
+        counts = [seen[i] for i in range(length)]
+        assert max(counts) - min(counts) <= 1
+    # after a whole number of cycles: exactly equally
+    assert len(set(Counter(i for e in range(length) for i in prompts_of_epoch(prompts, number, 0, e)).values())) == 1
+
+
+def test_an_epoch_within_one_cycle_repeats_no_prompt():
+    prompts = [Prompt(str(i)) for i in range(12)]
+    for epoch in range(20):
+        assert len(set(prompts_of_epoch(prompts, 4, 0, epoch))) == 4
+
+
+def test_an_epochs_prompts_depend_on_neither_history_nor_global_randomness():
+    prompts = [Prompt(str(i)) for i in range(10)]
+    forwards = [prompts_of_epoch(prompts, 4, 0, epoch) for epoch in range(8)]
+    random.seed(1)
+    backwards = [prompts_of_epoch(prompts, 4, 0, epoch) for epoch in reversed(range(8))]
+    assert forwards == backwards[::-1]
+    assert prompts == [Prompt(str(i)) for i in range(10)]
+
+
+def test_an_epochs_prompts_are_the_same_in_every_version():
+    # A resumed run must go on with the prompts it would have had.
+    assert [prompts_of_epoch([Prompt(str(i)) for i in range(6)], 4, 42, epoch) for epoch in range(3)] == [[2, 3, 0, 1], [5, 4, 4, 2], [3, 1, 5, 0]]
+
+
+def test_seeds_and_cycles_differ():
+    prompts = [Prompt(str(i)) for i in range(20)]
+    orders = {tuple(prompts_of_epoch(prompts, 20, seed, epoch)) for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+# the mini sets
+
+
+def mini(name):
+    return [prompt.text for prompt in load_prompts(name)]
+
+
+@pytest.mark.parametrize("name", ["mini_train", "mini_heldout"])
+def test_a_mini_prompt_parses_to_exactly_what_it_says(name):
+    for text in mini(name):
+        asked = parse(text)
+        named = frozenset({"color", "position"} & asked.keys())
+        assert Scene(asked["object"], asked["count"], asked.get("color"), asked.get("position"), named).caption() == text
+
+
+def test_no_held_out_object_occurs_in_training():
+    train, held_out = ({parse(text)["object"] for text in mini(name)} for name in ("mini_train", "mini_heldout"))
+    assert not train & held_out
+    assert train | held_out == set(OBJECTS)
+
+
+def test_the_mini_sets_ask_for_every_attribute():
+    for name in ("mini_train", "mini_heldout"):
+        asked = [parse(text) for text in mini(name)]
+        assert {a["count"] for a in asked} == {1, 2, 3}
+        assert len({a["color"] for a in asked if "color" in a}) >= 8
+        assert {a["position"] for a in asked if "position" in a} == {"left", "right", "top", "bottom"}

@@ -1,0 +1,198 @@
+"""What every file promises: layers, pages, tests, sizes."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "diffusers_align"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+ALGORITHMS = sorted(path.stem for path in (PACKAGE / "algorithms").glob("*.py") if path.stem != "__init__")
+SCRIPTS = sorted(path.stem for path in (ROOT / "training_scripts").glob("train_*.py"))
+MAX_FUNCTION, MAX_FILE = 60, 330
+
+# What each part of the package may import of the package: dependencies point one way.
+BELOW_POLICY = {"driver", "latent_layout", "lora", "schedulers", "trajectory", "transition"}
+LAYERS = {
+    "transition": set(),
+    "front_doors": set(),
+    "latent_layout": set(),
+    "lora": set(),
+    "data": set(),
+    "embedded": set(),
+    "rl": {"transition"},
+    "algorithms": {"rl", "transition"},
+    "schedulers": {"transition", "front_doors"},
+    "trajectory": {"transition"},
+    "driver": {"schedulers", "trajectory", "transition"},
+    "policy": BELOW_POLICY,
+    "rewards": {"embedded"},
+    "pipelines": {"policy", "algorithms", "rl", "rewards"} | BELOW_POLICY,
+    "training": {"policy", "algorithms", "rl", "rewards", "data", "embedded", "front_doors"} | BELOW_POLICY,
+    "__init__": {"policy", "embedded"} | BELOW_POLICY,
+    "__main__": {"front_doors"},
+}
+MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
+FAMILY_FREE = ["driver", "policy", "trajectory", "transition", "latent_layout", "lora", "schedulers/kernels"]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+
+def part_of(path: Path) -> str:
+    """`rl` of rl/advantages.py, `policy` of policy.py."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of what a module of the package imports, also inside functions."""
+    package, found = ["diffusers_align", *path.relative_to(PACKAGE).parts[:-1]], set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join(base + ([node.module] if node.module else []))
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def imported_parts(path: Path) -> set[str]:
+    ours = (name.split(".") for name in imports(path) if name.startswith("diffusers_align."))
+    return {part for _, part, *_ in ours if not part.startswith("__")} - {part_of(path)}
+
+
+def definitions(tree: ast.AST) -> list:
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+# layers
+
+
+def test_relative_imports_are_resolved():
+    assert "diffusers_align.rl.importance.clipped_surrogate" in imports(PACKAGE / "algorithms" / "ddpo.py")
+    assert imported_parts(PACKAGE / "algorithms" / "ddpo.py") == {"rl"}
+    assert {"driver", "schedulers", "transition"} <= imported_parts(PACKAGE / "policy.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_dependencies_point_one_way(path):
+    assert part_of(path) in LAYERS, "say in LAYERS what the new part may import"
+    assert imported_parts(path) <= LAYERS[part_of(path)]
+
+
+def test_layers_hold_no_cycle():
+    placed: set[str] = set()
+    while free := {part for part, below in LAYERS.items() if part not in placed and below <= placed}:
+        placed |= free
+    assert placed == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if part_of(path) in ("algorithms", "rl")], ids=name_of)
+def test_mathematics_imports_torch_alone(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    assert roots <= {"torch", "diffusers_align"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_the_package_imports_no_script_or_front_door(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    assert not roots & {"training_scripts", "pipelines", "schedulers", "tests", "benchmarks", *SCRIPTS}
+
+
+@pytest.mark.parametrize("name", FAMILY_FREE)
+def test_the_core_names_no_model_family(name):
+    lines = (PACKAGE / f"{name}.py").read_text().splitlines()
+    assert [line for line in lines if MODEL_FAMILIES.search(line)] == []
+
+
+# pages, tests and scripts
+
+
+def test_there_are_algorithms_and_scripts():
+    assert {"reinforce", "ddpo", "flow_grpo"} <= set(ALGORITHMS)
+    assert {"train_ddpo", "train_flow_grpo"} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_each_algorithm_has_a_page_that_states_its_source(name):
+    page = ast.get_docstring(ast.parse((PACKAGE / "algorithms" / f"{name}.py").read_text())) or ""
+    assert "https://arxiv.org/abs/" in page or "Source:" in page
+    assert "$$" in page, "the objective is missing"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_each_algorithm_is_in_the_index(name):
+    index = ast.get_docstring(ast.parse((PACKAGE / "algorithms" / "__init__.py").read_text()))
+    assert f"`{name}`" in index
+
+
+@pytest.mark.parametrize("name", ALGORITHMS + SCRIPTS)
+def test_each_algorithm_and_script_is_in_the_readme(name):
+    assert re.search(rf"\b{name}\b", (ROOT / "README.md").read_text())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_each_algorithm_has_tests_and_a_row_in_the_contract(name):
+    others = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py") if path != Path(__file__))
+    assert f"diffusers_align.algorithms.{name}" in others
+    assert f"diffusers_align.algorithms.{name}" in (ROOT / "tests" / "test_contract.py").read_text()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_script_has_a_test(name):
+    # by its file's name, or by its algorithm's where that names the file
+    assert re.search(rf'\b{name}\b|"{name.removeprefix("train_")}"', (ROOT / "tests" / "test_scripts.py").read_text())
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_public_functions_and_classes_have_docstrings(path):
+    public = [n for n in ast.parse(path.read_text()).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_modules_have_docstrings(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+# sizes
+
+
+@pytest.mark.parametrize("path", [*MODULES, *(ROOT / "training_scripts" / f"{name}.py" for name in SCRIPTS)], ids=lambda path: path.stem)
+def test_functions_and_files_can_be_read_at_one_sitting(path):
+    source = path.read_text()
+    lengths = {f.name: f.end_lineno - f.lineno + 1 for f in definitions(ast.parse(source))}
+    assert {name: length for name, length in lengths.items() if length > MAX_FUNCTION} == {}
+    lines = len(source.splitlines())
+    assert lines <= MAX_FILE
+
+
+# imports
+
+MEASURE = """
+import sys, time
+import peft
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
+before, start = set(sys.modules), time.process_time()
+import diffusers_align
+seconds = time.process_time() - start
+print(seconds, *sorted(set(sys.modules) - before))
+"""
+
+
+@pytest.mark.slow
+def test_importing_the_package_is_quick_and_pulls_nothing_heavy():
+    result = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    seconds, *modules = result.stdout.splitlines()[-1].split()
+    assert float(seconds) < 1.0
+    assert "diffusers_align.policy" in modules
+    heavy = {"matplotlib", "datasets", "wandb", "tensorboard", "trackio", "scipy", "torchvision", "cv2", "pandas"}
+    assert not heavy & {name.split(".")[0] for name in modules}
+    assert not {name for name in modules if name.startswith(("diffusers_align.rewards", "diffusers_align.training", "diffusers_align.data"))}
