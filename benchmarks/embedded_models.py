@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 
 from diffusers_align import embedded
 from diffusers_align.data import load_prompts
-from diffusers_align.embedded.train import make_scenes
+from diffusers_align.embedded.teaching import make_scenes
 from diffusers_align.rewards import load_reward
 from diffusers_align.training.pictures import grid
 

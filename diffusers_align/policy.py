@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import lora
 from .driver import PromptMemory, Step, denoisers, drive
 from .latent_layout import LatentLayout
+from .prediction import Prediction
 from .schedulers import sde_twin
 from .schedulers.scheduling_utils import SDESchedulerMixin
 from .trajectory import Condition, Trajectory
@@ -50,8 +51,7 @@ class Policy:
         self._parameters = inspect.signature(type(pipeline).__call__).parameters
         self._memory = PromptMemory()
         self._layout: LatentLayout | None = None
-        self._unguided: dict[str, Any] | None = None
-        self._own_times: bool | None = None
+        self._prediction = Prediction(self)
 
     @property
     def scheduler(self) -> SDESchedulerMixin:
@@ -233,94 +233,7 @@ class Policy:
 
         Pipelines that cannot take a time for each sample are found by a comparison at the first call and evaluated time by time.
         """
-        if len(latents) != len(condition) or timesteps.shape != (len(condition),):
-            raise ValueError(f"{len(condition)} prompts need latents and timesteps of as many, got {tuple(latents.shape)} and {tuple(timesteps.shape)}.")
-        overrides = {} if guidance else self._guidance_off(condition)
-        if not guidance and len(set(timesteps.tolist())) > 1 and self._own_times is None:
-            with torch.no_grad():
-                self._own_times = self._takes_own_times(latents, timesteps, condition, overrides)
-        if len(set(timesteps.tolist())) == 1:
-            return self._predict(latents, timesteps[0], condition, overrides)
-        if self._own_times and not guidance:
-            return self._predict(latents, timesteps, condition, overrides)
-        return self._predict_one_by_one(latents, timesteps, condition, overrides)
-
-    def _predict(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
-        """Solver step 0 is gated and returns `latents`; step 1 evaluates them at `timesteps`; the rest is skipped."""
-        rows = max(2, int(condition.kwargs.get("num_inference_steps", self._default("num_inference_steps", 50))))
-        outputs: list[Tensor] = []
-
-        def capture(step: Step) -> Tensor:
-            if step.k == 1:
-                if step.sample.shape != latents.shape or not torch.equal(step.sample, latents):
-                    raise ValueError(f"{type(self.pipeline).__name__} edits its latents between steps; predict has no meaning there.")
-                outputs.append(step.model_output)
-            return latents if step.k == 0 else step.sample
-
-        self._drive(
-            condition, capture, timesteps=timesteps.expand(rows, *timesteps.shape), needs_denoiser=lambda k: k == 1, **overrides
-        )  # fmt: skip
-        if not outputs:
-            raise ValueError("The pipeline took fewer than two solver steps; raise num_inference_steps (or strength).")
-        return outputs[0]
-
-    def _predict_one_by_one(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
-        out: list[Tensor | None] = [None] * len(latents)
-        for value in sorted(set(timesteps.tolist())):
-            index = (timesteps == value).nonzero().flatten().tolist()
-            part = self._predict(latents[index], timesteps[index[0]], condition.select(index), overrides)
-            for i, row in zip(index, part):
-                out[i] = row
-        return torch.stack(out)
-
-    def _takes_own_times(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> bool:
-        one_by_one = self._predict_one_by_one(latents, timesteps, condition, overrides)
-        try:
-            together = self._predict(latents, timesteps, condition, overrides)
-        except (RuntimeError, ValueError, TypeError):
-            return False
-        return bool((together - one_by_one).abs().max() <= 1e-3 * one_by_one.abs().max())
-
-    def _guidance_off(self, condition: Condition) -> dict[str, Any]:
-        """Arguments that switch classifier-free guidance off: found by trying which give one denoiser row a sample."""
-        if self._unguided is None:
-            single = condition.select([0])
-            tries = [{}, *({name: value} for name in ("true_cfg_scale", "guidance_scale") for value in (1.0, 0.0) if name in self._parameters)]
-            for overrides in tries:
-                if self._rows_a_step(single, overrides) == 1:
-                    self._unguided = overrides
-                    break
-            else:
-                raise ValueError(f"Found no argument of {type(self.pipeline).__name__} that switches guidance off; call predict(..., guidance=True).")
-        return self._unguided
-
-    @torch.no_grad()
-    def _rows_a_step(self, single: Condition, overrides: dict) -> int | None:
-        rows, in_first = [], [True]
-
-        def count(module, args, kwargs):
-            first = args[0] if args else next(iter(kwargs.values()))
-            if in_first[0]:
-                rows.append(len(first))
-
-        def step(step: Step) -> Tensor:
-            in_first[0] = False
-            step.skip()
-            return step.sample
-
-        handles = [m.register_forward_pre_hook(count, with_kwargs=True) for m in self.denoisers.values()]
-        try:
-            self._drive(single, step, needs_denoiser=lambda k: k == 0, **overrides)
-        except (ValueError, TypeError, AssertionError, RuntimeError):
-            return None
-        finally:
-            for handle in handles:
-                handle.remove()
-        return sum(rows)
-
-    def _default(self, name: str, otherwise):
-        parameter = self._parameters.get(name)
-        return otherwise if parameter is None or parameter.default in (inspect.Parameter.empty, None) else parameter.default
+        return self._prediction(latents, timesteps, condition, guidance)
 
     # --- pixels ----------------------------------------------------------------------------------------------------
 

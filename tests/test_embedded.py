@@ -13,7 +13,7 @@ from diffusers_align import embedded
 from diffusers_align.data import load_prompts
 from diffusers_align.embedded import scenes
 from diffusers_align.embedded.classifier import SceneClassifier
-from diffusers_align.embedded.train import build_tokenizer, make_scenes
+from diffusers_align.embedded.teaching import build_tokenizer, make_scenes
 from diffusers_align.rewards import load_reward
 
 FAST = {"mini-sd3": {"max_sequence_length": 1}, "mini-sd": {}}

@@ -214,7 +214,7 @@ def test_load_reward_passes_options_to_those_that_take_them():
     "spec, message",
     [
         ("clip_scor", r"There is no reward 'clip_scor'. Did you mean 'clip_score'\?.*pick_score.*'module:function'"),
-        ("nothing_like_it", r"There is no reward 'nothing_like_it'. Built in: aesthetic, clip_score"),
+        ("nothing_like_it", r"There is no reward 'nothing_like_it'. Built in: aesthetic, background_color, clip_score"),
         ("no_such_module:f", "there is no module 'no_such_module', neither installed nor in"),
         ("no_such_file.py:f", "there is no file .*no_such_file.py"),
         ("math:squrt", r"'math' has no 'squrt'. Did you mean 'sqrt'\?"),
@@ -486,3 +486,28 @@ def test_scene_score_knows_rendered_scenes():
         right, wrong = score(reward, images, captions), score(reward, images, captions[1:] + captions[:1])
     assert right["reward"].mean() > wrong["reward"].mean() + 0.3
     assert right["correct"].mean() > 0.7 and wrong["correct"].mean() < 0.2
+
+
+def test_scene_score_judges_against_wanted_captions_where_there_are_some():
+    from diffusers_align.embedded.teaching import make_scenes
+
+    images, truth, _ = make_scenes(20, seed=5)
+    captions, wrong = [s.caption() for s in truth], ["a bus" if s.object != "bus" else "a cat" for s in truth]
+    reward = load_reward("scene_score")
+    expected = reward(images.float() / 255, captions)["reward"]
+    torch.testing.assert_close(reward(images.float() / 255, wrong, wanted=captions)["reward"], expected)
+    torch.testing.assert_close(reward(images.float() / 255, captions, wanted=[None] * 20)["reward"], expected)
+
+
+def test_background_color_is_minus_the_distance_of_the_border():
+    from diffusers_align.embedded.scenes import COLORS
+
+    blue = torch.tensor(COLORS["blue"]).view(3, 1, 1) / 255
+    images = torch.stack([blue.expand(3, 32, 32), (blue + 0.1).expand(3, 32, 32), blue.expand(3, 32, 32)]).clone()
+    images[:, :, 8:24, 8:24] = 0.3  # the inside does not count
+    reward = load_reward("background_color")
+    expected = torch.tensor([0.0, -0.1, torch.nan])
+    torch.testing.assert_close(reward(images, ["a fox", "a fox on a blue background", "a fox"], background=["blue", None, None]), expected, equal_nan=True)
+    images.requires_grad_()
+    reward(images[1:2], ["a fox on a blue background"]).sum().backward()
+    assert float(images.grad[1].abs().sum()) > 0 and float(images.grad[1, :, 8:24, 8:24].abs().sum()) == 0

@@ -20,7 +20,8 @@ class Prompt:
 
 
 def shipped_sets() -> list[str]:
-    return sorted(path.stem for path in _SHIPPED.glob("*.txt"))
+    """Names of the sets that `load_prompts` knows."""
+    return sorted(path.stem for path in _SHIPPED.iterdir())
 
 
 def load_prompts(source: str, column: str = "prompt") -> list[Prompt]:
@@ -30,12 +31,12 @@ def load_prompts(source: str, column: str = "prompt") -> list[Prompt]:
         ValueError: no such file or set, no prompts in it, or a row without a prompt (the message names the row).
     """
     path = Path(source)
-    if not path.suffix and (_SHIPPED / f"{source}.txt").is_file():
-        path = _SHIPPED / f"{source}.txt"
+    if not path.suffix and source in shipped_sets():
+        path = next(_SHIPPED.glob(f"{source}.*"))
     if not path.is_file():
         raise ValueError(f"No prompt file {source!r}, and no shipped set of that name: there are {', '.join(shipped_sets())}.")
     if path.suffix == ".txt":
-        prompts = [Prompt(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [Prompt(line.strip()) for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     elif path.suffix in (".jsonl", ".csv"):
         prompts = [_from_row(row, number, column, path) for number, row in enumerate(_rows(path), 1)]
     else:
@@ -45,14 +46,26 @@ def load_prompts(source: str, column: str = "prompt") -> list[Prompt]:
     return prompts
 
 
-def _rows(path: Path) -> list[dict]:
-    with path.open(encoding="utf-8", newline="") as file:
+def _rows(path: Path) -> list:
+    # utf-8-sig: spreadsheet programs put a byte order mark before the first column's name
+    with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
             return list(csv.DictReader(file))
-        return [json.loads(line) for line in file if line.strip()]
+        return [_json_row(line) for line in file if line.strip()]
 
 
-def _from_row(row: dict, number: int, column: str, path: Path) -> Prompt:
+def _json_row(line: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return line
+
+
+def _from_row(row: object, number: int, column: str, path: Path) -> Prompt:
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}, row {number}: not a JSON object: {str(row).strip()[:80]!r}.")
+    if None in row:  # where csv puts what has no column
+        raise ValueError(f"{path}, row {number}: more fields than columns: {row[None]}. Quote texts that hold a comma.")
     text = str(row.get(column) or "").strip()
     if not text:
         raise ValueError(f"{path}, row {number}: no {column!r} among its fields {sorted(row)}. Name the right one with --prompt_column.")

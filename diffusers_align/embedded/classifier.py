@@ -15,6 +15,8 @@ from .scenes import COLORS, COUNTS, OBJECTS
 
 
 class ResidualBlock(nn.Module):
+    """Two normalised convolutions beside the identity."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(8, channels), nn.Conv2d(channels, channels, 3, padding=1)

@@ -44,6 +44,7 @@ SPRITE_SHEET = Path(__file__).parent / "sprites.png"
 
 
 def plural(name: str) -> str:
+    """The plural of an object's name."""
     return IRREGULAR_PLURALS.get(name, name + "s")
 
 

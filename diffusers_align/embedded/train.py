@@ -9,13 +9,10 @@ what it has every five minutes and leaves a folder in diffusers' or transformers
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -31,118 +28,22 @@ from torch.nn import functional as F
 from transformers import (
     CLIPConfig,
     CLIPModel,
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
 )
 
 from .classifier import SceneClassifier
-from .scenes import COLORS, OBJECTS, Scene, place, render, sample_scene
-
-IMAGE_SIZE, LATENT_SIZE, MAX_TOKENS = 32, 16, 16
-
-
-def make_scenes(number: int, seed: int) -> tuple[Tensor, list[Scene], Tensor]:
-    """(N, 3, 32, 32) uint8 images, their scenes, and the objects' mean centres (N, 2) in [0, 1]."""
-    rng, images, scenes, centers = random.Random(seed), [], [], []
-    for _ in range(number):
-        scene = sample_scene(rng)
-        boxes = place(scene, IMAGE_SIZE, rng)
-        images.append(np.asarray(render(scene, rng, IMAGE_SIZE, boxes)))
-        scenes.append(scene)
-        centers.append(np.mean([((x + s / 2) / IMAGE_SIZE, (y + s / 2) / IMAGE_SIZE) for x, y, s in boxes], 0))
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
-    return stacked, scenes, torch.tensor(np.stack(centers), dtype=torch.float32)
-
-
-def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges make one token of every word of the captions; other text falls back to letters."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    rng = random.Random(0)
-    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = ["<|startoftext|>", "<|endoftext|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=4000, special_tokens=special, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
-    bpe.train_from_iterator((sample_scene(rng).caption() for _ in range(20000)), trainer)
-    model = json.loads(bpe.to_str())["model"]
-    vocab = model["vocab"]
-    for letter in alphabet:
-        vocab.setdefault(letter + "</w>", len(vocab))
-    return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in model["merges"]], model_max_length=MAX_TOKENS)
-
-
-def text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS, projection_dim=width, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-
-
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    return tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
-
-
-class Ema:
-    """Exponential moving average of parameters, with the usual warm-up min(decay, (1 + n) / (10 + n))."""
-
-    def __init__(self, parameters: list[nn.Parameter], decay: float = 0.999):
-        self.parameters, self.decay, self.updates = parameters, decay, 0
-        self.shadow = [p.detach().clone() for p in parameters]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], 1 - decay)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        for parameter, average in zip(self.parameters, self.shadow):
-            held = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(held)
-
-
-def fit(name: str, modules: list[nn.Module], loss_fn, save, minutes: float, lr: float, save_every: float = 300) -> None:
-    """AdamW on `loss_fn()` for the given minutes: 100 warm-up updates, linear decay over the time left, saves of the EMA."""
-    parameters = [p for module in modules for p in module.parameters()]
-    optimizer, ema = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.99), weight_decay=0.01), Ema(parameters)
-    print(f"{name}: {sum(p.numel() for p in parameters) / 1e6:.2f} M parameters, {minutes} minutes", flush=True)
-    start, saved, average, update = time.monotonic(), 0.0, 0.0, 0
-    while (elapsed := time.monotonic() - start) < 60 * minutes:
-        rate = lr * min(1, (update + 1) / 100) * max(0.02, 1 - elapsed / (60 * minutes))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = loss_fn()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        ema.update()
-        average = loss.item() if update == 0 else 0.98 * average + 0.02 * loss.item()
-        update += 1
-        if update % 100 == 0:
-            print(f"{name} update {update} after {elapsed:.0f} s: loss {average:.4f}", flush=True)
-        if elapsed - saved > save_every:
-            saved = elapsed
-            ema.swap()
-            save()
-            ema.swap()
-    ema.swap()
-    save()
-
+from .scenes import COLORS, OBJECTS
+from .teaching import IMAGE_SIZE, LATENT_SIZE, LatentScenes, build_tokenizer, fit, judged_images, make_scenes, save_pipeline, text_config, tokenize
 
 # --- the autoencoder that both pipelines share --------------------------------------------------------------------
 
 
 def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbouring pixels, down and across."""
     return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
 
 
@@ -171,23 +72,6 @@ def train_vae(out: Path, minutes: float, resume: bool) -> None:
         print(f"vae: PSNR {psnr:.2f} dB, scaling factor {vae.config.scaling_factor}", flush=True)
 
     fit("vae", [vae], loss_fn, save, minutes, lr=2e-3)
-
-
-class LatentScenes:
-    """Scenes encoded once: latents (N, 4, 16, 16) of mean 0 and deviation 1, token ids with a tenth of the captions empty."""
-
-    def __init__(self, out: Path, tokenizer: CLIPTokenizer, number: int = 20000, seed: int = 2):
-        self.vae = AutoencoderKL.from_pretrained(out / "vae").eval()
-        images, scenes, _ = make_scenes(number, seed)
-        with torch.no_grad():
-            encode = lambda x: self.vae.encode(x.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)).latent_dist.mode()  # noqa: E731
-            latents = torch.cat([encode(part) for part in images.split(256)])
-        self.latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
-        self.ids, self.empty = tokenize(tokenizer, [scene.caption() for scene in scenes]), tokenize(tokenizer, [""])
-
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        index = torch.randint(0, len(self.latents), (size,))
-        return self.latents[index], torch.where(torch.rand(size, 1) < 0.1, self.empty, self.ids[index])
 
 
 # --- mini-sd3: flow matching ---------------------------------------------------------------------------------------
@@ -291,33 +175,11 @@ def train_sd(out: Path, minutes: float, resume: bool) -> None:
     fit("sd", [unet, encoder], loss_fn, save, minutes, lr=1e-3)
 
 
-def save_pipeline(pipeline, folder: Path) -> None:
-    """Denoiser and autoencoder in half precision; text encoders in float32, because transformers keeps a file's dtype."""
-    pipeline.save_pretrained(folder)
-    for name in ("transformer", "unet", "vae"):
-        if module := getattr(pipeline, name, None):
-            half = type(module).from_config(module.config)
-            half.load_state_dict(module.state_dict())
-            half.half().save_pretrained(folder / name)
-
-
 # --- the judges: mini-clip and the scene classifier ----------------------------------------------------------------
 
 
-def judged_images(out: Path, number: int, seed: int) -> tuple[Tensor, list[Scene], Tensor]:
-    """Scenes as judges must know them: half sharp, half through the autoencoder with a little noise, as samples look."""
-    images, scenes, centers = make_scenes(number, seed)
-    vae, half = AutoencoderKL.from_pretrained(out / "vae").eval(), number // 2
-    with torch.no_grad():
-        for start in range(0, half, 256):
-            part = images[start : min(half, start + 256)]
-            latents = vae.encode(part.float() / 127.5 - 1).latent_dist.mode()
-            latents += 0.2 * torch.rand(len(part), 1, 1, 1) * torch.randn_like(latents) / vae.config.scaling_factor
-            images[start : start + len(part)] = (vae.decode(latents).sample * 127.5 + 127.5).clamp(0, 255).byte()
-    return images, scenes, centers
-
-
 def train_classifier(out: Path, minutes: float, resume: bool) -> None:
+    """Cross-entropy of object, colour and count, a smooth L1 of the centre."""
     images, scenes, centers = judged_images(out, 16000, seed=3)
     objects = torch.tensor([list(OBJECTS).index(s.object) for s in scenes])
     colors = torch.tensor([list(COLORS).index(s.color) for s in scenes])
@@ -370,6 +232,7 @@ STAGES = {"vae": train_vae, "sd3": train_sd3, "sd": train_sd, "clip": train_clip
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the stages that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="+", choices=list(STAGES))
     parser.add_argument("--minutes", nargs="+", type=float, required=True, help="training time of each stage")

@@ -6,6 +6,7 @@
 | `aesthetic` | LAION's aesthetic predictor | yes |
 | `clip_score` | cosine of CLIP's image and text embeddings | yes |
 | `pick_score` | PickScore, a CLIP trained on human choices | yes |
+| `background_color` | how near is the border to a wanted colour? (a column, or the prompt) | yes |
 | `scene_score` | do the named object, count, colour and position appear? (embedded scenes) | yes |
 """
 

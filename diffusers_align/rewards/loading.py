@@ -17,6 +17,7 @@ from typing import Any
 
 BUILT_INS = {
     "aesthetic": "diffusers_align.rewards.aesthetic:AestheticScore",
+    "background_color": "diffusers_align.rewards.background:background_color",
     "clip_score": "diffusers_align.rewards.clip_score:CLIPScore",
     "jpeg_compressibility": "diffusers_align.rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "diffusers_align.rewards.jpeg:jpeg_incompressibility",

@@ -41,12 +41,15 @@ class SceneScore(nn.Module):
     def forward(self, images: Tensor, prompts: list[str], **columns: Any) -> dict[str, Tensor]:
         """images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1]; of a video, everything is the mean over frames.
 
+        A column `wanted` holds captions to judge against in the place of the prompts: preferences that the prompt does not state.
+
         Returns:
             `reward` (B,) in [0, 1]; `object`, `count`, `color`, `position`: the probability of what was asked, NaN where
             nothing was; `correct`: 1 where all that was asked is right, else 0.
         """
         frames = flatten_frames(images)
-        wanted = repeat_for_frames(wanted_classes(prompts).to(frames.device), images)
+        captions = [wish or prompt for wish, prompt in zip(columns.get("wanted") or prompts, prompts)]
+        wanted = repeat_for_frames(wanted_classes(captions).to(frames.device), images)
         device = next(self.classifier.parameters()).device
         predicted = {name: value.to(frames.device) for name, value in self.classifier(frames.float().to(device)).items()}
         probabilities, right, asked = torch.stack([torch.stack(judge(predicted, name, wanted[:, i])) for i, name in enumerate(ATTRIBUTES)], -1)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 
 def _mean_std(rewards: Tensor, ddof: int) -> tuple[Tensor, Tensor]:
-    valid = rewards[~rewards.isnan()]
+    # In float64 the mean of equal float32 numbers is exact; in float32 its rounding error, over eps, would pass for a signal.
+    valid = rewards[~rewards.isnan()].double()
     if len(valid) <= ddof:
-        return valid.mean() if len(valid) else rewards.new_zeros(()), rewards.new_zeros(())
+        return valid.mean() if len(valid) else valid.new_zeros(()), valid.new_zeros(())
     return valid.mean(), valid.std(correction=ddof)
 
 

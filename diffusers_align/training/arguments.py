@@ -127,12 +127,31 @@ def _recipe(parser: argparse.ArgumentParser, path: str) -> dict:
     if unknown := sorted(set(recipe) - set(actions)):
         parser.error(f"{path}: unknown keys {', '.join(unknown)}")
     for name, value in recipe.items():
-        # YAML reads 1e-4 as a string; the flag's own type settles it.
-        if isinstance(value, str) and callable(actions[name].type):
-            recipe[name] = actions[name].type(value)
-        if actions[name].choices and value not in actions[name].choices:
-            parser.error(f"{path}: {name} must be one of {', '.join(map(str, actions[name].choices))}, got {value!r}")
+        try:
+            recipe[name] = _typed(actions[name], value)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            parser.error(f"{path}: {name}: {error}")
     return recipe
+
+
+def _typed(action: argparse.Action, value):
+    """A recipe's value as the flag would have it: YAML reads 1e-4 as a string, and an unquoted `no` as false."""
+    if (value is None and not action.choices) or (isinstance(value, dict) and action.type is _json_object):
+        return value
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true or false, got {value!r}")
+        return value
+    if isinstance(action.nargs, int):
+        if not isinstance(value, list) or len(value) != action.nargs:
+            raise ValueError(f"must be a list of {action.nargs}, got {value!r}")
+        return [action.type(str(item)) for item in value]
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    value = "no" if value is False and action.choices else (action.type or str)(str(value))
+    if action.choices and value not in action.choices:
+        raise ValueError(f"must be one of {', '.join(map(str, action.choices))}, got {value!r}")
+    return value
 
 
 def _check_trackers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
