@@ -25,7 +25,7 @@ from diffusers_align.rewards.preprocessing import Preprocessing
 from diffusers_align.rewards.scene import SceneScore
 
 PROMPTS = ["a cat", "two dogs"]
-BUILT_IN_NAMES = ("jpeg_compressibility", "jpeg_incompressibility", "aesthetic", "clip_score", "pick_score", "scene_score")
+BUILT_IN_NAMES = ("jpeg_compressibility", "jpeg_incompressibility", "aesthetic", "background_color", "clip_score", "pick_score", "scene_score")
 
 
 def brightness(images, prompts, **columns):
