@@ -25,10 +25,10 @@ demo-ddpo: $(VENV)/installed
 		training_scripts/train_ddpo.py --config training_scripts/recipes/ddpo_mini_sd.yaml
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-fast: $(VENV)/installed
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 style: $(VENV)/installed
 	$(BIN)/ruff check .

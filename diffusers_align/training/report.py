@@ -43,7 +43,7 @@ class Report:
             hub.create(self.run)
         with self.policy.reference():
             self.before = self._evaluate()
-        self.run.print(f"before: {_summary(self.before)}")
+        self.run.print(f"before: {_summary(self.before, self.run.args.reward)}")
 
     def validate(self, epoch: int) -> None:
         """Every `--validation_epochs`: a grid of the first validation prompts at their fixed seeds, and their mean reward."""
@@ -89,7 +89,7 @@ class Report:
             hub.write_model_card(run, results, pictures)
             if args.push_to_hub:
                 run.print(f"Pushed to {hub.push(run)}.")
-        run.print(f"after:  {_summary(after)}")
+        run.print(f"after:  {_summary(after, args.reward)}")
         for name, (gain, error) in gains.items():
             run.print(f"gain in {args.reward if name == 'reward' else name} on held-out prompts: {gain:+.4f} ± {error:.4f} (paired, s.e.)")
         run.print(f"LoRA, pictures and model card: {run.output_dir}")
@@ -98,13 +98,17 @@ class Report:
 
 
 def _mean(values) -> tuple[float, float]:
+    """Mean and standard error of the values that are not NaN; NaN where there are too few."""
     valid = values[~values.isnan()]
-    return float(valid.mean()), float(valid.std() / max(1, len(valid)) ** 0.5)
+    error = float(valid.std() / len(valid) ** 0.5) if len(valid) > 1 else float("nan")
+    return float(valid.mean()) if len(valid) else float("nan"), error
 
 
-def _summary(evaluation: Evaluation) -> str:
-    parts = []
-    for name, values in evaluation.rewards.items():
-        mean, error = _mean(values)
-        parts.append(f"{name} {mean:.4f} ± {error:.4f}")
-    return ", ".join(parts)
+def _summary(evaluation: Evaluation, reward: str) -> str:
+    """The rewards' means on one line; the one that is trained on by its own name."""
+    means = {name: _mean(values) for name, values in evaluation.rewards.items()}
+    return ", ".join(
+        f"{reward + name.removeprefix('reward') if name.startswith('reward') else name} {mean:.4f} ± {error:.4f}"
+        for name, (mean, error) in means.items()
+        if mean == mean
+    )
