@@ -39,6 +39,7 @@ def _add_model(group) -> None:
     group.add_argument("--num_inference_steps", type=int, default=10, help="solver steps of training rollouts")
     group.add_argument("--eval_num_inference_steps", type=int, help="solver steps of evaluation, which walks the ODE; as in training if absent")
     group.add_argument("--guidance_scale", type=float, help="classifier-free guidance of rollouts, replays and evaluation; the pipeline's default if absent")
+    group.add_argument("--eval_guidance_scale", type=float, help="guidance of evaluation and pictures; as in training if absent")
     group.add_argument("--height", type=int, help="pixels; the pipeline's default if absent")
     group.add_argument("--width", type=int, help="pixels; the pipeline's default if absent")
     group.add_argument("--call_kwargs", type=_json_object, default={}, help="other arguments of the pipeline's call, as JSON: '{\"num_frames\": 33}'")

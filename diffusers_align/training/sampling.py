@@ -109,11 +109,12 @@ def evaluate(run, policy: Policy, rewards: dict[str, Any], prompts: list[Prompt]
     args, accelerator = run.args, run.accelerator
     jobs = [(i, prompts[i % len(prompts)], noise_seed(args.seed, "evaluation", i)) for i in range(number)]
     mine, rows = jobs[accelerator.process_index :: accelerator.num_processes], []
-    steps = {"num_inference_steps": args.eval_num_inference_steps} if args.eval_num_inference_steps else {}
+    call = {"num_inference_steps": args.eval_num_inference_steps, "guidance_scale": args.eval_guidance_scale}
+    call = {name: value for name, value in call.items() if value is not None}
     for start in range(0, len(mine), args.train_batch_size):
         part = mine[start : start + args.train_batch_size]
         with accelerator.autocast():
-            trajectory = policy.rollout([p.text for _, p, _ in part], seeds=[seed for _, _, seed in part], deterministic=True, **steps)
+            trajectory = policy.rollout([p.text for _, p, _ in part], seeds=[seed for _, _, seed in part], deterministic=True, **call)
         with torch.no_grad():
             images = policy.decode(trajectory.final, trajectory.condition).float().cpu()
         scored = {name: _score_rows(reward, images.to(accelerator.device), [p for _, p, _ in part], "mask") for name, reward in rewards.items()}
