@@ -48,7 +48,7 @@ class LatentLayout:
         if zeros.numel() != number or bool((scale == 0).any()):
             raise ValueError(f"The tail maps {number} latents to {zeros.numel()} values: not an affine map and a permutation.")
         index = _probe_index(policy, condition, number, zeros, scale)
-        layout = cls(vae, images.shape[1:], shape[1:], _per_sample(zeros.shape, vae), index, scale.flatten(), zeros.flatten())
+        layout = cls(vae, images.shape[1:], shape[1:], zeros.shape[1:], index, scale.flatten(), zeros.flatten())
         layout._verify(policy, condition, images)
         return layout
 
@@ -115,10 +115,6 @@ def _probe_index(policy, condition, number: int, shift: Tensor, scale: Tensor) -
     if not torch.equal(index.sort().values, torch.arange(number, device=index.device)):
         raise ValueError("The pipeline's latents are not a permutation of what vae.decode receives.")
     return index
-
-
-def _per_sample(shape: torch.Size, vae) -> torch.Size:
-    return shape[1:]
 
 
 def _autoencode(vae, images: Tensor, video: bool) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from diffusers.utils import logging as diffusers_logging
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -145,10 +144,3 @@ def disabled(modules: Iterable[nn.Module]) -> Iterator[None]:
             layer.enable_adapters(not was_off)
             for parameter, flag in zip(layer.parameters(), flags):
                 parameter.requires_grad_(flag)
-
-
-@torch.no_grad()
-def scale_of(modules: Iterable[nn.Module]) -> float:
-    """Norm of the LoRA's B matrices, 0 at the start: how far the weights have moved from the pretrained model."""
-    squares = [p.float().square().sum() for m in modules for n, p in m.named_parameters() if ".lora_B." in n]
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

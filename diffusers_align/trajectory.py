@@ -99,7 +99,7 @@ class Trajectory:
         """One trajectory of all samples of `parts`, which must share their call's arguments and schedule.
 
         Raises:
-            ValueError: the schedules differ.
+            ValueError: the schedules or the arguments differ.
         """
         first = parts[0]
         if any(not torch.equal(p.timesteps, first.timesteps) or not torch.equal(p.stochastic, first.stochastic) for p in parts):
@@ -164,5 +164,7 @@ def _joined_kwargs(parts: list[Trajectory]) -> dict[str, Any]:
             value = torch.cat(values)
         elif of_samples and isinstance(value, list):
             value = [item for v in values for item in v]
+        elif any(not (torch.equal(v, value) if isinstance(value, Tensor) else v == value) for v in values):
+            raise ValueError(f"Trajectories made with different {name} cannot be joined.")
         joined[name] = value
     return joined

@@ -164,3 +164,8 @@ def test_to_moves_the_children_too():
 def test_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         trajectory(1).states = torch.zeros(1)
+
+
+def test_different_call_arguments_cannot_be_joined():
+    with pytest.raises(ValueError, match="different guidance_scale cannot be joined"):
+        Trajectory.cat([trajectory(2, guidance_scale=3.0), trajectory(2, guidance_scale=4.0)])
