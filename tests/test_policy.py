@@ -158,7 +158,7 @@ def test_decode_is_in_range_and_differentiable():
     policy, trajectory, _ = make("sd15")
     latents = (0.1 * trajectory.final).requires_grad_()
     images = policy.decode(latents)
-    assert images.shape[:2] == (4, 3) and 0 <= float(images.min()) and float(images.max()) <= 1
+    assert images.shape[:2] == (4, 3) and 0 <= images.min().item() and images.max().item() <= 1
     images.sum().backward()
     assert float(latents.grad.abs().sum()) > 0
 

@@ -43,8 +43,8 @@ def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "DDPO")
     num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
+    report = Report(run)
     policy = run.load_policy(eta=args.eta)
-    report = Report(run, policy)
     if args.estimator == "sf":
         batches_a_step = num_batches
     run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))

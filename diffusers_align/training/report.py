@@ -16,15 +16,17 @@ def _model(name: str | None) -> dict:
 
 
 class Report:
-    """Evaluates the policy at fixed held-out prompts and seeds, before and after, and writes what the user takes home.
+    """Evaluates the run's policy at fixed held-out prompts and seeds, before and after, and writes what the user takes home.
+
+    Made before the pipeline is loaded: a reward or a prompt file that does not exist is found at once.
 
     Attributes:
         reward: the reward that is trained on.
         prompts: the training prompts.
     """
 
-    def __init__(self, run, policy):
-        args, self.run, self.policy = run.args, run, policy
+    def __init__(self, run):
+        args, self.run = run.args, run
         self.reward = load_reward(args.reward, device=run.accelerator.device, **_model(args.reward_model))
         self.rewards = {"reward": self.reward}
         if args.eval_reward:
@@ -35,13 +37,13 @@ class Report:
 
     def _evaluate(self) -> Evaluation:
         args = self.run.args
-        return evaluate(self.run, self.policy, self.rewards, self.held_out, args.num_eval_samples, args.num_validation_images)
+        return evaluate(self.run, self.run.policy, self.rewards, self.held_out, args.num_eval_samples, args.num_validation_images)
 
     def start(self) -> None:
         """Make the repository if the run will be pushed; evaluate the pretrained model."""
         if self.run.args.push_to_hub and self.run.is_main:
             hub.create(self.run)
-        with self.policy.reference():
+        with self.run.policy.reference():
             self.before = self._evaluate()
         self.run.print(f"before: {_summary(self.before, self.run.args.reward)}")
 
@@ -51,7 +53,7 @@ class Report:
         if (epoch + 1) % args.validation_epochs:
             return
         with run.averaged():
-            now = evaluate(run, self.policy, {"reward": self.reward}, self.held_out, args.num_validation_images, args.num_validation_images)
+            now = evaluate(run, self.run.policy, {"reward": self.reward}, self.held_out, args.num_validation_images, args.num_validation_images)
         if run.is_main:
             folder = run.output_dir / "samples"
             folder.mkdir(exist_ok=True)
@@ -76,7 +78,7 @@ class Report:
         with run.averaged():
             after = self._evaluate()
             if run.is_main:
-                self.policy.save_lora(run.output_dir)
+                self.run.policy.save_lora(run.output_dir)
         results, gains = {}, {}
         for name, values in self.before.rewards.items():
             if name not in self.rewards:
