@@ -1,6 +1,6 @@
 # `make demo` and `make test` do all set-up on a machine with Python 3.10+.
 PYTHON ?= python3
-# The CPU build where the index has one; override with TORCH=torch for CUDA.
+# One pinned torch, so that figures compare; any `TORCH=torch>=2.5` will do.
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin

@@ -6,10 +6,12 @@ python benchmarks/embedded_models.py --picture samples.png
 import argparse
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 from diffusers_align import embedded
 from diffusers_align.data import load_prompts
+from diffusers_align.embedded.classifier import SceneClassifier
+from diffusers_align.embedded.scenes import COLORS, OBJECTS
 from diffusers_align.embedded.teaching import make_scenes
 from diffusers_align.rewards import load_reward
 from diffusers_align.training.pictures import grid
@@ -39,6 +41,23 @@ def row(title: str, images: torch.Tensor, prompts: list[str]) -> str:
     return f"| {title} | " + " | ".join(f"{means[n]:.2f}" for n in ("object", "color", "count", "position", "correct")) + f" | {clip:.2f} |"
 
 
+def judge_the_judge(number: int = 1000) -> str:
+    """Accuracy of the classifier on fresh real scenes, and what the autoencoder keeps of them."""
+    images, truth, _ = make_scenes(number, seed=99)
+    images = images.float() / 255
+    predicted = SceneClassifier.from_pretrained(embedded.path("scene-classifier"))(images)
+    right = {
+        "object": torch.tensor([list(OBJECTS).index(s.object) for s in truth]),
+        "color": torch.tensor([list(COLORS).index(s.color) for s in truth]),
+        "count": torch.tensor([s.count - 1 for s in truth]),
+    }
+    accuracy = ", ".join(f"{name} {(predicted[name].argmax(1) == label).float().mean():.3f}" for name, label in right.items())
+    vae = AutoencoderKL.from_pretrained(embedded.path("mini-sd3"), subfolder="vae")
+    decoded = vae.decode(vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
+    psnr = -10 * torch.log10((decoded - images).square().mean())
+    return f"Classifier on {number} real scenes: accuracy {accuracy}. Autoencoder: PSNR {psnr:.1f} dB."
+
+
 def diversity(images: torch.Tensor) -> float:
     """Mean pixel distance (root mean square) between samples of one prompt."""
     flat = images.flatten(1)
@@ -64,6 +83,7 @@ def main() -> None:
             f"\nDistance between samples of 'a fox': real {diversity(real):.3f}, "
             + ", ".join(f"{n} {diversity(sample(n, ['a fox'] * 16, 3.0)):.3f}" for n in CALL)
         )
+        print(judge_the_judge())
         if args.picture:
             shown = [p for p in SHOWN for _ in range(4)]
             pictures = [x for name in CALL for x in sample(name, shown, 3.0)]

@@ -156,7 +156,12 @@ def _gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
 
     def gate(*args, **kwargs):
         first = args[0] if args else next(iter(kwargs.values()))
-        key = (tuple((x.shape, x.dtype) for x in pytree.tree_leaves(first) if isinstance(x, Tensor)), len(args), tuple(kwargs), kwargs.get("return_dict"))
+        key = (
+            tuple((x.shape, x.dtype, x.device) for x in pytree.tree_leaves(first) if isinstance(x, Tensor)),
+            len(args),
+            tuple(kwargs),
+            kwargs.get("return_dict"),
+        )
         if is_open():
             output = forward(*args, **kwargs)
         elif key in shapes:

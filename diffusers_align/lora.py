@@ -92,6 +92,7 @@ def load(pipeline, denoisers: dict[str, nn.Module], directory: str | Path) -> No
         elif hasattr(type(pipeline), "load_lora_weights"):
             extra = {} if position == 0 else {f"load_into_{name}": True}
             pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS, adapter_name=ADAPTER, **extra)
+            module.requires_grad_(False)
         else:
             _inject(module, folder)
         if not any(p.requires_grad for p in module.parameters()):

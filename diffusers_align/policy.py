@@ -85,6 +85,10 @@ class Policy:
             raise ValueError(f"{type(self.pipeline).__name__}'s call has no {', '.join(unknown)}; it takes {', '.join(self._parameters)}.")
         return Condition(prompts, kwargs, seeds, step_seeds)
 
+    def remember_prompts(self, batches: int) -> None:
+        """Keep the encoded prompts of that many batches (32 at first). Fewer than a loop visits in turn are none at all."""
+        self._memory.size = batches
+
     def _call(self, condition: Condition, **overrides: Any) -> dict[str, Any]:
         call = {**condition.kwargs}
         if "prompt" in self._parameters:
@@ -207,7 +211,9 @@ class Policy:
                 last[:] = [drawn]
             return None
 
-        with self._noise(seeds or trajectory.condition.step_seeds or trajectory.condition.seeds, deterministic):
+        own = trajectory.condition.step_seeds or trajectory.condition.seeds
+        # Not the rollout's own stream again: its first draws are in state k already.
+        with self._noise(seeds or (own and [noise_seed(seed, "complete", k) for seed in own]), deterministic):
             self._drive(trajectory.condition, go, needs_denoiser=lambda step: step >= k)
         return last[0]
 

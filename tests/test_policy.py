@@ -216,3 +216,32 @@ class TestErrors:
         policy, trajectory, _ = make()
         with pytest.raises(ValueError, match="need latents and timesteps of as many"):
             policy.predict(trajectory.final, trajectory.timesteps[:2], trajectory.condition)
+
+
+def test_guidance_is_off_whatever_an_earlier_condition_asked_for():
+    policy, trajectory, _ = make("sd3")
+    times = trajectory.timesteps[:1].repeat(4)
+    plain, strong = (policy.condition(PROMPTS, seeds=SEEDS, guidance_scale=g) for g in (1.0, 5.0))
+    with torch.no_grad():
+        first, second = (policy.predict(trajectory.final, times, c) for c in (plain, strong))
+        guided = policy.predict(trajectory.final, times, strong, guidance=True)
+    torch.testing.assert_close(second, first)
+    assert not torch.allclose(guided, second)
+
+
+def test_a_stochastic_completion_draws_noise_of_its_own():
+    policy, _, _ = make("sd3")
+    with policy.reference():
+        trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
+        again = policy.complete(trajectory, 0, deterministic=False)
+        same = policy.complete(trajectory, 0, deterministic=False)
+        other = policy.complete(trajectory, 0, deterministic=False, seeds=[9, 8, 7, 6])
+    assert not torch.allclose(again, trajectory.final) and torch.equal(again, same) and not torch.allclose(again, other)
+
+
+def test_a_lora_that_is_only_loaded_is_frozen(tmp_path):
+    policy, _, _ = make("sd3")
+    policy.save_lora(tmp_path)
+    loaded = Policy(FAMILIES["sd3"].build(), **FAMILIES["sd3"].call)
+    loaded.load_lora(tmp_path)
+    assert loaded.trainable_parameters() == []

@@ -239,6 +239,10 @@ def test_metrics_leave_out_masked_samples(run):
 def test_the_average_is_swapped_in_and_the_live_weights_come_back(run):
     parameters = run.policy.trainable_parameters()
     live = [parameter.detach().clone() for parameter in parameters]
+    run.optimizer_steps = run.args.ema_interval - 1
+    with run.averaged():  # there is no average yet but the untrained weights
+        assert all(torch.equal(p, w) for p, w in zip(parameters, live))
+    run.optimizer_steps = run.args.ema_interval
     with pytest.raises(RuntimeError, match="evaluation failed"), run.averaged():
         assert all(torch.equal(p, s) for p, s in zip(parameters, run.ema.shadow_params)) and not torch.equal(parameters[0], live[0])
         raise RuntimeError("evaluation failed")
@@ -287,3 +291,12 @@ def test_log_writes_the_whole_history(run):
     rows = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"epoch": 0, "reward": 1.0}, {"epoch": 1, "reward": 2.0}]
     assert not list(run.output_dir.glob(".*.partial")) and (run.output_dir / "reward_curve.png").stat().st_size > 1000
+
+
+def test_checkpoints_of_an_earlier_run_are_set_aside(run):
+    for epoch in (3, 7):
+        (run.output_dir / f"checkpoint-{epoch}").mkdir(exist_ok=True)
+    (run.output_dir / "checkpoint-best").mkdir(exist_ok=True)
+    run.args.resume_from_checkpoint = None
+    run.resume()
+    assert run.checkpoints() == [] and (run.output_dir / ".previous-checkpoint-7").is_dir() and (run.output_dir / "checkpoint-best").is_dir()

@@ -71,7 +71,8 @@ def main(argv=None):
         trajectory = samples.batches[0]
         last = int(trajectory.num_steps * args.timestep_fraction)
         steps = [k for k in trajectory.stochastic.nonzero().flatten().tolist() if k < max(1, last)]
-        step_sizes, dimensions = policy.scheduler.sigmas.diff().abs().tolist(), trajectory.final[0].numel()
+        step_sizes = policy.scheduler.sigmas.diff().abs().tolist()[-trajectory.num_steps :]
+        dimensions = trajectory.final[0].numel()
         run.explain_once(describe_clip(args.clip_range, dimensions), describe_kl(args.kl_beta, args.kl_form, step_sizes))
 
         # 2 advantages

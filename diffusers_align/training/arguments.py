@@ -82,7 +82,7 @@ def _add_output(group) -> None:
     group.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or 'latest'")
     group.add_argument("--validation_epochs", type=int, default=20, help="a sample grid at fixed seeds every so many epochs")
     group.add_argument("--num_validation_images", type=int, default=16)
-    group.add_argument("--report_to", default="none", help=f"none, {', '.join(TRACKERS)}, or several, comma-separated")
+    group.add_argument("--report_to", default="none", help=f"none, {', '.join(TRACKERS)}, or several, comma-separated (pictures go to the first two)")
     group.add_argument("--run_name", help="name of the run in the trackers; the output folder's if absent")
     group.add_argument("--push_to_hub", action="store_true", help="upload the output folder at the end")
     group.add_argument("--hub_model_id", help="repository; named after the output folder if absent")

@@ -54,12 +54,13 @@ class Report:
             return
         with run.averaged():
             now = evaluate(run, self.run.policy, {"reward": self.reward}, self.held_out, args.num_validation_images, args.num_validation_images)
+        run.accelerator.log({"validation/reward": _mean(now.rewards["reward"])[0]}, step=epoch)
         if run.is_main:
             folder = run.output_dir / "samples"
             folder.mkdir(exist_ok=True)
             picture = grid(now.images, now.prompts)
             picture.save(folder / f"epoch-{epoch + 1:04d}.png")
-            self._track(picture, epoch + 1)
+            self._track(picture, epoch)
 
     def _track(self, picture, step: int) -> None:
         import numpy as np

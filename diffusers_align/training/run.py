@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -44,7 +45,7 @@ class Run:
         set_seed(args.seed)
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
         self.history: list[dict[str, float]] = []
-        self.epoch, self.ema, self.optimizer_steps = 0, None, 0
+        self.epoch, self.ema, self.optimizer_steps, self.num_batches = 0, None, 0, 0
         self._explained: set[str] = set()
         self.accelerator.register_for_checkpointing(self)
 
@@ -74,6 +75,7 @@ class Run:
         policy = Policy(pipeline, sde_twin(pipeline.scheduler, **sde_fields), **call, **args.call_kwargs)
         config = {"target_modules": args.lora_layers.split(",")} if args.lora_layers else {}
         policy.add_lora(args.rank, args.lora_alpha, **config)
+        policy.remember_prompts(max(32, self.num_batches + 2))  # each batch of an epoch, and the evaluation's
         if args.gradient_checkpointing:
             for module in policy.denoisers.values():
                 module.enable_gradient_checkpointing()
@@ -105,7 +107,7 @@ class Run:
                 f"{num_samples} samples an epoch do not divide into batches of {args.train_batch_size} on {processes} processes. "
                 "Change --train_batch_size or the number of samples."
             )
-        number = num_samples // (processes * args.train_batch_size)
+        number = self.num_batches = num_samples // (processes * args.train_batch_size)
         return number, min(number, args.gradient_accumulation_steps or -(-number // 2))
 
     @staticmethod
@@ -145,7 +147,8 @@ class Run:
 
     def averaged(self):
         """Context: the moving average in the place of the live weights, if there is one."""
-        return _Averaged(self.ema, self.policy.trainable_parameters())
+        started = self.optimizer_steps >= self.args.ema_interval  # before that it is the untrained LoRA
+        return _Averaged(self.ema if started else None, self.policy.trainable_parameters())
 
     # --- epochs, metrics -------------------------------------------------------------------------------------------
 
@@ -167,7 +170,13 @@ class Run:
         metrics = {**samples.metrics(), "ratio_error": max(d["ratio_error"] for d in first)}
         metrics |= {name: sum(d[name] for d in last) / len(last) for name in ("clip_fraction", "approx_kl")}
         metrics |= {name: sum(values) / len(values) for name, values in others.items() if values}
-        return {**metrics, "grad_norm": sum(norms) / len(norms), "lr": self.lr_scheduler.get_last_lr()[0]}
+        gathered = gather_object([metrics])
+        for name in metrics.keys() & {"ratio_error", "clip_fraction", "approx_kl", *others}:
+            values = [row[name] for row in gathered]
+            metrics[name] = max(values) if name == "ratio_error" else sum(values) / len(values)
+        # A loss scaler's first steps overflow, by design.
+        finite = [norm for norm in norms if math.isfinite(norm)] or [0.0]
+        return {**metrics, "grad_norm": sum(finite) / len(finite), "lr": self.lr_scheduler.get_last_lr()[0]}
 
     def log(self, metrics: dict[str, float]) -> None:
         """Add an epoch's metrics to the history, `metrics.jsonl`, the curve and the trackers."""
@@ -196,7 +205,18 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def checkpoints(self) -> list[Path]:
-        return sorted(self.output_dir.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        found = [path for path in self.output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+
+    def _set_aside(self, later_than: int) -> None:
+        """Checkpoints of an earlier run in the same folder are not to be resumed, counted or overwritten: rename them."""
+        if self.is_main:
+            for old in self.checkpoints():
+                if int(old.name.split("-")[1]) > later_than:
+                    aside = old.with_name(f".previous-{old.name}")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    old.rename(aside)
+        self.accelerator.wait_for_everyone()
 
     def _prune(self) -> None:
         limit = self.args.checkpoints_total_limit
@@ -211,6 +231,7 @@ class Run:
         """
         wanted = self.args.resume_from_checkpoint
         if not wanted:
+            self._set_aside(later_than=-1)
             return
         found = self.checkpoints()
         if wanted == "latest" and not found:
@@ -222,6 +243,7 @@ class Run:
         self.accelerator.load_state(str(folder))
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
+        self._set_aside(later_than=self.epoch)
         self.print(f"Resumed from {folder.name}: {self.epoch} of {self.args.num_epochs} epochs are done.")
 
     def state_dict(self) -> dict[str, Any]:
