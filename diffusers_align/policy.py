@@ -153,6 +153,7 @@ class Policy:
         """One pass of the pipeline with the recorded actions forced, under the current weights and autograd mode.
 
         `on_step(k, transition)` may call `backward`: each step's graph stands alone, so memory stays one denoiser step's.
+        The actions of `trajectory.children` are forced as well, but their transitions are not handed out.
 
         Args:
             steps: which solver steps; every stochastic one by default. The denoiser runs for these only.

@@ -800,3 +800,11 @@ def test_recipes_hold_only_sde_fields():
     for recipe in RECIPES:
         fields = json.loads((front_doors.front_door("schedulers", recipe) / "scheduler_config.json").read_text())
         assert set(fields) <= {"_class_name", "eta", "sde_type", "noise_level", "sde_window"}
+
+
+def test_a_ddim_transition_takes_the_float_timesteps_of_a_trajectory():
+    scheduler = DDIMSDEScheduler(clip_sample=False, set_alpha_to_one=False)
+    scheduler.set_timesteps(10)
+    x, eps = torch.randn(2, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    whole, real = (scheduler.transition(eps, t, x) for t in (scheduler.timesteps[4], scheduler.timesteps[4].float()))
+    assert torch.equal(whole.mean, real.mean) and torch.equal(whole.std, real.std)

@@ -107,9 +107,8 @@ class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
         return self._kernel(model_output, timestep, sample)[0]
 
     def _kernel(self, model_output: Tensor, timestep, sample: Tensor) -> tuple[GaussianTransition, Tensor]:
-        eta, sample = self._noise_scale(), sample.float()
-        stock = self._stock_step(model_output.float(), timestep, sample, eta, torch.zeros_like(sample) if eta > 0 else None)
-        t = int(timestep)
+        eta, sample, t = self._noise_scale(), sample.float(), int(timestep)
+        stock = self._stock_step(model_output.float(), t, sample, eta, torch.zeros_like(sample) if eta > 0 else None)
         std = eta * self._get_variance(t, self._previous(t)) ** 0.5
         std = std.to(sample.device, torch.float32).reshape([1] * sample.ndim)
         return GaussianTransition(stock.prev_sample, std), stock.pred_original_sample
