@@ -21,6 +21,7 @@ from .latent_layout import LatentLayout
 from .prediction import Prediction
 from .schedulers import sde_twin
 from .schedulers.scheduling_utils import SDESchedulerMixin
+from .tape import Tape, check_state
 from .trajectory import Condition, Trajectory
 from .transition import GaussianTransition
 
@@ -130,18 +131,10 @@ class Policy:
         if condition.seeds is None:
             drawn = torch.randint(2**62, (len(condition),), generator=generator, device=generator.device if generator else "cpu")
             condition = Condition(condition.prompts, condition.kwargs, drawn.tolist(), condition.step_seeds)
-        tapes: dict[int, list[dict]] = {}
-
-        def record(step: Step) -> None:
-            sample, output = step.sample.detach().clone(), step.run()
-            tapes.setdefault(step.child, []).append(
-                {"state": sample, "action": output.prev_sample.detach().clone(), "log_prob": output.log_prob, **_schedule(step)}
-            )
-
+        tape = Tape()
         with self._noise(condition.step_seeds or condition.seeds, deterministic):
-            self._drive(condition, record)
-        trajectories = [_trajectory(tapes[child], condition) for child in sorted(tapes)]
-        return Trajectory(**{**vars(trajectories[0]), "children": tuple(trajectories[1:])})
+            self._drive(condition, tape.record)
+        return tape.trajectory(condition)
 
     def replay(
         self,
@@ -171,7 +164,7 @@ class Policy:
             if step.k not in wanted:
                 step.skip()
                 return action
-            _check_state(step, tape)
+            check_state(step, tape)
             output = step.run(prev_sample=action)
             if step.child == 0:
                 on_step(step.k, GaussianTransition(output.prev_sample_mean, output.std))
@@ -186,6 +179,14 @@ class Policy:
         found: list[GaussianTransition] = []
         self.replay(trajectory, lambda _, transition: found.append(transition), [k], condition)
         return found[0]
+
+    @torch.no_grad()
+    def transitions(self, trajectory: Trajectory, steps: list[int] | None = None, condition: Condition | None = None) -> dict[int, GaussianTransition]:
+        """The kernels of `steps` (every stochastic one by default) without gradients, by solver step: of the reference, of the
+        policy before an update, or under another caption."""
+        found: dict[int, GaussianTransition] = {}
+        self.replay(trajectory, found.__setitem__, steps, condition)
+        return found
 
     @torch.no_grad()
     def complete(self, trajectory: Trajectory, k: int, deterministic: bool = True, seeds: list[int] | None = None) -> Tensor:
@@ -206,7 +207,7 @@ class Policy:
                 step.skip()
                 return tape.actions[:, step.k].to(step.sample.device)
             if step.k == k:
-                _check_state(step, tape)
+                check_state(step, tape)
             drawn = step.run().prev_sample
             if step.child == 0:
                 last[:] = [drawn]
@@ -287,37 +288,6 @@ class Policy:
     def reference(self):
         """Context: adapters off, so that the policy is the pretrained model; restored on any exception."""
         return lora.disabled(self.denoisers.values())
-
-
-def _schedule(step: Step) -> dict[str, Any]:
-    sigmas = getattr(step.scheduler, "sigmas", None)
-    index = getattr(step.scheduler, "step_index", None)
-    sigma = float(sigmas[index - 1]) if sigmas is not None and index else float("nan")
-    return {"timestep": float(step.timestep), "sigma": sigma}
-
-
-def _trajectory(tape: list[dict], condition: Condition) -> Trajectory:
-    batch = len(tape[0]["state"])
-    none = torch.full((batch,), float("nan"), dtype=torch.float64)
-    return Trajectory(
-        states=torch.stack([row["state"] for row in tape], 1),
-        actions=torch.stack([row["action"] for row in tape], 1),
-        timesteps=torch.tensor([row["timestep"] for row in tape]),
-        sigmas=torch.tensor([row["sigma"] for row in tape]),
-        stochastic=torch.tensor([row["log_prob"] is not None for row in tape]),
-        log_probs=torch.stack([none.to(row["state"].device) if row["log_prob"] is None else row["log_prob"].detach() for row in tape], 1),
-        condition=condition,
-    )
-
-
-def _check_state(step: Step, tape: Trajectory) -> None:
-    recorded = tape.states[:, step.k].to(step.sample.device)
-    if recorded.shape == step.sample.shape and torch.allclose(step.sample.float(), recorded.float(), rtol=1e-2, atol=1e-3):
-        return
-    raise ValueError(
-        f"At solver step {step.k} the pipeline stands at another state than the one recorded. A replay needs the call "
-        "arguments, the seeds and the frozen components of the rollout."
-    )
 
 
 def _images(output) -> Tensor:

@@ -16,7 +16,7 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "training_scripts").glob("train_*
 MAX_FUNCTION, MAX_FILE = 60, 330
 
 # What each part of the package may import of the package: dependencies point one way.
-BELOW_POLICY = {"prediction", "driver", "latent_layout", "lora", "schedulers", "trajectory", "transition"}
+BELOW_POLICY = {"prediction", "driver", "latent_layout", "lora", "schedulers", "tape", "trajectory", "transition"}
 LAYERS = {
     "transition": set(),
     "front_doors": set(),
@@ -29,6 +29,7 @@ LAYERS = {
     "schedulers": {"transition", "front_doors"},
     "trajectory": {"transition"},
     "driver": {"schedulers", "trajectory", "transition"},
+    "tape": {"driver", "trajectory"},
     "prediction": {"driver", "trajectory"},
     "policy": BELOW_POLICY,
     "rewards": {"embedded"},
@@ -38,7 +39,7 @@ LAYERS = {
     "__main__": {"front_doors"},
 }
 MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
-FAMILY_FREE = ["driver", "policy", "prediction", "trajectory", "transition", "latent_layout", "lora", "schedulers/kernels"]
+FAMILY_FREE = ["driver", "policy", "prediction", "tape", "trajectory", "transition", "latent_layout", "lora", "schedulers/kernels"]
 
 
 def name_of(path: Path) -> str:
