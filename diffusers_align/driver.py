@@ -228,6 +228,36 @@ def _key(value):
     return type(value).__name__, id(value), getattr(value, "_version", 0)
 
 
+class _Encoded(Exception):
+    """Carries an encoded prompt out of a call that need not go on."""
+
+
+def encoded_prompt(pipeline, call: dict):
+    """What the first `encode_prompt` of `pipeline(**call)` returns; the call ends there.
+
+    Raises:
+        ValueError: the pipeline has no method of that name.
+    """
+    # Some pipelines have the private name alone.
+    name = next((name for name in ("encode_prompt", "_encode_prompt") if hasattr(pipeline, name)), None)
+    if name is None:
+        raise ValueError(f"{type(pipeline).__name__} has no encode_prompt, so its prompts have no features; do without them (--no-value_baseline).")
+    encode = getattr(pipeline, name)
+
+    def encode_and_leave(*args, **kwargs):
+        raise _Encoded(encode(*args, **kwargs))
+
+    pipeline.__dict__[name] = encode_and_leave
+    try:
+        with torch.no_grad():
+            inspect.unwrap(type(pipeline).__call__)(pipeline, **call)
+    except _Encoded as encoded:
+        return encoded.args[0]
+    finally:
+        del pipeline.__dict__[name]
+    raise ValueError(f"{type(pipeline).__name__}'s call does not use its {name}, so its prompts have no features; do without them (--no-value_baseline).")
+
+
 @contextmanager
 def _quiet(pipeline) -> Iterator[None]:
     before = dict(getattr(pipeline, "_progress_bar_config", {}))

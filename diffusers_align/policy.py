@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from . import lora
-from .driver import PromptMemory, Step, denoisers, drive
+from .driver import PromptMemory, Step, denoisers, drive, encoded_prompt
 from .latent_layout import LatentLayout
 from .prediction import Prediction
 from .schedulers import sde_twin
@@ -39,6 +40,10 @@ class Policy:
         scheduler: an SDE scheduler; the SDE twin of the pipeline's own by default.
         call_kwargs: arguments of every call (`num_inference_steps`, `guidance_scale`, `height` ...), which a method's own
             override.
+
+    Attributes:
+        lockstep: processes wait for each other at each denoiser call, as they do when it is sharded: the number of calls then depends
+            on shapes alone.
     """
 
     def __init__(self, pipeline, scheduler: SDESchedulerMixin | None = None, **call_kwargs: Any):
@@ -50,6 +55,7 @@ class Policy:
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         self._parameters = inspect.signature(type(pipeline).__call__).parameters
+        self.lockstep = False
         self._memory = PromptMemory()
         self._layout: LatentLayout | None = None
         self._prediction = Prediction(self)
@@ -89,6 +95,18 @@ class Policy:
     def remember_prompts(self, batches: int) -> None:
         """Keep the encoded prompts of that many batches (32 at first). Fewer than a loop visits in turn are none at all."""
         self._memory.size = batches
+
+    def prompt_features(self, condition: Condition) -> Tensor:
+        """One vector a sample, (B, E) float32: the pipeline's encoded prompt, averaged over its tokens.
+
+        Each prompt is encoded by itself: padded to a batch's longest, it would depend on the others. Where guidance makes the
+        pipeline return the negative prompt in the same tensor, that is averaged in.
+
+        Raises:
+            ValueError: the pipeline has no `encode_prompt`.
+        """
+        encoded = [encoded_prompt(self.pipeline, self._call(condition.select([i]))) for i in range(len(condition))]
+        return torch.stack([_pooled(e) for e in encoded])
 
     def _call(self, condition: Condition, **overrides: Any) -> dict[str, Any]:
         call = {**condition.kwargs}
@@ -293,3 +311,11 @@ class Policy:
 def _images(output) -> Tensor:
     images = output[0]
     return torch.stack(list(images)) if isinstance(images, (list, tuple)) else images
+
+
+def _pooled(encoded) -> Tensor:
+    """The mean (E,) over all rows of the first sequence of vectors (..., E) in what `encode_prompt` returned."""
+    sequences = [x for x in pytree.tree_leaves(encoded) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1]
+    if not sequences:
+        raise ValueError("encode_prompt returned no sequence of vectors, so the prompts have no features; do without them (--no-value_baseline).")
+    return sequences[0].detach().float().flatten(0, -2).mean(0)

@@ -29,10 +29,13 @@ class Prediction:
         if len(latents) != len(condition) or timesteps.shape != (len(condition),):
             raise ValueError(f"{len(condition)} prompts need latents and timesteps of as many, got {tuple(latents.shape)} and {tuple(timesteps.shape)}.")
         overrides = {} if guidance else self._guidance_off(condition)
-        if not guidance and len(set(timesteps.tolist())) > 1 and self._own_times is None:
+        one_time = len(timesteps if self.policy.lockstep else set(timesteps.tolist())) == 1
+        if not guidance and not one_time and self._own_times is None:
             with torch.no_grad():
-                self._own_times = self._takes_own_times(latents, timesteps, condition, overrides)
-        if len(set(timesteps.tolist())) == 1:
+                # Other times than those given, which may be equal in lockstep.
+                apart = (timesteps * torch.linspace(0.5, 1, len(timesteps)).to(timesteps.device)).to(timesteps) if self.policy.lockstep else timesteps
+                self._own_times = self._takes_own_times(latents, apart, condition, overrides)
+        if one_time:
             return self._together(latents, timesteps[0], condition, overrides)
         if self._own_times and not guidance:
             return self._together(latents, timesteps, condition, overrides)
@@ -59,8 +62,8 @@ class Prediction:
 
     def _one_by_one(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
         out: list[Tensor | None] = [None] * len(latents)
-        for value in sorted(set(timesteps.tolist())):
-            index = (timesteps == value).nonzero().flatten().tolist()
+        values = sorted(set(timesteps.tolist()))
+        for index in [[i] for i in range(len(out))] if self.policy.lockstep else [(timesteps == v).nonzero().flatten().tolist() for v in values]:
             part = self._together(latents[index], timesteps[index[0]], condition.select(index), overrides)
             for i, row in zip(index, part):
                 out[i] = row

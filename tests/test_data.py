@@ -1,12 +1,15 @@
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from diffusers_align.data import Prompt, load_prompts, prompts_of_epoch
+from diffusers_align.data import prompts as prompts_module
 from diffusers_align.data.prompts import shipped_sets
 from diffusers_align.embedded.scenes import OBJECTS, Scene, parse
+from diffusers_align.rewards.ocr import quoted
 
 # reading
 
@@ -46,12 +49,46 @@ def test_a_byte_order_mark_is_not_part_of_the_first_column_or_prompt(tmp_path):
 
 
 def test_shipped_sets_are_read_by_name():
-    assert {"mini_train", "mini_heldout", "simple_animals"} <= set(shipped_sets())
+    sizes = {"colors": 120, "counting": 96, "green_rabbit": 1, "simple_animals": 45, "text_rendering": 60}
+    assert sizes.keys() <= set(shipped_sets())
     for name in shipped_sets():
         texts = [prompt.text for prompt in load_prompts(name)]
-        assert len(texts) == len(set(texts)) > 10, name
-    assert len(load_prompts("simple_animals")) == 45
+        assert len(texts) == len(set(texts)) >= sizes.get(name, 30), name
+    assert {name: len(load_prompts(name)) for name in sizes} == sizes
     assert load_prompts("simple_animals")[0] == Prompt("a cat")
+
+
+def test_the_readme_of_the_sets_is_none_of_them_and_describes_each():
+    assert "README" not in shipped_sets()
+    readme = (Path(prompts_module.__file__).parent / "prompts" / "README.md").read_text()
+    assert [name for name in shipped_sets() if f"`{name}`" not in readme] == []
+    assert "CC0" in readme and "Apache-2.0" in readme
+
+
+def test_counting_asks_for_one_to_four_of_each_object():
+    rows = load_prompts("counting")
+    assert Counter(row.columns["count"] for row in rows) == {1: 24, 2: 24, 3: 24, 4: 24}
+    first_words = {1: {"a", "an"}, 2: {"two"}, 3: {"three"}, 4: {"four"}}
+    for row in rows:
+        number, noun = row.text.split()
+        assert number in first_words[row.columns["count"]]
+        assert noun.startswith(row.columns["object"])
+        assert (noun == row.columns["object"]) == (row.columns["count"] == 1 or noun == "fish")
+
+
+def test_colors_are_asked_for_equally_often():
+    rows = load_prompts("colors")
+    assert set(Counter(row.columns["color"] for row in rows).values()) == {12}
+    for row in rows:
+        article, color, *noun = row.text.split()
+        assert (color, " ".join(noun)) == (row.columns["color"], row.columns["object"])
+        assert article == ("an" if color == "orange" else "a")
+
+
+def test_text_rendering_quotes_what_is_to_be_read():
+    rows = load_prompts("text_rendering")
+    assert [quoted(row.text) for row in rows] == [row.columns["text"] for row in rows]
+    assert len({row.columns["text"] for row in rows}) == 60 and max(len(row.columns["text"]) for row in rows) <= 20
 
 
 # errors

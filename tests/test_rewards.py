@@ -25,7 +25,10 @@ from diffusers_align.rewards.preprocessing import Preprocessing
 from diffusers_align.rewards.scene import SceneScore
 
 PROMPTS = ["a cat", "two dogs"]
-BUILT_IN_NAMES = ("jpeg_compressibility", "jpeg_incompressibility", "aesthetic", "background_color", "clip_score", "pick_score", "scene_score")
+BUILT_IN_NAMES = (
+    "jpeg_compressibility", "jpeg_incompressibility", "aesthetic", "background_color", "clip_score", "hps_v2", "image_reward", "ocr",
+    "pick_score", "scene_score", "vlm_judge",
+)  # fmt: skip
 
 
 def brightness(images, prompts, **columns):
@@ -366,7 +369,7 @@ def test_aesthetic_errors_teach(clip_folder, tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="lacks 'layers.0.weight'"):
         AestheticScore(clip_folder, tmp_path / "other.pth")
-    with pytest.raises(FileNotFoundError, match="no aesthetic checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint .*absent.pth"):
         AestheticScore(clip_folder, tmp_path / "absent.pth")
 
 

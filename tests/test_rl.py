@@ -6,10 +6,16 @@ import torch
 
 from diffusers_align.rl import (
     PromptStatistics,
+    approximate_kl,
     batch_advantages,
+    clamped_surrogate,
+    clip_fractions,
     clipped_surrogate,
+    effective_sample_size,
     group_advantages,
     importance_ratio,
+    leave_one_out_advantages,
+    multi_reward_advantages,
     ratio_diagnostics,
     true_ratio_bound,
 )
@@ -120,6 +126,78 @@ def test_rewards_that_could_not_be_scored_leave_their_group(global_std):
     torch.testing.assert_close(group_advantages(rewards, groups, global_std=global_std), expected)
 
 
+def test_without_normalisation_advantages_are_deviations_from_the_groups_mean():
+    rewards, groups = tensor(0, 10, 2, 14, NAN), torch.tensor([0, 1, 0, 1, 1])
+    assert group_advantages(rewards, groups, normalise=False).tolist() == [-1, -2, 1, 2, 0]
+
+
+@pytest.mark.parametrize("flags", [{"global_std": True}, {"global_std": False, "ddof": 1}, {"normalise": False}, {"zero_std": "drop"}])
+def test_rewards_of_each_step_are_compared_at_that_step(flags):
+    rewards, groups = rewards_of(12 * 5).view(12, 5), torch.arange(12) % 3
+    rewards[4, 1] = rewards[7, 3] = NAN
+    rewards[groups == 2, 2] = 1.0
+    steps = [group_advantages(column, groups, **flags) for column in rewards.T]
+    torch.testing.assert_close(group_advantages(rewards, groups, **flags), torch.stack(steps, 1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(batch_advantages(rewards), torch.stack([batch_advantages(column) for column in rewards.T], 1), rtol=1e-12, atol=1e-12)
+
+
+def test_groups_without_signal_are_kept_in_the_mean_or_dropped_from_it():
+    # one of group 0 could not be scored, group 1 is all equal, group 2 has one reward that could be: 3 of 9 samples are left
+    rewards, groups = tensor(0, 1, 2, 5, 5, 5, 3, NAN, NAN), torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 0])
+    kept, dropped = (group_advantages(rewards, groups, zero_std=choice) for choice in ("keep", "drop"))
+    assert torch.equal(kept, group_advantages(rewards, groups)) and kept[3:].abs().max() == 0
+    torch.testing.assert_close(dropped, kept * 9 / 3)
+    without = group_advantages(rewards[:3], groups[:3], normalise=False)
+    everything = group_advantages(rewards, groups, normalise=False, zero_std="drop")
+    torch.testing.assert_close(everything.abs().mean(), without.abs().mean())
+    equal = torch.full((48,), 5.3, dtype=torch.float64)
+    assert group_advantages(equal, torch.arange(48) % 4, zero_std="drop").abs().max() < 1e-9
+    with pytest.raises(ValueError, match="'zero'"):
+        group_advantages(rewards, groups, zero_std="zero")
+
+
+def test_leave_one_out_by_hand():
+    rewards, groups = tensor(1, 2, 6, 7, 3, NAN, 5), torch.tensor([0, 0, 0, 1, 2, 2, 2])
+    assert leave_one_out_advantages(rewards, groups).tolist() == [1 - 4, 2 - 3.5, 6 - 1.5, 0, 3 - 5, 0, 5 - 3]
+    assert torch.equal(leave_one_out_advantages(rewards[:, None].expand(-1, 2), groups)[:, 1], leave_one_out_advantages(rewards, groups))
+
+
+def test_leave_one_out_is_unbiased_and_the_groups_mean_is_not():
+    """Reward x of a Gaussian: the gradient of its mean with respect to the Gaussian's mean is 1."""
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores, groups = x, torch.arange(len(x)) // 100_000
+    pairs = x.view(-1, 2)  # groups of two, all at once: each sample against the other
+    assert (pairs * (pairs - pairs.flip(1))).mean() == pytest.approx(1, abs=0.02)
+    assert (pairs * (pairs - pairs.mean(1, keepdim=True))).mean() == pytest.approx(0.5, abs=0.02)
+    assert (scores * leave_one_out_advantages(x, groups)).mean() == pytest.approx(1, abs=0.02)
+    pair = leave_one_out_advantages(pairs[0], torch.zeros(2))
+    torch.testing.assert_close(pair, pairs[0] - pairs[0].flip(0))
+
+
+# several rewards
+
+
+def test_each_reward_is_normalised_in_its_group_before_they_are_summed():
+    components, groups = torch.stack([rewards_of(12), 1000 * rewards_of(12, 1)]), torch.arange(12) % 3
+    first, second = (group_advantages(c, groups, global_std=False) for c in components)
+    advantages = multi_reward_advantages(components, tensor(1, 0.5), groups)
+    torch.testing.assert_close(advantages, batch_advantages(first + 0.5 * second, eps=1e-4))
+    # no reward drowns the other by its scale
+    torch.testing.assert_close(multi_reward_advantages(components * tensor(10, 0.01)[:, None], tensor(1, 0.5), groups), advantages, rtol=1e-3, atol=1e-3)
+
+
+def test_one_reward_that_could_not_be_scored_masks_its_sample_alone():
+    components, groups, weights = torch.stack([rewards_of(12), rewards_of(12, 1)]), torch.arange(12) % 3, tensor(1, 2)
+    others = torch.arange(12) != 5
+    expected = multi_reward_advantages(components[:, others], weights, groups[others])
+    components[1, 5] = NAN
+    advantages = multi_reward_advantages(components, weights, groups)
+    assert advantages[5] == 0
+    torch.testing.assert_close(advantages[others], expected, rtol=1e-12, atol=1e-12)
+    watched = torch.cat([components[:1], torch.full((1, 12), NAN, dtype=torch.float64)])
+    assert torch.equal(multi_reward_advantages(watched, tensor(1, 0), groups), multi_reward_advantages(components[:1], tensor(1), groups))
+
+
 # statistics of each prompt
 
 
@@ -134,6 +212,11 @@ def test_a_prompt_borrows_the_batchs_statistics_until_it_was_seen_often_enough()
 def test_prompt_statistics_add_eps_to_the_deviation():
     statistics = PromptStatistics(min_count=1, eps=0.5)
     torch.testing.assert_close(statistics.update(["a", "a"], tensor(0, 2)), tensor(-1, 1) / 1.5)
+
+
+def test_prompt_statistics_may_be_a_baseline_alone():
+    statistics = PromptStatistics(min_count=2, normalise=False)
+    assert statistics.update(["a", "a", "b"], tensor(0, 4, 11)).tolist() == [-2, 2, 11 - 5]
 
 
 def test_prompt_statistics_keep_the_latest_rewards_only():
@@ -217,17 +300,42 @@ def test_clipped_surrogate_is_pessimistic_and_exact_inside_the_range():
     assert torch.equal(clipped_surrogate(ratio, advantage, 0.2), clipped_surrogate(ratio, advantage, (0.2, 0.2)))
 
 
+def test_clamped_surrogate_by_hand():
+    ratio = tensor(0.5, 1, 1.5, 0.5, 1, 1.5).requires_grad_()
+    advantage = tensor(2, 2, 2, -2, -2, -2)
+    loss = clamped_surrogate(ratio, advantage, 0.2)
+    torch.testing.assert_close(loss.detach(), tensor(-1.6, -2, -2.4, 1.6, 2, 2.4))
+    # no gradient beyond the clip, on either side and for either sign: PPO has one at the first and the last
+    assert torch.autograd.grad(loss.sum(), ratio)[0].tolist() == [0, -2, 0, 0, 2, 0]
+    assert torch.autograd.grad(clipped_surrogate(ratio, advantage, 0.2).sum(), ratio)[0].tolist() == [-2, -2, 0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("surrogate", [clipped_surrogate, clamped_surrogate])
+def test_clip_ranges_of_each_sample_and_each_side(surrogate):
+    ratio, advantage = 1 + (rewards_of(50, 1) - 3) / 5, rewards_of(50, 2) - 3
+    low, high = rewards_of(50, 3).abs() / 20, rewards_of(50, 4).abs() / 20
+    for clip_range in (low, (low, high), (0.1, high), (low, 0.1)):
+        singles = []
+        for i in range(50):
+            pair = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
+            singles.append(surrogate(ratio[i], advantage[i], tuple(float(c[i]) if torch.is_tensor(c) else c for c in pair)))
+        torch.testing.assert_close(surrogate(ratio, advantage, clip_range), torch.stack(singles))
+    assert torch.equal(surrogate(ratio, advantage, [0.1, 0.3]), surrogate(ratio, advantage, (0.1, 0.3)))
+
+
 # diagnostics
 
 
 def test_diagnostics_of_an_exact_replay_are_zero():
     log_prob = rewards_of(8) * 1000
-    assert ratio_diagnostics(log_prob, log_prob.clone(), 1e-4, 1024) == {"ratio_error": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0}
+    names = ("ratio_error", "clip_fraction", "clip_low", "clip_high", "approx_kl")
+    assert ratio_diagnostics(log_prob, log_prob.clone(), 1e-4, 1024) == dict.fromkeys(names, 0.0)
 
 
 def test_diagnostics_by_hand():
     log_ratio = tensor(math.log(1.5), math.log(0.9), 0, math.log(0.7)).requires_grad_()
-    expected = {"ratio_error": 0.5, "clip_fraction": 0.5, "approx_kl": (0.5 - 0.1 - 0.3 - math.log(1.5 * 0.9 * 0.7)) / 4}
+    expected = {"ratio_error": 0.5, "clip_fraction": 0.5, "clip_low": 0.25, "clip_high": 0.25}
+    expected["approx_kl"] = (0.5 - 0.1 - 0.3 - math.log(1.5 * 0.9 * 0.7)) / 4
     for per_dim in (1, 10):
         assert ratio_diagnostics(log_ratio * per_dim, tensor(0, 0, 0, 0), 0.2, per_dim) == pytest.approx(expected)
 
@@ -237,3 +345,30 @@ def test_approx_kl_estimates_the_kl():
     x = torch.randn(400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     kl = ratio_diagnostics(new.log_prob(x), old.log_prob(x), 0.2)["approx_kl"]
     assert kl == pytest.approx(0.2**2 / 2, rel=0.02)
+
+
+def test_kl_estimators_by_hand_and_against_the_kl():
+    log_ratio = tensor(math.log(2), math.log(0.5))
+    assert approximate_kl(log_ratio, "k1") == pytest.approx(0)
+    assert approximate_kl(log_ratio, "k2") == pytest.approx(math.log(2) ** 2 / 2)
+    assert approximate_kl(log_ratio, "k3") == pytest.approx((1 - 0.5) / 2) == approximate_kl(log_ratio)
+    old, new = torch.distributions.Normal(tensor(0), 1.0), torch.distributions.Normal(tensor(0.2), 1.0)
+    x = torch.randn(400_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for estimator in ("k1", "k2", "k3"):
+        assert approximate_kl(new.log_prob(x) - old.log_prob(x), estimator) == pytest.approx(0.2**2 / 2, rel=0.05)
+    with pytest.raises(ValueError, match="'k4'"):
+        approximate_kl(log_ratio, "k4")
+
+
+def test_clip_fractions_count_each_side():
+    low, high = clip_fractions(tensor(0.5, 0.85, 1, 1.15, 1.5, 1.6), (0.2, 0.1))
+    assert (low, high) == (pytest.approx(1 / 6), pytest.approx(3 / 6))
+
+
+def test_effective_sample_size():
+    assert effective_sample_size(torch.zeros(7)) == pytest.approx(7)
+    assert effective_sample_size(torch.log(tensor(1, 2, 3))) == pytest.approx(36 / 14)
+    # in log space: nothing overflows, and a common offset does not matter
+    assert effective_sample_size(torch.log(tensor(1, 2, 3)) + 1e4) == pytest.approx(36 / 14)
+    assert effective_sample_size(tensor(-1e4, 1e4, 0)) == pytest.approx(1)
+    assert effective_sample_size(torch.zeros(2, 3)).tolist() == pytest.approx([3, 3])

@@ -1,44 +1,56 @@
-"""Flow-GRPO: align a flow-matching pipeline with any reward by group-relative policy optimisation.
+"""Flow-GRPO and its variants: align a flow-matching pipeline with any reward by group-relative policy optimisation.
 
     accelerate launch training_scripts/train_flow_grpo.py --config training_scripts/recipes/flow_grpo_mini_sd3.yaml
 
-The algorithm's page is `diffusers_align/algorithms/flow_grpo.py` (https://arxiv.org/abs/2505.05470).
+The algorithms' pages are `diffusers_align/algorithms/{flow_grpo,flow_cps,dance_grpo,mix_grpo,grpo_guard}.py`; a variant is a
+recipe, `flow_grpo_{dance,mix,guard,cps}_*`: which noise, which window, which samples and steps, which ratio.
 """
 
 import random
 
 import torch
 
-from diffusers_align.algorithms.flow_grpo import describe_kl, flow_grpo_loss, gaussian_kl, official_kl
-from diffusers_align.rl import describe_clip, group_advantages, ratio_diagnostics
+from diffusers_align.algorithms.dance_grpo import best_and_worst
+from diffusers_align.algorithms.flow_cps import cps_log_ratio, flow_cps_loss
+from diffusers_align.algorithms.flow_grpo import describe_kl, flow_grpo_loss, kl_penalty
+from diffusers_align.algorithms.grpo_guard import grpo_guard_loss, guard_log_ratio
+from diffusers_align.algorithms.mix_grpo import window_at
+from diffusers_align.rl import describe_clip, ratio_diagnostics
 from diffusers_align.training import arguments
+from diffusers_align.training.advantages import add_group_arguments, advantages_of
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 from diffusers_align.training.sampling import sample_epoch
 
 # The paper's beta goes with the official form; for ten steps of equal length the exact KL is ten times as large.
 KL_BETA = {"official": 0.04, "gaussian": 0.004}
+CLIP_RANGE = {"flow_grpo": 1e-4, "flow_cps": 1e-5, "grpo_guard": 2e-6}
 
 
 def parse_args(argv=None):
     parser = arguments.base_parser(__doc__.splitlines()[0])
+    add_group_arguments(parser)
     group = parser.add_argument_group("Flow-GRPO")
-    group.add_argument("--num_prompts_per_epoch", type=int, default=48, help="groups an epoch")
-    group.add_argument("--group_size", type=int, default=24, help="samples of a prompt")
-    group.add_argument("--same_latent", action=arguments.argparse.BooleanOptionalAction, default=False, help="one initial noise a group (DanceGRPO's default)")
     group.add_argument("--sde_type", default="flow_grpo", choices=["flow_grpo", "dance_grpo", "cps", "memoryless", "memoryless_em"])
-    group.add_argument("--noise_level", type=float, default=0.7, help="the paper's a")
-    group.add_argument("--sde_window_size", type=int, help="Flow-GRPO-Fast: that many consecutive SDE steps, ODE elsewhere; all steps if absent")
+    group.add_argument("--noise_level", type=float, default=0.7, help="the papers' a or eta: 0.7 for flow_grpo, 0.3 for dance_grpo, 0.8 for cps")
+    group.add_argument("--sde_window_size", type=int, help="that many consecutive SDE steps, ODE elsewhere (Fast, MixGRPO); all steps if absent")
     group.add_argument("--sde_window_range", type=int, nargs=2, metavar=("FIRST", "END"), help="where the window may lie; the first half if absent")
+    group.add_argument("--sde_window_strategy", choices=["random", "progressive", "exp_decay"], default="random", help="Fast draws it, MixGRPO slides it")
+    group.add_argument("--sde_window_interval", type=int, default=25, help="epochs that a sliding window stays at a place (MixGRPO)")
     group.add_argument("--timestep_fraction", type=float, default=0.99, help="train the first steps only; 0.99 leaves out the last one")
-    group.add_argument("--clip_range", type=float, default=1e-4, help="of the ratio per dimension")
-    group.add_argument("--adv_clip_max", type=float, default=5.0)
-    group.add_argument("--global_std", action=arguments.argparse.BooleanOptionalAction, default=True, help="divide advantages by the std of all rewards")
+    group.add_argument("--random_timesteps", action="store_true", help="train that share of the steps, without the last, drawn each epoch (DanceGRPO)")
+    group.add_argument("--best_of_n", type=int, help="train on that many samples of a group, half the best and half the worst (DanceGRPO); all if absent")
+    group.add_argument("--loss", choices=list(CLIP_RANGE), default="flow_grpo", help="the ratio: true, on the CPS code's scale, or GRPO-Guard's")
+    group.add_argument("--clip_range", type=float, help=f"of the ratio per dimension; by the loss if absent: {CLIP_RANGE}")
     group.add_argument("--kl_beta", type=float, help="weight of the KL to the pretrained model (official: 0.04, gaussian: 0.004); 0 saves its forward pass")
     group.add_argument("--kl_form", choices=["official", "gaussian"], default="official", help="official is the exact Gaussian KL times the step's length")
     args = arguments.parse(parser, argv)
-    if args.kl_beta is None:
-        args.kl_beta = KL_BETA[args.kl_form]
+    args.kl_beta = KL_BETA[args.kl_form] if args.kl_beta is None else args.kl_beta
+    args.clip_range = CLIP_RANGE[args.loss] if args.clip_range is None else args.clip_range
+    if args.loss == "flow_cps" and args.sde_type != "cps":
+        parser.error(f"--loss flow_cps scales the ratio of --sde_type cps, got --sde_type {args.sde_type}")
+    if args.best_of_n is not None and (args.best_of_n < 2 or args.best_of_n % 2 or args.best_of_n > args.group_size):
+        parser.error(f"--best_of_n must be even, at least 2 and at most --group_size {args.group_size}, got {args.best_of_n}")
     if args.sde_window_size:
         args.sde_window_range = args.sde_window_range or (0, max(args.sde_window_size, args.num_inference_steps // 2))
         if args.sde_window_range[1] - args.sde_window_range[0] < args.sde_window_size:
@@ -46,11 +58,37 @@ def parse_args(argv=None):
     return args
 
 
-def sde_window(args, epoch):
-    """The window of an epoch, the same for every group and process: groups that mix windows compare unlike samples."""
-    first, end = args.sde_window_range
-    start = random.Random(f"{args.seed}/{epoch}/window").randint(first, end - args.sde_window_size)
-    return [start, start + args.sde_window_size]
+def place_window(policy, args, epoch):
+    """The window of an epoch is the same for every group and process: groups that mix windows compare unlike samples."""
+    if args.sde_window_size:
+        (first, end), strategy = args.sde_window_range, args.sde_window_strategy
+        window = window_at(epoch, size=args.sde_window_size, first=first, end=end, strategy=strategy, interval=args.sde_window_interval, seed=args.seed)
+        policy.scheduler.register_to_config(sde_window=list(window))
+
+
+def trained_steps(trajectory, args, epoch):
+    """The stochastic steps among the first ones, or a random share of all but the last, in order."""
+    stochastic, number = trajectory.stochastic.nonzero().flatten().tolist(), trajectory.num_steps
+    if not args.random_timesteps:
+        return [k for k in stochastic if k < max(1, int(number * args.timestep_fraction))]
+    candidates = [k for k in stochastic if k < number - 1]
+    share = min(len(candidates), max(1, round(len(candidates) * args.timestep_fraction)))
+    return sorted(random.Random(f"{args.seed}/{epoch}/steps").sample(candidates, share))
+
+
+def policy_loss(args, transition, action, old, old_mean, advantage, step_size):
+    """The loss (B,) of one step, and its diagnostics."""
+    dimensions, new = action[0].numel(), transition.log_prob(action)
+    if args.loss == "grpo_guard":
+        log_ratio = guard_log_ratio(new, old, transition.mean, old_mean, transition.std, per_dim=dimensions)
+        loss = grpo_guard_loss(log_ratio, advantage, step_size, clip_range=args.clip_range)
+    elif args.loss == "flow_cps":
+        log_ratio = cps_log_ratio(new, old, transition.std, per_dim=dimensions)
+        loss = flow_cps_loss(new, old, advantage, transition.std, per_dim=dimensions, clip_range=args.clip_range)
+    else:
+        log_ratio = (new - old) / dimensions
+        loss = flow_grpo_loss(new, old, advantage, per_dim=dimensions, clip_range=args.clip_range)
+    return loss, ratio_diagnostics(log_ratio, torch.zeros_like(log_ratio), args.clip_range)
 
 
 def main(argv=None):
@@ -65,21 +103,21 @@ def main(argv=None):
 
     for epoch in run.epochs():
         # 1 roll out
-        if args.sde_window_size:
-            policy.scheduler.register_to_config(sde_window=sde_window(args, epoch))
+        place_window(policy, args, epoch)
         samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_prompts_per_epoch, args.group_size, args.same_latent)
-        trajectory = samples.batches[0]
-        last = int(trajectory.num_steps * args.timestep_fraction)
-        steps = [k for k in trajectory.stochastic.nonzero().flatten().tolist() if k < max(1, last)]
-        step_sizes = policy.scheduler.sigmas.diff().abs().tolist()[-trajectory.num_steps :]
-        dimensions = trajectory.final[0].numel()
-        run.explain_once(describe_clip(args.clip_range, dimensions), describe_kl(args.kl_beta, args.kl_form, step_sizes))
+        steps = trained_steps(samples.batches[0], args, epoch)
+        step_sizes = policy.scheduler.sigmas.diff().abs().tolist()[-samples.batches[0].num_steps :]
+        run.explain_once(describe_clip(args.clip_range, samples.batches[0].final[0].numel()), describe_kl(args.kl_beta, args.kl_form, step_sizes))
 
         # 2 advantages
-        advantages = group_advantages(samples.rewards, samples.groups, global_std=args.global_std)
-        advantages = advantages.clamp(-args.adv_clip_max, args.adv_clip_max).to(run.accelerator.device)
+        advantages = advantages_of(samples, args, report.reward)
+        if args.best_of_n:
+            advantages = best_and_worst(advantages, samples.groups, args.best_of_n)
+        advantages = advantages.to(run.accelerator.device)
 
         # 3 loss and update
+        with run.accelerator.autocast():
+            old = [policy.transitions(batch, steps) for batch in samples.batches] if args.loss == "grpo_guard" else None
         diagnostics, norms, kls = [], [], []
         for chunk in run.chunks(num_batches, batches_a_step):
             diagnostics.append([])
@@ -87,20 +125,18 @@ def main(argv=None):
             for b in chunk:
                 trajectory, advantage, reference = samples.batches[b], advantages[samples.index[b]], {}
                 if args.kl_beta > 0:
-                    with torch.no_grad(), policy.reference(), run.accelerator.autocast():
-                        policy.replay(trajectory, lambda k, transition: reference.update({k: transition.mean}), steps)
+                    with policy.reference(), run.accelerator.autocast():
+                        reference = policy.transitions(trajectory, steps)
 
                 def on_step(k, transition):
-                    old, new = trajectory.log_probs[:, k], transition.log_prob(trajectory.actions[:, k])
-                    loss = flow_grpo_loss(new, old, advantage, per_dim=dimensions, clip_range=args.clip_range)
+                    action, old_mean = trajectory.actions[:, k], old[b][k].mean if old else None
+                    loss, numbers = policy_loss(args, transition, action, trajectory.log_probs[:, k], old_mean, advantage, step_sizes[k])
                     if args.kl_beta > 0:
-                        kl = gaussian_kl(transition.mean, reference[k], transition.std)
-                        if args.kl_form == "official":
-                            kl = official_kl(transition.mean, reference[k], transition.std, step_sizes[k])
+                        kl = kl_penalty(transition.mean, reference[k].mean, transition.std, step_sizes[k], form=args.kl_form)
                         loss = loss + args.kl_beta * kl
                         kls.append(kl.mean().item())
                     run.accelerator.backward(loss.sum() * weight)
-                    diagnostics[-1].append(ratio_diagnostics(new, old, args.clip_range, dimensions))
+                    diagnostics[-1].append(numbers)
 
                 with run.accelerator.autocast():
                     policy.replay(trajectory, on_step, steps)

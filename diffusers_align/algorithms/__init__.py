@@ -1,4 +1,7 @@
 """One module an algorithm; each opens with the algorithm's page. Imports torch only.
 
-Route C, online reinforcement learning: `reinforce` (DDPO-SF), `ddpo` (DDPO-IS), `flow_grpo`.
+Route C, online reinforcement learning: `reinforce` (DDPO-SF), `ddpo` (DDPO-IS), `dpok` (value baseline, KL), `flow_grpo`;
+its variants: `flow_cps` (clean rollouts), `dance_grpo` (constant noise, best and worst), `mix_grpo` (sliding window), `grpo_guard`
+(normalised ratios); with more of each rollout: `dense_grpo` (a reward for every step), `mv_grpo` (several captions);
+on the forward process: `diffusion_nft`, `advantage_weighted_matching`.
 """

@@ -46,6 +46,11 @@ def official_kl(mean: Tensor, ref_mean: Tensor, std: Tensor, step_size: float) -
     return step_size * gaussian_kl(mean, ref_mean, std)
 
 
+def kl_penalty(mean: Tensor, ref_mean: Tensor, std: Tensor, step_size: float, *, form: str = "official") -> Tensor:
+    """`official_kl` or, with `form="gaussian"`, `gaussian_kl`, (B,)."""
+    return official_kl(mean, ref_mean, std, step_size) if form == "official" else gaussian_kl(mean, ref_mean, std)
+
+
 def describe_kl(beta: float, form: str, step_sizes: list[float]) -> str:
     """The same penalty in the other form's beta, for the mean of the steps' lengths."""
     length = sum(step_sizes) / len(step_sizes)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _SHIPPED = Path(__file__).parent / "prompts"
+SUFFIXES = (".txt", ".jsonl", ".csv")
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Prompt:
 
 def shipped_sets() -> list[str]:
     """Names of the sets that `load_prompts` knows."""
-    return sorted(path.stem for path in _SHIPPED.iterdir())
+    return sorted(path.stem for path in _SHIPPED.iterdir() if path.suffix in SUFFIXES)
 
 
 def load_prompts(source: str, column: str = "prompt") -> list[Prompt]:

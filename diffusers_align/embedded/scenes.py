@@ -100,6 +100,18 @@ def parse(prompt: str) -> dict[str, str | int]:
     return asked
 
 
+def adjacent_captions(prompt: str, images=None) -> list[str]:
+    """Captions next to a prompt's: the object at every side, or at none; several objects in other numbers. A rewriter for MV-GRPO,
+    which is handed `images` and does without them. Empty if the prompt names no known object."""
+    asked = parse(prompt)
+    if not asked:
+        return []
+    places = [(1, position) for position in (None, *POSITIONS)] if asked["count"] == 1 else [(count, None) for count in COUNTS]
+    named = frozenset({"position", "color"} if "color" in asked else {"position"})
+    captions = [Scene(asked["object"], count, asked.get("color", ""), position, named).caption() for count, position in places]
+    return [caption for caption in captions if caption != prompt]
+
+
 @lru_cache(maxsize=1)
 def sprites() -> dict[str, Image.Image]:
     """The objects as square RGBA images, cut from the sprite sheet."""

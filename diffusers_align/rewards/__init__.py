@@ -6,10 +6,16 @@
 | `aesthetic` | LAION's aesthetic predictor | yes |
 | `clip_score` | cosine of CLIP's image and text embeddings | yes |
 | `pick_score` | PickScore, a CLIP trained on human choices | yes |
+| `hps_v2` | HPS v2.1, another one | yes |
+| `image_reward` | ImageReward, a BLIP trained on human rankings | yes |
+| `ocr` | is the text that the prompt quotes in the image? (`pip install diffusers-align[ocr]`) | no |
+| `vlm_judge` | a vision-language model behind an OpenAI-style API, by a rubric | no |
 | `background_color` | how near is the border to a wanted colour? (a column, or the prompt) | yes |
 | `scene_score` | do the named object, count, colour and position appear? (embedded scenes) | yes |
+
+`http://host:port` is a reward on a server, such as `python -m diffusers_align.rewards.server --reward clip_score` starts.
 """
 
-from .base import BUILT_INS, InvalidReward, Reward, WeightedSum, load_reward, score
+from .base import BUILT_INS, InvalidReward, Reward, RewardError, RewardTimeout, WeightedSum, load_reward, score
 
-__all__ = ["BUILT_INS", "InvalidReward", "Reward", "WeightedSum", "load_reward", "score"]
+__all__ = ["BUILT_INS", "InvalidReward", "Reward", "RewardError", "RewardTimeout", "WeightedSum", "load_reward", "score"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .clip_embedder import CLIPEmbedder
+from .loading import checkpoint_file
 from .preprocessing import flatten_frames, mean_over_frames
 
 
@@ -71,12 +72,7 @@ def load_head(checkpoint: str | os.PathLike, filename: str) -> dict[str, Tensor]
     Raises:
         ValueError: the file holds something else.
     """
-    if not os.path.isfile(checkpoint):
-        from huggingface_hub import hf_hub_download
-
-        if os.path.isabs(checkpoint) or str(checkpoint).endswith(".pth"):
-            raise FileNotFoundError(f"There is no aesthetic checkpoint {checkpoint}.")
-        checkpoint = hf_hub_download(str(checkpoint), filename)
+    checkpoint = checkpoint_file(checkpoint, filename)
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or "layers.0.weight" not in state:
         raise ValueError(f"{checkpoint} is no checkpoint of the improved aesthetic predictor: it lacks 'layers.0.weight'.")

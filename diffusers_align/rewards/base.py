@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from .loading import BUILT_INS, find_reward, parse_terms, reward_name
+from .loading import BUILT_INS, component_name, find_reward, parse_terms, reward_name
 
 
 class Reward(Protocol):
@@ -31,6 +31,20 @@ class Reward(Protocol):
 
 class InvalidReward(ValueError):
     """A reward returned something that cannot be trained on: a wrong shape, no `reward` entry, NaN or infinity."""
+
+
+class RewardError(RuntimeError):
+    """A reward failed: it raised, or its server did not answer."""
+
+
+class RewardTimeout(RewardError):
+    """A reward took longer than it may."""
+
+
+def listed(prompts: list[str], shown: int = 3) -> str:
+    """The first few different prompts, quoted, for a message."""
+    different = list(dict.fromkeys(prompts))
+    return ", ".join(map(repr, different[:shown])) + (", ..." if len(different) > shown else "")
 
 
 def score(reward: Reward, images: Tensor, prompts: list[str], *, on_invalid: Literal["error", "mask"] = "error", **columns: Any) -> dict[str, Tensor]:
@@ -86,13 +100,12 @@ def as_scores(reward: Reward, result: Any, images: Tensor) -> dict[str, Tensor]:
     return scores
 
 
-def _describe_invalid(reward: Reward, scores: dict[str, Tensor], valid: Tensor, prompts: list[str], shown: int = 3) -> str:
+def _describe_invalid(reward: Reward, scores: dict[str, Tensor], valid: Tensor, prompts: list[str]) -> str:
     invalid = [prompt for prompt, ok in zip(prompts, valid.tolist()) if not ok]
-    listed = ", ".join(repr(prompt) for prompt in invalid[:shown]) + (", ..." if len(invalid) > shown else "")
     parts = [name for name in reward.names if not torch.isfinite(scores[name]).all()] if isinstance(reward, WeightedSum) else []
     blame = f" because of {', '.join(map(repr, parts))}" if parts else ""
     return (
-        f"Reward {reward_name(reward)!r} is NaN or infinite for {len(invalid)} of {len(prompts)} images{blame}. Prompts: {listed}. "
+        f"Reward {reward_name(reward)!r} is NaN or infinite for {len(invalid)} of {len(prompts)} images{blame}. Prompts: {listed(invalid)}. "
         "Repair the reward, or leave such images out with `--invalid_rewards mask` (`on_invalid='mask'` in Python)."
     )
 
@@ -138,7 +151,7 @@ def move(reward: Reward, device: torch.device | str | None) -> Reward:
 
 
 def load_reward(spec: str | Callable, *, device: torch.device | str | None = None, **options: Any) -> Reward:
-    """A reward by name: built in, `module:function`, `path/to/file.py:function`, or a sum of them.
+    """A reward by name: built in, `module:function`, `path/to/file.py:function`, `http://host:port`, or a sum of them.
 
     >>> load_reward("jpeg_compressibility")  # doctest: +SKIP
     >>> load_reward("clip_score*1.0 + jpeg_compressibility*0.1", device="cuda")  # doctest: +SKIP
@@ -160,7 +173,7 @@ def load_reward(spec: str | Callable, *, device: torch.device | str | None = Non
     for name, weight in terms:
         reward, used = find_reward(name, placed)
         unused -= used
-        found.append((move(reward, device), weight, name.rpartition(":")[2]))
+        found.append((move(reward, device), weight, component_name(name)))
     if unused:
         raise ValueError(f"Reward {spec!r} takes no option {', '.join(sorted(map(repr, unused)))}.")
     if len(terms) == 1 and terms[0][1] is None:
@@ -168,4 +181,4 @@ def load_reward(spec: str | Callable, *, device: torch.device | str | None = Non
     return WeightedSum([(reward, 1.0 if weight is None else weight, name) for reward, weight, name in found])
 
 
-__all__ = ["BUILT_INS", "InvalidReward", "Reward", "WeightedSum", "load_reward", "score"]
+__all__ = ["BUILT_INS", "InvalidReward", "Reward", "RewardError", "RewardTimeout", "WeightedSum", "listed", "load_reward", "score"]

@@ -15,16 +15,17 @@ class CLIPEmbedder(nn.Module):
     """A `transformers.CLIPModel` with its preprocessing and its tokenizer.
 
     Args:
-        model: a Hub name or a folder.
+        model: a Hub name or a folder, or a `CLIPModel`.
         processor: where image settings and tokenizer are, if not with the model.
+        preprocess: the image settings, if not the processor's.
     """
 
-    def __init__(self, model: str, processor: str | None = None):
+    def __init__(self, model: Any, processor: str | None = None, preprocess: Preprocessing | None = None):
         from transformers import AutoTokenizer, CLIPModel
 
         super().__init__()
-        self.model = CLIPModel.from_pretrained(model).float()
-        self.preprocess = Preprocessing.from_pretrained(processor or model)
+        self.model = (model if isinstance(model, CLIPModel) else CLIPModel.from_pretrained(model)).float()
+        self.preprocess = preprocess or Preprocessing.from_pretrained(processor or model)
         self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
         self.eval().requires_grad_(False)
 

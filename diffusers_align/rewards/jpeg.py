@@ -12,22 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .preprocessing import flatten_frames, mean_over_frames
+from .preprocessing import flatten_frames, mean_over_frames, where_finite
+from .wire import to_pil
 
 
 def jpeg_sizes(images: Tensor, quality: int = 95) -> Tensor:
     """Sizes in kB (1000 bytes) of (B, 3, H, W) or (B, F, 3, H, W) images in [0, 1]: (B,), the mean over frames, NaN where a pixel is."""
-    from PIL import Image
-
-    frames = flatten_frames(images.detach())
-    pixels = (frames.float() * 255).round().clamp(0, 255).nan_to_num().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    sizes = []
-    for array in pixels:
+    frames, sizes = flatten_frames(images.detach()), []
+    for picture in to_pil(frames):
         buffer = io.BytesIO()
-        Image.fromarray(array).save(buffer, format="JPEG", quality=quality)
+        picture.save(buffer, format="JPEG", quality=quality)
         sizes.append(buffer.tell() / 1000)
-    measured = torch.tensor(sizes, device=images.device)
-    return mean_over_frames(torch.where(frames.isfinite().flatten(1).all(1), measured, torch.nan), images)
+    return mean_over_frames(where_finite(torch.tensor(sizes, device=images.device), frames), images)
 
 
 def jpeg_incompressibility(images: Tensor, prompts: list[str], quality: int = 95, **columns: Any) -> Tensor:

@@ -19,10 +19,14 @@ BUILT_INS = {
     "aesthetic": "diffusers_align.rewards.aesthetic:AestheticScore",
     "background_color": "diffusers_align.rewards.background:background_color",
     "clip_score": "diffusers_align.rewards.clip_score:CLIPScore",
+    "hps_v2": "diffusers_align.rewards.hps_v2:HPSv2",
+    "image_reward": "diffusers_align.rewards.image_reward:ImageReward",
     "jpeg_compressibility": "diffusers_align.rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "diffusers_align.rewards.jpeg:jpeg_incompressibility",
+    "ocr": "diffusers_align.rewards.ocr:OCRScore",
     "pick_score": "diffusers_align.rewards.pick_score:PickScore",
     "scene_score": "diffusers_align.rewards.scene:SceneScore",
+    "vlm_judge": "diffusers_align.rewards.vlm_judge:VLMJudge",
 }
 
 TERM = r"\s*([^*+]+?)\s*(?:\*\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*)?"
@@ -46,9 +50,46 @@ def parse_terms(spec: str) -> list[tuple[str, float | None]]:
     return [(name, float(weight) if weight else None) for name, weight in re.findall(rf"{TERM}(?:\+|$)", spec)]
 
 
+def is_url(name: str) -> bool:
+    """Is the reward behind HTTP?"""
+    return name.startswith(("http://", "https://"))
+
+
+def component_name(name: str) -> str:
+    """How a term of a sum is called in the metrics: the function's or class's name, or the server's address."""
+    return name.partition("//")[2].rstrip("/") if is_url(name) else name.rpartition(":")[2]
+
+
+def model_option(name: str | None) -> dict[str, str]:
+    """The option `model` for a checkpoint by name, embedded ones included; none for None."""
+    from .. import embedded
+
+    return {} if not name else {"model": embedded.path(name) if name in embedded.NAMES else name}
+
+
+def checkpoint_file(checkpoint: str | os.PathLike, filename: str) -> Path:
+    """The file `checkpoint`, or `filename` in the folder or the Hub repository `checkpoint`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(checkpoint)
+    if path.is_dir():
+        path = path / filename
+    if path.is_file():
+        return path
+    if path.is_absolute() or path.suffix in (".pt", ".pth"):
+        raise FileNotFoundError(f"There is no checkpoint {path}: give a file, or a folder or a Hub repository that holds {filename}.")
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(str(checkpoint), filename))
+
+
 def find_reward(name: str, options: dict[str, Any]) -> tuple[Callable, set[str]]:
     """The reward of that name with those of the options that it takes, and their names."""
-    module_name, colon, attribute = BUILT_INS.get(name, name).rpartition(":")
+    spec = "diffusers_align.rewards.remote:RemoteReward" if is_url(name) else BUILT_INS.get(name, name)
+    options = options | {"url": name} if is_url(name) else options
+    module_name, colon, attribute = spec.rpartition(":")
     if not colon or not module_name or not attribute:
         raise ValueError(_unknown(name))
     module = _load_file(Path(module_name), name) if module_name.endswith(".py") else _import(module_name, name)
@@ -80,7 +121,7 @@ def _unknown(name: str) -> str:
     hint = f" Did you mean {guess[0]!r}?" if guess else ""
     return (
         f"There is no reward {name!r}.{hint} Built in: {', '.join(BUILT_INS)}. A reward of your own is named 'module:function' "
-        "or 'path/to/file.py:function', a callable (images, prompts, **columns) -> (B,) tensor."
+        "or 'path/to/file.py:function', a callable (images, prompts, **columns) -> (B,) tensor; one on a server, 'http://host:port'."
     )
 
 

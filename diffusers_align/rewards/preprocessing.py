@@ -40,6 +40,11 @@ def mean_over_frames(values: Tensor, images: Tensor) -> Tensor:
     return values.unflatten(0, images.shape[:2]).mean(1) if images.ndim == 5 else values
 
 
+def where_finite(values: Tensor, images: Tensor) -> Tensor:
+    """(N,) values of the images (N, ...), NaN where a pixel is not finite."""
+    return torch.where(images.isfinite().flatten(1).all(1), values, torch.nan)
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """Callable on images (N, 3, H, W) in [0, 1].

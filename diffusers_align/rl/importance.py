@@ -12,6 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+# c for [1 - c, 1 + c], or (c_-, c_+); each a number, or (B,) with one for each sample.
+ClipRange = float | Tensor | tuple[float | Tensor, float | Tensor]
+
 
 def importance_ratio(log_prob: Tensor, old_log_prob: Tensor, per_dim: int = 1) -> Tensor:
     r"""$\exp((\log p - \log p_{old}) / D)$, (B,). `log_prob` are sums over dimensions, in nats."""
@@ -30,10 +33,24 @@ def describe_clip(clip_range: float, dimensions: int) -> str:
     return text + ("; below 1.2, a wider clip range would learn faster" if bound < 1.2 else "")
 
 
-def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_range: float | tuple[float, float]) -> Tensor:
-    r"""PPO's pessimistic objective as a loss, (B,): $\max(-A\rho, -A\,\mathrm{clip}(\rho, 1 - c_-, 1 + c_+))$.
+def clip_bounds(clip_range: ClipRange) -> tuple[float | Tensor, float | Tensor]:
+    """(1 - c_-, 1 + c_+), the interval that a clip range leaves to the ratio."""
+    low, high = clip_range if isinstance(clip_range, (tuple, list)) else (clip_range, clip_range)
+    return 1 - low, 1 + high
 
-    `clip_range` is c, or (c_-, c_+) (https://arxiv.org/abs/1707.06347, eq. 7).
+
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_range: ClipRange) -> Tensor:
+    r"""PPO's pessimistic objective as a loss, (B,): $\max(-A\rho, -A\,\mathrm{clip}(\rho, 1 - c_-, 1 + c_+))$
+    (https://arxiv.org/abs/1707.06347, eq. 7). Beyond the clip the gradient is 0 where the step would gain, and stays where it
+    would make up for a loss."""
+    return torch.maximum(-advantage * ratio, clamped_surrogate(ratio, advantage, clip_range))
+
+
+def clamped_surrogate(ratio: Tensor, advantage: Tensor, clip_range: ClipRange) -> Tensor:
+    r"""DPOK's loss (official code of https://arxiv.org/abs/2305.16381), (B,): $-A\,\mathrm{clip}(\rho, 1 - c_-, 1 + c_+)$.
+
+    The gradient is 0 beyond the clip on either side: a sample that moved the wrong way is not brought back.
     """
-    low, high = (clip_range, clip_range) if isinstance(clip_range, (int, float)) else clip_range
-    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+    low, high = clip_bounds(clip_range)
+    # One bound at a time: torch.clamp takes no number beside a tensor.
+    return -advantage * ratio.clamp(min=low).clamp(max=high)

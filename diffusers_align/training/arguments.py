@@ -32,6 +32,7 @@ def _add_model(group) -> None:
     group.add_argument("--variant", help="variant of its files, such as fp16")
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="dtype of the frozen weights and of autocast")
     group.add_argument("--gradient_checkpointing", action="store_true", help="recompute the denoiser's activations in the backward pass")
+    group.add_argument("--shard_denoiser", action="store_true", help="spread the frozen denoiser over the processes (FSDP2); the LoRA stays whole")
     group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
     group.add_argument("--rank", type=int, default=32, help="rank of the LoRA")
     group.add_argument("--lora_alpha", type=int, help="scale of the LoRA; twice the rank if absent")
@@ -42,7 +43,7 @@ def _add_model(group) -> None:
     group.add_argument("--eval_guidance_scale", type=float, help="guidance of evaluation and pictures; as in training if absent")
     group.add_argument("--height", type=int, help="pixels; the pipeline's default if absent")
     group.add_argument("--width", type=int, help="pixels; the pipeline's default if absent")
-    group.add_argument("--call_kwargs", type=_json_object, default={}, help="other arguments of the pipeline's call, as JSON: '{\"num_frames\": 33}'")
+    group.add_argument("--call_kwargs", type=json_object, default={}, help="other arguments of the pipeline's call, as JSON: '{\"num_frames\": 33}'")
 
 
 def _add_task(group) -> None:
@@ -50,11 +51,13 @@ def _add_task(group) -> None:
     group.add_argument("--prompt_column", default="prompt", help="field of the prompt in .jsonl and .csv files; rewards get the other fields")
     group.add_argument("--eval_prompts", help="held-out prompts; the training ones if absent")
     group.add_argument("--num_eval_samples", type=int, default=64, help="images of the evaluation before and after")
-    group.add_argument("--reward", help="built-in reward, module:function, file.py:function, or a sum such as clip_score*1+scene_score*0.5")
+    group.add_argument("--reward", help="built-in reward, module:function, file.py:function, http://host:port, or a sum such as clip_score*1+scene_score*0.5")
     group.add_argument("--reward_model", help="checkpoint of the reward's model, where it has one; its public one if absent")
     group.add_argument("--eval_reward", help="a second reward, not trained on, to show whether the first was hacked")
     group.add_argument("--eval_reward_model", help="checkpoint of the second reward's model")
-    group.add_argument("--invalid_rewards", choices=["error", "mask"], default="error", help="on NaN or infinite rewards: stop, or leave the samples out")
+    group.add_argument("--invalid_rewards", choices=["error", "mask"], default="error", help="on rewards that are NaN, raise or hang: stop, or mask them")
+    group.add_argument("--reward_timeout", type=float, help="seconds that the reward may take for a batch; no limit if absent")
+    group.add_argument("--reward_in_background", action="store_true", help="score a batch while the next is sampled: for rewards on servers or on the CPU")
 
 
 def _add_optimisation(group) -> None:
@@ -94,22 +97,30 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 
     Exits with a message (argparse's convention) on an unknown flag, a recipe with unknown keys, or values that make no sense.
     """
-    known, _ = parser.parse_known_args(argv)
-    if known.config:
-        parser.set_defaults(**_recipe(parser, known.config))
-    args = parser.parse_args(argv)
-    for name in ("pretrained_model_name_or_path", "prompts", "reward", "output_dir"):
-        if not getattr(args, name):
-            parser.error(f"--{name} is required (on the command line or in the recipe)")
+    args = parse_with_recipe(parser, argv, required=("pretrained_model_name_or_path", "prompts", "reward", "output_dir"))
     for name in ("num_inference_steps", "train_batch_size", "num_epochs", "rank", "num_eval_samples", "checkpointing_epochs", "validation_epochs"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.reward_timeout is not None and args.reward_timeout <= 0:
+        parser.error(f"--reward_timeout must be positive, got {args.reward_timeout}")
     if args.learning_rate <= 0:
         parser.error(f"--learning_rate must be positive, got {args.learning_rate}")
     if args.push_to_hub and args.hub_token and "wandb" in args.report_to:
         parser.error("--hub_token would be logged to wandb with the other arguments; log in with `hf auth login` instead")
     _check_trackers(parser, args)
     args.command = _command(sys.argv[1:] if argv is None else argv)
+    return args
+
+
+def parse_with_recipe(parser: argparse.ArgumentParser, argv: list[str] | None, required: tuple[str, ...]) -> argparse.Namespace:
+    """The flags over the values of the recipe `--config`; exits with a message where one of `required` is in neither."""
+    known, _ = parser.parse_known_args(argv)
+    if known.config:
+        parser.set_defaults(**_recipe(parser, known.config))
+    args = parser.parse_args(argv)
+    for name in required:
+        if not getattr(args, name):
+            parser.error(f"--{name} is required (on the command line or in the recipe)")
     return args
 
 
@@ -137,12 +148,14 @@ def _recipe(parser: argparse.ArgumentParser, path: str) -> dict:
 
 def _typed(action: argparse.Action, value):
     """A recipe's value as the flag would have it: YAML reads 1e-4 as a string, and an unquoted `no` as false."""
-    if (value is None and not action.choices) or (isinstance(value, dict) and action.type is _json_object):
+    if (value is None and not action.choices) or (isinstance(value, dict) and action.type is json_object):
         return value
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ValueError(f"must be true or false, got {value!r}")
         return value
+    if action.nargs == "+":
+        return [(action.type or str)(str(item)) for item in (value if isinstance(value, list) else [value])]
     if isinstance(action.nargs, int):
         if not isinstance(value, list) or len(value) != action.nargs:
             raise ValueError(f"must be a list of {action.nargs}, got {value!r}")
@@ -165,7 +178,8 @@ def _check_trackers(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"--report_to {name}: not installed. Run `pip install {name}`, or pass --report_to none.")
 
 
-def _json_object(text: str) -> dict:
+def json_object(text: str) -> dict:
+    """The type of a flag that holds a JSON object."""
     value = json.loads(text)
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text}")

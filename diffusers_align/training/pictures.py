@@ -33,13 +33,18 @@ def grid(images: list[Tensor], captions: list[str], columns: int = 8, cell: int 
 
 def before_and_after(before: list[Tensor], after: list[Tensor], captions: list[str], columns: int = 8, cell: int = 128) -> Image.Image:
     """Pairs of rows at equal prompts and seeds: the pretrained model above, the aligned one below."""
+    return comparison({"before": before, "after": after}, captions, columns, cell)
+
+
+def comparison(models: dict[str, list[Tensor]], captions: list[str], columns: int = 8, cell: int = 128) -> Image.Image:
+    """A row a model, at equal prompts and seeds in each column; as many such blocks as the captions need."""
     images, labels = [], []
-    for start in range(0, len(before), columns):
+    for start in range(0, len(captions), columns):
         part = slice(start, start + columns)
-        missing = columns - len(before[part])
-        blank = [torch.ones_like(before[0])] * missing
-        images += [*before[part], *blank, *after[part], *blank]
-        labels += [*(f"before: {c}" for c in captions[part]), *[""] * missing, *(f"after: {c}" for c in captions[part]), *[""] * missing]
+        for name, samples in models.items():
+            missing = columns - len(samples[part])
+            images += [*samples[part], *[torch.ones_like(samples[0])] * missing]
+            labels += [*(f"{name}: {caption}" for caption in captions[part]), *[""] * missing]
     return grid(images, labels, columns, cell)
 
 

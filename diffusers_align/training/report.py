@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from ..data.prompts import load_prompts
 from ..rewards import load_reward
+from ..rewards.loading import model_option
 from . import hub
 from .pictures import before_and_after, grid
 from .sampling import Evaluation, evaluate, paired_gain
-
-
-def _model(name: str | None) -> dict:
-    from .. import embedded
-
-    return {} if not name else {"model": embedded.path(name) if name in embedded.NAMES else name}
+from .statistics import mean_and_error
 
 
 class Report:
@@ -27,10 +23,10 @@ class Report:
 
     def __init__(self, run):
         args, self.run = run.args, run
-        self.reward = load_reward(args.reward, device=run.accelerator.device, **_model(args.reward_model))
+        self.reward = load_reward(args.reward, device=run.accelerator.device, **model_option(args.reward_model))
         self.rewards = {"reward": self.reward}
         if args.eval_reward:
-            self.rewards[args.eval_reward] = load_reward(args.eval_reward, device=run.accelerator.device, **_model(args.eval_reward_model))
+            self.rewards[args.eval_reward] = load_reward(args.eval_reward, device=run.accelerator.device, **model_option(args.eval_reward_model))
         self.prompts = load_prompts(args.prompts, args.prompt_column)
         self.held_out = load_prompts(args.eval_prompts, args.prompt_column) if args.eval_prompts else self.prompts
         self.before: Evaluation | None = None
@@ -52,9 +48,9 @@ class Report:
         args, run = self.run.args, self.run
         if (epoch + 1) % args.validation_epochs:
             return
-        with run.averaged():
+        with run.averaged(), run.meter.paused():
             now = evaluate(run, self.run.policy, {"reward": self.reward}, self.held_out, args.num_validation_images, args.num_validation_images)
-        run.accelerator.log({"validation/reward": _mean(now.rewards["reward"])[0]}, step=epoch)
+        run.accelerator.log({"validation/reward": mean_and_error(now.rewards["reward"])[0]}, step=epoch)
         if run.is_main:
             folder = run.output_dir / "samples"
             folder.mkdir(exist_ok=True)
@@ -84,7 +80,7 @@ class Report:
         for name, values in self.before.rewards.items():
             if name not in self.rewards:
                 continue
-            results[f"{name}, before"], results[f"{name}, after"] = _mean(values), _mean(after.rewards[name])
+            results[f"{name}, before"], results[f"{name}, after"] = mean_and_error(values), mean_and_error(after.rewards[name])
             results[f"{name}, paired gain"] = gains[name] = paired_gain(values, after.rewards[name])
         if run.is_main:
             before_and_after(self.before.images, after.images, self.before.prompts).save(run.output_dir / "before_after.png")
@@ -100,16 +96,9 @@ class Report:
         return gains
 
 
-def _mean(values) -> tuple[float, float]:
-    """Mean and standard error of the values that are not NaN; NaN where there are too few."""
-    valid = values[~values.isnan()]
-    error = float(valid.std() / len(valid) ** 0.5) if len(valid) > 1 else float("nan")
-    return float(valid.mean()) if len(valid) else float("nan"), error
-
-
 def _summary(evaluation: Evaluation, reward: str) -> str:
     """The rewards' means on one line; the one that is trained on by its own name."""
-    means = {name: _mean(values) for name, values in evaluation.rewards.items()}
+    means = {name: mean_and_error(values) for name, values in evaluation.rewards.items()}
     return ", ".join(
         f"{reward + name.removeprefix('reward') if name.startswith('reward') else name} {mean:.4f} ± {error:.4f}"
         for name, (mean, error) in means.items()

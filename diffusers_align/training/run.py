@@ -13,18 +13,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
-from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from .. import embedded
+from ..driver import denoisers
 from ..policy import Policy
 from ..schedulers import sde_twin
+from . import costs, failures, sharding
 from .arguments import check_output_dir
+from .loading import call_arguments, load_pipeline
 from .pictures import reward_curve
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Run:
@@ -33,11 +32,13 @@ class Run:
     Attributes:
         history: one dict of metrics an epoch, also written to `metrics.jsonl` and drawn in `reward_curve.png`.
         epoch: the next epoch to train.
+        meter: counts what the run costs, for `costs.json`.
     """
 
     def __init__(self, args, algorithm: str):
         self.args, self.algorithm = args, algorithm
         self.output_dir = check_output_dir(args.output_dir)
+        self.sharded = sharding.wanted(args.shard_denoiser)
         project = ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir / "logs"))
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=args.trackers or None, project_config=project)
         if args.trackers:
@@ -46,6 +47,7 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
         self.history: list[dict[str, float]] = []
         self.epoch, self.ema, self.optimizer_steps, self.num_batches = 0, None, 0, 0
+        self.meter = costs.Meter()
         self._explained: set[str] = set()
         self.accelerator.register_for_checkpointing(self)
 
@@ -67,18 +69,19 @@ class Run:
 
     def load_policy(self, **sde_fields: Any) -> Policy:
         """The pipeline with the SDE twin of its scheduler and a fresh LoRA."""
-        args = self.args
-        name = embedded.path(args.pretrained_model_name_or_path) if args.pretrained_model_name_or_path in embedded.NAMES else args.pretrained_model_name_or_path
-        pipeline = DiffusionPipeline.from_pretrained(name, dtype=DTYPES[args.mixed_precision], revision=args.revision, variant=args.variant)
+        args, pipeline = self.args, load_pipeline(self.args)
+        if self.sharded:
+            sharding.shard(denoisers(pipeline).values(), self.accelerator.device)
         pipeline.to(self.accelerator.device)
-        call = {n: getattr(args, n) for n in ("num_inference_steps", "guidance_scale", "height", "width") if getattr(args, n) is not None}
-        policy = Policy(pipeline, sde_twin(pipeline.scheduler, **sde_fields), **call, **args.call_kwargs)
+        policy = Policy(pipeline, sde_twin(pipeline.scheduler, **sde_fields), **call_arguments(args))
+        policy.lockstep = self.sharded
         config = {"target_modules": args.lora_layers.split(",")} if args.lora_layers else {}
         policy.add_lora(args.rank, args.lora_alpha, **config)
         policy.remember_prompts(max(32, self.num_batches + 2))  # each batch of an epoch, and the evaluation's
         if args.gradient_checkpointing:
             for module in policy.denoisers.values():
                 module.enable_gradient_checkpointing()
+        self.meter.watch(policy.denoisers.values())
         self.policy = policy
         self.accelerator.register_for_checkpointing(_Weights(policy))
         return policy
@@ -140,10 +143,14 @@ class Run:
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
+        self.count_update()
+        return float(norm)
+
+    def count_update(self) -> None:
+        """The parameters have changed: count it, and let the moving average follow."""
         self.optimizer_steps += 1
         if self.ema is not None and self.optimizer_steps % self.args.ema_interval == 0:
-            self.ema.step(parameters)
-        return float(norm)
+            self.ema.step(self.policy.trainable_parameters())
 
     def averaged(self):
         """Context: the moving average in the place of the live weights, if there is one."""
@@ -155,7 +162,8 @@ class Run:
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, under a progress bar; checkpoints on the way and at the end."""
         args = self.args
-        with tqdm(total=args.num_epochs, initial=self.epoch, desc=self.algorithm, unit="epoch", disable=not self.is_main) as bar:
+        bar_style = {"desc": self.algorithm, "unit": "epoch", "disable": not self.is_main}
+        with failures.interruptible(self), self.meter.running(), tqdm(total=args.num_epochs, initial=self.epoch, **bar_style) as bar:
             while self.epoch < args.num_epochs:
                 yield self.epoch
                 self.epoch += 1
@@ -165,10 +173,12 @@ class Run:
                     self.checkpoint()
 
     def epoch_metrics(self, samples, diagnostics: list[list[dict]], norms: list[float], others: dict[str, list[float]]) -> dict[str, float]:
-        """Reward metrics; `ratio_error` before the first update, clipping after the last; means of `others`."""
-        first, last = diagnostics[0], diagnostics[-1]
-        metrics = {**samples.metrics(), "ratio_error": max(d["ratio_error"] for d in first)}
-        metrics |= {name: sum(d[name] for d in last) / len(last) for name in ("clip_fraction", "approx_kl")}
+        """Reward metrics; `ratio_error` before the first update, clipping after the last, if there are ratios; means of `others`."""
+        metrics = samples.metrics()
+        if diagnostics:
+            first, last = diagnostics[0], diagnostics[-1]
+            metrics |= {"ratio_error": max(d["ratio_error"] for d in first)}
+            metrics |= {name: sum(d[name] for d in last) / len(last) for name in ("clip_fraction", "approx_kl")}
         metrics |= {name: sum(values) / len(values) for name, values in others.items() if values}
         gathered = gather_object([metrics])
         for name in metrics.keys() & {"ratio_error", "clip_fraction", "approx_kl", *others}:
@@ -190,17 +200,26 @@ class Run:
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def checkpoint(self) -> None:
-        """Save everything to `checkpoint-<epoch>`: complete or not at all, so that a kill in between loses nothing."""
+        """Save everything to `checkpoint-<epoch>`: complete or not at all, so that a kill in between loses nothing.
+
+        Raises:
+            OSError: it could not be written; those before it are intact.
+        """
         final, partial = self.output_dir / f"checkpoint-{self.epoch}", self.output_dir / f".checkpoint-{self.epoch}.partial"
         if self.is_main:
             shutil.rmtree(partial, ignore_errors=True)
+        cost = self.meter.total()
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
+        with failures.complete_or_absent(self, partial):
+            self.accelerator.save_state(str(partial))
+            if self.is_main:
+                self.policy.save_lora(partial)
+                cost.write(partial)
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            self.policy.save_lora(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
+            shutil.copy(final / costs.FILE, self.output_dir)
             self._prune()
         self.accelerator.wait_for_everyone()
 
@@ -228,7 +247,13 @@ class Run:
 
         Raises:
             FileNotFoundError: the named checkpoint does not exist.
+            OSError: the disk is too small for what is still to be written.
         """
+        self._restore()
+        if self.is_main:
+            failures.check_free_space(self)
+
+    def _restore(self) -> None:
         wanted = self.args.resume_from_checkpoint
         if not wanted:
             self._set_aside(later_than=-1)
@@ -241,6 +266,7 @@ class Run:
         if not folder.is_dir():
             raise FileNotFoundError(f"No checkpoint {wanted!r}; {self.output_dir} has {', '.join(p.name for p in found) or 'none'}.")
         self.accelerator.load_state(str(folder))
+        self.meter.resume(folder)
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
         self._set_aside(later_than=self.epoch)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from ..data.prompts import Prompt, prompts_of_epoch
 from ..policy import Policy, noise_seed
-from ..rewards import score
 from ..trajectory import Trajectory
+from .scoring import Scorer, columns_of, gather_scores
+from .statistics import mean_and_error
 
 
 @dataclass
@@ -27,6 +29,7 @@ class Samples:
         groups: (N,) integers, equal where prompt and occasion are.
         rewards: (N,) float32; NaN where masked.
         components: every reward by name, (N,).
+        asked: the N prompts with the data set's other fields.
     """
 
     batches: list[Trajectory]
@@ -35,6 +38,7 @@ class Samples:
     groups: Tensor
     rewards: Tensor
     components: dict[str, Tensor]
+    asked: list[Prompt]
 
     def metrics(self) -> dict[str, float]:
         """Mean and s.e. of the reward, its spread within groups, the share of groups without any, means of its components."""
@@ -43,7 +47,7 @@ class Samples:
         if len(self.groups.unique()) < len(self.groups):
             spread = torch.stack([_spread(self.rewards[self.groups == g]) for g in self.groups.unique()])
             out |= {"reward_std": spread.mean(), "zero_std": (spread < 1e-6).float().mean()}
-        parts = {f"reward/{name}": values[~values.isnan()].mean() for name, values in self.components.items() if name != "reward"}
+        parts = {f"reward/{name}": values[~values.isnan()].mean() for name, values in self.components.items() if name != "reward" and not values.isnan().all()}
         invalid = {"invalid_rewards": self.rewards.isnan().sum()} if len(valid) < len(self.rewards) else {}
         return {name: float(value) for name, value in {**out, **parts, **invalid}.items()}
 
@@ -53,13 +57,16 @@ def _spread(rewards: Tensor) -> Tensor:
     return valid.std(correction=0) if len(valid) else torch.zeros(())
 
 
-def sample_epoch(run, policy: Policy, reward, prompts: list[Prompt], epoch: int, num_prompts: int, group_size: int, same_latent: bool = False) -> Samples:
+def sample_epoch(
+    run, policy: Policy, reward, prompts: list[Prompt], epoch: int, num_prompts: int, group_size: int, same_latent: bool = False, deterministic: bool = False
+) -> Samples:
     """Roll out `group_size` samples of each of `num_prompts` prompts and score them.
 
     Noise is keyed by (seed, epoch, prompt, sample), so neither the batch size nor the number of processes changes a sample.
 
     Args:
         same_latent: the samples of a group share their initial noise, so that their rewards differ by the steps' noise alone.
+        deterministic: walk the ODE, for methods that need no log-probabilities.
     """
     args, accelerator = run.args, run.accelerator
     chosen = prompts_of_epoch(prompts, num_prompts, args.seed, epoch)
@@ -68,28 +75,37 @@ def sample_epoch(run, policy: Policy, reward, prompts: list[Prompt], epoch: int,
     step_seeds = [noise_seed(args.seed, epoch, group, chosen[group], sample) for group, sample in order]
     seeds = [noise_seed(args.seed, epoch, group, chosen[group]) for group, _ in order] if same_latent else step_seeds
     mine = list(range(len(order)))[accelerator.process_index :: accelerator.num_processes]
-    batches, index, results = [], [], []
-    for start in range(0, len(mine), args.train_batch_size):
-        part = mine[start : start + args.train_batch_size]
-        asked = [prompts[chosen[order[i][0]]] for i in part]
-        with accelerator.autocast():
-            trajectory = policy.rollout([p.text for p in asked], seeds=[seeds[i] for i in part], step_seeds=[step_seeds[i] for i in part])
-        batches.append(trajectory)
-        index.append(torch.tensor(part))
-        with torch.no_grad():
-            images = policy.decode(trajectory.final, trajectory.condition).float()
-        results += [(i, row) for i, row in zip(part, _score_rows(reward, images, asked, args.invalid_rewards))]
-    gathered = sorted(gather_object(results), key=lambda pair: pair[0])
-    components = {name: torch.tensor([row[name] for _, row in gathered]) for name in gathered[0][1]}
+    asked = [prompts[chosen[group]] for group, _ in order]
+    run.meter.count_images(len(mine))
+    batches, index = [], []
+    with Scorer.of_run(reward, args) as scorer:
+        for start in range(0, len(mine), args.train_batch_size):
+            part = mine[start : start + args.train_batch_size]
+            with accelerator.autocast():
+                noise = {"seeds": [seeds[i] for i in part], "step_seeds": [step_seeds[i] for i in part]}
+                trajectory = policy.rollout([asked[i].text for i in part], **noise, deterministic=deterministic)
+            batches.append(trajectory)
+            index.append(torch.tensor(part))
+            with torch.no_grad():
+                images = policy.decode(trajectory.final, trajectory.condition).float()
+            scorer.submit(part, images, [asked[i] for i in part])
+        components = gather_scores(run, scorer, asked)
     groups = torch.tensor([group for group, _ in order])
-    return Samples(batches, index, [prompts[chosen[g]].text for g, _ in order], groups, components["reward"], components)
+    return Samples(batches, index, [p.text for p in asked], groups, components["reward"], components, asked)
 
 
-def _score_rows(reward, images: Tensor, prompts: list[Prompt], on_invalid: str) -> list[dict[str, float]]:
-    columns: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in prompts[0].columns}
-    with torch.no_grad():
-        scores = score(reward, images, [p.text for p in prompts], on_invalid=on_invalid, **columns)
-    return [{name: float(values[i]) for name, values in scores.items()} for i in range(len(prompts))]
+def score_again(run, reward, samples: Samples, images_of: Callable[[int], Tensor], captions: list[str] | None = None) -> Tensor:
+    """Rewards (N,), on all processes, of other images of the same samples, or of their images under other captions.
+
+    Args:
+        images_of: of the number of a batch of `samples`, images (B, 3, H, W) or (B, F, 3, H, W) in [0, 1].
+        captions: N in the place of the prompts; rewards get the data set's other fields all the same.
+    """
+    asked = samples.asked if captions is None else [replace(prompt, text=text) for prompt, text in zip(samples.asked, captions)]
+    with Scorer.of_run(reward, run.args) as scorer:
+        for b, index in enumerate(samples.index):
+            scorer.submit(index.tolist(), images_of(b), [asked[i] for i in index.tolist()])
+        return gather_scores(run, scorer, asked)["reward"]
 
 
 @dataclass
@@ -97,36 +113,44 @@ class Evaluation:
     """Deterministic samples at fixed prompts and seeds, with their rewards by name, (N,) each."""
 
     prompts: list[str]
+    seeds: list[int]
     images: list[Tensor]
     rewards: dict[str, Tensor]
 
 
-def evaluate(run, policy: Policy, rewards: dict[str, Any], prompts: list[Prompt], number: int, keep_images: int) -> Evaluation:
+def evaluate(
+    run, policy: Policy, rewards: dict[str, Any], prompts: list[Prompt], number: int, keep_images: int, on_images: Callable[[int], Any] = lambda number: None
+) -> Evaluation:
     """Sample `number` images along the ODE, prompt after prompt, seed after seed, and score them with each of `rewards`.
 
-    Every process takes its share; all get the whole result (images: the first `keep_images`).
+    Every process takes an equal share, some of them a sample again: with a sharded denoiser, one without a batch would leave the
+    others waiting. All get the whole result (images: the first `keep_images`). `on_images(n)` is called after n more of all.
     """
     args, accelerator = run.args, run.accelerator
     jobs = [(i, prompts[i % len(prompts)], noise_seed(args.seed, "evaluation", i)) for i in range(number)]
-    mine, rows = jobs[accelerator.process_index :: accelerator.num_processes], []
+    processes, rows = accelerator.num_processes, []
+    mine = [jobs[i % number] for i in range(accelerator.process_index, -(-number // processes) * processes, processes)]
     call = {"num_inference_steps": args.eval_num_inference_steps, "guidance_scale": args.eval_guidance_scale}
     call = {name: value for name, value in call.items() if value is not None}
+    scorers = {name: Scorer(reward, on_nan="mask", on_failure=args.invalid_rewards, timeout=args.reward_timeout) for name, reward in rewards.items()}
     for start in range(0, len(mine), args.train_batch_size):
         part = mine[start : start + args.train_batch_size]
         with accelerator.autocast():
             trajectory = policy.rollout([p.text for _, p, _ in part], seeds=[seed for _, _, seed in part], deterministic=True, **call)
         with torch.no_grad():
             images = policy.decode(trajectory.final, trajectory.condition).float().cpu()
-        scored = {name: _score_rows(reward, images.to(accelerator.device), [p for _, p, _ in part], "mask") for name, reward in rewards.items()}
+        scored = {name: scorer(images.to(accelerator.device), [p for _, p, _ in part]) for name, scorer in scorers.items()}
         for j, (i, _, _) in enumerate(part):
             flat = {f"{name}/{key}" if key != "reward" else name: value for name in rewards for key, value in scored[name][j].items()}
             rows.append((i, images[j] if i < keep_images else None, flat))
-    rows = sorted(gather_object(rows), key=lambda row: row[0])
-    names = rows[0][2]
-    return Evaluation([p.text for _, p, _ in jobs], [image for _, image, _ in rows[:keep_images]], {n: torch.tensor([r[2][n] for r in rows]) for n in names})
+        on_images(len(part) * processes)
+    rows = sorted({row[0]: row for row in gather_object(rows)}.values(), key=lambda row: row[0])
+    for failure in [failure for scorer in scorers.values() for failure in scorer.failures]:
+        run.print(f"Left out of the evaluation: {failure}")
+    texts, seeds = [prompt.text for _, prompt, _ in jobs], [seed for _, _, seed in jobs]
+    return Evaluation(texts, seeds, [image for _, image, _ in rows[:keep_images]], columns_of([row for _, _, row in rows]))
 
 
 def paired_gain(before: Tensor, after: Tensor) -> tuple[float, float]:
     """Mean of after - before over equal prompts and seeds, and its standard error. Pairs with a NaN are left out."""
-    difference = (after - before)[~(after - before).isnan()]
-    return float(difference.mean()), float(difference.std() / max(1, len(difference)) ** 0.5)
+    return mean_and_error(after - before)

@@ -1,0 +1,236 @@
+r"""The forward process of any pipeline: noising clean latents, what the model is asked for there, and what its answer means.
+
+Both kinds of model noise in one way, $x_t = \alpha_t x_0 + \sigma_t \epsilon$: flow matching with $\alpha = 1 - \sigma$, diffusion with
+$\alpha^2 = \bar\alpha_t$ and $\sigma^2 = 1 - \bar\alpha_t$. They differ in what the model predicts:
+
+| prediction_type | target | $\hat x_0$ | $\hat\epsilon$ |
+|---|---|---|---|
+| `epsilon` | $\epsilon$ | $(x_t - \sigma\hat\epsilon)/\alpha$ | output |
+| `v_prediction` | $\alpha\epsilon - \sigma x_0$ | $\alpha x_t - \sigma\,$output | $\alpha\,$output$\, + \sigma x_t$ |
+| `sample` | $x_0$ | output | $(x_t - \alpha\hat x_0)/\sigma$ |
+| `flow` | $\epsilon - x_0$ | $x_t - \sigma\,$output | $x_t + (1 - \sigma)\,$output |
+
+Everything is read off the policy's scheduler, whose noise table is the pipeline's own: losses on noised samples (DiffusionNFT,
+AWM, DPO, KTO, RWR, fine-tuning) need no line for a model family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .schedulers import DDIMSDEScheduler, FlowMatchSDEScheduler
+
+SCHEMES = ("uniform", "logit_normal", "grid")
+
+
+class ForwardProcess:
+    """Noises samples (B, *D) at per-sample timesteps (B,) in the scheduler's units, those that `Policy.predict` takes.
+
+    Coefficients are computed in float64; results are float32, or float64 where the latents are.
+
+    Args:
+        scheduler: a policy's `scheduler`: an SDE scheduler, with the noise table of the pipeline's own.
+
+    Attributes:
+        prediction_type: `flow`, `epsilon`, `v_prediction` or `sample`.
+
+    Raises:
+        TypeError: a scheduler of another class.
+        ValueError: a flow schedule whose timesteps do not tell the noise level.
+    """
+
+    def __init__(self, scheduler: FlowMatchSDEScheduler | DDIMSDEScheduler):
+        if not isinstance(scheduler, (FlowMatchSDEScheduler, DDIMSDEScheduler)):
+            raise TypeError(f"{type(scheduler).__name__} is no policy's scheduler; pass policy.scheduler, or sde_twin(pipeline.scheduler).")
+        self.scheduler, self.is_flow = scheduler, isinstance(scheduler, FlowMatchSDEScheduler)
+        self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
+        self.prediction_type = "flow" if self.is_flow else scheduler.config.prediction_type
+        # Time that rises from noise to data turns the velocity around.
+        self._inverted = bool(self.is_flow and scheduler.config.invert_sigmas)
+        if self.is_flow:
+            _check_timesteps(scheduler)
+
+    # --- coefficients ----------------------------------------------------------------------------------------------
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Weight of the clean sample, (B,)."""
+        return _like(self._levels(t)[0], t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """Weight of the noise, (B,)."""
+        return _like(self._levels(t)[1], t)
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal-to-noise ratio (alpha / sigma)^2, (B,): infinite without noise."""
+        alpha, sigma = self._levels(t)
+        return _like((alpha / sigma).square(), t)
+
+    def flow_time(self, t: Tensor) -> Tensor:
+        r"""$\sigma / (\alpha + \sigma)$ in [0, 1], (B,): the noise level in flow matching's terms. Flow's own sigma; for diffusion,
+        that of the rescaled state $x_t / (\alpha + \sigma)$."""
+        alpha, sigma = self._levels(t)
+        return _like(sigma / (alpha + sigma), t)
+
+    def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma, (B,) float64 on the CPU."""
+        t = t.detach().to("cpu", torch.float64)
+        if self.is_flow:
+            sigma = t / self.num_train_timesteps
+            sigma = 1 - sigma if self._inverted else sigma
+            if bool((sigma < 0).any() or (sigma > 1).any()):
+                raise ValueError(f"Timesteps must lie in [0, {self.num_train_timesteps}], got {t.min():g} to {t.max():g}.")
+            return 1 - sigma, sigma
+        if bool((t < 0).any() or (t >= self.num_train_timesteps).any() or (t != t.round()).any()):
+            raise ValueError(f"Timesteps must be whole numbers from 0 to {self.num_train_timesteps - 1}, rows of the noise table; got {t.tolist()}.")
+        alphas_cumprod = self.scheduler.alphas_cumprod.cpu().double()[t.long()]
+        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+    def _weights(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha and sigma (B, 1, ..., 1) to multiply `x` with, and `x`, in float32 or float64."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        alpha, sigma = (level.to(dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1)) for level in self._levels(t))
+        return alpha, sigma, x.to(dtype)
+
+    # --- noising, and what the model says of it --------------------------------------------------------------------
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t (B, *D), in the dtype of `x0`: what the pipeline would get."""
+        alpha, sigma, clean = self._weights(t, x0)
+        return (alpha * clean + sigma * noise.to(clean.dtype)).to(x0.dtype)
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What a perfect model would answer at x_t, (B, *D), in its own parametrisation."""
+        alpha, sigma, x0 = self._weights(t, x0)
+        noise = noise.to(x0.dtype)
+        if self.prediction_type == "flow":
+            return x0 - noise if self._inverted else noise - x0
+        return {"epsilon": noise, "sample": x0, "v_prediction": alpha * noise - sigma * x0}[self.prediction_type]
+
+    def to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The clean sample that the model's output at x_t implies, (B, *D): affine in the output."""
+        alpha, sigma, x_t = self._weights(t, x_t)
+        output = output.to(x_t.dtype)
+        if self.prediction_type == "flow":
+            return x_t - sigma * self._velocity(output)
+        if self.prediction_type == "epsilon":
+            return (x_t - sigma * output) / alpha
+        return output if self.prediction_type == "sample" else alpha * x_t - sigma * output
+
+    def to_noise(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise that the model's output at x_t implies, (B, *D)."""
+        alpha, sigma, x_t = self._weights(t, x_t)
+        output = output.to(x_t.dtype)
+        if self.prediction_type == "flow":
+            return x_t + alpha * self._velocity(output)
+        if self.prediction_type == "sample":
+            return (x_t - alpha * output) / sigma
+        return output if self.prediction_type == "epsilon" else alpha * output + sigma * x_t
+
+    def to_velocity(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        r"""$\hat\epsilon - \hat x_0$, (B, *D): the velocity of the probability flow of $x_t / (\alpha + \sigma)$ in `flow_time`, one
+        parametrisation for all models."""
+        if self.prediction_type == "flow":
+            return self._velocity(output.to(torch.promote_types(x_t.dtype, torch.float32)))
+        return self.to_noise(output, x_t, t) - self.to_x0(output, x_t, t)
+
+    def _velocity(self, output: Tensor) -> Tensor:
+        return -output if self._inverted else output
+
+    # --- drawing ---------------------------------------------------------------------------------------------------
+
+    def sample_timesteps(
+        self,
+        number: int,
+        generator: torch.Generator | None = None,
+        scheme: str = "uniform",
+        *,
+        grid: Tensor | None = None,
+        stratified: bool = False,
+        mean: float = 0.0,
+        std: float = 1.0,
+        shift: float | None = None,
+    ) -> Tensor:
+        """Timesteps (number,) at which to train, in the scheduler's units and dtype.
+
+        Args:
+            scheme: `uniform` over the training range; `logit_normal`, denser in the middle (SD3,
+                https://arxiv.org/abs/2403.03206, section 3.1); `grid`, the solver's own steps.
+            grid: (K,) timesteps of a rollout, so with its shift; those of the scheduler's last `set_timesteps` if absent.
+            stratified: one draw in each of `number` equal parts of the distribution, in random order: K draws from a grid of K
+                are a permutation.
+            mean, std: of the logit.
+            shift: s -> shift s / (1 + (shift - 1) s) of the time in [0, 1]; the scheduler's own static shift if absent, as in
+                training. A grid is not shifted again.
+
+        Raises:
+            ValueError: an unknown scheme, or no grid.
+        """
+        if scheme not in SCHEMES:
+            raise ValueError(f"Unknown scheme {scheme!r}; choose one of {', '.join(SCHEMES)}.")
+        device = "cpu" if generator is None else generator.device
+        u = torch.rand(number, generator=generator, device=device, dtype=torch.float64).cpu()
+        if stratified:
+            u = (torch.randperm(number, generator=generator, device=device).cpu() + u) / number
+        if scheme == "grid":
+            grid = self._grid() if grid is None else grid.cpu()
+            return grid[(u * len(grid)).long().clamp(max=len(grid) - 1)].to(self._dtype)
+        if scheme == "logit_normal":
+            u = torch.sigmoid(mean + std * torch.special.ndtri(u))
+        shift = self._shift if shift is None else shift
+        u = shift * u / (1 + (shift - 1) * u)
+        if self.is_flow:
+            return ((1 - u if self._inverted else u) * self.num_train_timesteps).to(self._dtype)
+        return (u * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
+
+    def noised(
+        self, x0: Tensor, seeds: list[int], number: int, *, time_seed: int | None = None, stratified: bool = True, **timesteps
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """`number` times (x_t, t, noise) of the batch `x0` (B, *D), each sample's draws from its own seed: they depend on neither
+        the batch nor the number of processes, and can be repeated.
+
+        Args:
+            seeds: B integers.
+            time_seed: one stream of timesteps for all samples, in the place of their own.
+            timesteps: arguments of `sample_timesteps`.
+        """
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        sources = generators if time_seed is None else [torch.Generator().manual_seed(time_seed) for _ in seeds]
+        times = [self.sample_timesteps(number, source, stratified=stratified, **timesteps) for source in sources]
+        for t in torch.stack(times, 1).to(x0.device):
+            noise = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(x0.device)
+            yield self.add_noise(x0, noise, t), t, noise
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float32 if self.is_flow else torch.int64
+
+    @property
+    def _shift(self) -> float:
+        """The static shift; dynamic ones belong to the sampler's resolution, not to the training range."""
+        config = self.scheduler.config
+        return 1.0 if not self.is_flow or config.use_dynamic_shifting else config.shift
+
+    def _grid(self) -> Tensor:
+        if getattr(self.scheduler, "num_inference_steps", None) is None:
+            raise ValueError("The scheduler has no sampling grid yet: pass grid=trajectory.timesteps, or call set_timesteps first.")
+        return self.scheduler.timesteps.cpu()
+
+
+def _like(level: Tensor, t: Tensor) -> Tensor:
+    return level.to(torch.float64 if t.dtype == torch.float64 else torch.float32).to(t.device)
+
+
+def _check_timesteps(scheduler: FlowMatchSDEScheduler) -> None:
+    """Whether timestep = sigma * num_train_timesteps (or its whole part) along a schedule of the scheduler's own kind."""
+    probe, number = type(scheduler).from_config(scheduler.config), scheduler.config.num_train_timesteps
+    probe.set_timesteps(10, **({"mu": 1.0} if scheduler.config.use_dynamic_shifting else {}))
+    error = (probe.timesteps.double() - probe.sigmas[: len(probe.timesteps)].double() * number).abs().max()
+    if error > 1 + 1e-6 * number:
+        source = (scheduler.config.source or {}).get("_class_name", type(scheduler).__name__)
+        raise ValueError(
+            f"{source}'s timesteps are not {number} times its sigmas (they are {error:.3g} apart), so a timestep does not tell the noise "
+            "level. Give the pipeline a FlowMatchEulerDiscreteScheduler for losses on noised samples."
+        )

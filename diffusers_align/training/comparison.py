@@ -1,0 +1,119 @@
+"""What a comparison of models says, as data (for JSON) and as a Markdown table made of the same data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .costs import Cost
+from .sampling import Evaluation, paired_gain
+from .statistics import mean_and_error, win_rate
+
+Entry = dict[str, Any]
+DIVERSITY = {"pixel_rms": "diversity, RMS of pixels", "clip": "diversity, 1 - cosine of CLIP features"}
+COSTS = {
+    "images": "training: images generated",
+    "denoiser_evaluations": "training: denoiser rows",
+    "denoiser_evaluations_with_gradients": "training: of these with gradients",
+    "seconds": "training: wall time",
+}
+
+
+def describe(evaluation: Evaluation, base: Evaluation | None, diversities: dict[str, Tensor], kl: dict[str, Tensor], cost: Cost | None) -> Entry:
+    """One model's numbers.
+
+    Args:
+        base: the base model's samples at the same prompts and seeds; None for the base itself.
+        diversities: by measure, one number a prompt.
+        kl: path KLs by unit, one number a trajectory.
+    """
+    entry: Entry = {"rewards": {name: _reward(values, base and base.rewards.get(name)) for name, values in evaluation.rewards.items()}}
+    entry["diversity"] = {name: _estimate(values) for name, values in diversities.items()}
+    entry["kl"] = {unit: _estimate(values) for unit, values in kl.items()}
+    if cost is not None:
+        entry["costs"] = asdict(cost)
+    return entry
+
+
+def _estimate(values: Tensor) -> Entry:
+    return dict(zip(("mean", "se"), mean_and_error(values)))
+
+
+def _reward(values: Tensor, base: Tensor | None) -> Entry:
+    against = {} if base is None else {"gain": dict(zip(("mean", "se"), paired_gain(base, values))), "win_rate": asdict(win_rate(values, base))}
+    return {**_estimate(values), "left_out": int(values.isnan().sum()), **against, "values": values.tolist()}
+
+
+def table(models: dict[str, Entry], rewards: list[str]) -> str:
+    """Markdown: a column a model, a row a number. `rewards` are given with a win rate, their components without."""
+    rows: list[tuple[str, list[str]]] = []
+
+    def add(label: str, cell, *path: str) -> None:
+        found = [_at(entry, *path) for entry in models.values()]
+        if any(value is not None for value in found):
+            rows.append((label, ["" if value is None else cell(value) for value in found]))
+
+    for name in sorted({name for entry in models.values() for name in entry["rewards"]}, key=lambda name: (_owner(name, rewards), name)):
+        add(f"**{name}**" if name in rewards else name, _mean_left_out, "rewards", name)
+        add(f"{name}: gain", _signed, "rewards", name, "gain")
+        if name in rewards:
+            add(f"{name}: win rate", _wins, "rewards", name, "win_rate")
+    for name, label in DIVERSITY.items():
+        add(label, _plain, "diversity", name)
+    add("KL to the base, nats a trajectory", _plain, "kl", "nats")
+    add("KL to the base, nats a dimension", _plain, "kl", "nats_per_dimension")
+    for name, label in COSTS.items():
+        add(label, _duration if name == "seconds" else "{:,}".format, "costs", name)
+    lines = [f"| | {' | '.join(models)} |", f"|---|{'---|' * len(models)}", *(f"| {label} | {' | '.join(cells)} |" for label, cells in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _at(entry: Entry, *path: str) -> Any:
+    value: Any = entry
+    for key in path:
+        value = None if value is None else value.get(key)
+    return value
+
+
+def _owner(name: str, rewards: list[str]) -> int:
+    """Which reward a name belongs to: its own or that of `<reward>/<component>`."""
+    return next(i for i, reward in enumerate(rewards) if name == reward or name.startswith(f"{reward}/"))
+
+
+def _plain(value: Entry) -> str:
+    return "–" if math.isnan(value["mean"]) else f"{value['mean']:.4g}" + ("" if math.isnan(value["se"]) else f" ± {value['se']:.2g}")
+
+
+def _mean_left_out(value: Entry) -> str:
+    return _plain(value) + (f" ({value['left_out']} without)" if value["left_out"] else "")
+
+
+def _signed(value: Entry) -> str:
+    return ("+" if value["mean"] >= 0 else "") + _plain(value)
+
+
+def _wins(value: Entry) -> str:
+    if math.isnan(value["rate"]):
+        return "–"
+    ties = f", {value['ties']} ties" if value["ties"] else ""
+    left_out = f", {value['left_out']} pairs left out" if value["left_out"] else ""
+    return f"{value['rate']:.1%} [{value['low']:.1%}, {value['high']:.1%}]{ties}{left_out}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def without_nan(value: Any) -> Any:
+    """The same data with None for NaN, which JSON does not have; tensors as lists."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, torch.Tensor)):
+        return [without_nan(item) for item in (value.tolist() if isinstance(value, torch.Tensor) else value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

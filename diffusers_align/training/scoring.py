@@ -1,0 +1,177 @@
+"""Scoring in a training run: time limits, rewards that fail, scoring while the next batch is sampled."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..data.prompts import Prompt
+from ..rewards import InvalidReward, RewardError, RewardTimeout, score
+from ..rewards.base import listed
+from ..rewards.loading import reward_name
+
+MAX_PENDING = 2
+Row = dict[str, float]
+
+
+class Scorer:
+    """Scores the batches of an epoch with one reward, each as it comes or, in the background, while the next is sampled.
+
+    In the background one thread scores batch after batch, so that scores and their order are the same. Rewards that wait
+    (for a server) or count on the CPU gain by it; those that share the GPU with the pipeline gain little.
+
+    Args:
+        on_nan: where the reward is NaN or infinite: raise, or leave the sample out (NaN).
+        on_failure: where the reward raises or takes too long: raise, or leave the samples out. A batch that raises is scored
+            again one by one, so that only the samples at fault are lost; one that hangs or gets no answer is not.
+        timeout: seconds for a batch. Python cannot end a thread: a call that hangs is left behind, and may go on.
+        background: score in a thread; at most `MAX_PENDING` batches wait there.
+
+    Attributes:
+        failures: what failed and was left out, in words.
+    """
+
+    def __init__(
+        self,
+        reward,
+        *,
+        on_nan: Literal["error", "mask"] = "error",
+        on_failure: Literal["error", "mask"] = "error",
+        timeout: float | None = None,
+        background: bool = False,
+    ):
+        self.reward, self.on_nan, self.on_failure, self.timeout = reward, on_nan, on_failure, timeout
+        self.failures: list[str] = []
+        self._scored: list[tuple[int, Row]] = []
+        self._pending: deque[tuple[list[int], Future]] = deque()
+        self._thread = ThreadPoolExecutor(1, "reward") if background else None
+
+    @classmethod
+    def of_run(cls, reward, args) -> Scorer:
+        """As a run's flags have it."""
+        policy = args.invalid_rewards
+        return cls(reward, on_nan=policy, on_failure=policy, timeout=args.reward_timeout, background=args.reward_in_background)
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def submit(self, keys: list[int], images: Tensor, prompts: list[Prompt]) -> None:
+        """Score a batch, now or in the background; its rows will go by `keys`. An earlier batch's exception may come up here."""
+        if self._thread is None:
+            self._scored += zip(keys, self(images, prompts))
+            return
+        self._pending.append((keys, self._thread.submit(self, images, prompts)))
+        while self._pending and (len(self._pending) > MAX_PENDING or self._pending[0][1].done()):
+            self._collect()
+
+    def finish(self) -> list[tuple[int, Row]]:
+        """(key, {name: score}) of every sample submitted, in order."""
+        while self._pending:
+            self._collect()
+        return self._scored
+
+    def _collect(self) -> None:
+        keys, future = self._pending.popleft()
+        self._scored += zip(keys, future.result())
+
+    def __call__(self, images: Tensor, prompts: list[Prompt]) -> list[Row]:
+        """Score a batch now.
+
+        Raises:
+            InvalidReward: an answer of a wrong shape; NaN, unless masked.
+            RewardError, RewardTimeout: the reward raised or took too long, unless masked.
+        """
+        try:
+            return self._rows(images, prompts)
+        except RewardError as error:
+            if self.on_failure == "error":
+                raise
+            if len(prompts) > 1 and not isinstance(error, RewardTimeout) and not isinstance(error.__cause__, (ConnectionError, TimeoutError)):
+                return [self(images[i : i + 1], prompts[i : i + 1])[0] for i in range(len(prompts))]
+            self.failures.append(str(error))
+            return [{"reward": float("nan")} for _ in prompts]
+
+    def _rows(self, images: Tensor, prompts: list[Prompt]) -> list[Row]:
+        columns: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in prompts[0].columns}
+        texts = [p.text for p in prompts]
+
+        def scores() -> dict[str, list[float]]:
+            # Threads have their own gradient mode and CUDA device.
+            with torch.no_grad(), torch.cuda.device(images.device) if images.is_cuda else contextlib.nullcontext():
+                return {name: values.tolist() for name, values in score(self.reward, images, texts, on_invalid=self.on_nan, **columns).items()}
+
+        advice = "Repair the reward, or leave such samples out with --invalid_rewards mask."
+        about = f"for {len(texts)} images of the prompts {listed(texts)}"
+        try:
+            result = within(self.timeout, scores)
+        except InvalidReward:
+            raise
+        except OverTime:
+            raise RewardTimeout(
+                f"Reward {reward_name(self.reward)!r} gave no answer in {self.timeout:g} s, {about}. Raise --reward_timeout, or: {advice}"
+            ) from None
+        except Exception as error:
+            raise RewardError(f"Reward {reward_name(self.reward)!r} raised {type(error).__name__}: {error}, {about}. {advice}") from error
+        return [{name: values[i] for name, values in result.items()} for i in range(len(texts))]
+
+
+class OverTime(Exception):
+    """A function took longer than it may."""
+
+
+def within(seconds: float | None, function: Callable[[], Any]) -> Any:
+    """`function()`, or OverTime after so many seconds; its thread is then left behind, and dies with the process."""
+    if seconds is None:
+        return function()
+    future: Future = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name="reward").start()
+    if not wait([future], seconds).done:
+        raise OverTime
+    return future.result()
+
+
+def gather_scores(run, scorer: Scorer, prompts: list[Prompt]) -> dict[str, Tensor]:
+    """The scores of all processes by name, (N,) each, NaN where left out; says which samples are.
+
+    Args:
+        prompts: of the N samples, in the order of the scorer's keys.
+
+    Raises:
+        InvalidReward: not one sample has a reward, so there is nothing to learn from.
+    """
+    rows = [row for _, row in sorted(gather_object(scorer.finish()), key=lambda pair: pair[0])]
+    scores = columns_of(rows)
+    lost = [prompt.text for prompt, value in zip(prompts, scores["reward"].tolist()) if value != value]
+    if lost:
+        failures = gather_object(list(scorer.failures))
+        reason = f" {failures[0]}" if failures else ""
+        say = f"Reward {reward_name(scorer.reward)!r} has no score for {len(lost)} of {len(rows)} samples. Prompts: {listed(lost)}.{reason}"
+        if len(lost) == len(rows):
+            raise InvalidReward(f"{say} Nothing is left to train on: repair the reward or change the prompts.")
+        run.print(f"Left out: {say}")
+    return scores
+
+
+def columns_of(rows: list[Row]) -> dict[str, Tensor]:
+    """Rows as (N,) tensors by name, NaN where a row lacks the name."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: torch.tensor([row.get(name, float("nan")) for row in rows]) for name in names}

@@ -1,0 +1,99 @@
+"""AWM: align any diffusion or flow pipeline with any reward by advantage-weighted (score or flow) matching.
+
+    accelerate launch training_scripts/train_awm.py --config training_scripts/recipes/awm_mini_sd3.yaml
+
+The algorithm's page is `diffusers_align/algorithms/advantage_weighted_matching.py` (https://arxiv.org/abs/2509.25050).
+"""
+
+from collections import defaultdict
+
+import torch
+
+from diffusers_align.algorithms.advantage_weighted_matching import WEIGHTINGS, awm_loss, lagging_decay, pseudo_log_prob, unit_advantages
+from diffusers_align.forward_process import ForwardProcess
+from diffusers_align.rl import ratio_diagnostics
+from diffusers_align.rl.matching import matching_error
+from diffusers_align.training import arguments
+from diffusers_align.training.advantages import add_group_arguments, advantages_of
+from diffusers_align.training.averages import LaggingWeights
+from diffusers_align.training.noising import add_noising_arguments, noised, num_timesteps
+from diffusers_align.training.report import Report
+from diffusers_align.training.run import Run
+from diffusers_align.training.sampling import sample_epoch
+
+
+def parse_args(argv=None):
+    parser = arguments.base_parser(__doc__.splitlines()[0])
+    add_group_arguments(parser)
+    add_noising_arguments(parser)
+    parser.set_defaults(num_inference_steps=14, num_train_timesteps=6, timestep_fraction=0.9, shared_timesteps=True)
+    group = parser.add_argument_group("AWM")
+    group.add_argument("--weighting", choices=WEIGHTINGS, default="ghuber", help="of the matching error, by its time and size")
+    group.add_argument("--ghuber_power", type=float, default=0.25)
+    group.add_argument("--clip_range", type=float, default=1.0, help="of the ratio; 1 hardly ever clips")
+    group.add_argument("--kl_beta", type=float, default=3e-3, help="weight of the squared distance to the pretrained model (official: 1e-4 to 3e-3)")
+    group.add_argument("--ema_beta", type=float, default=1.0, help="weight of the squared distance to the policy that lags behind")
+    group.add_argument("--lag_decay", type=float, default=0.3, help="how much that one keeps of itself each epoch, reached at 0.001 an optimizer step")
+    return arguments.parse(parser, argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = Run(args, "AWM")
+    num_batches, batches_a_step = run.batches(args.num_prompts_per_epoch * args.group_size)
+    report = Report(run)
+    policy = run.load_policy()
+    forward, lagging = ForwardProcess(policy.scheduler), LaggingWeights(policy.trainable_parameters())
+    run.accelerator.register_for_checkpointing(lagging)
+    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
+    run.resume()
+    report.start()
+
+    def predict(trajectory, x_t, t, noise):
+        """The output at noised samples, and what it says of their log-probability."""
+        with run.accelerator.autocast():
+            output = policy.predict(x_t, t, trajectory.condition)
+        target = forward.target(trajectory.final, noise, t)
+        return output, pseudo_log_prob(output, target, forward.flow_time(t), weighting=args.weighting, ghuber_power=args.ghuber_power)
+
+    for epoch in run.epochs():
+        # 1 roll out along the ODE
+        groups = (args.num_prompts_per_epoch, args.group_size, args.same_latent)
+        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, *groups, deterministic=True)
+
+        # 2 advantages
+        advantages = unit_advantages(advantages_of(samples, args, report.reward).to(run.accelerator.device), adv_clip_max=args.adv_clip_max)
+
+        # 3 noised samples, loss and update
+        chunks, diagnostics, norms, logged = run.chunks(num_batches, batches_a_step), [], [], defaultdict(list)
+        with torch.no_grad():  # the first update's are its own
+            later = {b: samples.batches[b] for chunk in chunks[1:] for b in chunk}
+            old = {b: [predict(trajectory, *draw)[1] for draw in noised(forward, trajectory, args, epoch)] for b, trajectory in later.items()}
+        for chunk in chunks:
+            diagnostics.append([])
+            weight = run.loss_weight(samples, chunk, num_timesteps(args))
+            for b in chunk:
+                trajectory, advantage = samples.batches[b], advantages[samples.index[b]]
+                for j, draw in enumerate(noised(forward, trajectory, args, epoch)):
+                    output, log_prob = predict(trajectory, *draw)
+                    before = old[b][j] if b in old else log_prob.detach()
+                    loss = awm_loss(log_prob, before, advantage, clip_range=args.clip_range)
+                    for name, beta, other in (("kl", args.kl_beta, policy.reference), ("ema_kl", args.ema_beta, lagging.applied)):
+                        if beta > 0:
+                            with torch.no_grad(), other():
+                                anchor = predict(trajectory, *draw)[0]
+                            distance = matching_error(output, anchor)
+                            loss = loss + beta * distance
+                            logged[name].append(distance.mean().item())
+                    run.accelerator.backward(loss.sum() * weight)
+                    logged["log_prob"].append(log_prob.mean().item())
+                    diagnostics[-1].append(ratio_diagnostics(log_prob, before, args.clip_range))
+            norms.append(run.optimizer_step())
+        lagging.update(lagging_decay(run.optimizer_steps, maximum=args.lag_decay))
+        run.log(run.epoch_metrics(samples, diagnostics, norms, logged))
+        report.validate(epoch)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

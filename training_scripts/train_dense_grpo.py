@@ -1,0 +1,100 @@
+"""DenseGRPO: Flow-GRPO with a reward for every step, and noise that is calibrated to each.
+
+    accelerate launch training_scripts/train_dense_grpo.py --config training_scripts/recipes/dense_grpo_mini_sd3.yaml
+
+The algorithm's page is `diffusers_align/algorithms/dense_grpo.py` (https://arxiv.org/abs/2601.20218).
+"""
+
+from diffusers_align.algorithms.dense_grpo import gain_metrics, step_gains
+from diffusers_align.algorithms.flow_grpo import describe_kl, flow_grpo_loss, gaussian_kl, official_kl
+from diffusers_align.rl import describe_clip, ratio_diagnostics
+from diffusers_align.training import arguments
+from diffusers_align.training.advantages import add_group_arguments, advantages_of
+from diffusers_align.training.credit import NoiseLevels, calibrate_noise, completion_rewards
+from diffusers_align.training.report import Report
+from diffusers_align.training.run import Run
+from diffusers_align.training.sampling import sample_epoch
+
+
+def parse_args(argv=None):
+    parser = arguments.base_parser(__doc__.splitlines()[0])
+    add_group_arguments(parser)
+    parser.set_defaults(global_std=False)
+    group = parser.add_argument_group("DenseGRPO")
+    group.add_argument("--psi_init", type=float, default=0.3, help="noise of every step before calibration: psi sqrt(-dt); 0.3 is DanceGRPO's")
+    group.add_argument("--calibration_rounds", type=int, default=20, help="rounds of sampling that set psi before training; 0 keeps --psi_init")
+    group.add_argument("--calibration_tolerance", type=float, default=2, help="psi rises where gains and losses differ by fewer samples: the paper's epsilon_1")
+    group.add_argument("--calibration_increment", type=float, default=0.01, help="by which psi moves in a round: the paper's epsilon_2")
+    group.add_argument("--sde_window", type=int, nargs=2, metavar=("FIRST", "END"), help="steps with noise; all if absent. Fewer need fewer completions")
+    group.add_argument("--timestep_fraction", type=float, default=0.99, help="train the first steps only; 0.99 leaves out the last one")
+    group.add_argument("--clip_range", type=float, default=1e-4, help="of the ratio per dimension")
+    group.add_argument("--kl_beta", type=float, default=0.04, help="weight of the KL to the pretrained model; 0 saves its forward pass")
+    group.add_argument("--kl_form", choices=["official", "gaussian"], default="official", help="official is the exact Gaussian KL times the step's length")
+    args = arguments.parse(parser, argv)
+    if args.psi_init <= 0:
+        parser.error(f"--psi_init must be positive, got {args.psi_init}: without noise there is no policy")
+    if args.multi_reward != "sum":
+        parser.error(f"--multi_reward {args.multi_reward}: for each step there is only the sum of the rewards; leave it out")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = Run(args, "DenseGRPO")
+    num_batches, batches_a_step = run.batches(args.num_prompts_per_epoch * args.group_size)
+    report = Report(run)
+    policy = run.load_policy(sde_type="dance_grpo", sde_window=args.sde_window)
+    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
+    levels = NoiseLevels(args.psi_init, args.num_inference_steps)
+    run.accelerator.register_for_checkpointing(levels)
+    run.resume()
+    report.start()
+    calibrate_noise(run, policy, report.reward, report.prompts, levels)
+
+    for epoch in run.epochs():
+        # 1 roll out, and complete from the states on the way
+        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_prompts_per_epoch, args.group_size, args.same_latent)
+        trajectory = samples.batches[0]
+        last = int(trajectory.num_steps * args.timestep_fraction)
+        steps = [k for k in trajectory.stochastic.nonzero().flatten().tolist() if k < max(1, last)]
+        step_sizes = policy.scheduler.sigmas.diff().abs().tolist()[-trajectory.num_steps :]
+        dimensions = trajectory.final[0].numel()
+        run.explain_once(describe_clip(args.clip_range, dimensions), describe_kl(args.kl_beta, args.kl_form, step_sizes))
+        gains = step_gains(completion_rewards(run, policy, report.reward, samples, steps))
+
+        # 2 advantages
+        advantages = advantages_of(samples, args, report.reward, gains).to(run.accelerator.device)
+
+        # 3 loss and update
+        diagnostics, norms, kls = [], [], []
+        for chunk in run.chunks(num_batches, batches_a_step):
+            diagnostics.append([])
+            weight = run.loss_weight(samples, chunk, len(steps))
+            for b in chunk:
+                trajectory, advantage, reference = samples.batches[b], advantages[samples.index[b]], {}
+                if args.kl_beta > 0:
+                    with policy.reference(), run.accelerator.autocast():
+                        reference = policy.transitions(trajectory, steps)
+
+                def on_step(k, transition):
+                    old, new = trajectory.log_probs[:, k], transition.log_prob(trajectory.actions[:, k])
+                    loss = flow_grpo_loss(new, old, advantage[:, k], per_dim=dimensions, clip_range=args.clip_range)
+                    if args.kl_beta > 0:
+                        kl = gaussian_kl(transition.mean, reference[k].mean, transition.std)
+                        if args.kl_form == "official":
+                            kl = official_kl(transition.mean, reference[k].mean, transition.std, step_sizes[k])
+                        loss = loss + args.kl_beta * kl
+                        kls.append(kl.mean().item())
+                    run.accelerator.backward(loss.sum() * weight)
+                    diagnostics[-1].append(ratio_diagnostics(new, old, args.clip_range, dimensions))
+
+                with run.accelerator.autocast():
+                    policy.replay(trajectory, on_step, steps)
+            norms.append(run.optimizer_step())
+        run.log({**run.epoch_metrics(samples, diagnostics, norms, {"kl": kls}), **gain_metrics(gains)})
+        report.validate(epoch)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

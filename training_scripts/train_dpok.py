@@ -1,0 +1,163 @@
+"""DPOK: align a pipeline with any reward by policy gradients with a learned value baseline, held near the pretrained model.
+
+    accelerate launch training_scripts/train_dpok.py --config training_scripts/recipes/dpok_mini_sd.yaml
+
+The algorithm's pages are `diffusers_align/algorithms/dpok.py` and `diffusers_align/rl/values.py`
+(https://arxiv.org/abs/2305.16381). Flow-matching pipelines work too: their noise is `--sde_type` and `--noise_level`.
+"""
+
+import random
+
+import torch
+from accelerate.utils import gather_object
+
+from diffusers_align.algorithms.dpok import describe_kl, dpok_loss, output_mse, output_weight
+from diffusers_align.rl import batch_advantages, describe_clip, ratio_diagnostics
+from diffusers_align.rl.values import ValueBaseline, explained_variance, value_advantages
+from diffusers_align.training import arguments
+from diffusers_align.training.report import Report
+from diffusers_align.training.run import Run
+from diffusers_align.training.sampling import sample_epoch
+
+# The official weight goes with the official form; on Stable Diffusion's 50 steps 0.05 of the paper's form weighs as much.
+KL_WEIGHT = {"official": 0.01, "paper": 0.05}
+
+
+def parse_args(argv=None):
+    parser = arguments.base_parser(__doc__.splitlines()[0])
+    parser.set_defaults(rank=4, lora_alpha=4, learning_rate=1e-5, max_grad_norm=0.1, adam_weight_decay=0.0, num_inference_steps=50, guidance_scale=7.5)
+    flag = arguments.argparse.BooleanOptionalAction
+    group = parser.add_argument_group("DPOK")
+    group.add_argument("--num_samples_per_epoch", type=int, default=10)
+    group.add_argument("--eta", type=float, help="noise of the DDIM kernel; 1 if absent")
+    group.add_argument("--sde_type", help="kernel of a flow-matching pipeline; flow_grpo if absent")
+    group.add_argument("--noise_level", type=float, help="its noise; 0.7 if absent")
+    group.add_argument("--clip_range", type=float, default=1e-4, help="of the ratio per dimension")
+    group.add_argument("--clip_mode", choices=["ppo", "clamp"], default="ppo", help="clamp is the official code's: no gradient beyond the clip on either side")
+    group.add_argument("--reward_weight", type=float, default=10.0, help="of the policy gradient; 10 for a single prompt, 1000 for many")
+    group.add_argument("--reward_filter", action=flag, default=False, help="train on max(reward, 0)")
+    group.add_argument("--kl_form", choices=["official", "paper"], default="official", help="error of the model's outputs, or Gaussian KL per dimension")
+    group.add_argument("--kl_weight", type=float, help="of the KL to the pretrained model (official: 0.01, paper: 0.05); 0 saves its forward pass")
+    group.add_argument("--value_baseline", action=flag, default=True, help="a learned baseline; without it, rewards normalised over the batch")
+    group.add_argument("--value_learning_rate", type=float, default=1e-4)
+    group.add_argument("--value_batch_size", type=int, default=256, help="transitions of a minibatch")
+    group.add_argument("--value_accumulation_steps", type=int, default=5, help="minibatches of an optimizer step")
+    group.add_argument("--value_steps", type=int, default=1, help="optimizer steps an epoch")
+    group.add_argument("--value_buffer_size", type=int, default=1000, help="latest transitions kept; at most half are of one epoch")
+    args = arguments.parse(parser, argv)
+    args.kl_weight = KL_WEIGHT[args.kl_form] if args.kl_weight is None else args.kl_weight
+    return args
+
+
+def make_values(args, device):
+    options = {n: getattr(args, f"value_{n}") for n in ("learning_rate", "batch_size", "accumulation_steps", "buffer_size")}
+    return ValueBaseline(args.num_inference_steps, **options, seed=args.seed, device=device)
+
+
+def transitions_for_the_buffer(samples, features, rewards, args, epoch):
+    """Random transitions of all processes' samples, the same on each process: states, prompt features, steps, rewards."""
+    steps = samples.batches[0].stochastic.nonzero().flatten().tolist()
+    pairs = [(i, k) for i in range(len(rewards)) for k in steps]
+    number = min(len(pairs), max(1, args.value_buffer_size // 2))
+    drawn = set(random.Random(f"{args.seed}/{epoch}/values").sample(pairs, number))
+    mine = []
+    for trajectory, prompts, index in zip(samples.batches, features, samples.index):
+        for row, i in enumerate(index.tolist()):
+            mine += [(i, k, trajectory.states[row, k].cpu(), prompts[row].cpu()) for k in steps if (i, k) in drawn]
+    chosen, at_steps, states, prompts = zip(*sorted(gather_object(mine), key=lambda found: found[:2]))
+    return torch.stack(states), torch.stack(prompts), torch.tensor(at_steps), rewards[list(chosen)]
+
+
+def values_of(values, trajectory, prompts):
+    """V of each state on a trajectory, (B, K)."""
+    steps = [torch.full((len(trajectory),), k) for k in range(trajectory.num_steps)]
+    return torch.stack([values(trajectory.states[:, k], prompts, step).cpu() for k, step in enumerate(steps)], 1)
+
+
+def learned_advantages(values, policy, samples, rewards, args, epoch):
+    """r - V of each batch's samples and steps, (B, K), before the value network is fitted to them; and what to log."""
+    features = [policy.prompt_features(trajectory.condition) for trajectory in samples.batches]
+    values.remember(*transitions_for_the_buffer(samples, features, rewards, args, epoch))
+    predicted = [values_of(values, trajectory, prompts) for trajectory, prompts in zip(samples.batches, features)]
+    advantages = [value_advantages(rewards[index], value) for index, value in zip(samples.index, predicted)]
+    explained = explained_variance(rewards[torch.cat(samples.index)], torch.cat(predicted))
+    return advantages, {"explained_variance": [explained], "value_error": [values.fit(args.value_steps)]}
+
+
+def output_weights(policy, trajectory, steps):
+    """How far a unit of model output moves each step's mean, and the ratio of the paper's to the official KL there."""
+    weights, scales = {}, []
+    zero = torch.zeros([1] * trajectory.final.ndim)
+    for k in steps:
+        at = trajectory.timesteps[k]
+        weights[k] = output_weight(lambda output: policy.scheduler.transition(output, at, zero).mean, zero.ndim)
+        scales.append(weights[k] ** 2 / (2 * float(policy.scheduler.transition(zero, at, zero).std) ** 2))
+    return weights, scales
+
+
+def divergence(transition, reference, weight, form):
+    """The KL of a step from the pretrained one's, (B,), in the chosen form."""
+    if form == "official":
+        return output_mse(transition.mean, reference.mean, weight)
+    return transition.kl(reference) / transition.mean[0].numel()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = Run(args, "DPOK")
+    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
+    report = Report(run)
+    policy = run.load_policy(**{n: getattr(args, n) for n in ("eta", "sde_type", "noise_level") if getattr(args, n) is not None})
+    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
+    values = make_values(args, run.accelerator.device)
+    run.accelerator.register_for_checkpointing(values)
+    run.resume()
+    report.start()
+
+    for epoch in run.epochs():
+        # 1 roll out
+        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_samples_per_epoch, 1)
+        trajectory = samples.batches[0]
+        steps, dimensions = trajectory.stochastic.nonzero().flatten().tolist(), trajectory.final[0].numel()
+        weights, scales = output_weights(policy, trajectory, steps)
+        run.explain_once(describe_clip(args.clip_range, dimensions), describe_kl(args.kl_weight, args.kl_form, scales))
+
+        # 2 value baseline and advantages
+        rewards, learned = samples.rewards.clamp(min=0) if args.reward_filter else samples.rewards, {}
+        if args.value_baseline:
+            advantages, learned = learned_advantages(values, policy, samples, rewards, args, epoch)
+        else:
+            advantages = [batch_advantages(rewards)[index, None].expand(-1, trajectory.num_steps) for index in samples.index]
+
+        # 3 loss and update
+        diagnostics, norms, kls = [], [], []
+        for chunk in run.chunks(num_batches, batches_a_step):
+            diagnostics.append([])
+            weight = run.loss_weight(samples, chunk, len(steps))
+            for b in chunk:
+                trajectory, advantage, reference = samples.batches[b], advantages[b].to(run.accelerator.device), {}
+                if args.kl_weight > 0:
+                    with policy.reference(), run.accelerator.autocast():
+                        reference = policy.transitions(trajectory)
+
+                def on_step(k, transition):
+                    old, new = trajectory.log_probs[:, k], transition.log_prob(trajectory.actions[:, k])
+                    kl = divergence(transition, reference[k], weights[k], args.kl_form) if reference else torch.zeros(())
+                    loss = dpok_loss(
+                        new, old, advantage[:, k], kl, per_dim=dimensions, clip_range=args.clip_range, clip_mode=args.clip_mode,
+                        reward_weight=args.reward_weight, kl_weight=args.kl_weight,
+                    )  # fmt: skip
+                    run.accelerator.backward(loss.sum() * weight)
+                    diagnostics[-1].append(ratio_diagnostics(new, old, args.clip_range, dimensions))
+                    kls.append(kl.mean().item())
+
+                with run.accelerator.autocast():
+                    policy.replay(trajectory, on_step)
+            norms.append(run.optimizer_step())
+        run.log(run.epoch_metrics(samples, diagnostics, norms, {"kl": kls, **learned}))
+        report.validate(epoch)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""DiffusionNFT: align any diffusion or flow pipeline with any reward on the forward process, from good and bad samples.
+
+    accelerate launch training_scripts/train_nft.py --config training_scripts/recipes/nft_mini_sd3.yaml
+
+The algorithm's page is `diffusers_align/algorithms/diffusion_nft.py` (https://arxiv.org/abs/2509.16117).
+"""
+
+from collections import defaultdict
+
+import torch
+
+from diffusers_align.algorithms.diffusion_nft import ADVANTAGE_MODES, nft_loss, old_policy_decay, optimality
+from diffusers_align.forward_process import ForwardProcess
+from diffusers_align.rl.matching import matching_error
+from diffusers_align.training import arguments
+from diffusers_align.training.advantages import add_group_arguments, advantages_of
+from diffusers_align.training.averages import LaggingWeights
+from diffusers_align.training.noising import add_noising_arguments, noised, num_timesteps
+from diffusers_align.training.report import Report
+from diffusers_align.training.run import Run
+from diffusers_align.training.sampling import sample_epoch
+
+
+def parse_args(argv=None):
+    parser = arguments.base_parser(__doc__.splitlines()[0])
+    add_group_arguments(parser)
+    add_noising_arguments(parser)
+    group = parser.add_argument_group("DiffusionNFT")
+    group.add_argument("--beta", type=float, default=1.0, help="the smaller, the farther from the old policy the optimum (official: 1, or 0.1)")
+    group.add_argument("--kl_beta", type=float, default=1e-4, help="weight of the squared distance to the pretrained model; 0 saves its forward pass")
+    group.add_argument("--adv_mode", choices=ADVANTAGE_MODES, default="all", help="what of the advantages counts")
+    group.add_argument("--adaptive_weight", action=arguments.argparse.BooleanOptionalAction, default=True, help="divide errors by their mean absolute value")
+    group.add_argument("--decay", choices=["type0", "type1", "type2"], default="type1", help="how fast the old policy follows")
+    args = arguments.parse(parser, argv)
+    if args.beta <= 0:
+        parser.error(f"--beta must be positive, got {args.beta}")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = Run(args, "DiffusionNFT")
+    num_batches, batches_a_step = run.batches(args.num_prompts_per_epoch * args.group_size)
+    report = Report(run)
+    policy = run.load_policy()
+    forward, old = ForwardProcess(policy.scheduler), LaggingWeights(policy.trainable_parameters())
+    run.accelerator.register_for_checkpointing(old)
+    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
+    run.resume()
+    report.start()
+
+    for epoch in run.epochs():
+        # 1 roll out the old policy along the ODE
+        with old.applied():
+            groups = (args.num_prompts_per_epoch, args.group_size, args.same_latent)
+            samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, *groups, deterministic=True)
+
+        # 2 advantages, as probabilities of being a good sample
+        advantages = advantages_of(samples, args, report.reward).to(run.accelerator.device)
+        optimal = optimality(advantages, adv_clip_max=args.adv_clip_max, mode=args.adv_mode)
+
+        # 3 noised samples, loss and update
+        norms, logged = [], defaultdict(list)
+        for chunk in run.chunks(num_batches, batches_a_step):
+            weight = run.loss_weight(samples, chunk, num_timesteps(args))
+            for b in chunk:
+                trajectory, r = samples.batches[b], optimal[samples.index[b]]
+                for x_t, t, _ in noised(forward, trajectory, args, epoch):
+                    with torch.no_grad(), run.accelerator.autocast():
+                        with old.applied():
+                            old_output = policy.predict(x_t, t, trajectory.condition)
+                        with policy.reference():
+                            ref_output = policy.predict(x_t, t, trajectory.condition) if args.kl_beta > 0 else None
+                    with run.accelerator.autocast():
+                        output = policy.predict(x_t, t, trajectory.condition)
+                    x0_hat, old_x0_hat, x0 = forward.to_x0(output, x_t, t), forward.to_x0(old_output, x_t, t), trajectory.final.float()
+                    loss = nft_loss(x0_hat, old_x0_hat, x0, r, beta=args.beta, adv_clip_max=args.adv_clip_max, adaptive=args.adaptive_weight)
+                    logged["policy_loss"].append(loss.mean().item())
+                    logged["old_deviation"].append(matching_error(output, old_output).mean().item())
+                    if args.kl_beta > 0:
+                        kl = matching_error(output, ref_output)
+                        loss = loss + args.kl_beta * kl
+                        logged["kl"].append(kl.mean().item())
+                    run.accelerator.backward(loss.sum() * weight)
+            norms.append(run.optimizer_step())
+        decay = old_policy_decay(run.optimizer_steps, args.decay)
+        old.update(decay)
+        run.log(run.epoch_metrics(samples, [], norms, {**logged, "decay": [decay]}))
+        report.validate(epoch)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
