@@ -6,7 +6,7 @@ The algorithm's page is `diffusers_align/algorithms/dense_grpo.py` (https://arxi
 """
 
 from diffusers_align.algorithms.dense_grpo import gain_metrics, step_gains
-from diffusers_align.algorithms.flow_grpo import describe_kl, flow_grpo_loss, gaussian_kl, official_kl
+from diffusers_align.algorithms.flow_grpo import describe_kl, flow_grpo_loss, kl_penalty
 from diffusers_align.rl import describe_clip, ratio_diagnostics
 from diffusers_align.training import arguments
 from diffusers_align.training.advantages import add_group_arguments, advantages_of
@@ -80,9 +80,7 @@ def main(argv=None):
                     old, new = trajectory.log_probs[:, k], transition.log_prob(trajectory.actions[:, k])
                     loss = flow_grpo_loss(new, old, advantage[:, k], per_dim=dimensions, clip_range=args.clip_range)
                     if args.kl_beta > 0:
-                        kl = gaussian_kl(transition.mean, reference[k].mean, transition.std)
-                        if args.kl_form == "official":
-                            kl = official_kl(transition.mean, reference[k].mean, transition.std, step_sizes[k])
+                        kl = kl_penalty(transition.mean, reference[k].mean, transition.std, step_sizes[k], form=args.kl_form)
                         loss = loss + args.kl_beta * kl
                         kls.append(kl.mean().item())
                     run.accelerator.backward(loss.sum() * weight)

@@ -1,0 +1,439 @@
+"""Evaluation: the statistics by hand, the path KL against its sum, LoRAs that leave no trace, the script, and what a run costs."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from script_tools import run_script, write_task
+from tiny_pipelines import FAMILIES
+
+from diffusers_align import Policy, embedded
+from diffusers_align.front_doors import front_door
+from diffusers_align.lora import WEIGHTS
+from diffusers_align.training.comparison import table, without_nan
+from diffusers_align.training.costs import Cost, Meter
+from diffusers_align.training.evaluation import diversities, find_lora, load_rewards, lora_loaded, path_kl
+from diffusers_align.training.pictures import comparison
+from diffusers_align.training.sampling import paired_gain
+from diffusers_align.training.statistics import diversity, mean_and_error, pairwise_cosine, pairwise_rms, wilson_interval, win_rate
+
+torch.set_num_threads(1)
+NAN = float("nan")
+
+# --- statistics --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "successes, number, low, high",
+    # by hand; 8 of 10 and 0 of 10 stand in the textbooks
+    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (0.5, 1, 0.0546, 0.9454)],
+)
+def test_wilson_interval(successes, number, low, high):
+    assert wilson_interval(successes, number) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_wilson_interval_of_nothing_is_nan():
+    assert all(math.isnan(end) for end in wilson_interval(0, 0))
+
+
+def test_ties_count_half_and_nan_pairs_are_left_out():
+    base = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, NAN, 0.0])
+    values = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0, NAN])
+    result = win_rate(values, base)
+    assert (result.wins, result.ties, result.losses, result.left_out) == (2, 2, 1, 2)
+    assert result.rate == 3 / 5 and (result.low, result.high) == wilson_interval(3, 5)
+    assert math.isnan(win_rate(torch.tensor([NAN]), torch.tensor([0.0])).rate)
+
+
+def test_means_errors_and_paired_gains_by_hand():
+    # deviations -1.5, -0.5, 0.5, 1.5: variance 5 / 3, error sqrt(5 / 3 / 4)
+    assert mean_and_error(torch.tensor([1.0, 2.0, NAN, 3.0, 4.0])) == pytest.approx((2.5, math.sqrt(5 / 12)))
+    before, after = torch.tensor([10.0, 20.0, 30.0, NAN]), torch.tensor([11.0, 22.0, 33.0, 1.0])
+    assert paired_gain(before, after) == pytest.approx((2.0, 1 / math.sqrt(3)))
+    single, none = mean_and_error(torch.tensor([2.0])), mean_and_error(torch.tensor([NAN]))
+    assert single[0] == 2.0 and math.isnan(single[1]) and all(math.isnan(value) for value in none)
+
+
+# --- diversity ---------------------------------------------------------------------------------------------------------
+
+
+def test_diversity_is_the_mean_distance_within_a_prompt():
+    vectors = torch.tensor([[0.0, 0.0], [3.0, 4.0], [100.0, 0.0], [100.0, 2.0], [0.0, 0.0]])
+    found = diversity(vectors, ["a", "a", "b", "b", "a"], pairwise_rms)
+    # a: pairs at 5, 0 and 5; b: a pair at 2; each over the root of two dimensions
+    torch.testing.assert_close(found, torch.tensor([10 / 3, 2.0]) / math.sqrt(2))
+    with pytest.raises(ValueError, match="one of 'b'"):
+        diversity(vectors[:3], ["a", "a", "b"], pairwise_rms)
+
+
+def test_cosine_distance():
+    units = torch.nn.functional.normalize(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
+    rows, columns = torch.triu_indices(4, 4, 1)
+    torch.testing.assert_close(pairwise_cosine(units), 1 - (units @ units.T)[rows, columns])
+
+
+@pytest.fixture(scope="module")
+def embedder():
+    from diffusers_align.rewards.clip_embedder import CLIPEmbedder
+
+    return CLIPEmbedder(embedded.path("mini-clip"))
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 3, 32, 32)])
+def test_equal_images_have_no_diversity_and_others_have(embedder, shape):
+    generator = torch.Generator().manual_seed(0)
+    image, *others = (torch.rand(shape, generator=generator) for _ in range(3))
+    found = diversities([image, *others, image], ["same", "other", "other", "same"], embedder, 3)
+    assert set(found) == {"pixel_rms", "clip"}
+    assert found["pixel_rms"][0] == 0 and found["clip"][0].abs() < 1e-10
+    assert found["pixel_rms"][1] > 0.1 and found["clip"][1] > 1e-4
+    assert set(diversities([image, image], ["a", "a"], None, 8)) == {"pixel_rms"}
+
+
+# --- the path KL -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd15"])
+def test_path_kl_is_the_sum_over_the_noisy_steps(name):
+    policy = Policy(FAMILIES[name].build(), **FAMILIES[name].call)
+    parameters = policy.add_lora(4)
+    prompts, seeds = ["a cat", "two dogs"], [3, 4]
+    kl, dimensions = path_kl(policy, prompts, seeds)
+    assert torch.equal(kl, torch.zeros(2, dtype=torch.float64)), "a fresh LoRA changes nothing"
+
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))))
+    kl, dimensions = path_kl(policy, prompts, seeds)
+    trajectory = policy.rollout(prompts, seeds=seeds)
+    expected = torch.zeros(2, dtype=torch.float64)
+    for k in trajectory.stochastic.nonzero().flatten().tolist():
+        with torch.no_grad():
+            own = policy.transition(trajectory, k)
+            with policy.reference():
+                reference = policy.transition(trajectory, k)
+        expected += ((own.mean - reference.mean).double() ** 2 / (2 * own.std.double() ** 2)).flatten(1).sum(1)
+    assert trajectory.stochastic.sum() > 1 and dimensions == trajectory.final[0].numel()
+    torch.testing.assert_close(kl, expected, rtol=1e-5, atol=0)
+    assert (kl > 0).all() and kl[0] != kl[1]
+
+
+def test_path_kl_needs_noise():
+    policy = Policy(FAMILIES["sd3"].build(), **FAMILIES["sd3"].call)
+    policy.scheduler.register_to_config(noise_level=0.0)
+    with pytest.raises(ValueError, match="No step has noise.*--noise_level"):
+        path_kl(policy, ["a cat"], [0])
+
+
+# --- LoRAs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory):
+    """Folders of two different LoRAs of mini-sd3 and one of mini-sd, by name; `a` has costs."""
+    folder = tmp_path_factory.mktemp("loras")
+    for name, model, seed in (("a", "mini-sd3", 1), ("b", "mini-sd3", 2), ("other", "mini-sd", 3)):
+        policy = Policy(DiffusionPipeline.from_pretrained(embedded.path(model)))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in policy.add_lora(4):
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        policy.save_lora(folder / name)
+    Cost(images=2304, denoiser_evaluations=12345, denoiser_evaluations_with_gradients=678, seconds=4000.0).write(folder / "a")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return DiffusionPipeline.from_pretrained(embedded.path("mini-sd3"))
+
+
+def draw(pipeline):
+    policy = Policy(pipeline, num_inference_steps=2, guidance_scale=1.0, max_sequence_length=1)
+    return policy.rollout(["a cat", "two dogs"], seeds=[1, 2], deterministic=True).final
+
+
+def test_loras_do_not_stack_and_leave_no_trace(pipeline, loras):
+    before, drawn = draw(pipeline), []
+    for name in ("a", "b", "a"):
+        with lora_loaded(pipeline, loras / name, name):
+            drawn.append(draw(pipeline))
+    with lora_loaded(pipeline, loras / "b" / WEIGHTS, "file"):
+        assert torch.equal(draw(pipeline), drawn[1])
+    assert torch.equal(draw(pipeline), before)
+    assert torch.equal(drawn[0], drawn[2])
+    assert (drawn[0] - before).abs().max() > 1e-2 and (drawn[0] - drawn[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("path", ["other", f"other/{WEIGHTS}"])
+def test_a_lora_of_another_model_is_an_error_and_leaves_no_trace(pipeline, loras, path):
+    before = draw(pipeline)
+    with (
+        pytest.raises(ValueError, match="LoRA 'other' .* is not of this StableDiffusion3Pipeline.*Name the model"),
+        lora_loaded(pipeline, loras / path, "other"),
+    ):
+        pass
+    assert torch.equal(draw(pipeline), before)
+
+
+def test_a_lora_that_fits_in_part_is_an_error(pipeline, loras, tmp_path):
+    """As one of a deeper model with blocks of the same shape."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(loras / "a" / WEIGHTS)
+    with safe_open(loras / "a" / WEIGHTS, "pt") as file:
+        metadata = file.metadata()
+    deeper = {key.replace("transformer_blocks.0.", "transformer_blocks.90."): value.clone() for key, value in weights.items()}
+    save_file({**weights, **deeper}, tmp_path / WEIGHTS, metadata)
+    with pytest.raises(ValueError, match="is not of this"), lora_loaded(pipeline, tmp_path, "deep"):
+        pass
+
+
+def test_a_missing_lora_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffusers_align.training.evaluation.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
+    with pytest.raises(FileNotFoundError, match=r"No LoRA 'runs/a': there is no such folder or file, and the Hub gave none \(offline\)"):
+        find_lora("runs/a")
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="No LoRA in runs/a: it holds no pytorch_lora_weights.safetensors"):
+        find_lora("runs/a")
+
+
+# --- the script --------------------------------------------------------------------------------------------------------
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("evaluate", front_door("training_scripts", "evaluate"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def arguments(loras, out, **flags):
+    """The command line: a tuple is several values, True a bare flag, None leaves one out."""
+    values = {
+        "pretrained_model_name_or_path": "mini-sd3",
+        "call_kwargs": '{"max_sequence_length": 1}',
+        "num_inference_steps": 3,
+        "guidance_scale": 1.0,
+        "lora": (loras / "a", loras / "b"),
+        "prompts": loras / "prompts.jsonl",
+        "reward": ("background_color", "scene_score"),
+        "output_dir": out,
+        "kl_samples": 3,
+        "batch_size": 4,
+        **flags,
+    }
+    argv = []
+    for key, value in values.items():
+        given = [] if value is True else value if isinstance(value, tuple) else [value]
+        argv += [] if value is None else [f"--{key}", *map(str, given)]
+    return argv
+
+
+@pytest.fixture(scope="module")
+def task(loras):
+    rows = [{"prompt": "a cat", "background": "blue"}, {"prompt": "two dogs", "background": "red"}, {"prompt": "a castle", "background": "green"}]
+    (loras / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return loras
+
+
+@pytest.fixture(scope="module")
+def evaluated(task, tmp_path_factory):
+    out = tmp_path_factory.mktemp("evaluated") / "eval"
+    flags = {"lora_names": ("blue", "other"), "diversity_model": "mini-clip", "num_grid_images": 4}
+    script().main(arguments(task, out, **flags))
+    return out, json.loads((out / "evaluation.json").read_text())
+
+
+def test_the_json_holds_every_image_and_the_statistics_follow_from_it(evaluated):
+    _, content = evaluated
+    assert content["prompts"] == ["a cat", "two dogs", "a castle"] * 2 and len(set(content["seeds"])) == 6
+    assert list(content["models"]) == ["base", "blue", "other"]
+    base = content["models"]["base"]["rewards"]
+    for name in ("blue", "other"):
+        for key, reward in content["models"][name]["rewards"].items():
+            mine, theirs = (torch.tensor([NAN if v is None else v for v in values]) for values in (reward["values"], base[key]["values"]))
+            assert len(mine) == 6 and reward["left_out"] == int(mine.isnan().sum())
+            expected = without_nan(dict(zip(("mean", "se"), mean_and_error(mine - theirs))))
+            assert reward["gain"] == pytest.approx(expected, abs=1e-7)
+            assert reward["win_rate"]["rate"] == without_nan(win_rate(mine, theirs).rate)
+    assert "gain" not in base["background_color"]
+    # the embedded classifier knows no castle
+    assert content["models"]["blue"]["rewards"]["scene_score"]["win_rate"]["left_out"] == 2
+    assert {"scene_score/object", "scene_score/correct"} <= base.keys()
+
+
+def test_models_differ_from_the_base_by_reward_diversity_and_kl(evaluated):
+    models = evaluated[1]["models"]
+    assert models["base"]["kl"] == {"nats": {"mean": 0.0, "se": 0.0}, "nats_per_dimension": {"mean": 0.0, "se": 0.0}}
+    assert len({models[name]["rewards"]["background_color"]["mean"] for name in models}) == 3
+    for name in ("blue", "other"):
+        nats, each = models[name]["kl"]["nats"], models[name]["kl"]["nats_per_dimension"]
+        assert nats["mean"] > 0 and nats["se"] > 0 and nats["mean"] == pytest.approx(1024 * each["mean"])
+    for model in models.values():
+        assert all(model["diversity"][kind]["mean"] > 0 for kind in ("pixel_rms", "clip"))
+    assert models["blue"]["costs"]["images"] == 2304 and "costs" not in models["base"] and "costs" not in models["other"]
+
+
+def test_the_table_says_what_the_json_says(evaluated):
+    out, content = evaluated
+    text = (out / "evaluation.md").read_text()
+    assert text == table(restored(content["models"]), ["background_color", "scene_score"])
+    rows = {cells[1].strip(" *"): [cell.strip() for cell in cells[2:-1]] for cells in (line.split("|") for line in text.splitlines())}
+    models = content["models"]
+    assert rows[""] == ["base", "blue", "other"] and all(len(row) == 3 for row in rows.values())
+    estimate = models["blue"]["rewards"]["background_color"]
+    assert rows["background_color"][1] == f"{estimate['mean']:.4g} ± {estimate['se']:.2g}"
+    wins = models["other"]["rewards"]["scene_score"]["win_rate"]
+    assert rows["scene_score: win rate"][0] == "" and rows["scene_score: win rate"][2].startswith(f"{wins['rate']:.1%} [{wins['low']:.1%}, {wins['high']:.1%}]")
+    assert rows["scene_score: win rate"][2].endswith("2 pairs left out")
+    assert rows["training: images generated"] == ["", "2,304", ""] and rows["training: wall time"] == ["", "1 h 06 min", ""]
+    assert rows["KL to the base, nats a trajectory"][0] == "0 ± 0"
+
+
+def restored(value):
+    """JSON's null back as NaN, among numbers."""
+    if isinstance(value, dict):
+        return {key: NAN if item is None else restored(item) for key, item in value.items()}
+    return value
+
+
+def test_the_picture_has_a_row_a_model(evaluated):
+    with Image.open(evaluated[0] / "evaluation.png") as picture:
+        assert picture.size == (4 * 128, 3 * (128 + 14))
+        cells = [picture.crop((0, row * 142, 128, row * 142 + 128)).tobytes() for row in range(3)]
+    assert len(set(cells)) == 3
+
+
+def test_the_comparison_repeats_its_rows_for_more_columns():
+    models = {"base": [torch.zeros(3, 8, 8)] * 5, "a": [torch.full((3, 8, 8), 0.5)] * 5, "b": [torch.full((3, 8, 8), 1.0)] * 5}
+    sheet = comparison(models, list("vwxyz"), columns=4, cell=16)
+    assert sheet.size == (4 * 16, 6 * 30)
+    assert [sheet.getpixel((8, row * 30 + 8))[0] for row in range(6)] == [0, 128, 255] * 2
+    assert [sheet.getpixel((24, row * 30 + 8))[0] for row in range(6)] == [0, 128, 255, 255, 255, 255]
+
+
+def test_evaluation_is_repeatable_and_depends_on_no_other_lora(evaluated, task, tmp_path):
+    script().main([*arguments(task, tmp_path / "eval", lora=(task / "b",), kl_samples=0, batch_size=6), "--no-diversity"])
+    again, before = (json.loads((folder / "evaluation.json").read_text()) for folder in (tmp_path / "eval", evaluated[0]))
+    for name, earlier in (("base", "base"), ("b", "other")):
+        mine, theirs = (content["models"][key]["rewards"]["background_color"] for content, key in ((again, name), (before, earlier)))
+        assert mine["values"] == pytest.approx(theirs["values"], abs=1e-5)
+    assert again["seeds"] == before["seeds"] and again["models"]["b"]["kl"] == {} and again["models"]["b"]["diversity"] == {}
+
+
+@pytest.mark.parametrize(
+    "flags, error, message",
+    [
+        ({"reward": "scene_scoer"}, ValueError, "(?s)no reward 'scene_scoer'.*scene_score"),
+        ({"reward": ("scene_score", "scene_score")}, ValueError, "Rewards need different names"),
+        (
+            {"num_samples": 4},
+            ValueError,
+            "at least two samples of each prompt, but --num_samples 4 gives 'two dogs' only one. Raise it to 6, or pass --no-diversity",
+        ),
+        ({"prompts": "mini_trian"}, ValueError, "No prompt file 'mini_trian'"),
+    ],
+)
+def test_errors_come_before_the_pipeline_is_loaded(task, tmp_path, monkeypatch, flags, error, message):
+    module = script()
+    monkeypatch.setattr(module, "load_pipeline", lambda args: pytest.fail("loaded"))
+    with pytest.raises(error, match=message):
+        module.main(arguments(task, tmp_path / "eval", **flags))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"lora": None}, "--lora is required"),
+        ({"lora_names": "one"}, "--lora_names has 1 names for 2 LoRAs"),
+        ({"lora_names": ("same", "same")}, "each LoRA needs a name of its own"),
+        ({"lora_names": ("base", "b")}, "other than 'base'"),
+        ({"reward_model": "mini-clip"}, "--reward_model has 1 entries for 2 rewards; write 'default'"),
+        ({"kl_samples": -1}, "--kl_samples must not be negative"),
+        ({"num_samples": 0}, "--num_samples must be at least 1"),
+    ],
+)
+def test_bad_flags_are_named(task, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit):
+        script().parse_args(arguments(task, tmp_path, **flags))
+    assert message in capsys.readouterr().err
+
+
+def test_noise_of_the_other_kind_of_model_is_an_error(task, tmp_path):
+    with pytest.raises(ValueError, match="FlowMatchSDEScheduler has no eta"):
+        script().main(arguments(task, tmp_path / "eval", eta=1.0))
+
+
+def test_a_recipe_sets_lists_and_flags_override_it(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("pretrained_model_name_or_path: mini-sd3\nlora: [runs/a, runs/b]\nreward: scene_score\nprompts: mini_heldout\nnoise_level: 5e-1\n")
+    args = script().parse_args(["--config", str(recipe), "--output_dir", "eval", "--prompts", "counting"])
+    assert (args.lora, args.lora_names, args.reward, args.prompts, args.noise_level) == (["runs/a", "runs/b"], ["a", "b"], ["scene_score"], "counting", 0.5)
+
+
+def test_each_reward_gets_its_own_checkpoint(tmp_path):
+    (tmp_path / "rewards.py").write_text(
+        "class First:\n    def __init__(self, model='own'):\n        self.model = model\n    def __call__(self, images, prompts, **columns): ...\n"
+        "class Second(First): ...\n"
+    )
+    first, second = f"{tmp_path / 'rewards.py'}:First", f"{tmp_path / 'rewards.py'}:Second"
+    found = load_rewards([first, second], ["default", "mini-clip"], torch.device("cpu"))
+    assert {name: reward.model for name, reward in found.items()} == {"First": "own", "Second": embedded.path("mini-clip")}
+
+
+# --- costs -------------------------------------------------------------------------------------------------------------
+
+
+def test_costs_of_a_run_by_hand_and_over_a_resume(tmp_path):
+    task = write_task(tmp_path)
+    flags = {"num_prompts_per_epoch": 2, "group_size": 2}
+    out = run_script("flow_grpo", tmp_path / "run", task, validation_epochs=1, **flags)
+    cost = Cost.read(out)
+    # 4 samples of 3 steps without guidance; replay and reference of the first two; evaluation and validation do not count
+    assert (cost.images, cost.denoiser_evaluations, cost.denoiser_evaluations_with_gradients) == (4, 4 * 3 + 2 * 4 * 2, 4 * 2)
+    assert 0 < cost.seconds < 600 and Cost.read(out / "checkpoint-1") == cost
+    assert "images" not in (out / "metrics.jsonl").read_text()
+
+    run_script("flow_grpo", out, task, num_epochs=2, resume_from_checkpoint="latest", **flags)
+    total = Cost.read(out)
+    assert (total.images, total.denoiser_evaluations, total.denoiser_evaluations_with_gradients) == (8, 56, 16)
+    assert total.seconds > cost.seconds and Cost.read(out / "checkpoint-1") == cost
+
+
+def test_the_meter_counts_rows_only_while_it_runs():
+    module, meter = torch.nn.Linear(2, 2), Meter()
+    meter.watch([module])
+    module(torch.zeros(5, 2))
+    with meter.running():
+        module(input=torch.zeros(3, 2))
+        with torch.no_grad():
+            module(torch.zeros(4, 2))
+        with meter.paused():
+            module(torch.zeros(7, 2))
+            meter.count_images(7)
+        meter.count_images(2)
+        module(torch.zeros(1, 2))
+    meter.count_images(9)
+    total = meter.total()
+    assert (total.images, total.denoiser_evaluations, total.denoiser_evaluations_with_gradients) == (2, 8, 4)
+
+
+def test_the_meter_excludes_pauses_from_its_seconds(monkeypatch):
+    now = iter([10.0, 13.0, 20.0, 25.0])
+    monkeypatch.setattr("diffusers_align.training.costs.time.perf_counter", lambda: next(now))
+    meter = Meter()
+    with meter.running():
+        with meter.paused():
+            pass
+    assert meter.total().seconds == 3.0 + 5.0
+
+
+def test_a_folder_without_costs_has_none(tmp_path):
+    assert Cost.read(tmp_path) is None
