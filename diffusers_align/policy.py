@@ -42,6 +42,7 @@ class Policy:
             override.
 
     Attributes:
+        stock_scheduler: what the pipeline came with, for `diffusers_align.differentiable`.
         lockstep: processes wait for each other at each denoiser call, as they do when it is sharded: the number of calls then depends
             on shapes alone.
     """
@@ -50,6 +51,7 @@ class Policy:
         self.pipeline, self.call_kwargs = pipeline, call_kwargs
         if scheduler is not None and not isinstance(scheduler, SDESchedulerMixin):
             raise TypeError(f"{type(scheduler).__name__} returns no log-probabilities; pass sde_twin(scheduler) or leave it out.")
+        self.stock_scheduler = pipeline.scheduler
         pipeline.scheduler = scheduler if scheduler is not None else sde_twin(pipeline.scheduler)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):

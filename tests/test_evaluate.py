@@ -3,12 +3,14 @@
 import importlib.util
 import json
 import math
+import sys
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from script_tools import run_script, write_task
+from test_scripts import started
 from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy, embedded
@@ -138,10 +140,10 @@ def loras(tmp_path_factory):
     folder = tmp_path_factory.mktemp("loras")
     for name, model, seed in (("a", "mini-sd3", 1), ("b", "mini-sd3", 2), ("other", "mini-sd", 3)):
         policy = Policy(DiffusionPipeline.from_pretrained(embedded.path(model)))
-        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in policy.add_lora(4):
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.05 * torch.randn(parameter.shape))
         policy.save_lora(folder / name)
     Cost(images=2304, denoiser_evaluations=12345, denoiser_evaluations_with_gradients=678, seconds=4000.0).write(folder / "a")
     return folder
@@ -284,17 +286,20 @@ def test_models_differ_from_the_base_by_reward_diversity_and_kl(evaluated):
 def test_the_table_says_what_the_json_says(evaluated):
     out, content = evaluated
     text = (out / "evaluation.md").read_text()
-    assert text == table(restored(content["models"]), ["background_color", "scene_score"])
-    rows = {cells[1].strip(" *"): [cell.strip() for cell in cells[2:-1]] for cells in (line.split("|") for line in text.splitlines())}
+    assert table(restored(content["models"]), ["background_color", "scene_score"]) in text
+    lines = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    rows = {cells[1].strip(" *"): [cell.strip() for cell in cells[2:-1]] for cells in lines}
     models = content["models"]
     assert rows[""] == ["base", "blue", "other"] and all(len(row) == 3 for row in rows.values())
     estimate = models["blue"]["rewards"]["background_color"]
     assert rows["background_color"][1] == f"{estimate['mean']:.4g} ± {estimate['se']:.2g}"
     wins = models["other"]["rewards"]["scene_score"]["win_rate"]
     assert rows["scene_score: win rate"][0] == "" and rows["scene_score: win rate"][2].startswith(f"{wins['rate']:.1%} [{wins['low']:.1%}, {wins['high']:.1%}]")
-    assert rows["scene_score: win rate"][2].endswith("2 pairs left out")
+    assert rows["scene_score: win rate"][2].endswith(f", {wins['ties']} ties, 2 pairs left out")
+    assert "scene_score/object: gain" in rows and "scene_score/color" not in rows, "no prompt asks for a colour"
     assert rows["training: images generated"] == ["", "2,304", ""] and rows["training: wall time"] == ["", "1 h 06 min", ""]
     assert rows["KL to the base, nats a trajectory"][0] == "0 ± 0"
+    assert "noise_level 0.7" in text and content["kl_noise"]["sde_type"] == "flow_grpo"
 
 
 def restored(value):
@@ -326,6 +331,20 @@ def test_evaluation_is_repeatable_and_depends_on_no_other_lora(evaluated, task, 
         mine, theirs = (content["models"][key]["rewards"]["background_color"] for content, key in ((again, name), (before, earlier)))
         assert mine["values"] == pytest.approx(theirs["values"], abs=1e-5)
     assert again["seeds"] == before["seeds"] and again["models"]["b"]["kl"] == {} and again["models"]["b"]["diversity"] == {}
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(evaluated, task, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    argv = arguments(task, tmp_path / "eval", lora_names=("blue", "other"), diversity_model="mini-clip")
+    with started([*launch, str(front_door("training_scripts", "evaluate")), *argv], tmp_path / "log") as process:
+        assert process.wait(300) == 0, (tmp_path / "log").read_text()[-3000:]
+    two, one = json.loads((tmp_path / "eval" / "evaluation.json").read_text()), evaluated[1]
+    assert two["seeds"] == one["seeds"]
+    for name, model in one["models"].items():
+        assert two["models"][name]["rewards"]["background_color"]["values"] == pytest.approx(model["rewards"]["background_color"]["values"], abs=1e-4)
+        assert two["models"][name]["kl"]["nats"]["mean"] == pytest.approx(model["kl"]["nats"]["mean"], rel=1e-3)
+        assert two["models"][name]["diversity"]["clip"]["mean"] == pytest.approx(model["diversity"]["clip"]["mean"], abs=1e-3)
 
 
 @pytest.mark.parametrize(

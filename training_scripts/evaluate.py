@@ -20,6 +20,7 @@ from diffusers_align.policy import Policy
 from diffusers_align.rewards.clip_embedder import CLIPEmbedder
 from diffusers_align.rewards.loading import model_option
 from diffusers_align.schedulers import sde_twin
+from diffusers_align.schedulers.twin import SDE_FIELDS
 from diffusers_align.training import arguments
 from diffusers_align.training.comparison import describe, table, without_nan
 from diffusers_align.training.costs import Cost
@@ -104,6 +105,23 @@ def no_kl(number):
     return {"nats": torch.zeros(number), "nats_per_dimension": torch.zeros(number)}
 
 
+def page(args, noise, numbers):
+    """The table with what is needed to read it."""
+    kl = (
+        f"KL: mean of {args.kl_samples} trajectories with noise ({', '.join(f'{k} {v}' for k, v in noise.items() if v is not None)})."
+        if args.kl_samples
+        else ""
+    )
+    return f"""# {args.pretrained_model_name_or_path} and LoRAs of it
+
+{args.num_samples} images a model for the prompts of `{args.prompts}`, at equal seeds (from {args.seed}), along the ODE. Mean ± standard error.
+Gain: paired, over the base. Win rate: over the base, ties half, with Wilson's 95 % interval. {kl}
+
+{numbers}
+![samples](evaluation.png)
+"""
+
+
 def main(argv=None):
     args = parse_args(argv)
     session = Session(args, Accelerator(mixed_precision=args.mixed_precision))
@@ -139,10 +157,10 @@ def main(argv=None):
     # 3 table, numbers, picture
     if session.accelerator.is_main_process:
         base = evaluations[BASE]
-        settings = {name: value for name, value in vars(args).items() if name != "config"}
-        content = {"settings": settings, "prompts": base.prompts, "seeds": base.seeds, "models": models}
+        noise = {name: scheduler.config[name] for name in SDE_FIELDS[type(scheduler).__name__]}
+        content = {"settings": vars(args), "kl_noise": noise, "prompts": base.prompts, "seeds": base.seeds, "models": models}
         (out / "evaluation.json").write_text(json.dumps(without_nan(content), indent=1) + "\n")
-        (out / "evaluation.md").write_text(table(models, list(rewards)))
+        (out / "evaluation.md").write_text(page(args, noise, table(models, list(rewards))))
         comparison({name: e.images for name, e in evaluations.items()}, base.prompts[: args.num_grid_images], args.num_grid_images).save(out / "evaluation.png")
         print(table(models, list(rewards)))
         print(f"Table, numbers and picture: {out}")

@@ -14,6 +14,7 @@ from .sampling import Evaluation, paired_gain
 from .statistics import mean_and_error, win_rate
 
 Entry = dict[str, Any]
+NOTHING = "–"
 DIVERSITY = {"pixel_rms": "diversity, RMS of pixels", "clip": "diversity, 1 - cosine of CLIP features"}
 COSTS = {
     "images": "training: images generated",
@@ -54,7 +55,7 @@ def table(models: dict[str, Entry], rewards: list[str]) -> str:
 
     def add(label: str, cell, *path: str) -> None:
         found = [_at(entry, *path) for entry in models.values()]
-        if any(value is not None for value in found):
+        if any(value is not None and cell(value) != NOTHING for value in found):
             rows.append((label, ["" if value is None else cell(value) for value in found]))
 
     for name in sorted({name for entry in models.values() for name in entry["rewards"]}, key=lambda name: (_owner(name, rewards), name)):
@@ -85,11 +86,12 @@ def _owner(name: str, rewards: list[str]) -> int:
 
 
 def _plain(value: Entry) -> str:
-    return "–" if math.isnan(value["mean"]) else f"{value['mean']:.4g}" + ("" if math.isnan(value["se"]) else f" ± {value['se']:.2g}")
+    return NOTHING if math.isnan(value["mean"]) else f"{value['mean']:.4g}" + ("" if math.isnan(value["se"]) else f" ± {value['se']:.2g}")
 
 
 def _mean_left_out(value: Entry) -> str:
-    return _plain(value) + (f" ({value['left_out']} without)" if value["left_out"] else "")
+    left_out = 0 if math.isnan(value["mean"]) else value["left_out"]
+    return _plain(value) + (f" ({left_out} without)" if left_out else "")
 
 
 def _signed(value: Entry) -> str:
@@ -98,10 +100,9 @@ def _signed(value: Entry) -> str:
 
 def _wins(value: Entry) -> str:
     if math.isnan(value["rate"]):
-        return "–"
-    ties = f", {value['ties']} ties" if value["ties"] else ""
+        return NOTHING
     left_out = f", {value['left_out']} pairs left out" if value["left_out"] else ""
-    return f"{value['rate']:.1%} [{value['low']:.1%}, {value['high']:.1%}]{ties}{left_out}"
+    return f"{value['rate']:.1%} [{value['low']:.1%}, {value['high']:.1%}], {value['ties']} ties{left_out}"
 
 
 def _duration(seconds: float) -> str:

@@ -55,17 +55,18 @@ def calibrate_noise(run, policy: Policy, reward, prompts: list[Prompt], levels: 
         ValueError: the pipeline takes another number of steps than there are levels.
     """
     args = run.args
-    for number in tqdm(range(levels.rounds, args.calibration_rounds), desc="calibration", unit="round", disable=not run.is_main):
-        policy.scheduler.register_to_config(noise_level=levels.psi.tolist())
-        samples = sample_epoch(run, policy, reward, prompts, -1 - number, args.num_prompts_per_epoch, args.group_size, args.same_latent)
-        noisy = samples.batches[0].stochastic.nonzero().flatten().tolist()
-        gains = step_gains(completion_rewards(run, policy, reward, samples, noisy))
-        if gains.shape[1] != len(levels.psi):
-            raise ValueError(
-                f"Calibration needs one psi for each solver step: --num_inference_steps is {len(levels.psi)}, but this pipeline takes "
-                f"{gains.shape[1]} steps. Give its own number, or leave calibration out with --calibration_rounds 0."
-            )
-        levels.psi = calibrate(levels.psi, gains, tolerance=args.calibration_tolerance, increment=args.calibration_increment)
-        levels.rounds += 1
+    with run.meter.running():
+        for number in tqdm(range(levels.rounds, args.calibration_rounds), desc="calibration", unit="round", disable=not run.is_main):
+            policy.scheduler.register_to_config(noise_level=levels.psi.tolist())
+            samples = sample_epoch(run, policy, reward, prompts, -1 - number, args.num_prompts_per_epoch, args.group_size, args.same_latent)
+            noisy = samples.batches[0].stochastic.nonzero().flatten().tolist()
+            gains = step_gains(completion_rewards(run, policy, reward, samples, noisy))
+            if gains.shape[1] != len(levels.psi):
+                raise ValueError(
+                    f"Calibration needs one psi for each solver step: --num_inference_steps is {len(levels.psi)}, but this pipeline takes "
+                    f"{gains.shape[1]} steps. Give its own number, or leave calibration out with --calibration_rounds 0."
+                )
+            levels.psi = calibrate(levels.psi, gains, tolerance=args.calibration_tolerance, increment=args.calibration_increment)
+            levels.rounds += 1
     policy.scheduler.register_to_config(noise_level=levels.psi.tolist())
     run.print(f"psi after {levels.rounds} rounds of calibration: {', '.join(f'{value:.3f}' for value in levels.psi.tolist())}")

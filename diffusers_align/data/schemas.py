@@ -1,0 +1,172 @@
+"""Public preference sets, recognised by their columns and mapped to the canonical kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from .conversions import CONVERSIONS
+from .records import KINDS, BadRow, LeftOut
+
+PROMPT_COLUMNS = ("prompt", "caption", "text")
+# Diffusion-KTO's annotation of Pick-a-Pic; its default policy `wi_l` calls an image desirable that won at least once.
+KTO_SPLITS = {"exclusive_win": True, "intersections": True, "exclusive_lose": False}
+ARGILLA_VOTES = {"image_1": 1.0, "image_2": 0.0, "both_good": 0.5, "both_bad": 0.5, "tie": 0.5}
+
+
+@dataclass(frozen=True)
+class Schema:
+    """How a public set writes its rows: the columns that give it away, and a function from such a row to canonical fields."""
+
+    name: str
+    kind: str
+    needs: tuple[str, ...]
+    read: Callable[[dict], dict]
+    fits: Callable[[dict], bool] = lambda row: True
+
+
+def _same(row: dict) -> dict:
+    return row
+
+
+def _preferred(winner: str, loser: str, row: dict) -> dict:
+    return {"prompt": row["prompt"], "image_0": row[winner], "image_1": row[loser], "label_0": 1.0}
+
+
+def _ranked(images: str, ranks: str, row: dict) -> dict:
+    return {"prompt": row["prompt"], "images": row[images], "ranks": row[ranks]}
+
+
+def _ranked_alone(image: str, row: dict) -> dict:
+    return {"prompt": row["prompt"], "images": [row[image]], "ranks": [row["rank"]], "group": row["prompt_id"]}
+
+
+def _pick_a_pic(row: dict) -> dict:
+    if row.get("has_label") is False:
+        raise LeftOut("without a label")
+    if row.get("are_different") is False:
+        raise LeftOut("of twice the same image")
+    fields = {"prompt": row["prompt"], "image_0": row["jpg_0"], "image_1": row["jpg_1"], "label_0": row["label_0"]}
+    return fields | {name: row[name] for name in ("image_0_uid", "image_1_uid") if name in row}
+
+
+def _votes_of_two(row: dict) -> dict:
+    votes = {str(row[name]).strip().lower() in ("true", "1", "1.0") for name in ("prefer_0",)}, str(row["prefer_1"]).strip().lower() in ("true", "1", "1.0")
+    first, second = votes[0].pop(), votes[1]
+    return {**row, "label_0": 0.5 if first == second else float(first)}
+
+
+def _human_preference_dataset(row: dict) -> dict:
+    """HPDv1 gives the index of the preferred image, HPDv2 a 1 for it and 0 for the others."""
+    preference, images = row["human_preference"], row["file_path"]
+    if isinstance(preference, int) and isinstance(images, list):
+        if not 0 <= preference < len(images):
+            raise BadRow(f"human_preference is {preference}, but there are {len(images)} images")
+        preference = [int(i == preference) for i in range(len(images))]
+    ranks = [2 - int(one) for one in preference] if isinstance(preference, list) else preference
+    return {"prompt": row["prompt"], "images": images, "ranks": ranks}
+
+
+def _argilla(row: dict) -> dict:
+    votes = row["preference.responses"]
+    if not votes:
+        raise LeftOut("without a label")
+    if unknown := [vote for vote in votes if vote not in ARGILLA_VOTES]:
+        raise BadRow(f"unknown response {unknown[0]!r}; known are {', '.join(ARGILLA_VOTES)}")
+    label = sum(ARGILLA_VOTES[vote] for vote in votes) / len(votes)
+    images = row["images"]
+    return {"prompt": images.get("prompt"), "image_0": images.get("image_1"), "image_1": images.get("image_2"), "label_0": label}
+
+
+def _diffusion_kto(row: dict) -> dict:
+    if row["split"] not in KTO_SPLITS:
+        raise BadRow(f"split is {row['split']!r}, which is none of {', '.join(KTO_SPLITS)}")
+    return {"prompt": row["prompt"], "image": row["image"], "label": KTO_SPLITS[row["split"]]}
+
+
+def _trl_unpaired(row: dict) -> dict:
+    return {"prompt": row["prompt"], "image": row["completion"], "label": row["label"]}
+
+
+SCHEMAS = (
+    *(Schema(f"{kind} rows", kind, columns, _same) for kind, columns in KINDS.items()),
+    Schema("Pick-a-Pic", "pair", ("prompt", "jpg_0", "jpg_1", "label_0"), _pick_a_pic),
+    Schema("invoke-training", "pair", ("prompt", "image_0", "image_1", "prefer_0", "prefer_1"), _votes_of_two),
+    Schema("HPDv3", "pair", ("prompt", "path1", "path2"), partial(_preferred, "path1", "path2")),
+    Schema("ImageRewardDB pairs", "pair", ("prompt", "img_better", "img_worse"), partial(_preferred, "img_better", "img_worse")),
+    Schema("chosen/rejected", "pair", ("prompt", "chosen", "rejected"), partial(_preferred, "chosen", "rejected")),
+    Schema("open-image-preferences (Argilla)", "pair", ("images", "preference.responses"), _argilla),
+    Schema("HPDv1/HPDv2 train", "ranked", ("prompt", "file_path", "human_preference"), _human_preference_dataset),
+    Schema("HPDv2 test", "ranked", ("prompt", "image_path", "rank"), partial(_ranked, "image_path", "rank"), lambda row: isinstance(row.get("rank"), list)),
+    Schema("ImageRewardDB", "ranked", ("prompt_id", "prompt", "image_path", "rank"), partial(_ranked_alone, "image_path")),
+    Schema("ImageRewardDB", "ranked", ("prompt_id", "prompt", "image", "rank"), partial(_ranked_alone, "image")),
+    Schema("ImageReward groups", "ranked", ("prompt", "generations", "ranking"), partial(_ranked, "generations", "ranking")),
+    Schema("Diffusion-KTO", "binary", ("prompt", "image", "split"), _diffusion_kto, lambda row: row.get("split") in KTO_SPLITS),
+    Schema("prompt/completion/label", "binary", ("prompt", "completion", "label"), _trl_unpaired),
+)
+
+
+def parse_column_map(text: str) -> dict[str, str]:
+    """`"prompt=caption,image_0=left"` as {canonical column: column of the data set}.
+
+    Raises:
+        ValueError: a part without `=`, or a canonical column named twice.
+    """
+    mapping: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, column = (word.strip() for word in part.partition("="))
+        if not (name and equals and column):
+            raise ValueError(f"--column_map: {part!r} is not NAME=COLUMN. Example: --column_map 'prompt=caption,image_0=left'.")
+        if name in mapping:
+            raise ValueError(f"--column_map names {name!r} twice.")
+        mapping[name] = column
+    return mapping
+
+
+def names_of(columns: Iterable[str], column_map: dict[str, str] | None) -> dict[str, str]:
+    """{name to read by: column}: each column, `X_file_name` as X as in `imagefolder` sets, the prompt, and what `column_map` says.
+
+    Raises:
+        ValueError: `column_map` names a column that the data set lacks.
+    """
+    columns = list(columns)
+    names = {column: column for column in columns}
+    for column in columns:
+        for suffix, whole in (("file_name", "image"), ("file_names", "images")):
+            if column == suffix or column.endswith(f"_{suffix}"):
+                names.setdefault(column.removesuffix(suffix).rstrip("_") or whole, column)
+    for name, column in (column_map or {}).items():
+        if column not in columns:
+            raise ValueError(f"--column_map: the data set has no column {column!r}. It has {', '.join(columns)}.")
+        names[name] = column
+    if prompt := next((name for name in PROMPT_COLUMNS if name in names), None):
+        names["prompt"] = names[prompt]
+    return names
+
+
+def recognise(names: dict[str, str], kind: str, first_row: dict, source: str) -> Schema:
+    """The schema to read a set of these columns by, for rows of `kind` or of a kind that becomes it.
+
+    One of the kind itself comes first, and among equals the one with the most columns; plain captions come last.
+
+    Raises:
+        ValueError: no schema fits.
+    """
+    fitting = [s for s in SCHEMAS if set(s.needs) <= set(names) and s.fits(first_row) and (s.kind == kind or (s.kind, kind) in CONVERSIONS)]
+    if not fitting:
+        missing = [name for name in KINDS[kind] if name not in names]
+        example = ",".join(f"{name}=YOUR_COLUMN" for name in missing)
+        known = "; ".join(", ".join(s.needs) for s in SCHEMAS if s.kind == kind and s.read is not _same)
+        raise ValueError(
+            f"{source} is no data of kind {kind!r} that is known. Its columns: {', '.join(names)}. Needed: {', '.join(KINDS[kind])}"
+            + (f"; or one of the public layouts: {known}" if known else "")
+            + (f". Say which columns hold what is missing: --column_map '{example}'." if example else ".")
+        )
+    return max(fitting, key=lambda s: (s.kind == kind != "captioned", len(s.needs)))
+
+
+def renamed(row: Any, names: dict[str, str]) -> dict:
+    """The row under the names of `names_of`. Columns that the row lacks come as None."""
+    return {name: row.get(column) for name, column in names.items()}

@@ -1,0 +1,328 @@
+r"""Reward gradients through the sampling of any stock pipeline: one roll-out whose images know how they came about.
+
+Every method of this kind differentiates $r(\mathrm{decode}(x_K))$ along the solver's chain and differs in which denoiser calls take
+part. So there is one roll-out, and the methods are choices of `grad_steps` (`diffusers_align.algorithms`):
+
+* A denoiser call outside `grad_steps` runs under `no_grad`: no graph, no buffers. The solver's own arithmetic stays in the graph as
+  soon as the state does, so a gradient passes such a step along its linear path, $x_{k+1} = A_k x_k + B_k \epsilon_k$.
+* A call inside is checkpointed: its activations are computed again on the way back, so memory does not grow with their number.
+* `detach_input` cuts what the denoiser sees, not what the solver carries on.
+
+A step is a call of `scheduler.step`: a second-order solver takes two for one of `num_inference_steps` (`count_steps` counts them).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from .driver import Step
+from .forward_process import ForwardProcess
+from .policy import Policy, _images
+from .schedulers import sde_twin
+from .schedulers.scheduling_utils import SDESchedulerMixin
+from .trajectory import Condition
+from .transition import GaussianTransition
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one solver step made of the denoiser's answer.
+
+    Attributes:
+        model_output: (B, *D), as the scheduler got it, guidance included.
+        next_state: (B, *D), what the step returned.
+        transition: its kernel, where it is a stochastic one.
+    """
+
+    model_output: Tensor
+    next_state: Tensor
+    transition: GaussianTransition | None
+
+
+@dataclass(frozen=True)
+class DifferentiableRollout:
+    """B samples along K solver steps.
+
+    Attributes:
+        condition: the call that made them.
+        images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1], clamped once, with their graph; None without decoding.
+        latents: (B, *D), the final state with its graph.
+        states: K detached (B, *D), what the denoiser and the scheduler saw at each step; fewer if it stopped early.
+        timesteps: of those steps.
+        steps: of each gradient step its output with the graph, by solver step.
+        stochastic: whether it was drawn from the policy's kernels.
+    """
+
+    condition: Condition
+    images: Tensor | None
+    latents: Tensor
+    states: list[Tensor]
+    timesteps: list[float]
+    steps: dict[int, StepOutput]
+    stochastic: bool
+    _actions: dict[tuple[int, int], Tensor] = field(repr=False)
+
+
+@contextmanager
+def stock_solver(policy: Policy) -> Iterator[None]:
+    """Within, the pipeline walks a fresh copy of the scheduler that it came with, in the place of its SDE twin.
+
+    A pipeline that came with an SDE scheduler walks that one's deterministic steps.
+    """
+    twin, solver = policy.pipeline.scheduler, copy.deepcopy(policy.stock_scheduler)
+    if isinstance(solver, SDESchedulerMixin):
+        solver.deterministic = True
+    policy.pipeline.scheduler = solver
+    try:
+        yield
+    finally:
+        policy.pipeline.scheduler = twin
+
+
+def _solver(policy: Policy, condition: Condition, stochastic: bool):
+    return policy._noise(condition.step_seeds or condition.seeds, False) if stochastic else stock_solver(policy)
+
+
+@contextmanager
+def _replaced(owner, name: str, call: Callable) -> Iterator[None]:
+    """Within, `owner.name(...)` is `call(original, ...)`."""
+    original, had_own = getattr(owner, name), name in owner.__dict__
+    setattr(owner, name, partial(call, original))
+    try:
+        yield
+    finally:
+        if had_own:
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)
+
+
+class _Walk:
+    """The hooks of one roll-out: around each denoiser call, and at each solver step."""
+
+    def __init__(self, grad_steps: frozenset[int], stop_step: int | None, detach_input: bool, checkpoint: bool):
+        self.grad_steps, self.stop_step, self.detach_input, self.checkpoint = grad_steps, stop_step, detach_input, checkpoint
+        self.k = 0
+        self.final: dict[int, Tensor] = {}
+        self.actions: dict[tuple[int, int], Tensor] = {}
+        self.states: list[Tensor] = []
+        self.timesteps: list[float] = []
+        self.steps: dict[int, StepOutput] = {}
+
+    def denoise(self, forward: Callable, *args: Any, **kwargs: Any):
+        if self.k not in self.grad_steps:
+            with torch.no_grad():
+                return forward(*args, **kwargs)
+        if self.detach_input:
+            args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        call = partial(forward, *args, **kwargs)
+        return checkpointed(call, use_reentrant=False) if self.checkpoint else call()
+
+    def on_step(self, step: Step) -> Tensor | None:
+        if self.stop_step is not None and step.k > self.stop_step:
+            step.skip()
+            self._next(step)
+            return self.final[step.child]
+        output = step.run()
+        self.final[step.child] = _clean_sample(step) if step.k == self.stop_step else output.prev_sample
+        if step.child == 0:
+            self.states.append(step.sample.detach())
+            self.timesteps.append(float(step.timestep))
+            if step.k in self.grad_steps:
+                self.steps[step.k] = _step_output(step, self.final[0])
+        self._next(step)
+        return self.final[step.child]
+
+    def _next(self, step: Step) -> None:
+        self.actions[step.child, step.k] = self.final[step.child].detach()
+        if step.child == 0:
+            self.k = step.k + 1
+
+
+def _step_output(step: Step, next_state: Tensor) -> StepOutput:
+    std = getattr(step.output, "std", None)
+    stochastic = std is not None and bool((std > 0).all())
+    return StepOutput(step.model_output, next_state, GaussianTransition(step.output.prev_sample_mean, std) if stochastic else None)
+
+
+def _clean_sample(step: Step) -> Tensor:
+    """The clean sample (B, *D) that the model's output at this step implies."""
+    clean = getattr(step.output, "pred_original_sample", None)
+    if clean is None:
+        scale = getattr(step.scheduler, "scale_model_input", lambda x, t: x)
+        t = torch.as_tensor(step.timestep).reshape(-1).expand(len(step.sample))
+        clean = ForwardProcess(sde_twin(step.scheduler)).to_x0(step.model_output, scale(step.sample, step.timestep), t)
+    return clean.to(step.sample.dtype)
+
+
+def differentiable_rollout(
+    policy: Policy,
+    condition: Condition,
+    *,
+    grad_steps: Iterable[int],
+    stop_step: int | None = None,
+    stochastic: bool = False,
+    detach_input: bool = False,
+    checkpoint: bool = True,
+    decode: bool = True,
+    decode_checkpoint: bool = True,
+    frames: list[int] | None = None,
+) -> DifferentiableRollout:
+    """Sample one image a prompt with the graph of the chosen denoiser calls.
+
+    Args:
+        condition: `policy.condition(prompts, seeds=...)`. The images are those of the stock pipeline at these seeds.
+        grad_steps: solver steps whose denoiser calls take part in the graph; draw them once a roll-out.
+        stop_step: ends the walk there: the clean sample that the model predicts at this step is decoded, later calls are not made.
+        stochastic: draw from the policy's SDE kernels; otherwise walk the scheduler that the pipeline came with.
+        detach_input: the denoiser's inputs are constants, so gradients pass through the solver alone (DRTune).
+        checkpoint: compute the activations of each gradient step again on the way back.
+        decode, decode_checkpoint: whether to decode, and the same for the autoencoder.
+        frames: decode these frames of a video only; see `decode_latents`.
+
+    Raises:
+        ValueError: no seeds, or a step that the call does not have.
+    """
+    if condition.seeds is None:
+        raise ValueError("A differentiable roll-out needs seeds: policy.condition(prompts, seeds=[...]).")
+    walk = _Walk(frozenset(grad_steps), stop_step, detach_input, checkpoint)
+    if stop_step is not None and any(k > stop_step for k in walk.grad_steps):
+        raise ValueError(f"Gradient steps {sorted(walk.grad_steps)} reach beyond stop_step {stop_step}, where the walk ends.")
+    with ExitStack() as stack:
+        stack.enter_context(_solver(policy, condition, stochastic))
+        for module in policy.denoisers.values():
+            stack.enter_context(_replaced(module, "forward", walk.denoise))
+        if decode:
+            stack.enter_context(_decoding(policy, decode_checkpoint, frames))
+        stack.enter_context(torch.enable_grad())
+        gate = None if stop_step is None else (lambda k: k <= stop_step)
+        output = policy._drive(condition, walk.on_step, needs_denoiser=gate, **({"output_type": "pt"} if decode else {}))
+    last = max([*walk.grad_steps, stop_step or 0])
+    if last >= walk.k or min(walk.grad_steps, default=0) < 0:
+        raise ValueError(f"The call took {walk.k} solver steps, 0 to {walk.k - 1}; it has no step {last}. count_steps(policy, condition) counts them.")
+    images = _images(output) if decode else None
+    return DifferentiableRollout(condition, images, walk.final[0], walk.states, walk.timesteps, walk.steps, stochastic, walk.actions)
+
+
+@torch.no_grad()
+def count_steps(policy: Policy, condition: Condition, *, stochastic: bool = False) -> int:
+    """How many solver steps the call takes: `num_inference_steps` for most, more for solvers of second order, fewer for a partial
+    denoising. Costs one denoiser call at most."""
+    taken = [0]
+
+    def skip(step: Step) -> Tensor:
+        taken[0] += step.child == 0
+        step.skip()
+        return step.sample
+
+    with _solver(policy, condition, stochastic):
+        policy._drive(condition, skip, needs_denoiser=lambda k: False)
+    return taken[0]
+
+
+@torch.no_grad()
+def outputs_along(policy: Policy, rollout: DifferentiableRollout) -> dict[int, StepOutput]:
+    """The gradient steps' outputs under the current weights, at the recorded states, without gradient: within `policy.reference()`
+    those of the pretrained model, to hold the policy near it."""
+    found: dict[int, StepOutput] = {}
+
+    def force(step: Step) -> Tensor:
+        action = rollout._actions[step.child, step.k].to(step.sample.device)
+        if step.child == 0 and step.k in rollout.steps:
+            step.run(**({"prev_sample": action} if rollout.stochastic else {}))
+            found[step.k] = _step_output(step, step.output.prev_sample)
+        else:
+            step.skip()
+        return action
+
+    with _solver(policy, rollout.condition, rollout.stochastic):
+        policy._drive(rollout.condition, force, needs_denoiser=lambda k: k in rollout.steps)
+    return found
+
+
+def solver_step(policy: Policy, condition: Condition, k: int, state: Tensor) -> Tensor:
+    """Where solver step k leads from `state` (B, *D), with the graph if autograd is on: one link of the chain by itself.
+
+    Of one-step solvers: one that remembers earlier outputs starts anew here, and leads elsewhere. Step 0 starts at the condition's
+    own noise, whatever the `state`, which is then no part of the graph.
+    """
+    found: list[Tensor] = []
+
+    def take(step: Step) -> Tensor:
+        if step.child == 0 and step.k == k:
+            found.append(step.run().prev_sample)
+        else:
+            step.skip()
+        return state if step.k < k else found[0]
+
+    with stock_solver(policy):
+        policy._drive(condition, take, needs_denoiser=lambda step: step == k)
+    if not found:
+        raise ValueError(f"The call has no solver step {k}.")
+    return found[0]
+
+
+def decode_latents(policy: Policy, latents: Tensor, condition: Condition | None = None, *, checkpoint: bool = True, frames: list[int] | None = None) -> Tensor:
+    """`policy.decode` that computes the autoencoder's activations again on the way back.
+
+    Args:
+        frames: decode only these frames of a video, (B, len(frames), 3, H, W), in this order. If the autoencoder is causal in time, which
+            a small crop tells, latents after the last of them are left out; otherwise all are decoded. Either way the frames, and
+            their gradients, are those of the whole video.
+
+    Raises:
+        ValueError: `frames` where the autoencoder decodes no videos, or beyond the video's end.
+    """
+    with _decoding(policy, checkpoint, frames):
+        return policy.decode(latents, condition)
+
+
+@contextmanager
+def _decoding(policy: Policy, checkpoint: bool, frames: list[int] | None) -> Iterator[None]:
+    vae = getattr(policy.pipeline, "vae", None)
+    if vae is None and frames is None:
+        yield
+        return
+
+    def decode(original: Callable, z: Tensor, *args: Any, **kwargs: Any):
+        if frames is not None:
+            z = z[:, :, : _latent_frames(lambda x: original(x, *args, **kwargs), z, frames)]
+        call = partial(original, z, *args, **kwargs)
+        output = checkpointed(call, use_reentrant=False) if checkpoint else call()
+        return output if frames is None else pytree.tree_map_only(Tensor, lambda video: video[:, :, frames], output)
+
+    if vae is None:
+        raise ValueError(f"{type(policy.pipeline).__name__} has no component `vae`, so its frames cannot be decoded one by one; leave `frames` out.")
+    with _replaced(vae, "decode", decode):
+        yield
+
+
+@torch.no_grad()
+def _latent_frames(decode: Callable, z: Tensor, frames: list[int]) -> int:
+    """How many latents the frames up to the last of `frames` need: all, unless a crop shows that the autoencoder is causal."""
+    if z.ndim != 5:
+        raise ValueError("This pipeline's autoencoder decodes images, not videos: leave `frames` out and take images[:, frames].")
+    number, last, crop = z.shape[2], max(frames), z[..., :4, :4]
+    whole = _first(decode(crop))
+    if last >= whole.shape[2] or min(frames) < 0:
+        raise ValueError(f"The video has frames 0 to {whole.shape[2] - 1}, got {frames}.")
+    ratio = max(1, (whole.shape[2] - 1) // max(1, number - 1))
+    needed = min(number, 1 + -(-last // ratio))
+    part = _first(decode(crop[:, :, :needed]))
+    tolerance = 1e-4 if z.dtype == torch.float32 else 1e-2
+    causal = part.shape[2] > last and bool((part - whole[:, :, : part.shape[2]]).abs().max() <= tolerance * whole.abs().max())
+    return needed if causal else number
+
+
+def _first(output) -> Tensor:
+    return next(x for x in pytree.tree_leaves(output) if isinstance(x, Tensor))
