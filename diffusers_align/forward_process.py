@@ -24,6 +24,7 @@ from torch import Tensor
 from .schedulers import DDIMSDEScheduler, FlowMatchSDEScheduler
 
 SCHEMES = ("uniform", "logit_normal", "grid")
+WEIGHTINGS = ("native", "eps", "x0", "elbo")
 
 
 class ForwardProcess:
@@ -135,6 +136,33 @@ class ForwardProcess:
         if self.prediction_type == "flow":
             return self._velocity(output.to(torch.promote_types(x_t.dtype, torch.float32)))
         return self.to_noise(output, x_t, t) - self.to_x0(output, x_t, t)
+
+    def error_weight(self, t: Tensor, weighting: str = "native") -> Tensor:
+        r"""What to multiply the squared error of the model's own output with, (B,), to have it in other terms.
+
+        Args:
+            weighting: `native`, 1; `eps` and `x0`, the squared error of the implied noise and clean sample, exactly; `elbo`, the x0
+                error times minus half the derivative of the SNR by the time in [0, 1] (https://arxiv.org/abs/2107.00630, eq. 18
+                and, for a table of T levels, T/2 (SNR(t - 1) - SNR(t)) of eq. 14), a term of -log p(x0) up to a constant.
+
+        At t = 0 of a table, whose term of the bound is another one, `elbo` is 0; a flow's is infinite without noise.
+
+        Raises:
+            ValueError: an unknown weighting.
+        """
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"Unknown weighting {weighting!r}; choose one of {', '.join(WEIGHTINGS)}.")
+        alpha, sigma = self._levels(t)
+        to_x0 = {"flow": sigma, "v_prediction": sigma, "epsilon": sigma / alpha, "sample": torch.ones_like(sigma)}[self.prediction_type]
+        to_eps = {"flow": alpha, "v_prediction": alpha, "epsilon": torch.ones_like(alpha), "sample": alpha / sigma}[self.prediction_type]
+        if weighting == "elbo":
+            return _like(alpha / sigma**3 if self.is_flow else to_x0.square() * self._snr_fall(t), t)
+        return _like({"native": torch.ones_like(alpha), "eps": to_eps.square(), "x0": to_x0.square()}[weighting], t)
+
+    def _snr_fall(self, t: Tensor) -> Tensor:
+        """T/2 (SNR(t - 1) - SNR(t)) of a noise table, (B,) float64; 0 at t = 0."""
+        (alpha, sigma), (before_alpha, before_sigma) = self._levels(t), self._levels((t - 1).clamp(min=0))
+        return self.num_train_timesteps / 2 * ((before_alpha / before_sigma).square() - (alpha / sigma).square())
 
     def _velocity(self, output: Tensor) -> Tensor:
         return -output if self._inverted else output

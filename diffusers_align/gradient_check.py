@@ -61,7 +61,8 @@ def _check_settings(policy: Policy) -> None:
         )
     if getattr(policy.pipeline, "safety_checker", None) is not None:
         raise GradientError(
-            "The pipeline's safety_checker turns the pictures into PIL and blackens some: neither has a gradient. Set pipeline.safety_checker = None for training."
+            "The pipeline's safety_checker turns the pictures into PIL and blackens some: neither has a gradient. For training, set "
+            "pipeline.safety_checker = None."
         )
 
 
@@ -83,18 +84,20 @@ def _check_graph(policy: Policy, rollout: DifferentiableRollout, rewards: Tensor
     """Name the first link, from the parameters on, behind which nothing requires a gradient."""
     if not rollout.steps:
         raise GradientError("There are no gradient steps: grad_steps is empty.")
-    because = f": {culprits[0]}" if culprits else ""
     if not rollout.steps[max(rollout.steps)].model_output.requires_grad:
         inside = _inside_denoiser(policy, rollout.condition)
         because = f": {inside[0]}" if inside else " (its parameters are not used, or its output is detached)"
         raise GradientError(f"The denoiser's output has no graph{because}.")
     if not rollout.latents.requires_grad:
-        raise GradientError(f"The denoiser's output has a graph, the latents have none: {type(policy.stock_scheduler).__name__}.step or the pipeline's loop cuts it.")
-    if rollout.images is rollout.latents or not rollout.images.requires_grad:
-        raise GradientError(f"The latents have a graph, the images have none: the decoder cuts it{because or ', or what the pipeline does after it'}.")
+        raise GradientError(
+            f"The denoiser's output has a graph, the latents have none: {type(policy.stock_scheduler).__name__}.step or the pipeline's loop cuts it."
+        )
+    if not rollout.images.requires_grad:
+        cause = next((c for c in culprits if c.startswith("vae")), "the decoder detaches them, or the pipeline does after it")
+        raise GradientError(f"The latents have a graph, the images have none: {cause}.")
     if not rewards.requires_grad:
-        because = because or ": it detaches them, runs under torch.no_grad or inference_mode, or goes through NumPy or PIL"
-        raise GradientError(f"The images have a graph, the reward has none{because}.")
+        cause = next((c for c in culprits if c.startswith("reward")), "it detaches them, runs under torch.no_grad, or goes through NumPy or PIL")
+        raise GradientError(f"The images have a graph, the reward has none: {cause}.")
 
 
 def _inside_denoiser(policy: Policy, condition: Condition) -> list[str]:
@@ -148,20 +151,21 @@ def _autograd_off(roots: dict[str, nn.Module]) -> Iterator[list[str]]:
     found: list[str] = []
     entered: list[tuple[str, bool]] = []
 
-    def enter(name: str):
+    def enter(root: str, name: str):
         def hook(module, args):
-            if entered and entered[-1][1] and not torch.is_grad_enabled():
+            caller, was_on = entered[-1] if entered else (root, True)
+            if was_on and not torch.is_grad_enabled():
                 inside_checkpoint = any(f.name == "forward" and f.filename.endswith("checkpoint.py") for f in traceback.extract_stack())
                 how = "reentrant checkpointing (use_reentrant=True)" if inside_checkpoint else "torch.no_grad or inference_mode"
-                found.append(f"{entered[-1][0]} runs its layers under {how}")
-            entered.append((name, torch.is_grad_enabled()))
+                found.append(f"{caller} runs its layers under {how}")
+            entered.append((f"{root}.{name}".rstrip("."), torch.is_grad_enabled()))
 
         return hook
 
     handles = []
     for root, module in roots.items():
         for name, layer in module.named_modules():
-            handles.append(layer.register_forward_pre_hook(enter(f"{root}.{name}".rstrip("."))))
+            handles.append(layer.register_forward_pre_hook(enter(root, name)))
             handles.append(layer.register_forward_hook(lambda *_: entered.pop() and None, always_call=True))
     try:
         yield found

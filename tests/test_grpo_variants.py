@@ -206,10 +206,16 @@ def asked(**flags):
     return argparse.Namespace(**{"multi_reward": "sum", "global_std": True, "std_ddof": 0, "adv_clip_max": 5.0, **flags})
 
 
+def samples_of(**components):
+    groups = torch.arange(2).repeat_interleave(6)
+    rewards = components["first"] + 0.5 * components["second"]
+    return Samples([], [], ["a"] * 12, groups, rewards, {"reward": rewards, **components}, [])
+
+
 def scored():
-    groups, first, second = torch.arange(2).repeat_interleave(6), randn(12).float(), 100 * randn(12, seed=1).float()
-    reward = WeightedSum([(lambda i, p, **c: first, 1.0, "first"), (lambda i, p, **c: second, 0.5, "second")])
-    return Samples([], [], [], ["a"] * 12, groups, first + 0.5 * second, {"reward": first + 0.5 * second, "first": first, "second": second}), reward
+    first, second = randn(12).float(), 100 * randn(12, seed=1).float()
+    reward = WeightedSum([(lambda images, prompts: first, 1.0, "first"), (lambda images, prompts: second, 0.5, "second")])
+    return samples_of(first=first, second=second), reward
 
 
 def test_gdpo_gives_each_reward_its_weight_whatever_its_scale():
@@ -217,7 +223,7 @@ def test_gdpo_gives_each_reward_its_weight_whatever_its_scale():
     actual = advantages_of(samples, asked(multi_reward="gdpo"), reward)
     parts = torch.stack([samples.components["first"], samples.components["second"]])
     torch.testing.assert_close(actual, multi_reward_advantages(parts, torch.tensor([1.0, 0.5]), samples.groups))
-    rescaled = Samples([], [], [], samples.prompts, samples.groups, samples.rewards, {**samples.components, "second": samples.components["second"] / 1000})
+    rescaled = samples_of(first=samples.components["first"], second=samples.components["second"] / 1000)
     torch.testing.assert_close(advantages_of(rescaled, asked(multi_reward="gdpo"), reward), actual, rtol=1e-2, atol=1e-2)
     correlation = torch.corrcoef(torch.stack([advantages_of(samples, asked(), reward), samples.components["second"]]))[0, 1]
     assert correlation > 0.8, "summed first, the larger scale drowns the other"

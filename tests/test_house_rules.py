@@ -33,6 +33,8 @@ LAYERS = {
     "prediction": {"driver", "trajectory"},
     "forward_process": {"schedulers"},
     "policy": BELOW_POLICY,
+    "differentiable": {"policy"} | BELOW_POLICY,
+    "gradient_check": {"differentiable", "policy", "trajectory"},
     "rewards": {"embedded"},
     "pipelines": {"policy", "algorithms", "rl", "rewards"} | BELOW_POLICY,
     "training": {"policy", "algorithms", "rl", "rewards", "data", "embedded", "front_doors"} | BELOW_POLICY,

@@ -1,5 +1,8 @@
 """One module an algorithm; each opens with the algorithm's page. Imports torch only.
 
+Route B, differentiable rewards: `refl` (one predicted clean sample), `draft` (the chain or its end), `alignprop` (a random cut), `vader`
+(videos), `drtune` (stopped inputs), `srpo` (any noise level, relative rewards), `continuous_adjoint` (one step's memory).
+
 Route C, online reinforcement learning: `reinforce` (DDPO-SF), `ddpo` (DDPO-IS), `dpok` (value baseline, KL), `flow_grpo`;
 its variants: `flow_cps` (clean rollouts), `dance_grpo` (constant noise, best and worst), `mix_grpo` (sliding window), `grpo_guard`
 (normalised ratios); with more of each rollout: `dense_grpo` (a reward for every step), `mv_grpo` (several captions);

@@ -1,5 +1,23 @@
-"""What the scripts learn from: prompts."""
+"""What the scripts learn from: prompts, and preference data of five kinds."""
 
+from .batches import balanced_batch_of, batch_of
+from .cache import TensorCache, key_of
+from .loading import Report, load_preferences
 from .prompts import Prompt, load_prompts, prompts_of_epoch
+from .records import KINDS, LazyImage
+from .schemas import parse_column_map
 
-__all__ = ["Prompt", "load_prompts", "prompts_of_epoch"]
+__all__ = [
+    "KINDS",
+    "LazyImage",
+    "Prompt",
+    "Report",
+    "TensorCache",
+    "balanced_batch_of",
+    "batch_of",
+    "key_of",
+    "load_preferences",
+    "load_prompts",
+    "parse_column_map",
+    "prompts_of_epoch",
+]

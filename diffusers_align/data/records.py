@@ -70,9 +70,9 @@ class LazyImage:
             BadRow: that cannot be done.
         """
         try:
-            image = _decoder(self._load())
-            if verify == "full":
-                image.load()
+            with _decoder(self._load()) as image:
+                if verify == "full":
+                    image.load()
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more on broken files
             raise BadRow(f"{type(error).__name__}: {error}") from error
 
@@ -92,7 +92,7 @@ class LazyImage:
 
 
 def _decoder(value: Path | bytes | Image.Image) -> Image.Image:
-    return value if isinstance(value, Image.Image) else Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+    return value.copy() if isinstance(value, Image.Image) else Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
 
 
 def canonical(kind: str, fields: dict) -> dict:
@@ -108,12 +108,13 @@ def canonical(kind: str, fields: dict) -> dict:
         if len(row["images"]) != len(row["ranks"]):
             raise BadRow(f"{len(row['images'])} images but {len(row['ranks'])} ranks")
     elif kind == "pair":
+        weight = 1 if fields.get("weight") in (None, "") else fields["weight"]
         row |= {"image_0": fields.get("image_0"), "image_1": fields.get("image_1")}
-        row |= {"label_0": _number(_labelled(fields, "label_0"), "label_0", 0, 1), "weight": _number(fields.get("weight", 1), "weight", 0)}
+        row |= {"label_0": _number(_labelled(fields, "label_0"), "label_0", 0, 1), "weight": _number(weight, "weight", 0)}
     else:
         row["image"] = fields.get("image")
         if kind == "binary":
-            row["label"] = _boolean(_labelled(fields, "label"), "label")
+            row["label"] = boolean(_labelled(fields, "label"), "label")
         elif kind == "scored":
             row["reward"] = _number(fields.get("reward"), "reward")
     for name, image in images_of(row):
@@ -130,14 +131,12 @@ def images_of(row: dict) -> list[tuple[str, Any]]:
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise BadRow("the prompt is empty" if value in (None, "") or isinstance(value, str) else f"the prompt is no text: {value!r:.60}")
+        raise BadRow("the prompt is empty" if value is None or isinstance(value, str) else f"the prompt is no text: {value!r:.60}")
     return value.strip()
 
 
 def _labelled(fields: dict, name: str) -> object:
-    if name not in fields:
-        raise BadRow(f"no {name}")
-    if fields[name] is None or fields[name] == "":
+    if fields.get(name) in (None, ""):
         raise LeftOut("without a label")
     return fields[name]
 
@@ -152,7 +151,12 @@ def _number(value: object, name: str, low: float = -math.inf, high: float = math
     return number
 
 
-def _boolean(value: object, name: str) -> bool:
+def boolean(value: object, name: str) -> bool:
+    """True or false, also where a .csv file spells it out or counts 1 and 0.
+
+    Raises:
+        BadRow: it is neither.
+    """
     word = str(value).strip().lower()
     if word not in TRUE | FALSE:
         raise BadRow(f"{name} must be true or false, 1 or 0, got {value!r:.60}")

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from .conversions import CONVERSIONS
-from .records import KINDS, BadRow, LeftOut
+from .records import FALSE, KINDS, BadRow, LeftOut, boolean
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 # Diffusion-KTO's annotation of Pick-a-Pic; its default policy `wi_l` calls an image desirable that won at least once.
@@ -43,18 +43,21 @@ def _ranked_alone(image: str, row: dict) -> dict:
     return {"prompt": row["prompt"], "images": [row[image]], "ranks": [row["rank"]], "group": row["prompt_id"]}
 
 
+def _is_false(value: object) -> bool:
+    return str(value).lower() in FALSE
+
+
 def _pick_a_pic(row: dict) -> dict:
-    if row.get("has_label") is False:
+    if _is_false(row.get("has_label")):
         raise LeftOut("without a label")
-    if row.get("are_different") is False:
+    if _is_false(row.get("are_different")):
         raise LeftOut("of twice the same image")
     fields = {"prompt": row["prompt"], "image_0": row["jpg_0"], "image_1": row["jpg_1"], "label_0": row["label_0"]}
     return fields | {name: row[name] for name in ("image_0_uid", "image_1_uid") if name in row}
 
 
 def _votes_of_two(row: dict) -> dict:
-    votes = {str(row[name]).strip().lower() in ("true", "1", "1.0") for name in ("prefer_0",)}, str(row["prefer_1"]).strip().lower() in ("true", "1", "1.0")
-    first, second = votes[0].pop(), votes[1]
+    first, second = (boolean(row[name], name) for name in ("prefer_0", "prefer_1"))
     return {**row, "label_0": 0.5 if first == second else float(first)}
 
 
@@ -75,8 +78,9 @@ def _argilla(row: dict) -> dict:
         raise LeftOut("without a label")
     if unknown := [vote for vote in votes if vote not in ARGILLA_VOTES]:
         raise BadRow(f"unknown response {unknown[0]!r}; known are {', '.join(ARGILLA_VOTES)}")
-    label = sum(ARGILLA_VOTES[vote] for vote in votes) / len(votes)
-    images = row["images"]
+    label, images = sum(ARGILLA_VOTES[vote] for vote in votes) / len(votes), row["images"]
+    if not isinstance(images, dict):
+        raise BadRow(f"images is no object with image_1, image_2 and prompt: {images!r:.60}")
     return {"prompt": images.get("prompt"), "image_0": images.get("image_1"), "image_1": images.get("image_2"), "label_0": label}
 
 

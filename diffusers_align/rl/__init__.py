@@ -1,7 +1,8 @@
 """The classical toolbox of policy gradients, on tensors. Imports torch only.
 
 What rewards are worth (`returns`), how much better than expected (`advantages`), by a learned baseline (`values`), correcting
-for old samples (`importance`), how far to go (`trust_region`), what to watch (`diagnostics`).
+for old samples (`importance`), how far to go (`trust_region`), what to watch (`diagnostics`). For learning from judged samples:
+errors of the model's outputs (`matching`), losses of pairs (`preferences`).
 """
 
 from .advantages import PromptStatistics, batch_advantages, group_advantages, leave_one_out_advantages, multi_reward_advantages

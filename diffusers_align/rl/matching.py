@@ -1,6 +1,12 @@
-"""How far a model's output is from a target: the matching error of pretraining, and the distance of two models."""
+"""How far a model's output is from a target: the matching error of pretraining, and the distance of two models.
+
+Losses on pairs, likes and scores are functions of such errors, one number a sample. So their gradient can be had in two passes:
+all errors without a graph, then each micro-batch once more, with `error_coefficients` in the place of the loss.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,3 +16,34 @@ def matching_error(output: Tensor, target: Tensor) -> Tensor:
     """mean((output - target)^2) over all but the first dimension, (B, *D) -> (B,), in float32 or the wider of the two dtypes."""
     dtype = torch.promote_types(torch.promote_types(output.dtype, target.dtype), torch.float32)
     return (output.to(dtype) - target.to(dtype)).flatten(1).square().mean(1)
+
+
+def error_coefficients(loss: Callable[..., Tensor], *errors: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    r"""$\partial\,\mathrm{mean}(L) / \partial e_i$ of a loss on errors, for backpropagation in pieces: the gradient of mean(L) is that of
+    $\sum_i \mathrm{coefficient}_i\, e_i$ with the coefficients held, micro-batch by micro-batch, winner and loser apart.
+
+    Args:
+        loss: `loss(*errors)` is (B,); what it shall not be differentiated by (errors of the reference, labels) it holds itself.
+        errors: (B,) each, of the whole batch, with or without a graph.
+
+    Returns:
+        The loss (B,) and a coefficient (B,) for each of `errors`, all without a graph.
+    """
+    leaves = [error.detach().requires_grad_() for error in errors]
+    with torch.enable_grad():
+        value = loss(*leaves)
+        coefficients = torch.autograd.grad(value.mean(), leaves, materialize_grads=True)
+    return value.detach(), coefficients
+
+
+def require_full_precision(*errors: Tensor) -> None:
+    """Refuse errors that were rounded to half precision: a loss looks at their small differences.
+
+    Raises:
+        TypeError: a tensor in float16 or bfloat16.
+    """
+    if any(error.dtype in (torch.float16, torch.bfloat16) for error in errors):
+        raise TypeError(
+            "Errors in half precision have lost the differences that a preference is learned from: at beta 5000 bfloat16 adds noise of std "
+            "5.7 to the logit. Square in float32, as matching_error does; the outputs themselves may be in half precision."
+        )
