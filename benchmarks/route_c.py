@@ -2,14 +2,13 @@
 
     python benchmarks/route_c.py --minutes 2 --output_dir runs/route_c
 
-Each recipe `*_mini_*.yaml` runs until its epochs have taken that long, one after the other on one thread, and is evaluated at its last
-checkpoint. What is there already is not run again.
+Each recipe `*_mini_*.yaml` runs on one thread until its epochs have had that much processor time (wall time would count what else the
+machine does), one after the other, and is evaluated at its last checkpoint. What is there already is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -46,27 +45,31 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
 
 
-def seconds(folder: Path) -> float:
-    """Training time of the last checkpoint."""
-    found = [path / "costs.json" for path in checkpoints(folder)]
-    return json.loads(found[-1].read_text())["seconds"] if found and found[-1].is_file() else 0.0
+def processor_seconds(process: subprocess.Popen) -> float:
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def train(name: str, folder: Path, minutes: float) -> None:
-    """Run a recipe until its last checkpoint has had its time."""
+    """Run a recipe until its epochs have had their time; evaluation before training does not count."""
     _, script, recipe, flags = RUNS[name]
     command = [sys.executable, SCRIPTS / f"{script}.py", "--config", SCRIPTS / "recipes" / f"{recipe}.yaml", "--output_dir", folder, *flags]
     command += ["--num_epochs", "1000", "--checkpointing_epochs", "1", "--checkpoints_total_limit", "2", "--validation_epochs", "1000"]
-    command += ["--num_eval_samples", "48", "--num_validation_images", "8", "--resume_from_checkpoint", "latest"]
+    command += ["--num_eval_samples", "48", "--num_validation_images", "8"]
     folder.mkdir(parents=True, exist_ok=True)
+    spent, start = 0.0, None
     with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        while seconds(folder) < 60 * minutes and process.poll() is None:
+        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
+        while spent < 60 * minutes and process.poll() is None:
             time.sleep(0.5)
+            if start is None and "before:" in (folder / "log.txt").read_text():
+                start = processor_seconds(process)
+            spent = processor_seconds(process) - start if start is not None else 0.0
         process.send_signal(signal.SIGINT)
         process.wait()
-    if seconds(folder) < 60 * minutes:
+    if spent < 60 * minutes:
         raise RuntimeError(f"{name} ended early; its output is in {folder / 'log.txt'}.")
+    (folder / "processor_seconds").write_text(f"{spent:.0f}")
 
 
 def main() -> None:
@@ -77,9 +80,9 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=96, help="images of each model in the evaluation")
     args = parser.parse_args()
     for name in args.only:
-        if seconds(args.output_dir / name) < 60 * args.minutes:
+        if not (args.output_dir / name / "processor_seconds").is_file():
             train(name, args.output_dir / name, args.minutes)
-        print(f"{name}: {seconds(args.output_dir / name):.0f} s, {checkpoints(args.output_dir / name)[-1].name}", flush=True)
+        print(f"{name}: {checkpoints(args.output_dir / name)[-1].name}", flush=True)
     for base, flags in EVALUATION.items():
         names = [name for name in args.only if RUNS[name][0] == base]
         if names:

@@ -41,11 +41,13 @@ class StepOutput:
     Attributes:
         model_output: (B, *D), as the scheduler got it, guidance included.
         next_state: (B, *D), what the step returned.
+        clean: (B, *D), the clean sample that the model predicts, where the scheduler computes one.
         transition: its kernel, where it is a stochastic one.
     """
 
     model_output: Tensor
     next_state: Tensor
+    clean: Tensor | None
     transition: GaussianTransition | None
 
 
@@ -152,7 +154,8 @@ class _Walk:
 def _step_output(step: Step, next_state: Tensor) -> StepOutput:
     std = getattr(step.output, "std", None)
     stochastic = std is not None and bool((std > 0).all())
-    return StepOutput(step.model_output, next_state, GaussianTransition(step.output.prev_sample_mean, std) if stochastic else None)
+    kernel = GaussianTransition(step.output.prev_sample_mean, std) if stochastic else None
+    return StepOutput(step.model_output, next_state, getattr(step.output, "pred_original_sample", None), kernel)
 
 
 def _clean_sample(step: Step) -> Tensor:

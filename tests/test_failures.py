@@ -175,8 +175,8 @@ def test_a_second_ctrl_c_is_pythons_own():
 def sized(**flags):
     """A run of 1000 trainable numbers, 10 epochs and checkpoints at 4, 8 and 10."""
     defaults = {"num_epochs": 10, "checkpointing_epochs": 4, "checkpoints_total_limit": None, "validation_epochs": 5, "num_validation_images": 16}
-    policy = SimpleNamespace(trainable_parameters=lambda: [torch.zeros(10, 100)])
-    return SimpleNamespace(args=SimpleNamespace(**{**defaults, **flags}), epoch=0, ema=None, policy=policy, checkpoints=lambda: [], output_dir="out")
+    parameters = [torch.zeros(10, 100)]
+    return SimpleNamespace(args=SimpleNamespace(**{**defaults, **flags}), epoch=0, ema=None, parameters=parameters, checkpoints=lambda: [], output_dir="out")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_how_much_will_be_written(changes, flags, number):
     run = sized(**flags)
     vars(run).update(changes)
     expected = failures.expected_bytes(run)
-    assert expected[f"checkpoints ({number} at a time)"] == number * 4 * 4000 and expected["LoRA"] == 4000
+    assert expected[f"checkpoints ({number} at a time)"] == number * 4 * 4000 and expected["weights"] == 4000
     run.ema = object()
     assert failures.expected_bytes(run)[f"checkpoints ({number} at a time)"] == number * 5 * 4000
 
@@ -205,7 +205,7 @@ def test_the_estimate_is_right(task, tmp_path, monkeypatch):  # noqa: F811
     out = train("flow_grpo", tmp_path / "run", task, **flags)
     written = sum(file.stat().st_size for file in (out / "checkpoint-1").iterdir())
     assert estimates[0]["checkpoints (1 at a time)"] == pytest.approx(written, rel=0.05)
-    assert estimates[0]["LoRA"] == pytest.approx((out / LORA).stat().st_size, rel=0.05)
+    assert estimates[0]["weights"] == pytest.approx((out / LORA).stat().st_size, rel=0.05)
     pictures = sum(file.stat().st_size for file in out.rglob("*.png"))
     assert 0 < pictures < 2 * estimates[0]["pictures"]
 

@@ -7,4 +7,9 @@ Route C, online reinforcement learning: `reinforce` (DDPO-SF), `ddpo` (DDPO-IS),
 its variants: `flow_cps` (clean rollouts), `dance_grpo` (constant noise, best and worst), `mix_grpo` (sliding window), `grpo_guard`
 (normalised ratios); with more of each rollout: `dense_grpo` (a reward for every step), `mv_grpo` (several captions);
 on the forward process: `diffusion_nft`, `advantage_weighted_matching`.
+
+Route D, pairs: `diffusion_dpo` (also IPO, hinge, DMPO, soft labels), `mapo` (no reference), `linear_dpo` (linear utility), `dspo` (score
+matching), `inpo` (at inverted latents), all with `diffusion_sdpo` (a safeguard for winners); on exact log-probabilities: `d3po`
+(trajectories), `spo` (steps from one state).
+Route E, likes and dislikes: `diffusion_kto`. Route F, scored samples: `reward_weighted_regression`.
 """

@@ -10,8 +10,8 @@ $$ \lambda = \mathrm{clip}\Big(\frac{(1 - \mu) \|g_w\|^2}{g_w \cdot g_l},\ 0,\ 1
 To first order, and as if both had the same output. It goes with any loss on errors: pass `scale_gradient(error_l, scale)` for error_l, or multiply
 the loser's coefficients of `error_coefficients` by it. mu = 0.9 for SD 1.5 and 0.6 for SDXL with DPO, 0.2 with DSPO.
 
-As in the official code (AIDC-AI/Diffusion-SDPO, 84fb241), which has one lambda for a micro-batch. `per_sample` gives each pair its own: then micro-batches do not
-matter, and the guarantee holds pair by pair whatever their weights.
+As in the official code (AIDC-AI/Diffusion-SDPO, 84fb241), which has one lambda for a micro-batch. `per_sample` gives each pair its
+own: then micro-batches do not matter, and the guarantee holds pair by pair whatever their weights.
 
 Logged: `safeguard`, mean lambda, 1 where it does nothing; else as for the loss that it guards.
 """
@@ -38,10 +38,10 @@ def safeguard_scale(residual_w: Tensor, residual_l: Tensor, *, mu: float, per_sa
     if not 0 <= mu <= 1:
         raise ValueError(f"mu is the share of its progress that the winner keeps, from 0 (its error does not rise) to 1, got {mu}.")
     dtype = torch.promote_types(residual_w.dtype, torch.float32)
-    w, l = residual_w.flatten(1).to(dtype), residual_l.flatten(1).to(dtype)
-    own, shared = w.square().sum(1), (w * l).sum(1)
+    winner, loser = residual_w.flatten(1).to(dtype), residual_l.flatten(1).to(dtype)
+    own, shared = winner.square().sum(1), (winner * loser).sum(1)
     if not per_sample:
-        own, shared = (total.sum().expand(len(w)) for total in (own, shared))
+        own, shared = (total.sum().expand(len(winner)) for total in (own, shared))
     against = shared > 0
     return torch.where(against, ((1 - mu) * own / torch.where(against, shared, 1)).clamp(0, 1), 1)
 

@@ -8,7 +8,7 @@ $$ x_{s'} = \alpha_{s'} \hat x_0(x_s) + \sigma_{s'} \hat\epsilon(x_s), \quad 0 =
 \epsilon = \frac{x_t - \alpha_t x_0}{\sigma_t}, \qquad L = -\mathbb E[\log\sigma(z)] \text{ at } (x_t, \epsilon) $$
 
 Winner and loser are inverted each by itself, with the model as it is and without gradient. beta is 2000 from a fine-tuned model, 5000
-for SDXL; some 400 updates. It costs K more forward passes, so it saves updates, not time.
+for SDXL, for 400 updates; each costs K more forward passes.
 
 Against the official code (JaydenLyh/InPO, a9cfc4d): it inverts along a grid of ten timesteps and calls the first one above t t, for the whole
 batch by its first sample's t. Here each sample has its own t, and its K steps end on it.

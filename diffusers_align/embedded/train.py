@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from .classifier import SceneClassifier
+from .noisy_classifier import CLASSES, NoisySceneClassifier
 from .scenes import COLORS, OBJECTS
 from .teaching import IMAGE_SIZE, LATENT_SIZE, LatentScenes, build_tokenizer, fit, judged_images, make_scenes, save_pipeline, text_config, tokenize
 
@@ -196,6 +197,33 @@ def train_classifier(out: Path, minutes: float, resume: bool) -> None:
     fit("classifier", [classifier], loss_fn, lambda: classifier.save_pretrained(out / "scene-classifier"), minutes, lr=2e-3)
 
 
+def train_noisy_classifier(out: Path, minutes: float, resume: bool) -> None:
+    """Cross-entropy at every noise level, without label smoothing: its gradient is used as a score, so it must be calibrated."""
+    vae, (images, scenes, _) = AutoencoderKL.from_pretrained(out / "vae").eval(), make_scenes(20000, seed=5)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(part.float() / 127.5 - 1).latent_dist.mode() for part in images.split(256)])
+    shift = vae.config.shift_factor * vae.config.scaling_factor
+    latents = latents * vae.config.scaling_factor - shift
+    labels = {name: torch.tensor([classes.index(getattr(scene, name)) for scene in scenes]) for name, classes in CLASSES.items()}
+    classifier = NoisySceneClassifier().to(memory_format=torch.channels_last)
+
+    def loss_fn() -> Tensor:
+        index = torch.randint(0, len(latents), (96,))
+        # mini-sd's latents keep their mean, mini-sd3's do not.
+        x0 = latents[index] + shift * torch.randint(0, 2, (len(index), 1, 1, 1))
+        sigma = torch.sigmoid(1.3 * torch.randn(len(index)) - 0.3)
+        mix = sigma.view(-1, 1, 1, 1)
+        logits = classifier((1 - mix) * x0 + mix * torch.randn_like(x0), 1 - sigma, sigma)
+        return sum(F.cross_entropy(logits[name], labels[name][index]) for name in CLASSES)
+
+    def save() -> None:
+        half = NoisySceneClassifier.from_config(classifier.config)
+        half.load_state_dict(classifier.state_dict())
+        half.half().save_pretrained(out / "noisy-classifier")
+
+    fit("noisy classifier", [classifier], loss_fn, save, minutes, lr=2e-3)
+
+
 def train_clip(out: Path, minutes: float, resume: bool) -> None:
     """CLIPModel with a ViT on 4-pixel patches; the contrast leaves out pairs whose captions are equal."""
     images, scenes, _ = judged_images(out, 16000, seed=4)
@@ -228,7 +256,7 @@ def train_clip(out: Path, minutes: float, resume: bool) -> None:
     fit("clip", [clip], loss_fn, save, minutes, lr=1e-3)
 
 
-STAGES = {"vae": train_vae, "sd3": train_sd3, "sd": train_sd, "clip": train_clip, "classifier": train_classifier}
+STAGES = {"vae": train_vae, "sd3": train_sd3, "sd": train_sd, "clip": train_clip, "classifier": train_classifier, "noisy_classifier": train_noisy_classifier}
 
 
 def main(argv: list[str] | None = None) -> None:

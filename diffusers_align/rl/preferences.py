@@ -6,6 +6,8 @@ $p f(z) + (1 - p) f(-z)$: cDPO's for f = -log sigma. Ties are p = 1/2, which hol
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -56,9 +58,8 @@ def pair_loss(
 
 def _bernoulli_kl(z: Tensor, alpha: float) -> Tensor:
     """KL of Bern(sigma(z)) from Bern(1 - alpha), finite for any z."""
-    p, log_p, log_q = torch.sigmoid(z), F.logsigmoid(z), F.logsigmoid(-z)
-    target = torch.tensor(1 - alpha, dtype=z.dtype, device=z.device)
-    return p * (log_p - target.log()) + torch.sigmoid(-z) * (log_q - torch.log1p(-target))
+    gain, loss = F.logsigmoid(z) - math.log1p(-alpha), F.logsigmoid(-z) - math.log(alpha)
+    return torch.sigmoid(z) * gain + torch.sigmoid(-z) * loss
 
 
 def ranked_pairs(scores: Tensor, groups: Tensor, *, kind: str = "all", min_gap: float = 0.0) -> tuple[Tensor, Tensor]:

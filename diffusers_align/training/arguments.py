@@ -13,27 +13,40 @@ from pathlib import Path
 import yaml
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
+REQUIRED = ("pretrained_model_name_or_path", "prompts", "reward", "output_dir")
+AT_LEAST_ONE = ("num_inference_steps", "train_batch_size", "num_epochs", "rank", "num_eval_samples", "checkpointing_epochs", "validation_epochs")
 
 
 def base_parser(description: str) -> argparse.ArgumentParser:
     """A parser with the common flags; a script adds those of its algorithm and hands it to `parse`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML recipe: its values replace the defaults, flags on the command line replace its values")
+    parser = run_parser(description)
     _add_model(parser.add_argument_group("model"))
     _add_task(parser.add_argument_group("prompts and reward"))
+    return parser
+
+
+def run_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags of a `Run` alone, for scripts that train no LoRA of a pipeline."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML recipe: its values replace the defaults, flags on the command line replace its values")
+    parser.set_defaults(shard_denoiser=False)
+    _add_compute(parser.add_argument_group("compute"))
     _add_optimisation(parser.add_argument_group("optimisation"))
     _add_output(parser.add_argument_group("output"))
     return parser
+
+
+def _add_compute(group) -> None:
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="dtype of the frozen weights and of autocast")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute the denoiser's activations in the backward pass")
+    group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
 
 
 def _add_model(group) -> None:
     group.add_argument("--pretrained_model_name_or_path", help="a diffusers pipeline: Hub name, folder, or an embedded model (mini-sd, mini-sd3)")
     group.add_argument("--revision", help="revision of the pipeline on the Hub")
     group.add_argument("--variant", help="variant of its files, such as fp16")
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="dtype of the frozen weights and of autocast")
-    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute the denoiser's activations in the backward pass")
     group.add_argument("--shard_denoiser", action="store_true", help="spread the frozen denoiser over the processes (FSDP2); the LoRA stays whole")
-    group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later")
     group.add_argument("--rank", type=int, default=32, help="rank of the LoRA")
     group.add_argument("--lora_alpha", type=int, help="scale of the LoRA; twice the rank if absent")
     group.add_argument("--lora_layers", help="comma-separated modules that get a LoRA; the attention projections if absent")
@@ -92,16 +105,16 @@ def _add_output(group) -> None:
     group.add_argument("--hub_token", help="token; the stored login's if absent")
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None, required: tuple[str, ...] = REQUIRED) -> argparse.Namespace:
     """Parse the recipe and the flags, and check what can be checked before anything is loaded.
 
     Exits with a message (argparse's convention) on an unknown flag, a recipe with unknown keys, or values that make no sense.
     """
-    args = parse_with_recipe(parser, argv, required=("pretrained_model_name_or_path", "prompts", "reward", "output_dir"))
-    for name in ("num_inference_steps", "train_batch_size", "num_epochs", "rank", "num_eval_samples", "checkpointing_epochs", "validation_epochs"):
-        if getattr(args, name) < 1:
+    args = parse_with_recipe(parser, argv, required)
+    for name in AT_LEAST_ONE:
+        if getattr(args, name, 1) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.reward_timeout is not None and args.reward_timeout <= 0:
+    if getattr(args, "reward_timeout", None) is not None and args.reward_timeout <= 0:
         parser.error(f"--reward_timeout must be positive, got {args.reward_timeout}")
     if args.learning_rate <= 0:
         parser.error(f"--learning_rate must be positive, got {args.learning_rate}")

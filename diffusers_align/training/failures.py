@@ -23,14 +23,14 @@ def expected_bytes(run) -> dict[str, int]:
     average, in float32. While the newest is written, `--checkpoints_total_limit` of them are still there.
     """
     args = run.args
-    lora = sum(4 * parameter.numel() for parameter in run.policy.trainable_parameters())
+    weights = sum(4 * parameter.numel() for parameter in run.parameters)
     due = sum(epoch % args.checkpointing_epochs == 0 or epoch == args.num_epochs for epoch in range(run.epoch + 1, args.num_epochs + 1))
     if args.checkpoints_total_limit:
         due = min(due, max(1, args.checkpoints_total_limit + 1 - len(run.checkpoints())))
     grids = args.num_epochs // args.validation_epochs - run.epoch // args.validation_epochs + 2
     return {
-        f"checkpoints ({due} at a time)": due * (5 if run.ema is not None else 4) * lora,
-        "LoRA": lora,
+        f"checkpoints ({due} at a time)": due * (5 if run.ema is not None else 4) * weights,
+        "weights": weights,
         "pictures": grids * args.num_validation_images * CELL_BYTES,
     }
 

@@ -55,7 +55,7 @@ def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
 
 
 def reward_curve(history: list[dict[str, float]], path: Path) -> None:
-    """Mean reward an epoch with its spread between samples, and the KL to the reference where it is logged."""
+    """Mean reward an epoch with its spread between samples (the loss, where there are no rollouts), and the KL to the reference where logged."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -64,10 +64,11 @@ def reward_curve(history: list[dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(6, 5 if with_kl else 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2 if with_kl else 1, 1, sharex=True, squeeze=False)[:, 0]
-    reward, error = [row["reward"] for row in history], [row.get("reward_se", 0.0) for row in history]
-    axes[0].plot(epochs, reward, color="tab:blue")
-    axes[0].fill_between(epochs, [r - e for r, e in zip(reward, error)], [r + e for r, e in zip(reward, error)], alpha=0.25, color="tab:blue")
-    axes[0].set_ylabel("reward of rollouts (mean, s.e.)")
+    name, label = ("reward", "reward of rollouts (mean, s.e.)") if "reward" in history[0] else ("loss", "training loss")
+    values, error = [row[name] for row in history], [row.get(f"{name}_se", 0.0) for row in history]
+    axes[0].plot(epochs, values, color="tab:blue")
+    axes[0].fill_between(epochs, [v - e for v, e in zip(values, error)], [v + e for v, e in zip(values, error)], alpha=0.25, color="tab:blue")
+    axes[0].set_ylabel(label)
     if with_kl:
         axes[1].plot(epochs, [row["kl"] for row in history], color="tab:red")
         axes[1].set_ylabel("KL to the reference")

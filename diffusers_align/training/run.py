@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +83,17 @@ class Run:
                 module.enable_gradient_checkpointing()
         self.meter.watch(policy.denoisers.values())
         self.policy = policy
-        self.accelerator.register_for_checkpointing(_Weights(policy))
+        self.train_parameters(policy.trainable_parameters(), lambda folder: policy.save_lora(folder))
         return policy
 
+    def train_parameters(self, parameters: list[torch.nn.Parameter], save: Callable[[Path], None]) -> None:
+        """What is optimised, averaged and resumed, in float32, and what writes it to a folder in the form that users load."""
+        self.parameters, self.save_weights = parameters, save
+        self.accelerator.register_for_checkpointing(_Weights(parameters))
+
     def load_optimizer(self, steps: int) -> None:
-        """AdamW over the LoRA, a learning-rate schedule of `steps` optimizer steps, and the moving average if asked for."""
-        args, parameters = self.args, self.policy.trainable_parameters()
+        """AdamW over the parameters, a learning-rate schedule of `steps` optimizer steps, and the moving average if asked for."""
+        args, parameters = self.args, self.parameters
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = torch.optim.AdamW(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
         self.optimizer = self.accelerator.prepare(optimizer)
@@ -133,7 +138,7 @@ class Run:
 
         Gradients are summed by hand: a data-parallel wrapper would hide the denoiser's class from the pipeline.
         """
-        parameters = self.policy.trainable_parameters()
+        parameters = self.parameters
         if self.accelerator.num_processes > 1:
             for parameter in parameters:
                 if parameter.grad is None:
@@ -150,12 +155,12 @@ class Run:
         """The parameters have changed: count it, and let the moving average follow."""
         self.optimizer_steps += 1
         if self.ema is not None and self.optimizer_steps % self.args.ema_interval == 0:
-            self.ema.step(self.policy.trainable_parameters())
+            self.ema.step(self.parameters)
 
     def averaged(self):
         """Context: the moving average in the place of the live weights, if there is one."""
         started = self.optimizer_steps >= self.args.ema_interval  # before that it is the untrained LoRA
-        return _Averaged(self.ema if started else None, self.policy.trainable_parameters())
+        return _Averaged(self.ema if started else None, self.parameters)
 
     # --- epochs, metrics -------------------------------------------------------------------------------------------
 
@@ -213,7 +218,7 @@ class Run:
         with failures.complete_or_absent(self, partial):
             self.accelerator.save_state(str(partial))
             if self.is_main:
-                self.policy.save_lora(partial)
+                self.save_weights(partial)
                 cost.write(partial)
         self.accelerator.wait_for_everyone()
         if self.is_main:
@@ -282,17 +287,17 @@ class Run:
 class _Weights:
     """The trainable parameters as something that accelerate checkpoints, in float32 and in order."""
 
-    def __init__(self, policy: Policy):
-        self.policy = policy
+    def __init__(self, parameters: list[torch.nn.Parameter]):
+        self.parameters = parameters
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {f"{i:05d}": p.detach().cpu().clone() for i, p in enumerate(self.policy.trainable_parameters())}
+        return {f"{i:05d}": p.detach().cpu().clone() for i, p in enumerate(self.parameters)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        parameters = self.policy.trainable_parameters()
+        parameters = self.parameters
         if len(parameters) != len(state) or any(p.shape != state[f"{i:05d}"].shape for i, p in enumerate(parameters)):
-            raise ValueError("The checkpoint's LoRA has another shape: resume with the model, --rank and --lora_layers it was trained with.")
+            raise ValueError("The checkpoint's weights have other shapes: resume with the model and the flags of its size (such as --rank) it was trained with.")
         for i, parameter in enumerate(parameters):
             parameter.copy_(state[f"{i:05d}"])
 

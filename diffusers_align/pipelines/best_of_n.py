@@ -1,0 +1,4 @@
+"""stub"""
+from .base import WrappedPipeline
+class BestOfNPipeline(WrappedPipeline):
+    """x"""

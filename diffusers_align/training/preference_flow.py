@@ -1,0 +1,179 @@
+"""What a preference flow is trained on and judged by: latents of image pairs, outputs to transport, the pipeline and its card."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from .. import __version__
+from ..data import LazyImage, Prompt
+from ..front_doors import front_door
+from . import hub
+from .pictures import before_and_after
+from .scoring import Scorer, columns_of
+from .statistics import WinRate, mean_and_error, win_rate
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Less and more preferred images of the same prompts in the space of the flow: y0, y1 (N, *D) and weights (N,), on the CPU."""
+
+    y0: Tensor
+    y1: Tensor
+    weight: Tensor
+    prompts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def split_by_prompt(rows: list[dict], held_out: float) -> tuple[list[dict], list[dict]]:
+    """Rows to train on and rows held out: those of the last prompts, of which at least one, if `held_out` > 0. No prompt is in both.
+
+    Raises:
+        ValueError: one side would be empty.
+    """
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    number = max(1, round(held_out * len(prompts))) if held_out > 0 else 0
+    if number >= len(prompts):
+        raise ValueError(f"Of {len(prompts)} prompts, {number} would be held out and none be left: give pairs of more prompts, or --held_out 0.")
+    kept = set(prompts[: len(prompts) - number])
+    return [row for row in rows if row["prompt"] in kept], [row for row in rows if row["prompt"] not in kept]
+
+
+def open_images(pipeline, images: list[LazyImage], resolution: int | None) -> Tensor:
+    """(N, 3, H, W) in [0, 1]: as they are, or resized to `resolution` squared.
+
+    Raises:
+        ValueError: they differ in size and no resolution is given.
+    """
+    opened = [image.open() for image in images]
+    if resolution is None and len(sizes := {image.size for image in opened}) > 1:
+        raise ValueError(f"The images have different sizes ({', '.join(f'{w}x{h}' for w, h in sorted(sizes)[:3])} ...): give one with --resolution.")
+    return pipeline.image_processor.preprocess(opened, resolution, resolution)
+
+
+@torch.no_grad()
+def encode_pairs(pipeline, rows: list[dict], batch_size: int, resolution: int | None, device: torch.device) -> Pairs:
+    """The winners and losers of canonical pairs through the pipeline's `encode`."""
+    sides: list[list[Tensor]] = [[], []]
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        for side, wins in zip(sides, (False, True)):
+            images = [row["image_0"] if (row["label_0"] > 0.5) == wins else row["image_1"] for row in part]
+            side.append(pipeline.encode(open_images(pipeline, images, resolution).to(device)).cpu())
+    y0, y1 = (torch.cat(side) for side in sides)
+    return Pairs(y0, y1, torch.tensor([row.get("weight", 1.0) for row in rows]), [row["prompt"] for row in rows])
+
+
+@dataclass(frozen=True)
+class Transported:
+    """Images before and after the flow, and their rewards by name, (N,) each."""
+
+    prompts: list[str]
+    before: list[Tensor]
+    after: list[Tensor]
+    rewards: dict[str, tuple[Tensor, Tensor]]
+
+    def win_rates(self) -> dict[str, WinRate]:
+        """Of transported over original images."""
+        return {name: win_rate(after, before) for name, (before, after) in self.rewards.items()}
+
+
+def transport_outputs(run, pipeline, outputs: list[tuple[Prompt, LazyImage]], rewards: dict[str, Any], **call: Any) -> Transported:
+    """Carry the outputs along the flow and score them before and after. The processes share the work, all get the whole.
+
+    A reward that raises stops here; NaN is left out of means and win rates.
+    """
+    args, accelerator, rows = run.args, run.accelerator, []
+    scorers = {name: Scorer(reward, on_nan="mask") for name, reward in rewards.items()}
+    mine = list(range(len(outputs)))[accelerator.process_index :: accelerator.num_processes]
+    pipeline.set_progress_bar_config(disable=True)
+    for start in range(0, len(mine), args.train_batch_size):
+        part = mine[start : start + args.train_batch_size]
+        prompts = [outputs[i][0] for i in part]
+        before = open_images(pipeline, [outputs[i][1] for i in part], args.resolution).to(accelerator.device)
+        with accelerator.autocast():
+            after = pipeline(before, [prompt.text for prompt in prompts], output_type="pt", **call).images.float()
+        scored = {name: list(zip(scorer(before, prompts), scorer(after, prompts))) for name, scorer in scorers.items()}
+        rows += [(i, before[j].cpu(), after[j].cpu(), {name: pairs[j] for name, pairs in scored.items()}) for j, i in enumerate(part)]
+    rows = sorted(gather_object(rows), key=lambda row: row[0])
+    by_name: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in rewards:
+        columns = [columns_of([row[3][name][side] for row in rows]) for side in (0, 1)]
+        by_name |= {name if key == "reward" else f"{name}/{key}": (columns[0][key], columns[1][key]) for key in columns[0]}
+    return Transported([outputs[i][0].text for i, *_ in rows], [row[1] for row in rows], [row[2] for row in rows], by_name)
+
+
+def describe(transported: Transported) -> dict[str, str]:
+    """The rewards before and after and the win rate, as a line each."""
+    lines = {}
+    for name, rate in transported.win_rates().items():
+        (old, old_error), (new, new_error) = (mean_and_error(values) for values in transported.rewards[name])
+        gain, error = mean_and_error(transported.rewards[name][1] - transported.rewards[name][0])
+        lines[f"{name}, before"], lines[f"{name}, after"] = f"{old:.4f} ± {old_error:.4f}", f"{new:.4f} ± {new_error:.4f}"
+        lines[f"{name}, paired gain"] = f"{gain:+.4f} ± {error:.4f}"
+        lines[f"{name}, win rate"] = f"{rate.rate:.1%} [{rate.low:.1%}, {rate.high:.1%}], {rate.wins + rate.ties + rate.losses} images, {rate.ties} ties"
+    return lines
+
+
+def save(run, pipeline, transported: Transported) -> None:
+    """The pipeline with the file that loads it, the picture, and the model card, in the output folder; uploaded if asked for."""
+    args, folder = run.args, run.output_dir
+    pipeline.save_pretrained(folder)
+    shutil.copy(front_door("pipelines", "preference_flow"), folder)
+    number = args.num_validation_images
+    before_and_after(transported.before[:number], transported.after[:number], transported.prompts[:number]).save(folder / "before_after.png")
+    (folder / "README.md").write_text(_card(run, describe(transported)), encoding="utf-8")
+    if args.push_to_hub:
+        run.print(f"Pushed to {hub.push(run)}.")
+
+
+def _card(run, results: dict[str, str]) -> str:
+    args = run.args
+    repo = args.hub_model_id or run.output_dir.name
+    front = {"library_name": "diffusers", "license": "other", "tags": ["diffusers", "diffusers-align", "preference-flow-matching", "image-to-image"]}
+    config = {key: value for key, value in sorted(vars(args).items()) if key not in ("hub_token", "config", "trackers", "command") and value is not None}
+    rows = "\n".join(f"| {name} | {value} |" for name, value in results.items())
+    pictures = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in ("before_after.png", "reward_curve.png"))
+    call = f"num_inference_steps={args.num_inference_steps}, iterations={args.iterations}, strength={args.strength:g}, solver={args.solver!r}"
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {repo}
+
+A preference flow (https://arxiv.org/abs/2405.19806), trained with diffusers-align {__version__}: it carries any images, whoever made them, to preferred ones.
+
+```python
+from diffusers_align.pipelines.preference_flow import PreferenceFlowPipeline
+
+pipe = PreferenceFlowPipeline.from_pretrained("{repo}")
+images = pipe(images, prompts, {call}).images
+```
+
+Outputs of held-out prompts before and after the flow (mean ± standard error; 95 % interval of the win rate):
+
+| | |
+|---|---|
+{rows}
+
+{pictures}
+
+## Training
+
+```bash
+{args.command}
+```
+
+```yaml
+{yaml.safe_dump(config, sort_keys=False).strip()}
+```
+"""

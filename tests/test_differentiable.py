@@ -1,0 +1,525 @@
+"""Reward gradients through stock pipelines: the pipeline's own pictures, and the gradients of a loop written by hand."""
+
+import copy
+import functools
+
+import diffusers
+import pytest
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from tiny_pipelines import FAMILIES
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from diffusers_align import Policy
+from diffusers_align.algorithms import draft, drtune, srpo
+from diffusers_align.algorithms.continuous_adjoint import adjoint_gradient
+from diffusers_align.differentiable import count_steps, decode_latents, differentiable_rollout, outputs_along, solver_step, stock_solver
+from diffusers_align.forward_process import ForwardProcess
+from diffusers_align.gradient_check import GradientError, check_gradient
+
+torch.set_num_threads(1)
+PROMPTS, SEEDS = ["a cat", "a large red dog"], [11, 12]
+SOLVERS = ["DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"]
+SUBJECTS = [*(("sd15", solver) for solver in SOLVERS), ("sd15_img2img", None), ("sd3", None), ("flux", None), ("wan", None)]
+
+
+class Subject:
+    """A pipeline with a LoRA that does something, on a solver of choice, and the same pipeline untouched."""
+
+    def __init__(self, family, solver=None):
+        self.family = FAMILIES[family]
+        pipeline, self.stock = self.family.build(), self.family.build()
+        for p in (pipeline, self.stock) if solver else ():
+            p.scheduler = getattr(diffusers, solver).from_config(p.scheduler.config)
+        self.policy = Policy(pipeline, **self.family.call)
+        self.parameters = self.policy.add_lora(rank=2)
+        torch.manual_seed(1)
+        for module in self.policy.denoisers.values():
+            for name, parameter in module.named_parameters():
+                if ".lora_B." in name:
+                    parameter.data.normal_(std=0.3)
+        self.condition = self.policy.condition(PROMPTS, seeds=SEEDS)
+
+    def rollout(self, grad_steps, **options):
+        return differentiable_rollout(self.policy, self.condition, grad_steps=grad_steps, **options)
+
+    def steps(self):
+        return count_steps(self.policy, self.condition)
+
+    def gradient(self, loss, **options):
+        found = torch.autograd.grad(loss, self.parameters, allow_unused=True, **options)
+        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(self.parameters, found)])
+
+
+@functools.cache
+def subject(family, solver=None) -> Subject:
+    return Subject(family, solver)
+
+
+@pytest.fixture
+def sd3():
+    """One of its own, to be damaged."""
+    return Subject("sd3")
+
+
+def weights(images):
+    return torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
+
+
+def score(images):
+    """A reward (B,) that looks at every pixel."""
+    return (images * weights(images)).flatten(1).sum(1)
+
+
+def brightness(images):
+    return images.flatten(1).mean(1)
+
+
+def close(actual, expected, tolerance=1e-5):
+    assert expected.norm() > 0
+    assert float((actual - expected).detach().norm() / expected.detach().norm()) <= tolerance
+
+
+# --- the pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family, solver", SUBJECTS)
+def test_the_images_are_the_stock_pipelines(family, solver):
+    it = subject(family, solver)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    expected = it.stock(prompt=list(PROMPTS), generator=generators, output_type="pt", **it.family.call)[0]
+    with it.policy.reference():
+        rollout = it.rollout([0])
+    assert torch.equal(rollout.images, expected)
+    assert rollout.images.min() >= 0 and rollout.images.max() <= 1
+    assert not torch.equal(it.rollout([]).images, expected), "the LoRA does nothing"
+
+
+def test_images_reach_the_reward_in_the_whole_range():
+    """Brought to [0, 1] once: twice would leave [0.5, 1]."""
+    it = Subject("sd15")
+    it.policy.pipeline.vae.decoder.conv_out.weight.data *= 30
+    images = it.rollout([]).images
+    assert images.min() == 0 and images.max() == 1
+
+
+@pytest.mark.parametrize("family, solver", SUBJECTS)
+def test_everything_is_left_as_it_was(family, solver):
+    it = subject(family, solver)
+    twin = it.policy.scheduler
+    it.rollout([1])
+    with pytest.raises(ValueError, match="no step 99"):
+        it.rollout([99])
+    assert it.policy.scheduler is twin
+    assert all("forward" not in module.__dict__ for module in it.policy.denoisers.values())
+    assert "decode" not in it.policy.pipeline.vae.__dict__
+    copy.deepcopy(it.policy.stock_scheduler)
+
+
+def test_a_step_is_a_call_of_the_scheduler():
+    number = FAMILIES["sd15"].call["num_inference_steps"]
+    assert [subject("sd15", solver).steps() for solver in SOLVERS] == [number, number, 2 * number - 1, number]
+    assert subject("sd15_img2img").steps() == 4
+
+
+def test_the_stock_solver_of_an_sde_pipeline_is_its_deterministic_one():
+    it = subject("sd3")
+    second = Policy(Subject("sd3").policy.pipeline, **it.family.call)
+    with stock_solver(second):
+        assert second.scheduler.deterministic
+    images = differentiable_rollout(second, second.condition(PROMPTS, seeds=SEEDS), grad_steps=[]).images
+    assert torch.equal(images, it.rollout([]).images)
+
+
+# --- gradients: against a loop by hand -----------------------------------------------------------------------------------
+
+
+def by_hand(it, call):
+    """Stable Diffusion's loop, with `call(k, unet, x, ...)` for the denoiser; the images."""
+    pipe, solver = it.policy.pipeline, copy.deepcopy(it.policy.stock_scheduler)
+    positive, negative = (e.detach() for e in pipe.encode_prompt(PROMPTS, "cpu", 1, True))
+    solver.set_timesteps(it.family.call["num_inference_steps"])
+    x = randn_tensor((2, 4, 8, 8), [torch.Generator().manual_seed(seed) for seed in SEEDS]) * solver.init_noise_sigma
+    for k, t in enumerate(solver.timesteps):
+        doubled = solver.scale_model_input(torch.cat([x] * 2), t)
+        uncond, cond = call(k, doubled, t, torch.cat([negative, positive])).chunk(2)
+        x = solver.step(uncond + it.family.call["guidance_scale"] * (cond - uncond), t, x).prev_sample
+    return (pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_gradient_is_that_of_a_loop_by_hand(solver, checkpointing):
+    """Outputs detached before the cut, as in AlignProp's code: the solver's own path stays."""
+    it = subject("sd15", solver)
+    unet = it.policy.pipeline.unet
+    for cut in (0, 2, it.steps() - 1):
+
+        def call(k, x, t, embeddings):
+            output = unet(x, t, embeddings).sample
+            return output.detach() if k < cut else output
+
+        expected = by_hand(it, call)
+        rollout = it.rollout(range(cut, it.steps()), checkpoint=checkpointing, decode_checkpoint=checkpointing)
+        close(rollout.images, expected, 1e-6)
+        close(it.gradient(score(rollout.images).sum()), it.gradient(score(expected).sum()))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_sparse_steps_keep_the_solvers_path(solver):
+    it = subject("sd15", solver)
+
+    def call(k, x, t, e):
+        output = it.policy.pipeline.unet(x, t, e).sample
+        return output if k in (0, 2) else output.detach()
+
+    close(it.gradient(score(it.rollout([0, 2]).images).sum()), it.gradient(score(by_hand(it, call)).sum()))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_stopped_inputs_are_those_of_a_loop_by_hand(solver):
+    it = subject("sd15", solver)
+    expected = by_hand(it, lambda k, x, t, e: it.policy.pipeline.unet(x.detach(), t, e).sample)
+    actual = it.gradient(score(it.rollout(range(it.steps()), detach_input=True).images).sum())
+    close(actual, it.gradient(score(expected).sum()))
+    whole = it.gradient(score(it.rollout(range(it.steps())).images).sum())
+    assert float((actual - whole).norm() / whole.norm()) > 0.01
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_stopped_inputs_leave_the_linear_path(family):
+    """For Euler steps of flow matching: the sum of (sigma_{k+1} - sigma_k) (dv_k / dtheta)^T a_K."""
+    it = subject(family)
+    rollout = it.rollout(range(4), detach_input=True)
+    loss = score(rollout.images).sum()
+    a = torch.autograd.grad(loss, rollout.latents, retain_graph=True)[0]
+    sigmas = [t / 1000 for t in rollout.timesteps] + [0.0]
+    lengths = drtune.linear_path([1.0] * 4, [b - c for c, b in zip(sigmas, sigmas[1:])])
+    expected = sum(it.gradient(rollout.steps[k].model_output, grad_outputs=lengths[k] * a, retain_graph=True) for k in range(4))
+    close(it.gradient(loss), expected)
+
+
+@pytest.mark.parametrize("family, solver", [("sd15", "DDIMScheduler"), ("sd15", "EulerDiscreteScheduler"), ("sd3", None), ("flux", None)])
+def test_the_adjoint_step_by_step_is_the_whole_gradient(family, solver):
+    it = subject(family, solver)
+    rollout = it.rollout(range(it.steps()))
+    loss = score(rollout.images).sum()
+    final = torch.autograd.grad(loss, rollout.latents, retain_graph=True)[0]
+    states = [*rollout.states, rollout.latents.detach()]
+    found = adjoint_gradient(lambda k, x: solver_step(it.policy, it.condition, k, x), states, final, it.parameters)
+    close(torch.cat([g.flatten() for g in found.gradients]), it.gradient(loss))
+    assert found.mismatch < 1e-5
+
+
+def test_the_adjoint_refuses_a_solver_with_a_memory():
+    it = subject("sd15", "DPMSolverMultistepScheduler")
+    rollout = it.rollout(range(4))
+    states = [*rollout.states, rollout.latents.detach()]
+    with pytest.raises(ValueError, match="one-step solver"):
+        adjoint_gradient(lambda k, x: solver_step(it.policy, it.condition, k, x), states, torch.ones_like(states[-1]), it.parameters)
+
+
+@pytest.mark.parametrize("family, solver", SUBJECTS)
+def test_checkpointing_changes_nothing(family, solver):
+    it = subject(family, solver)
+    plain = it.rollout(range(it.steps()), checkpoint=False, decode_checkpoint=False)
+    recomputed = it.rollout(range(it.steps()))
+    assert torch.equal(plain.images, recomputed.images)
+    close(it.gradient(score(recomputed.images).sum()), it.gradient(score(plain.images).sum()), 1e-6)
+
+
+def saved_bytes(make):
+    """What autograd keeps for the way back, and checkpoints do not."""
+    total = [0]
+
+    def pack(x):
+        total[0] += x.numel() * x.element_size()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        make()
+    return total[0]
+
+
+@pytest.mark.parametrize("family, solver", [("sd15", "HeunDiscreteScheduler"), ("sd3", None)])
+def test_memory_does_not_grow_with_the_gradient_steps(family, solver):
+    it = subject(family, solver)
+    number = it.steps()
+    one, all_ = (saved_bytes(lambda s=s: it.rollout(range(s, number))) for s in (number - 1, 0))
+    plain_one, plain_all = (saved_bytes(lambda s=s: it.rollout(range(s, number), checkpoint=False)) for s in (number - 1, 0))
+    latents = it.rollout([]).latents
+    assert plain_all > 3 * plain_one > 30 * one
+    assert all_ - one <= 8 * number * latents.numel() * latents.element_size()
+    assert saved_bytes(lambda: it.rollout([], decode=False)) == 0
+
+
+# --- where the walk ends -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family, solver", SUBJECTS)
+def test_stopping_decodes_the_predicted_clean_sample(family, solver):
+    it = subject(family, solver)
+    calls, k = [0], 1
+    handles = [m.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1)) for m in it.policy.denoisers.values()]
+    rollout = it.rollout([k], stop_step=k)
+    for handle in handles:
+        handle.remove()
+    whole = it.rollout([k])
+    assert torch.equal(rollout.steps[k].model_output, whole.steps[k].model_output)
+    assert not torch.equal(rollout.images, whole.images)
+    assert len(rollout.states) == k + 1
+    output, x = rollout.steps[k].model_output, rollout.states[k]
+    if family.startswith("sd15"):
+        abar = it.policy.stock_scheduler.alphas_cumprod[int(rollout.timesteps[k])]
+        # Euler's and Heun's states are not scaled down with the noise.
+        scaled = x * abar.sqrt() if solver in ("EulerDiscreteScheduler", "HeunDiscreteScheduler") else x
+        expected = (scaled - (1 - abar).sqrt() * output) / abar.sqrt()
+    else:
+        expected = x - rollout.timesteps[k] / 1000 * output
+    close(rollout.latents, expected, 1e-4)
+    assert it.gradient(score(rollout.images).sum()).norm() > 0
+
+
+def test_stopping_saves_the_later_denoiser_calls(sd3):
+    transformer, calls = sd3.policy.pipeline.transformer, [0]
+    forward = transformer.forward
+
+    def counted(*args, **kwargs):
+        calls[0] += 1
+        return forward(*args, **kwargs)
+
+    transformer.forward = counted
+    sd3.rollout([1], stop_step=1)
+    assert calls[0] == 2
+
+
+def test_gradients_beyond_the_stop_are_refused():
+    it = subject("sd3")
+    with pytest.raises(ValueError, match="reach beyond"):
+        it.rollout([2], stop_step=1)
+    with pytest.raises(ValueError, match="seeds"):
+        differentiable_rollout(it.policy, it.policy.condition(PROMPTS), grad_steps=[0])
+
+
+# --- the reference, and the policy's own kernels -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family, solver", SUBJECTS)
+def test_outputs_along_are_those_of_the_rollout(family, solver):
+    it = subject(family, solver)
+    rollout = it.rollout([1, 2])
+    again = outputs_along(it.policy, rollout)
+    assert sorted(again) == [1, 2]
+    for k in (1, 2):
+        close(again[k].model_output, rollout.steps[k].model_output.detach(), 1e-6)
+    with it.policy.reference():
+        reference = outputs_along(it.policy, rollout)
+    penalty = sum(draft.deviation(rollout.steps[k].model_output, reference[k].model_output, per_dim=1) for k in (1, 2))
+    assert (penalty > 0).all() and it.gradient(penalty.sum()).norm() > 0
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_stochastic_rollouts_are_the_policys(family):
+    it = subject(family, "DDIMScheduler" if family == "sd15" else None)
+    trajectory = it.policy.rollout(it.condition)
+    rollout = it.rollout(range(4), stochastic=True)
+    assert torch.equal(rollout.latents, trajectory.final)
+    stochastic = trajectory.stochastic.nonzero().flatten().tolist()
+    assert [k for k in range(4) if rollout.steps[k].transition is not None] == stochastic
+    with it.policy.reference():
+        reference, expected = outputs_along(it.policy, rollout), it.policy.transitions(trajectory)
+    k = stochastic[1]
+    close(reference[k].transition.mean, expected[k].mean, 1e-6)
+    kl = draft.deviation(rollout.steps[k].model_output, reference[k].model_output, rollout.steps[k].transition, reference[k].transition, per_dim=1)
+    close(kl.detach(), it.policy.transitions(trajectory)[k].kl(expected[k]), 1e-4)
+    assert it.gradient(kl.sum(), retain_graph=True).norm() > 0
+
+
+# --- single evaluations: DRaFT-LV and SRPO -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_low_variance_draft_through_a_pipeline(family):
+    """The renoised sample's image is that of the chain if it is noised by what the chain denoised."""
+    it = subject(family, "DDIMScheduler" if family == "sd15" else None)
+    last = it.steps() - 1
+    rollout, forward = it.rollout([last], stop_step=last), ForwardProcess(it.policy.scheduler)
+    t = torch.full((2,), rollout.timesteps[last])
+    alpha, sigma = (level(t).reshape(-1, 1, 1, 1) for level in (forward.alpha, forward.sigma))
+    noise = (rollout.states[last] - alpha * rollout.latents.detach()) / sigma
+    x = draft.renoised(rollout.latents, noise, alpha=alpha, sigma=sigma)
+    clean = forward.to_x0(it.policy.predict(x, t, it.condition, guidance=True), x, t)
+    images = decode_latents(it.policy, clean, it.condition)
+    close(images, rollout.images, 1e-4)
+    close(it.gradient(score(images).sum()), it.gradient(score(rollout.images).sum()), 1e-3)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_direct_alignment_through_a_pipeline(family):
+    it = subject(family, "DDIMScheduler" if family == "sd15" else None)
+    x0, forward = it.rollout([], decode=False).latents, ForwardProcess(it.policy.scheduler)
+    noise, t = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5)), torch.full((2,), 600.0)
+    x = forward.add_noise(x0, noise, t)
+    velocity = forward.to_velocity(it.policy.predict(x, t, it.condition), x, t)
+    perfect = srpo.recovered_sample(x0, noise, forward.to_velocity(forward.target(x0, noise, t), x, t), sigma=0.6, sigma_next=0.5)
+    close(perfect, x0, 1e-5)
+    images = decode_latents(it.policy, srpo.recovered_sample(x0, noise, velocity, sigma=0.6, sigma_next=0.5), it.condition)
+    assert it.gradient(srpo.srpo_loss(brightness(images)).sum()).norm() > 0
+
+
+# --- videos --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox", "ltx"])
+@pytest.mark.parametrize("frames", [[0], [1, 3], [4, 0]])
+def test_some_frames_are_those_of_the_whole_video(family, frames):
+    it = subject(family)
+    whole, part = it.rollout([3]), it.rollout([3], frames=frames)
+    assert part.images.shape == (2, len(frames), 3, *whole.images.shape[-2:])
+    close(part.images, whole.images[:, frames], 1e-4)
+    w = weights(part.images)
+    close(it.gradient((part.images * w).sum()), it.gradient((whole.images[:, frames] * w).sum()), 1e-3)
+
+
+def test_a_causal_autoencoder_decodes_no_later_latents():
+    it, lengths = Subject("wan"), []
+    vae = it.policy.pipeline.vae
+    decode = vae.decode
+    vae.decode = lambda z, *args, **kwargs: (lengths.append(tuple(z.shape[2:])), decode(z, *args, **kwargs))[1]
+    it.rollout([3], frames=[0], decode_checkpoint=False)
+    assert lengths == [(2, 4, 4), (1, 4, 4), (1, 4, 4)], "two looks at a crop, then the first latent alone"
+
+
+def test_frames_that_do_not_exist():
+    with pytest.raises(ValueError, match="frames 0 to 4"):
+        subject("wan").rollout([3], frames=[5])
+    with pytest.raises(ValueError, match="images, not videos"):
+        subject("sd3").rollout([3], frames=[0])
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux", "wan"])
+def test_decoding_with_a_checkpoint_is_decoding(family):
+    it = subject(family, "DDIMScheduler" if family == "sd15" else None)
+    latents = it.rollout([], decode=False).latents.requires_grad_()
+    with torch.enable_grad():
+        plain, recomputed = it.policy.decode(latents, it.condition), decode_latents(it.policy, latents, it.condition)
+    assert torch.equal(plain, recomputed)
+    gradients = [torch.autograd.grad(score(images).sum(), latents)[0] for images in (recomputed, plain)]
+    close(*gradients, 1e-6)
+
+
+# --- what cuts a gradient ------------------------------------------------------------------------------------------------
+
+
+def refused(it, match, reward=brightness, **options):
+    with pytest.raises(GradientError, match=match):
+        check_gradient(it.policy, it.condition, reward, **{"grad_steps": [3], **options})
+
+
+@pytest.mark.parametrize("family, solver", SUBJECTS)
+def test_a_whole_chain_passes_the_check(family, solver):
+    it = subject(family, solver)
+    norms = check_gradient(it.policy, it.condition, brightness, grad_steps=[1, 2])
+    assert list(norms) == ["images", "latents", "output", "parameters"] and min(norms.values()) > 0
+
+
+@pytest.mark.parametrize("config", [{"clip_sample": True}, {"thresholding": True}])
+def test_clipping_is_found(config):
+    it = Subject("sd15")
+    it.policy.stock_scheduler = diffusers.DDIMScheduler.from_config(it.policy.stock_scheduler.config, clip_sample_range=0.1, **config)
+    refused(it, "DDIMScheduler clips the clean sample")
+
+
+def test_a_denoiser_without_gradient_is_found(sd3):
+    transformer = sd3.policy.pipeline.transformer
+    transformer.forward = torch.no_grad()(transformer.forward)
+    refused(sd3, "denoiser's output has no graph: transformer runs its layers under torch.no_grad")
+
+
+def test_the_layer_that_turns_gradients_off_is_named(sd3):
+    block = sd3.policy.pipeline.transformer.transformer_blocks[-1]
+    block.forward = torch.inference_mode()(block.forward)
+    refused(sd3, "transformer.transformer_blocks.1 runs its layers under torch.no_grad or inference_mode")
+
+
+def test_reentrant_checkpointing_is_found(sd3):
+    """Its blocks' inputs require no gradient where the LoRA starts inside them."""
+    transformer = sd3.policy.pipeline.transformer
+    for block in transformer.transformer_blocks:
+        forward = block.forward
+        block.forward = lambda forward=forward, **kwargs: checkpoint(lambda *values: forward(**dict(zip(kwargs, values))), *kwargs.values(), use_reentrant=True)
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad"):
+        refused(sd3, "reentrant checkpointing")
+
+
+def test_reentrant_checkpointing_in_the_reward_is_found(sd3):
+    with pytest.raises(GradientError, match="use_reentrant=False"):
+        check_gradient(sd3.policy, sd3.condition, lambda images: checkpoint(brightness, images, use_reentrant=True), grad_steps=[3], decode_checkpoint=False)
+
+
+def test_a_cache_is_found():
+    it = Subject("flux")
+    it.policy.pipeline.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    refused(it, r"transformer.disable_cache\(\)")
+
+
+def test_a_decoder_without_gradient_is_found(sd3):
+    vae = sd3.policy.pipeline.vae
+    vae.decode = torch.no_grad()(vae.decode)
+    refused(sd3, "latents have a graph, the images have none: vae runs its layers under torch.no_grad")
+
+
+def test_a_safety_checker_is_found():
+    it = Subject("sd15")
+    it.policy.pipeline.safety_checker = nn.Identity()
+    refused(it, "safety_checker")
+
+
+def test_pipelines_that_return_pil_are_found(sd3):
+    processor = sd3.policy.pipeline.image_processor
+    postprocess = processor.postprocess
+    processor.postprocess = lambda image, output_type: postprocess(image.detach(), output_type="np")
+    refused(sd3, "returned ndarray instead of tensors")
+
+
+def test_saturated_pixels_are_found(sd3):
+    sd3.policy.pipeline.vae.decoder.conv_out.bias.data += 100
+    refused(sd3, "beyond \\[0, 1\\]")
+
+
+class Judge(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.forward = wrap(self.forward)
+
+    def forward(self, images):
+        return self.layer(images.mean((2, 3)))[:, 0]
+
+
+def numpy_brightness(images):
+    return torch.from_numpy(images.numpy().mean((1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    "reward, match",
+    [
+        (Judge(torch.no_grad()), "the reward has none: reward runs its layers under torch.no_grad"),
+        (lambda images: brightness(images.detach()), "the images have a graph, the reward has none: it detaches"),
+        (numpy_brightness, "to NumPy or PIL"),
+        (lambda images: brightness(images).tolist(), "returned a list"),
+        (lambda images: brightness((255 * images).round()), "gradient with respect to the images is 0: the reward is flat"),
+        (lambda images: brightness(images) * float("nan"), "gradient with respect to the images is nan"),
+    ],
+)
+def test_rewards_without_gradient_are_found(reward, match):
+    refused(subject("sd3"), f"(?i){match}", reward)
+
+
+def test_nothing_to_train_is_found():
+    it = subject("sd3")
+    untrained = Policy(it.stock, **it.family.call)
+    with pytest.raises(GradientError, match="add_lora"):
+        check_gradient(untrained, it.condition, brightness, grad_steps=[3])
+    refused(it, "grad_steps is empty", grad_steps=[])
