@@ -3,7 +3,7 @@
     python benchmarks/preference_flow.py --task likes_blue
     python benchmarks/preference_flow.py --task scene_score
 
-Samples the embedded mini-sd, pairs the best and the worst of eight images of each prompt under the task's reward, trains
+Samples the embedded mini-sd, pairs the better with the worse of eight images of each prompt under the task's reward, trains
 `train_pfm.py` with the recipe `pfm_<task>_mini_sd.yaml`, and prints the win rate of transported over original images.
 """
 
@@ -53,15 +53,16 @@ def write(folder, rows, samples):
 
 
 def make_data(task, folder, per_prompt=8, fresh=4):
-    """`folder/pairs`, best against worst of each training prompt, and `folder/outputs`, fresh samples of the held-out prompts."""
+    """`folder/pairs`, the better half of each training prompt's samples against the worse, and `folder/outputs`, fresh samples of the held-out prompts."""
     train, held_out, reward = TASKS[task]
     pipeline, reward = DiffusionPipeline.from_pretrained(embedded.path("mini-sd")), load_reward(reward)
     pipeline.set_progress_bar_config(disable=True)
     samples, rows = sample(pipeline, load_prompts(train), per_prompt, seed=0), []
     for start in range(0, len(samples), per_prompt):
-        order = scores(reward, samples[start : start + per_prompt]).argsort() + start
-        images = {f"image_{i}_file_name": f"{number:05d}.png" for i, number in enumerate((int(order[-1]), int(order[0])))}
-        rows.append({"prompt": samples[start][0].text, **images, "label_0": 1})
+        order = (scores(reward, samples[start : start + per_prompt]).argsort() + start).tolist()
+        for worse, better in zip(order[: per_prompt // 2], reversed(order)):
+            names = {"image_0_file_name": f"{better:05d}.png", "image_1_file_name": f"{worse:05d}.png"}
+            rows.append({"prompt": samples[start][0].text, **names, "label_0": 1})
     write(folder / "pairs", rows, samples)
     outputs = sample(pipeline, load_prompts(held_out), fresh, seed=10**6)
     write(folder / "outputs", [{"prompt": prompt.text, "file_name": f"{i:05d}.png"} for i, (prompt, _) in enumerate(outputs)], outputs)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+from .decoding import light_decoding, replaced
 from .driver import Step
 from .forward_process import ForwardProcess
 from .policy import Policy, _images
@@ -93,20 +94,6 @@ def stock_solver(policy: Policy) -> Iterator[None]:
 
 def _solver(policy: Policy, condition: Condition, stochastic: bool):
     return policy._noise(condition.step_seeds or condition.seeds, False) if stochastic else stock_solver(policy)
-
-
-@contextmanager
-def _replaced(owner, name: str, call: Callable) -> Iterator[None]:
-    """Within, `owner.name(...)` is `call(original, ...)`."""
-    original, had_own = getattr(owner, name), name in owner.__dict__
-    setattr(owner, name, partial(call, original))
-    try:
-        yield
-    finally:
-        if had_own:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)
 
 
 class _Walk:
@@ -191,7 +178,7 @@ def differentiable_rollout(
         detach_input: the denoiser's inputs are constants, so gradients pass through the solver alone (DRTune).
         checkpoint: compute the activations of each gradient step again on the way back.
         decode, decode_checkpoint: whether to decode, and the same for the autoencoder.
-        frames: decode these frames of a video only; see `decode_latents`.
+        frames: decode these frames of a video only; see `decoding.decode_latents`.
 
     Raises:
         ValueError: no seeds, or a step that the call does not have.
@@ -204,9 +191,9 @@ def differentiable_rollout(
     with ExitStack() as stack:
         stack.enter_context(_solver(policy, condition, stochastic))
         for module in policy.denoisers.values():
-            stack.enter_context(_replaced(module, "forward", walk.denoise))
+            stack.enter_context(replaced(module, "forward", walk.denoise))
         if decode:
-            stack.enter_context(_decoding(policy, decode_checkpoint, frames))
+            stack.enter_context(light_decoding(policy, decode_checkpoint, frames))
         stack.enter_context(torch.enable_grad())
         gate = None if stop_step is None else (lambda k: k <= stop_step)
         output = policy._drive(condition, walk.on_step, needs_denoiser=gate, **({"output_type": "pt"} if decode else {}))
@@ -273,59 +260,3 @@ def solver_step(policy: Policy, condition: Condition, k: int, state: Tensor) -> 
     if not found:
         raise ValueError(f"The call has no solver step {k}.")
     return found[0]
-
-
-def decode_latents(policy: Policy, latents: Tensor, condition: Condition | None = None, *, checkpoint: bool = True, frames: list[int] | None = None) -> Tensor:
-    """`policy.decode` that computes the autoencoder's activations again on the way back.
-
-    Args:
-        frames: decode only these frames of a video, (B, len(frames), 3, H, W), in this order. If the autoencoder is causal in time, which
-            a small crop tells, latents after the last of them are left out; otherwise all are decoded. Either way the frames, and
-            their gradients, are those of the whole video.
-
-    Raises:
-        ValueError: `frames` where the autoencoder decodes no videos, or beyond the video's end.
-    """
-    with _decoding(policy, checkpoint, frames):
-        return policy.decode(latents, condition)
-
-
-@contextmanager
-def _decoding(policy: Policy, checkpoint: bool, frames: list[int] | None) -> Iterator[None]:
-    vae = getattr(policy.pipeline, "vae", None)
-    if vae is None and frames is None:
-        yield
-        return
-
-    def decode(original: Callable, z: Tensor, *args: Any, **kwargs: Any):
-        if frames is not None:
-            z = z[:, :, : _latent_frames(lambda x: original(x, *args, **kwargs), z, frames)]
-        call = partial(original, z, *args, **kwargs)
-        output = checkpointed(call, use_reentrant=False) if checkpoint else call()
-        return output if frames is None else pytree.tree_map_only(Tensor, lambda video: video[:, :, frames], output)
-
-    if vae is None:
-        raise ValueError(f"{type(policy.pipeline).__name__} has no component `vae`, so its frames cannot be decoded one by one; leave `frames` out.")
-    with _replaced(vae, "decode", decode):
-        yield
-
-
-@torch.no_grad()
-def _latent_frames(decode: Callable, z: Tensor, frames: list[int]) -> int:
-    """How many latents the frames up to the last of `frames` need: all, unless a crop shows that the autoencoder is causal."""
-    if z.ndim != 5:
-        raise ValueError("This pipeline's autoencoder decodes images, not videos: leave `frames` out and take images[:, frames].")
-    number, last, crop = z.shape[2], max(frames), z[..., :4, :4]
-    whole = _first(decode(crop))
-    if last >= whole.shape[2] or min(frames) < 0:
-        raise ValueError(f"The video has frames 0 to {whole.shape[2] - 1}, got {frames}.")
-    ratio = max(1, (whole.shape[2] - 1) // max(1, number - 1))
-    needed = min(number, 1 + -(-last // ratio))
-    part = _first(decode(crop[:, :, :needed]))
-    tolerance = 1e-4 if z.dtype == torch.float32 else 1e-2
-    causal = part.shape[2] > last and bool((part - whole[:, :, : part.shape[2]]).abs().max() <= tolerance * whole.abs().max())
-    return needed if causal else number
-
-
-def _first(output) -> Tensor:
-    return next(x for x in pytree.tree_leaves(output) if isinstance(x, Tensor))

@@ -55,6 +55,11 @@ class Step:
     _arguments: dict = field(repr=False)
     output: Any = None
 
+    @property
+    def generator(self) -> torch.Generator | list[torch.Generator] | None:
+        """What the pipeline gives the step to draw with; None leaves it to the scheduler."""
+        return self._arguments.get("generator")
+
     def run(self, **overrides):
         """The scheduler's own step, with any of its arguments replaced; its output as a dataclass."""
         self.output = self._stock_step(self.scheduler, **{**self._arguments, **overrides, "return_dict": True})

@@ -75,6 +75,11 @@ class ForwardProcess:
         alpha, sigma = self._levels(t)
         return _like(sigma / (alpha + sigma), t)
 
+    @property
+    def clean_timestep(self) -> int:
+        """The end of the training range with the least noise: 0, or `num_train_timesteps` where time rises from noise to data."""
+        return self.num_train_timesteps if self._inverted else 0
+
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma, (B,) float64 on the CPU."""
         t = t.detach().to("cpu", torch.float64)
@@ -142,8 +147,9 @@ class ForwardProcess:
 
         Args:
             weighting: `native`, 1; `eps` and `x0`, the squared error of the implied noise and clean sample, exactly; `elbo`, the x0
-                error times minus half the derivative of the SNR by the time in [0, 1] (https://arxiv.org/abs/2107.00630, eq. 18
-                and, for a table of T levels, T/2 (SNR(t - 1) - SNR(t)) of eq. 14), a term of -log p(x0) up to a constant.
+                error times minus half the derivative of the SNR by the time in [0, 1], for a table of T levels
+                T/2 (SNR(t - 1) - SNR(t)): the bound on -log p(x0) of https://arxiv.org/abs/2107.00630, in nats for a sum over
+                dimensions.
 
         At t = 0 of a table, whose term of the bound is another one, `elbo` is 0; a flow's is infinite without noise.
 
@@ -156,7 +162,7 @@ class ForwardProcess:
         to_x0 = {"flow": sigma, "v_prediction": sigma, "epsilon": sigma / alpha, "sample": torch.ones_like(sigma)}[self.prediction_type]
         to_eps = {"flow": alpha, "v_prediction": alpha, "epsilon": torch.ones_like(alpha), "sample": alpha / sigma}[self.prediction_type]
         if weighting == "elbo":
-            return _like(alpha / sigma**3 if self.is_flow else to_x0.square() * self._snr_fall(t), t)
+            return _like(alpha / sigma if self.is_flow else to_x0.square() * self._snr_fall(t), t)
         return _like({"native": torch.ones_like(alpha), "eps": to_eps.square(), "x0": to_x0.square()}[weighting], t)
 
     def _snr_fall(self, t: Tensor) -> Tensor:

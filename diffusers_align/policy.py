@@ -263,6 +263,10 @@ class Policy:
         """
         return self._prediction(latents, timesteps, condition, guidance)
 
+    def guidance_off(self, condition: Condition) -> dict[str, Any]:
+        """Arguments of the call that switch classifier-free guidance off, found by trying; {} where it is off."""
+        return self._prediction._guidance_off(condition)
+
     # --- pixels ----------------------------------------------------------------------------------------------------
 
     def decode(self, latents: Tensor, condition: Condition | None = None) -> Tensor:

@@ -130,8 +130,9 @@ def test_a_missing_recipe_is_an_error(capsys):
 def test_shipped_recipes_parse_with_their_script(path):
     args = script_of(path).parse_args(["--config", str(path)])
     assert args.reward in BUILT_INS
-    assert load_prompts(args.prompts)
-    assert load_prompts(args.eval_prompts or args.prompts)
+    prompts = [args.prompts, getattr(args, "eval_prompts", None)]
+    assert all(load_prompts(source) for source in prompts if source)
+    assert args.prompts or args.data, "what it trains on"
     assert not Path(args.output_dir).is_absolute()
     assert isinstance(args.learning_rate, float)
     assert isinstance(getattr(args, "clip_range", 0.0), float)

@@ -213,7 +213,7 @@ def test_the_estimate_is_right(task, tmp_path, monkeypatch):  # noqa: F811
 def test_a_disk_that_is_too_small_is_found_before_training(task, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(10**9, 10**9 - 10**5, 10**5))
     monkeypatch.setattr("diffusers_align.training.report.Report.start", full)
-    message = r"run has 0.1 MB free, and this run will write about [\d.]+ MB: checkpoints \(3 at a time\) .*LoRA .*pictures .*--checkpoints_total_limit"
+    message = r"run has 0.1 MB free, and this run will write about [\d.]+ MB: checkpoints \(3 at a time\) .*weights .*pictures .*--checkpoints_total_limit"
     with pytest.raises(OSError, match=message):
         train("ddpo", tmp_path / "run", task, num_epochs=3)
 

@@ -5,6 +5,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -229,6 +230,14 @@ def test_gdpo_gives_each_reward_its_weight_whatever_its_scale():
     assert correlation > 0.8, "summed first, the larger scale drowns the other"
 
 
+@pytest.mark.parametrize("flags", [{}, {"global_std": False}, {"std_ddof": 1}, {"global_std": False, "std_ddof": 1}])
+def test_the_flags_choose_whose_std_divides(flags):
+    samples, reward = scored()
+    expected = group_advantages(samples.rewards, samples.groups, global_std=flags.get("global_std", True), ddof=flags.get("std_ddof", 0))
+    assert torch.equal(advantages_of(samples, asked(**flags), reward), expected)
+    assert not flags or not torch.allclose(expected, group_advantages(samples.rewards, samples.groups))
+
+
 def test_advantages_are_clamped_and_shaped_like_the_rewards():
     samples, reward = scored()
     assert advantages_of(samples, asked(adv_clip_max=0.5), reward).abs().max() == 0.5
@@ -304,12 +313,49 @@ def test_a_run_of_each_variant(variant, tmp_path, monkeypatch):
         ({"best_of_n": 3}, "must be even"),
         ({"best_of_n": 6}, "at most --group_size 4"),
         ({"sde_window_size": 3, "sde_window_range": "1 3"}, "has no room for a window"),
+        ({"sde_window_size": 1, "sde_window_range": "-2 2"}, "has no room for a window"),
+        ({"sde_window_size": 0}, "must be at least 1, got 0"),
+        ({"sde_window_size": 1, "sde_window_interval": 0}, "must be at least 1, got 1 and 0"),
+        ({"sde_window_range": "0 2"}, "give --sde_window_size too"),
+        ({"sde_window_size": 1, "sde_window_range": "3 5"}, "the steps that are trained, 0 to 3: end it at 4"),
+        ({"sde_window_size": 1, "sde_window_range": "3 5", "timestep_fraction": 1.0}, "0 to 3: end it at 4"),
+        ({"sde_window_size": 1, "sde_window_range": "3 5", "random_timesteps": True}, "0 to 3: end it at 4"),
+        ({"sde_window_size": 2, "sde_window_range": "0 3", "timestep_fraction": 0.4}, "0 to 1: end it at 2"),
+        ({"timestep_fraction": 0.0}, "must be above 0 and at most 1"),
+        ({"timestep_fraction": 1.5}, "must be above 0 and at most 1"),
     ],
 )
 def test_combinations_that_make_no_sense(flags, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script().parse_args(command(tmp_path, **flags))
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strategy", ["random", "progressive", "exp_decay"])
+@pytest.mark.parametrize("sde_type", ["flow_grpo", "dance_grpo", "cps", "memoryless", "memoryless_em"])
+def test_every_window_of_a_run_has_noise_at_each_of_its_steps(sde_type, strategy, tmp_path):
+    """The widest range that the script takes, over the epochs of two rounds."""
+    flags = {"sde_type": sde_type, "sde_window_size": 2, "sde_window_range": "0 4", "sde_window_strategy": strategy, "sde_window_interval": 2}
+    args, module = script().parse_args(command(tmp_path, timestep_fraction=1.0, **flags)), script()
+    policy = SimpleNamespace(scheduler=FlowMatchSDEScheduler(shift=3.0, sde_type=sde_type, noise_level=0.7))
+    windows = set()
+    for epoch in range(12):
+        module.place_window(policy, args, epoch)
+        policy.scheduler.set_timesteps(args.num_inference_steps)
+        trajectory = SimpleNamespace(stochastic=policy.scheduler.stochastic_steps, num_steps=args.num_inference_steps)
+        steps = module.trained_steps(trajectory, args, epoch)
+        assert steps == list(range(*policy.scheduler.config.sde_window))
+        windows.add(tuple(steps))
+    assert windows == {(0, 1), (1, 2), (2, 3)}
+
+
+@pytest.mark.parametrize(("flags", "texts"), [({}, 1), ({"kl_beta": 0.04}, 2), ({"loss": "grpo_guard"}, 0), ({"loss": "flow_cps", "sde_type": "cps"}, 0)])
+def test_the_clip_is_explained_where_one_number_says_it(flags, texts, tmp_path):
+    said, module = [], script()
+    run = SimpleNamespace(explain_once=said.append)
+    module.explain(run, module.parse_args(command(tmp_path, **flags)), 1024, [0.2] * 5)
+    assert len(said) == texts
+    assert texts == 0 or "1.108" in said[0], "(1 + 1e-4)^1024"
 
 
 def test_each_loss_comes_with_its_published_clip_range(tmp_path):

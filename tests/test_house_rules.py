@@ -33,16 +33,20 @@ LAYERS = {
     "prediction": {"driver", "trajectory"},
     "forward_process": {"schedulers"},
     "policy": BELOW_POLICY,
-    "differentiable": {"policy"} | BELOW_POLICY,
+    "decoding": {"policy", "trajectory"},
+    "differentiable": {"decoding", "policy"} | BELOW_POLICY,
     "gradient_check": {"differentiable", "policy", "trajectory"},
     "rewards": {"embedded"},
-    "pipelines": {"policy", "algorithms", "rl", "rewards"} | BELOW_POLICY,
-    "training": {"policy", "algorithms", "rl", "rewards", "data", "embedded", "front_doors"} | BELOW_POLICY,
+    "pipelines": {"policy", "algorithms", "rl", "rewards", "front_doors"} | BELOW_POLICY,
+    "training": {"decoding", "differentiable", "gradient_check", "policy", "algorithms", "rl", "rewards", "data", "embedded", "front_doors"} | BELOW_POLICY,
     "__init__": {"policy", "embedded"} | BELOW_POLICY,
     "__main__": {"front_doors"},
 }
 MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
-FAMILY_FREE = ["driver", "policy", "prediction", "forward_process", "tape", "trajectory", "transition", "latent_layout", "lora", "schedulers/kernels"]
+FAMILY_FREE = [
+    "driver", "policy", "prediction", "forward_process", "tape", "trajectory", "transition", "latent_layout", "lora", "schedulers/kernels",
+    "decoding", "differentiable", "gradient_check",
+]  # fmt: skip
 
 
 def name_of(path: Path) -> str:

@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,6 +146,16 @@ def test_hpd_v1_names_the_preferred_image_by_its_index(folder):
     assert report.ties == 1 and report.bad == [(2, "human_preference is 2, but there are 2 images")]
 
 
+def test_the_examples_of_the_page_load(folder):
+    page = (Path(__file__).parent.parent / "docs" / "preference_data.md").read_text()
+    examples = dict(re.findall(r"^\| `(\w+)` \|.*\| `(\{.*\})` \|$", page, re.MULTILINE))
+    assert set(examples) == set(KINDS) and {schema.name for schema in SCHEMAS} >= {f"{kind} rows" for kind in examples}
+    for i, rgb in enumerate(COLORS.values(), 1):
+        Image.new("RGB", (8, 8), rgb).save(folder / f"{i}.png")
+    for kind, example in examples.items():
+        assert load_preferences(write(folder / "data.jsonl", [example]), kind)[1].schema == f"{kind} rows"
+
+
 def test_unlabelled_rows_and_pairs_of_one_image_are_left_out_and_counted(folder):
     base = {"caption": "p", "jpg_0": R, "jpg_1": G, "label_0": 1, "has_label": True, "are_different": True}
     rows = [base, base | {"has_label": False}, base | {"are_different": False}, base | {"label_0": None}]
@@ -185,10 +196,10 @@ def test_sets_of_the_datasets_library(folder, monkeypatch):
     columns = {"caption": ["p", "q"], "jpg_0": [encoded(RED)] * 2, "jpg_1": [encoded(GREEN), b"broken"], "label_0": [1.0, 0.0]}
     columns |= {"image_0_uid": ["u", "u"], "image_1_uid": ["v", "v"]}
     picks = datasets.Dataset.from_dict(columns)
-    trl = datasets.Dataset.from_dict({"prompt": ["p"], "chosen": [encoded(BLUE)], "rejected": [encoded(RED)]})
+    trl = datasets.Dataset.from_dict({"prompt": ["p", "q"], "chosen": [encoded(BLUE), b"broken"], "rejected": [encoded(RED)] * 2})
     trl = trl.cast_column("chosen", datasets.Image()).cast_column("rejected", datasets.Image())
     ranked = datasets.Dataset.from_dict(
-        {"prompt": ["p"], "images": [[encoded(RED), encoded(BLUE)]], "ranks": [[2, 1]]},
+        {"prompt": ["p", "q"], "images": [[encoded(RED), encoded(BLUE)], [encoded(RED), b"broken"]], "ranks": [[2, 1]] * 2},
         datasets.Features(
             {"prompt": datasets.Value("string"), "images": datasets.Sequence(datasets.Image()), "ranks": datasets.Sequence(datasets.Value("int64"))}
         ),
@@ -199,8 +210,13 @@ def test_sets_of_the_datasets_library(folder, monkeypatch):
     rows, report = load_preferences(str(folder / "picks.parquet"), "pair", ties="keep")
     assert [shown(row) for row in rows] == [("p", RED, GREEN, 1.0, 1.0)] and rows[0]["image_0"].identity == "u"
     assert report.bad[0][0] == 2 and "image_1 cannot be read: UnidentifiedImageError" in report.bad[0][1]
-    assert [shown(row) for row in load_preferences(str(folder / "saved"), "pair")[0]] == [("p", BLUE, RED, 1.0, 1.0)]
-    assert [shown(row) for row in load_preferences(str(folder / "ranked"), "ranked")[0]] == [("p", [RED, BLUE], [2, 1])]
+    for name, kind, expected, broken in (
+        ("saved", "pair", ("p", BLUE, RED, 1.0, 1.0), "image_0"),
+        ("ranked", "ranked", ("p", [RED, BLUE], [2, 1]), r"images[1]"),
+    ):
+        rows, report = load_preferences(str(folder / name), kind)
+        assert [shown(row) for row in rows] == [expected]
+        assert report.bad[0][0] == 2 and report.bad[0][1].startswith(f"{broken} cannot be read: UnidentifiedImageError")
     with pytest.raises(ValueError, match="has no split 'validation'. It has train: choose one with --split"):
         load_preferences(str(folder / "saved"), "pair", split="validation")
 
@@ -278,6 +294,8 @@ def test_a_kind_asked_for_goes_before_conversions_and_captions_come_last(folder)
     both = write(folder / "both.jsonl", [{"prompt": "p", "image": R, "label": False, "reward": 1}, {"prompt": "p", "image": G, "label": True, "reward": 0}])
     assert [load_preferences(both, kind)[1].schema for kind in ("binary", "scored", "captioned")] == ["binary rows", "scored rows", "binary rows"]
     assert [shown(row) for row in load_preferences(both, "captioned")[0]] == [("p", GREEN)]
+    ranked = write(folder / "ranked.jsonl", [{"prompt_id": 1, "prompt": "p", "image": R, "rank": 1, "label": False}])
+    assert load_preferences(ranked, "binary")[1].schema == "binary rows"
 
 
 @pytest.mark.parametrize("found, wanted", CONVERSIONS)
@@ -361,6 +379,7 @@ def test_bad_rows_are_fatal_if_asked(broken, reason):
     "kind, row, reason",
     [
         ("scored", {"image": R, "reward": math.nan}, "reward is nan"),
+        ("scored", {"image": R, "reward": math.inf}, "reward is inf"),
         ("scored", {"image": R, "reward": None}, "no reward"),
         ("binary", {"image": R, "label": "maybe"}, "label must be true or false, 1 or 0, got 'maybe'"),
         ("ranked", {"images": [R, G], "ranks": [1]}, "2 images but 1 ranks"),
@@ -384,6 +403,11 @@ def test_csv_rows_with_too_many_fields_are_bad(folder):
     (folder / "data.csv").write_text("prompt,chosen,rejected\na cat, sitting,red.png,green.png\na dog,red.png,green.png\n")
     loaded, report = load_preferences(str(folder / "data.csv"), "pair")
     assert len(loaded) == 1 and report.bad[0][0] == 1 and "more fields than columns" in report.bad[0][1]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(folder):
+    (folder / "data.csv").write_text("prompt,chosen,rejected\na cat,red.png,green.png\n", encoding="utf-8-sig")
+    assert load_preferences(str(folder / "data.csv"), "pair")[0][0]["prompt"] == "a cat"
 
 
 def test_rankings_of_one_image_are_left_out(folder):

@@ -51,27 +51,46 @@ def parse_args(argv=None):
         parser.error(f"--loss flow_cps scales the ratio of --sde_type cps, got --sde_type {args.sde_type}")
     if args.best_of_n is not None and (args.best_of_n < 2 or args.best_of_n % 2 or args.best_of_n > args.group_size):
         parser.error(f"--best_of_n must be even, at least 2 and at most --group_size {args.group_size}, got {args.best_of_n}")
-    if args.sde_window_size:
-        args.sde_window_range = args.sde_window_range or (0, max(args.sde_window_size, args.num_inference_steps // 2))
-        if args.sde_window_range[1] - args.sde_window_range[0] < args.sde_window_size:
-            parser.error(f"--sde_window_range {args.sde_window_range} has no room for a window of --sde_window_size {args.sde_window_size}")
+    if not 0 < args.timestep_fraction <= 1:
+        parser.error(f"--timestep_fraction must be above 0 and at most 1, got {args.timestep_fraction}")
+    check_window(parser, args)
     return args
+
+
+def check_window(parser, args):
+    """Wherever the window moves, all its steps must be trained: never the last one, whose noise some kernels do not have."""
+    size, end_of_trained = args.sde_window_size, min(trainable(args.num_inference_steps, args), max(1, args.num_inference_steps - 1))
+    if size is None:
+        if args.sde_window_range:
+            parser.error("--sde_window_range places a window that has no size: give --sde_window_size too")
+        return
+    first, end = args.sde_window_range = args.sde_window_range or (0, max(size, args.num_inference_steps // 2))
+    if size < 1 or args.sde_window_interval < 1:
+        parser.error(f"--sde_window_size and --sde_window_interval must be at least 1, got {size} and {args.sde_window_interval}")
+    if first < 0 or end - first < size:
+        parser.error(f"--sde_window_range {first} {end} has no room for a window of --sde_window_size {size}")
+    if end > end_of_trained:
+        parser.error(f"--sde_window_range {first} {end} goes beyond the steps that are trained, 0 to {end_of_trained - 1}: end it at {end_of_trained}")
 
 
 def place_window(policy, args, epoch):
     """The window of an epoch is the same for every group and process: groups that mix windows compare unlike samples."""
-    if args.sde_window_size:
+    if args.sde_window_size is not None:
         (first, end), strategy = args.sde_window_range, args.sde_window_strategy
         window = window_at(epoch, size=args.sde_window_size, first=first, end=end, strategy=strategy, interval=args.sde_window_interval, seed=args.seed)
         policy.scheduler.register_to_config(sde_window=list(window))
 
 
+def trainable(number, args):
+    """How many of the first steps may be trained."""
+    return number - 1 if args.random_timesteps else max(1, int(number * args.timestep_fraction))
+
+
 def trained_steps(trajectory, args, epoch):
     """The stochastic steps among the first ones, or a random share of all but the last, in order."""
-    stochastic, number = trajectory.stochastic.nonzero().flatten().tolist(), trajectory.num_steps
+    candidates = [k for k in trajectory.stochastic.nonzero().flatten().tolist() if k < trainable(trajectory.num_steps, args)]
     if not args.random_timesteps:
-        return [k for k in stochastic if k < max(1, int(number * args.timestep_fraction))]
-    candidates = [k for k in stochastic if k < number - 1]
+        return candidates
     share = min(len(candidates), max(1, round(len(candidates) * args.timestep_fraction)))
     return sorted(random.Random(f"{args.seed}/{epoch}/steps").sample(candidates, share))
 
@@ -91,6 +110,14 @@ def policy_loss(args, transition, action, old, old_mean, advantage, step_size):
     return loss, ratio_diagnostics(log_ratio, torch.zeros_like(log_ratio), args.clip_range)
 
 
+def explain(run, args, dimensions, step_sizes):
+    """What the clip and the penalty mean. A scaled ratio's clip leaves each step another share of the true ratio: no one number."""
+    if args.loss == "flow_grpo":
+        run.explain_once(describe_clip(args.clip_range, dimensions))
+    if args.kl_beta > 0:
+        run.explain_once(describe_kl(args.kl_beta, args.kl_form, step_sizes))
+
+
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "Flow-GRPO")
@@ -107,7 +134,7 @@ def main(argv=None):
         samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_prompts_per_epoch, args.group_size, args.same_latent)
         steps = trained_steps(samples.batches[0], args, epoch)
         step_sizes = policy.scheduler.sigmas.diff().abs().tolist()[-samples.batches[0].num_steps :]
-        run.explain_once(describe_clip(args.clip_range, samples.batches[0].final[0].numel()), describe_kl(args.kl_beta, args.kl_form, step_sizes))
+        explain(run, args, samples.batches[0].final[0].numel(), step_sizes)
 
         # 2 advantages
         advantages = advantages_of(samples, args, report.reward)

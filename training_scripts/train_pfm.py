@@ -76,6 +76,7 @@ def load_flow(args, device):
     frozen = {**source, "variant": args.variant, "torch_dtype": DTYPES[args.mixed_precision]}
     if not args.pixels:
         parts["vae"] = AutoencoderKL.from_pretrained(subfolder="vae", **frozen).requires_grad_(False)
+        parts["vae"].register_to_config(_name_or_path=name)  # not the path of this machine
     if args.sees_prompt:
         parts["text_encoder"] = CLIPTextModel.from_pretrained(subfolder="text_encoder", **frozen).requires_grad_(False)
         parts["tokenizer"] = CLIPTokenizer.from_pretrained(subfolder="tokenizer", **source)
@@ -105,9 +106,9 @@ def load_flow(args, device):
 def load_data(args):
     """Canonical pairs to train on, pairs held out, and outputs to judge by: [(Prompt, image)]."""
     columns = parse_column_map(args.column_map)
-    rows, report = load_preferences(args.data, "pair", column_map=columns, split=args.data_split, image_root=None)
+    rows, report = load_preferences(args.data, "pair", column_map=columns, split=args.data_split)
     print(report)
-    rows, held_out = preference_flow.split_by_prompt(rows, args.held_out)
+    rows, held_out = preference_flow.split_by_prompt(rows, args.held_out, args.seed)
     fields = {prompt.text: prompt for prompt in load_prompts(args.prompts)} if args.prompts else {}
     if args.outputs:
         outputs, report = load_preferences(args.outputs, "captioned")
@@ -118,13 +119,11 @@ def load_data(args):
     return rows, held_out, [(fields.get(text, Prompt(text)), image) for text, image in outputs[: args.num_eval_samples]]
 
 
-def batch_loss(run, flow, pairs, target, index, seed):
-    """The losses (B,) of the rows `index`, at times and noise that `seed` fixes."""
+def batch_loss(run, flow, pairs, target, index, t, noise=None):
+    """The losses (B,) of the rows `index` at times t (B,)."""
     args, device = run.args, run.accelerator.device
-    y0, y1 = pairs.y0[index].to(device), pairs.y1[target[index]].to(device)
-    generator = torch.Generator().manual_seed(seed)
-    t = torch.rand(len(index), generator=generator).to(device)
-    noise = torch.randn(y0.shape, generator=generator).to(device) if args.sigma > 0 else None
+    y0, y1, t = pairs.y0[index].to(device), pairs.y1[target[index]].to(device), t.to(device)
+    noise = None if noise is None else noise.to(device)
     with run.accelerator.autocast():
         with torch.no_grad():
             embeds = flow.encode_prompt([pairs.prompts[i] for i in index])
@@ -134,20 +133,35 @@ def batch_loss(run, flow, pairs, target, index, seed):
 
 @torch.no_grad()
 def held_out_loss(run, flow, pairs):
-    """The mean loss on held-out pairs as they come, at four fixed times and draws each."""
-    rows, losses = torch.arange(len(pairs)), []
-    for draw in range(4):
-        for start in range(0, len(pairs), run.args.train_batch_size):
-            index = rows[start : start + run.args.train_batch_size].tolist()
-            losses.append(batch_loss(run, flow, pairs, rows, index, noise_seed(run.args.seed, "held out", draw, start)))
+    """The mean loss on held-out pairs as they come, on the lines themselves, at five times."""
+    rows, size, losses = torch.arange(len(pairs)), run.args.train_batch_size, []
+    for t in (0.1, 0.3, 0.5, 0.7, 0.9):
+        for index in rows.split(size):
+            losses.append(batch_loss(run, flow, pairs, rows, index.tolist(), torch.full((len(index),), t)))
     return float(torch.cat(losses).mean())
+
+
+def draw(run, pairs, batch):
+    """The rows of this process's share of a batch, their times (B,) and, if asked for, their noise: the same however it is shared."""
+    args, rank, world = run.args, run.accelerator.process_index, run.accelerator.num_processes
+    size, generator = args.train_batch_size, torch.Generator().manual_seed(noise_seed(args.seed, "batch", batch))
+    share = slice(rank * size, (rank + 1) * size)
+    t = torch.rand(size * world, generator=generator)[share]
+    noise = torch.randn(size * world, *pairs.y0.shape[1:], generator=generator)[share] if args.sigma > 0 else None
+    return batch_of(batch, size, len(pairs), args.seed, rank, world), t, noise
+
+
+def steps_of_epoch(run, pairs):
+    """Optimizer steps of a pass over the pairs; what is over comes first in the next one."""
+    args = run.args
+    return max(1, len(pairs) // (args.train_batch_size * run.accelerator.num_processes * args.gradient_accumulation_steps))
 
 
 def train_epoch(run, flow, pairs, epoch):
     """One pass over the pairs. Returns the epoch's metrics."""
     args, accelerator = run.args, run.accelerator
-    rank, world, size = accelerator.process_index, accelerator.num_processes, args.train_batch_size
-    accumulated, number = args.gradient_accumulation_steps, max(1, len(pairs) // (size * world * args.gradient_accumulation_steps))
+    accumulated, number = args.gradient_accumulation_steps, steps_of_epoch(run, pairs)
+    samples = args.train_batch_size * accelerator.num_processes * accumulated
 
     # 1 couple
     generator = torch.Generator().manual_seed(noise_seed(args.seed, "coupling", epoch))
@@ -156,12 +170,12 @@ def train_epoch(run, flow, pairs, epoch):
     for step in range(epoch * number, (epoch + 1) * number):
         for batch in range(step * accumulated, (step + 1) * accumulated):
             # 2 draw points between losers and winners
-            index = batch_of(batch, size, len(pairs), args.seed, rank, world)
-            loss = batch_loss(run, flow, pairs, target, index, noise_seed(args.seed, "batch", batch, rank))
+            index, t, noise = draw(run, pairs, batch)
 
             # 3 loss and update
-            weight = pairs.weight[index].to(loss) / pairs.weight.mean()
-            accelerator.backward((weight * loss).sum() / (size * world * accumulated))
+            loss = batch_loss(run, flow, pairs, target, index, t, noise)
+            weight = (pairs.weight[index] / pairs.weight.mean()).to(loss)
+            accelerator.backward((weight * loss).sum() / samples)
             losses.append(loss.detach())
         norms.append(run.optimizer_step())
     loss = accelerator.gather(torch.cat(losses))
@@ -181,8 +195,7 @@ def main(argv=None):
     pairs, held_out = (preference_flow.encode_pairs(flow, part, args.train_batch_size, args.resolution, device) if part else None for part in (rows, held_out))
     run.train_parameters(list(flow.vector_field.parameters()), lambda folder: flow.vector_field.save_pretrained(folder / "vector_field"))
     run.meter.watch([flow.vector_field])
-    steps = max(1, len(pairs) // (args.train_batch_size * run.accelerator.num_processes * args.gradient_accumulation_steps))
-    run.load_optimizer(args.num_epochs * steps)
+    run.load_optimizer(args.num_epochs * steps_of_epoch(run, pairs))
     run.resume()
     call = {name: getattr(args, name) for name in ("num_inference_steps", "solver", "iterations", "strength")}
     if args.push_to_hub and run.is_main:

@@ -1,7 +1,11 @@
 """One module an algorithm; each opens with the algorithm's page. Imports torch only.
 
+Route A, at inference: `guidance` (gradients of a reward: DPS, LGD-MC, FreeDoM, MPGD, universal, TFG, FlowChef ...), `best_of_n` (and
+search over noise), `particle_steering` (sequential Monte Carlo), `svdd` (the best candidate of each step).
+
 Route B, differentiable rewards: `refl` (one predicted clean sample), `draft` (the chain or its end), `alignprop` (a random cut), `vader`
-(videos), `drtune` (stopped inputs), `srpo` (any noise level, relative rewards), `continuous_adjoint` (one step's memory).
+(videos), `drtune` (stopped inputs), `srpo` (any noise level, relative rewards), `continuous_adjoint` (one step's memory),
+`adjoint_matching` (memoryless SDE, regression on pulled-back gradients), `discrete_adjoint_matching` (the same over tokens).
 
 Route C, online reinforcement learning: `reinforce` (DDPO-SF), `ddpo` (DDPO-IS), `dpok` (value baseline, KL), `flow_grpo`;
 its variants: `flow_cps` (clean rollouts), `dance_grpo` (constant noise, best and worst), `mix_grpo` (sliding window), `grpo_guard`
@@ -12,4 +16,5 @@ Route D, pairs: `diffusion_dpo` (also IPO, hinge, DMPO, soft labels), `mapo` (no
 matching), `inpo` (at inverted latents), all with `diffusion_sdpo` (a safeguard for winners); on exact log-probabilities: `d3po`
 (trajectories), `spo` (steps from one state).
 Route E, likes and dislikes: `diffusion_kto`. Route F, scored samples: `reward_weighted_regression`.
+Route G, closed generators: `preference_flow_matching` (a flow from less to more preferred outputs).
 """

@@ -12,9 +12,10 @@ often printed with both signs turned, which is right in reversed time only. Its 
 $$ a_k = a_{k+1} + \Delta\sigma_k \Big(\frac{\partial v}{\partial x}(x_k)\Big)^{\!\top} a_{k+1}, \qquad
 \frac{dr}{d\theta} = \sum_k \Delta\sigma_k \Big(\frac{\partial v}{\partial\theta}(x_k)\Big)^{\!\top} a_{k+1} $$
 
-with $\Delta\sigma_k = \sigma_{k+1} - \sigma_k < 0$. It is autograd's gradient to the last bit of rounding if the states x_k are those of the forward pass. They are stored, which costs a
-latent a step. The original integrates them backwards as well (`states_backwards`): no storage, but the states that come back are not
-those that went, by O(step) along the chain, and stiff fields diverge. `AdjointResult.mismatch` states that error.
+with $\Delta\sigma_k = \sigma_{k+1} - \sigma_k < 0$. It is autograd's gradient to rounding if the states x_k are those of the forward
+pass. They are stored, which costs a latent a step. The original integrates them backwards as well (`states_backwards`): no storage,
+but the states that come back are not those that went, by O(step) along the chain, and stiff fields diverge.
+`AdjointResult.mismatch` states that error.
 
 Any one-step solver will do: `adjoint_gradient` takes the step itself, x_{k+1} = step(k, x_k), of which Euler's is one (`euler_step`).
 

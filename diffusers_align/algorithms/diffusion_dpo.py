@@ -13,7 +13,7 @@ the model goes.
 
 Against the official code (SalesforceAIResearch/DiffusionDPO, 5233e75): the loss is the same; beta 5000 there, 2000 (SD 1.5) and 5000 (SDXL) in
 the paper, 100 to 2000 for flow matching. Errors are in the model's own parametrisation, with a constant beta. The bound's
-beta(t) = beta (1 - t)^2 for flows does worse (https://arxiv.org/abs/2501.13918, table 4): `beta` may be (B,) to have it. Not even in one
+beta(t) = beta (1 - t)^2 for flows does worse (https://arxiv.org/abs/2501.13918): `beta` may be (B,) to have it. Not even in one
 dimension is the optimum of a constant beta the tilted p_ref exp(r / beta): it moves steps of little noise further.
 
 Logged: `accuracy`, the share of pairs with z > 0 (ties half), 0.5 at first; `margin`, mean z; `error_w`, `error_l`; `error_w_change`,
@@ -64,7 +64,7 @@ def diffusion_dpo_loss(
     Args:
         error_w, error_l, ref_error_w, ref_error_l, beta: as for `preference_logit`.
         kind, label, label_smoothing, ipo_tau, dmpo_alpha: as for `pair_loss`. The official code's is `sigmoid` with certain labels.
-        sft_weight: adds this times the winner's error, fine-tuning on winners; 0 as in the paper. A winner's share by its label.
+        sft_weight: adds this times the winner's error, fine-tuning on winners; 0 as in the paper. With a label p, p L_w + (1 - p) L_l.
 
     Raises:
         TypeError: errors in half precision.

@@ -60,7 +60,7 @@ def kto_loss(
         reference_point: Q, `ReferencePoint`, without gradient.
         beta: on the mean over dimensions, without a factor 1/2; 5000 in the paper.
         utility: of the page above.
-        lambda_d, lambda_u: weights of the classes, both 1 in the official code. KTO (https://arxiv.org/abs/2402.01306, section 4.2)
+        lambda_d, lambda_u: weights of the classes, both 1 in the official code. KTO (https://arxiv.org/abs/2402.01306)
             advises lambda_d n_d / (lambda_u n_u) in [1, 4/3]: `describe_balance`.
 
     Raises:

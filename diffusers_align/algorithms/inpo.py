@@ -48,7 +48,7 @@ def invert(
     levels: Callable[[Tensor], tuple[Tensor, Tensor]],
     *,
     eta: float = 0.1,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Tensor:
     r"""x_t (B, *D) at the last of the `times`, by DDIM steps upwards from `x0` (B, *D).
 
@@ -58,7 +58,7 @@ def invert(
         levels: t to (alpha, sigma), (B,) each.
         eta: noise added after each step, as a share of the std by which an ancestral step back would draw,
             $\sigma_s \sqrt{1 - (\alpha_{s'} \sigma_s / \alpha_s \sigma_{s'})^2}$; 0.1 in the official code, 0 is the inverse of DDIM.
-        generator: of that noise.
+        generator: of that noise; a list with one a sample makes it depend on neither the batch nor the number of processes.
     """
     x = x0
     for before, after in zip(times, times[1:]):
@@ -67,10 +67,16 @@ def invert(
         x = next_alpha * clean + next_sigma * noise
         if eta > 0:
             std = sigma * (1 - (next_alpha * sigma / (alpha * next_sigma)).square()).clamp(min=0).sqrt()
-            drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device if generator is None else generator.device)
             # A step of no length (t near 0, whole timesteps) draws nothing: 0/0 where both levels are noiseless.
-            x = x + eta * std.nan_to_num(0.0) * drawn.to(x.device)
+            x = x + eta * std.nan_to_num(0.0) * _noise(x, generator)
     return x
+
+
+def _noise(x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+    if isinstance(generator, list):
+        return torch.cat([_noise(row[None], own) for row, own in zip(x, generator, strict=True)])
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=device).to(x.device)
 
 
 def _column(level: Tensor, like: Tensor) -> Tensor:

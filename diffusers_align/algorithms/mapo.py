@@ -32,7 +32,7 @@ def likelihood_score(error: Tensor, *, snr_value: float = 0.5) -> Tensor:
     apart = torch.where(near, torch.ones_like(x), x)
     square = x.square()
     series = 1 - x / 2 + square / 12 * (1 - square / 60 * (1 - square / 42 * (1 - square / 40)))
-    return torch.where(near, series, apart / torch.expm1(apart))
+    return torch.where(near, series, -apart * torch.exp(-apart) / torch.expm1(-apart))
 
 
 def mapo_margin(error_w: Tensor, error_l: Tensor, *, snr_value: float = 0.5, num_timesteps: int = 1000) -> Tensor:

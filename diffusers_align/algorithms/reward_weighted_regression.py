@@ -7,8 +7,8 @@ N(mu + cS/tau, S).
 $$ L = \mathbb E\big[w(r)\, L_\theta\big] + \beta_{pre}\,\mathbb E_{pre}\big[L_\theta\big] + \beta_{kl}\, \tfrac1D\|f_\theta - f_{ref}\|^2,
 \qquad w_i = N\,\mathrm{softmax}(r / \tau)_i $$
 
-Sources: for diffusion, the baseline RWR of DDPO (https://arxiv.org/abs/2305.13301, section 4.3); with rewards in [0, 1] as weights and a pretraining
-term, https://arxiv.org/abs/2302.12192 (eq. 4); the best of each prompt, RAFT (https://arxiv.org/abs/2304.06767).
+Sources: for diffusion, the baseline RWR of DDPO (https://arxiv.org/abs/2305.13301); with rewards in [0, 1] as weights and a pretraining
+term, https://arxiv.org/abs/2302.12192; the best of each prompt, RAFT (https://arxiv.org/abs/2304.06767).
 
 Against DDPO's code (jannerm/ddpo, f0b6ca7): its temperature multiplies the reward (0.2); here it divides, as a temperature does, so
 its 0.2 is 5. It regresses the guided prediction; here guidance is off in training, as in pretraining. Few samples may bear all
@@ -102,7 +102,7 @@ def _check(kind: str, scope: str, groups: Tensor | None, temperature: float, top
 def _ranks(rewards: Tensor) -> Tensor:
     """From 0 for the worst to 1 for the best; ties share their mean rank."""
     _, place, ties = rewards.unique(return_inverse=True, return_counts=True)
-    mean_rank = ties.cumsum(0) - (ties + 1) / 2
+    mean_rank = ties.cumsum(0) - (ties.double() + 1) / 2
     return mean_rank[place] / max(1, len(rewards) - 1)
 
 

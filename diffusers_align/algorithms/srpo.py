@@ -11,7 +11,8 @@ $$ \hat x_0 = \frac{x_\sigma + (\sigma' - \sigma) v_\theta(x_\sigma) - \sigma' \
 $$ r = f(\hat x_0)^{\top}\big((1 + d)\, g(c^+) - g(c^-)\big), \qquad L = \max(0, m - r) $$
 
 Two branches: denoising (sigma' < sigma) is rewarded; inversion (sigma' > sigma), whose reconstruction moves against the model's change,
-is scored with the words exchanged, as a penalty.
+is scored with the words exchanged, as a penalty. Both need the hinge: the gradient is that of one step's reconstruction, which does
+not vanish where the finished samples are good.
 
 Against the official code (Tencent-Hunyuan/SRPO, fastvideo/SRPO.py): the formulas are the same; the velocity is
 `ForwardProcess.to_velocity` at `flow_time`, so they hold for any model, not for flow matching alone. It mixes in the sample itself,

@@ -192,7 +192,7 @@ def _check_options(**options: tuple) -> None:
 
 def _read(scan: _Scan, report: Report, max_rows: int | None, bad_rows: str, progress: bool) -> list[dict]:
     rows = []
-    report.rows = len(scan.table.rows)
+    report.rows = min(len(scan.table.rows), max_rows or len(scan.table.rows))
     for number in tqdm(range(report.rows), desc="Checking the data", disable=not progress or report.rows < PROGRESS_FROM):
         try:
             rows.append(scan.row(number))

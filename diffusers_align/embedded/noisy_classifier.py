@@ -61,7 +61,7 @@ class NoisySceneClassifier(ModelMixin, ConfigMixin):
         hidden = F.silu(self.hidden(torch.cat([h.mean((2, 3)), self.squeeze(h).flatten(1)], 1)))
         return {name: head(hidden) for name, head in self.heads.items()}
 
-    def log_prob(self, latents: Tensor, alpha: Tensor, sigma: Tensor, captions: list[str], attributes: tuple[str, ...] = tuple(CLASSES)) -> Tensor:
+    def log_prob(self, latents: Tensor, captions: list[str], alpha: Tensor, sigma: Tensor, attributes: tuple[str, ...] = tuple(CLASSES)) -> Tensor:
         """log p(what the captions name | x_t), (B,): the sum over those of `attributes` that each caption names.
 
         Raises:

@@ -208,6 +208,46 @@ class WrappedPipeline(DiffusionPipeline):
         """
         return score(reward, images, condition.prompts, on_invalid=on_invalid, **(columns or {}))["reward"]
 
+    def judge(self, reward, condition: Condition, columns: dict[str, list] | None = None, on_invalid: str = "error") -> Judge:
+        """What gives images their rewards: the call's, or the pipeline's.
+
+        Args:
+            columns: other arguments of the reward, a list for each with an entry a prompt.
+            on_invalid: where the reward is NaN: "error", or "mask" to let it be.
+
+        Raises:
+            ValueError: there is no reward, or a column of another length.
+        """
+        reward, rows = self.reward_of_call(reward), {}
+        for name, values in (columns or {}).items():
+            if len(values) == 0 or len(condition) % len(values):
+                raise ValueError(f"The column {name!r} has {len(values)} entries, which do not go with {len(condition)} outputs: give one a prompt.")
+            rows[name] = [value for value in values for _ in range(len(condition) // len(values))]
+        return Judge(reward, condition, rows, on_invalid)
+
+    @staticmethod
+    def extended(output, **extra: Any):
+        """The stock output with more entries; a tuple ends with them."""
+        if isinstance(output, tuple):
+            return (*output, *extra.values())
+        for name, value in extra.items():
+            output[name] = value
+        return output
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A reward, and what it judges the outputs of a call against."""
+
+    reward: Any
+    condition: Condition
+    columns: dict[str, list]
+    on_invalid: str
+
+    def __call__(self, images: Tensor, rows: list[int]) -> Tensor:
+        """(B,) float32 rewards of images (B, 3, H, W) or (B, F, 3, H, W) in [0, 1] that are of these rows of the call's outputs."""
+        return WrappedPipeline.score(self.reward, images.float(), self.condition.select(rows), repeated(self.columns, rows), self.on_invalid)
+
 
 def _stock_class(config: dict[str, Any]) -> type[DiffusionPipeline]:
     name = config.get("_class_name")

@@ -1,4 +1,183 @@
-"""stub"""
-from .base import WrappedPipeline
+"""Best-of-n, random and zero-order search over any stock pipeline with its own sampler (`diffusers_align.algorithms.best_of_n`)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algorithms.best_of_n import best, neighbour
+from ..policy import noise_seed
+from ..trajectory import Condition
+from .base import Generators, Judge, WrappedPipeline, copied
+
+SEARCHES = ("random", "zero_order")
+
+
 class BestOfNPipeline(WrappedPipeline):
-    """x"""
+    """Draws several candidates for each output of the stock pipeline and returns those that the reward likes best.
+
+    >>> pipe = BestOfNPipeline(DiffusionPipeline.from_pretrained(...), reward="clip_score")  # doctest: +SKIP
+    >>> pipe("a red cube", num_candidates=8, generator=torch.Generator().manual_seed(0)).images[0]  # doctest: +SKIP
+
+    The stock pipeline's sample for the same generator is the first candidate, and those of a small search are among those of a
+    larger one: the reward of what is returned never falls.
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        reward=None,
+        num_candidates: int = 4,
+        search: str = "random",
+        rounds: int = 1,
+        cosine: float = 0.95,
+        batch_size: int | None = None,
+        columns: dict[str, list] | None = None,
+        on_invalid: str = "error",
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        **kwargs: Any,
+    ):
+        """
+        Args:
+            prompt, kwargs: those of the stock call, which draws the first candidates.
+            reward: in the place of the pipeline's.
+            num_candidates: of each round and output.
+            search: `random`, independent candidates; `zero_order`, from the second round on neighbours of the best so far.
+            rounds: of the search: `rounds * num_candidates` samples an output.
+            cosine: of a neighbour's initial noise and the best one's.
+            batch_size: samples a call, for all but the first, which is the stock pipeline's own; a whole round if absent.
+            columns: other arguments of the reward, a list for each with an entry a prompt.
+            on_invalid: a candidate without a reward (NaN): "error", or "mask" to pass it over.
+
+        Returns:
+            The stock output with `rewards` (P, candidates) in the order drawn and `chosen` (P,), which of them are returned.
+        """
+        self._check(num_candidates, search, rounds, cosine, kwargs)
+        condition, generator = self.condition(prompt, kwargs)
+        judge, start = self.judge(reward, condition, columns, on_invalid), copied(generator)
+        with self.progress_bar(total=rounds * num_candidates) as bar:
+            found = self._first(condition, generator, judge, start)
+            bar.update()
+            bases = _bases(generator, len(condition))
+            for number in range(rounds):
+                pivot = found.noise.clone() if search == "zero_order" and number > 0 else None
+                drawn = [j for j in range(number * num_candidates, (number + 1) * num_candidates) if j > 0]
+                pairs = [(j, row) for j in drawn for row in range(len(condition))]
+                size = batch_size or max(1, len(pairs))
+                for i in range(0, len(pairs), size):
+                    self._draw(pairs[i : i + size], bases, condition, judge, found, pivot, cosine)
+                bar.update(len(drawn))
+        output = self.finish(found.states, condition, found.generators(start), output_type=output_type, return_dict=return_dict)
+        return self.extended(output, rewards=found.rewards, chosen=found.chosen)
+
+    def _check(self, num_candidates: int, search: str, rounds: int, cosine: float, kwargs: dict[str, Any]) -> None:
+        if num_candidates < 1 or rounds < 1:
+            raise ValueError(f"num_candidates and rounds must be at least 1, got {num_candidates} and {rounds}.")
+        if search not in SEARCHES:
+            raise ValueError(f"Unknown search {search!r}; choose one of {', '.join(SEARCHES)}.")
+        if not 0 <= cosine <= 1:
+            raise ValueError(f"cosine must lie between 0 (fresh noise) and 1 (the best noise itself), got {cosine:g}.")
+        if kwargs.get("latents") is not None and num_candidates * rounds > 1:
+            raise ValueError("latents fix the initial noise, so that all candidates would be one: leave them out.")
+        if search == "zero_order" and rounds > 1:
+            stock = type(self.pipeline)
+            if not hasattr(stock, "prepare_latents") or "strength" in inspect.signature(stock.__call__).parameters:
+                raise ValueError(f"{stock.__name__} does not start from noise alone, so noise has no neighbours there; use search='random'.")
+
+    def _first(self, condition: Condition, generator: Generators, judge: Judge, start: Generators) -> _Found:
+        """The stock pipeline's own samples."""
+        with self._near(None, 1.0) as noise:
+            states = self.sample(condition, generator)
+        rows = list(range(len(condition)))
+        rewards = judge(self.decode(states, condition, copied(start)), rows)
+        return _Found(states, noise[0] if noise else None, rewards[:, None], [None] * len(rows))
+
+    def _draw(self, pairs: list[tuple[int, int]], bases: list[int], condition: Condition, judge: Judge, found: _Found, pivot, cosine: float) -> None:
+        """One call for candidates (j, row)."""
+        rows = [row for _, row in pairs]
+        seeds = [noise_seed(bases[row], "candidate", j) for j, row in pairs]
+        chosen = condition.select(rows)
+        with self._near(None if pivot is None else pivot[rows], cosine) as noise:
+            states = self.sample(chosen, _seeded(seeds))
+        rewards = judge(self.decode(states, chosen, _seeded(seeds)), rows)
+        for i, (j, row) in enumerate(pairs):
+            found.add(j, row, [x[i] for x in states], noise[0][i] if noise else None, rewards[i], seeds[i])
+
+    @contextmanager
+    def _near(self, pivot: Tensor | None, cosine: float) -> Iterator[list[Tensor]]:
+        """The initial noise of a call within, moved near `pivot` (B, *D) if there is one."""
+        prepare, noise = getattr(self.pipeline, "prepare_latents", None), []
+
+        def prepared(*args, **kwargs):
+            result = prepare(*args, **kwargs)
+            latents, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, None)
+            latents = latents if pivot is None else neighbour(pivot.to(latents), latents, cosine=cosine)
+            noise.append(latents.clone())
+            return latents if rest is None else (latents, *rest)
+
+        if prepare is not None:
+            self.pipeline.__dict__["prepare_latents"] = prepared
+        try:
+            yield noise
+        finally:
+            self.pipeline.__dict__.pop("prepare_latents", None)
+
+
+@dataclass
+class _Found:
+    """The best candidate so far of each of P outputs.
+
+    Attributes:
+        states: (P, *D), final, of each scheduler.
+        noise: (P, *D), initial.
+        rewards: (P, candidates so far), of all.
+        seeds: of the best; None for the first.
+    """
+
+    states: list[Tensor]
+    noise: Tensor | None
+    rewards: Tensor
+    seeds: list[int | None]
+
+    @property
+    def chosen(self) -> Tensor:
+        """(P,)"""
+        return best(self.rewards)
+
+    def add(self, j: int, row: int, states: list[Tensor], noise: Tensor | None, reward: Tensor, seed: int) -> None:
+        """Put candidate j of output `row` in the best one's place if it is better."""
+        if j == self.rewards.shape[1]:
+            self.rewards = torch.cat([self.rewards, torch.full_like(self.rewards[:, :1], torch.nan)], 1)
+        self.rewards[row, j] = reward
+        if int(self.chosen[row]) == j:
+            for kept, new in zip(self.states, states):
+                kept[row] = new
+            self.seeds[row] = seed
+            if noise is not None:
+                self.noise[row] = noise
+
+    def generators(self, start: Generators) -> Generators:
+        """What the pipeline drew with beside the initial noise."""
+        if all(seed is None for seed in self.seeds):
+            return start
+        own = start if isinstance(start, list) else [copied(start) or torch.Generator() for _ in self.seeds]
+        return [first if seed is None else torch.Generator().manual_seed(seed) for first, seed in zip(own, self.seeds)]
+
+
+def _seeded(seeds: list[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _bases(generator: Generators, number: int) -> list[int]:
+    """A seed for each output, from the call's generator after its first use."""
+    sources = generator if isinstance(generator, list) else [generator] * number
+    return [int(torch.randint(2**62, (), generator=g, device=g.device if g else "cpu")) for g in sources]

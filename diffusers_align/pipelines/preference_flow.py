@@ -30,9 +30,8 @@ class PreferenceFlowPipeline(DiffusionPipeline):
             other channels than the space of the flow.
     """
 
-    model_cpu_offload_seq = "text_encoder->vae->vector_field"
+    model_cpu_offload_seq = "text_encoder->vector_field->vae"
     _optional_components = ["vae", "text_encoder", "tokenizer"]
-    _exclude_from_cpu_offload = ["vae"]  # it runs before and after the vector field
 
     def __init__(
         self,

@@ -29,7 +29,7 @@ def pair_loss(
     Args:
         logit: (B,).
         kind: `sigmoid`, $-\log\sigma(z)$ (DPO, https://arxiv.org/abs/2305.18290); `hinge`, max(0, 1 - z) (SLiC,
-            https://arxiv.org/abs/2305.10425); `ipo`, $(z - 1/2\tau)^2$ (https://arxiv.org/abs/2310.12036, eq. 17); `dmpo`,
+            https://arxiv.org/abs/2305.10425); `ipo`, $(z - 1/2\tau)^2$ (https://arxiv.org/abs/2310.12036); `dmpo`,
             $\mathrm{KL}(\mathrm{Bern}(\sigma(z)) \| \mathrm{Bern}(1 - \alpha))$ (https://arxiv.org/abs/2507.07510).
         label: (B,) or a number in [0, 1], the probability that the winner is the better one; 1 if absent.
         label_smoothing: the share of labels that are wrong, in [0, 1/2]; 0 as in DPO.

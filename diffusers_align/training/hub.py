@@ -23,15 +23,18 @@ def write_model_card(run, results: dict[str, tuple[float, float]], pictures: lis
     }  # fmt: skip
     config = {key: value for key, value in sorted(vars(args).items()) if key not in ("hub_token", "config", "trackers", "command") and value is not None}
     rows = "\n".join(f"| {key} | {mean:.4f} ± {error:.4f} |" for key, (mean, error) in results.items())
+    note = f"Results on held-out prompts at equal seeds (mean ± standard error, {args.num_eval_samples} images):"
+    table = f"{note}\n\n| | |\n|---|---|\n{rows}\n\n" if results else ""
     shown = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in pictures)
     repo = args.hub_model_id or run.output_dir.name
+    aim = f"the preferences of `{args.dataset_name}`" if getattr(args, "dataset_name", None) else f"the reward `{args.reward}`"
     card = f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
 # {repo}
 
-A LoRA that aligns `{name}` with the reward `{args.reward}`, trained by {run.algorithm} with diffusers-align {__version__}.
+A LoRA that aligns `{name}` with {aim}, trained by {run.algorithm} with diffusers-align {__version__}.
 
 ```python
 {imports}
@@ -40,13 +43,7 @@ pipe = DiffusionPipeline.from_pretrained({base})
 pipe.load_lora_weights("{repo}", weight_name="pytorch_lora_weights.safetensors")
 ```
 
-Results on held-out prompts at equal seeds (mean ± standard error, {args.num_eval_samples} images):
-
-| | |
-|---|---|
-{rows}
-
-{shown}
+{table}{shown}
 
 ## Training
 

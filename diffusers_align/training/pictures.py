@@ -55,7 +55,8 @@ def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
 
 
 def reward_curve(history: list[dict[str, float]], path: Path) -> None:
-    """Mean reward an epoch with its spread between samples (the loss, where there are no rollouts), and the KL to the reference where logged."""
+    """Mean reward an epoch with its spread between samples, or where there are no rollouts the accuracy on pairs or the loss; and the KL
+    to the reference where logged."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -64,7 +65,8 @@ def reward_curve(history: list[dict[str, float]], path: Path) -> None:
     figure = Figure(figsize=(6, 5 if with_kl else 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2 if with_kl else 1, 1, sharex=True, squeeze=False)[:, 0]
-    name, label = ("reward", "reward of rollouts (mean, s.e.)") if "reward" in history[0] else ("loss", "training loss")
+    labels = {"reward": "reward of rollouts (mean, s.e.)", "accuracy": "accuracy on the epoch's pairs", "loss": "training loss"}
+    name, label = next((name, label) for name, label in labels.items() if name in history[0])
     values, error = [row[name] for row in history], [row.get(f"{name}_se", 0.0) for row in history]
     axes[0].plot(epochs, values, color="tab:blue")
     axes[0].fill_between(epochs, [v - e for v, e in zip(values, error)], [v + e for v, e in zip(values, error)], alpha=0.25, color="tab:blue")

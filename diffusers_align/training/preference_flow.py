@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,18 +35,18 @@ class Pairs:
         return len(self.prompts)
 
 
-def split_by_prompt(rows: list[dict], held_out: float) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and rows held out: those of the last prompts, of which at least one, if `held_out` > 0. No prompt is in both.
+def split_by_prompt(rows: list[dict], held_out: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """Rows to train on and rows held out: those of a random share of the prompts, at least one if `held_out` > 0. No prompt is in both.
 
     Raises:
         ValueError: one side would be empty.
     """
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    prompts = sorted({row["prompt"] for row in rows})
     number = max(1, round(held_out * len(prompts))) if held_out > 0 else 0
     if number >= len(prompts):
         raise ValueError(f"Of {len(prompts)} prompts, {number} would be held out and none be left: give pairs of more prompts, or --held_out 0.")
-    kept = set(prompts[: len(prompts) - number])
-    return [row for row in rows if row["prompt"] in kept], [row for row in rows if row["prompt"] not in kept]
+    chosen = set(random.Random(f"{seed}/held out").sample(prompts, number))
+    return [row for row in rows if row["prompt"] not in chosen], [row for row in rows if row["prompt"] in chosen]
 
 
 def open_images(pipeline, images: list[LazyImage], resolution: int | None) -> Tensor:
@@ -55,20 +56,28 @@ def open_images(pipeline, images: list[LazyImage], resolution: int | None) -> Te
         ValueError: they differ in size and no resolution is given.
     """
     opened = [image.open() for image in images]
-    if resolution is None and len(sizes := {image.size for image in opened}) > 1:
-        raise ValueError(f"The images have different sizes ({', '.join(f'{w}x{h}' for w, h in sorted(sizes)[:3])} ...): give one with --resolution.")
+    if resolution is None:
+        _check_sizes({image.size for image in opened})
     return pipeline.image_processor.preprocess(opened, resolution, resolution)
+
+
+def _check_sizes(sizes: set[tuple[int, int]]) -> None:
+    if len(sizes) > 1:
+        raise ValueError(f"The images have different sizes ({', '.join(f'{w}x{h}' for w, h in sorted(sizes)[:3])}): give one with --resolution.")
 
 
 @torch.no_grad()
 def encode_pairs(pipeline, rows: list[dict], batch_size: int, resolution: int | None, device: torch.device) -> Pairs:
     """The winners and losers of canonical pairs through the pipeline's `encode`."""
     sides: list[list[Tensor]] = [[], []]
+    sizes: set[tuple[int, int]] = set()
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         for side, wins in zip(sides, (False, True)):
             images = [row["image_0"] if (row["label_0"] > 0.5) == wins else row["image_1"] for row in part]
-            side.append(pipeline.encode(open_images(pipeline, images, resolution).to(device)).cpu())
+            pixels = open_images(pipeline, images, resolution)
+            _check_sizes(sizes := sizes | {(pixels.shape[3], pixels.shape[2])})
+            side.append(pipeline.encode(pixels.to(device)).cpu())
     y0, y1 = (torch.cat(side) for side in sides)
     return Pairs(y0, y1, torch.tensor([row.get("weight", 1.0) for row in rows]), [row["prompt"] for row in rows])
 
@@ -113,9 +122,11 @@ def transport_outputs(run, pipeline, outputs: list[tuple[Prompt, LazyImage]], re
 
 
 def describe(transported: Transported) -> dict[str, str]:
-    """The rewards before and after and the win rate, as a line each."""
+    """The rewards before and after and the win rate, as a line each; none of a component that no prompt asks for (all NaN)."""
     lines = {}
     for name, rate in transported.win_rates().items():
+        if rate.wins + rate.ties + rate.losses == 0:
+            continue
         (old, old_error), (new, new_error) = (mean_and_error(values) for values in transported.rewards[name])
         gain, error = mean_and_error(transported.rewards[name][1] - transported.rewards[name][0])
         lines[f"{name}, before"], lines[f"{name}, after"] = f"{old:.4f} ± {old_error:.4f}", f"{new:.4f} ± {new_error:.4f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..data.prompts import load_prompts
+from ..data.prompts import Prompt, load_prompts
 from ..rewards import load_reward
 from ..rewards.loading import model_option
 from . import hub
@@ -16,18 +16,25 @@ class Report:
 
     Made before the pipeline is loaded: a reward or a prompt file that does not exist is found at once.
 
+    Args:
+        rows: of the data set, where the script learns from one: then `--reward` is optional and only measures, and the prompts are the
+            set's unless `--prompts` gives others.
+
     Attributes:
-        reward: the reward that is trained on.
+        reward: the reward that is trained on, or measured; None if there is none.
         prompts: the training prompts.
     """
 
-    def __init__(self, run):
+    def __init__(self, run, rows: list[dict] | None = None):
         args, self.run = run.args, run
-        self.reward = load_reward(args.reward, device=run.accelerator.device, **model_option(args.reward_model))
-        self.rewards = {"reward": self.reward}
+        self.reward = load_reward(args.reward, device=run.accelerator.device, **model_option(args.reward_model)) if args.reward else None
+        self.rewards = {"reward": self.reward} if args.reward else {}
         if args.eval_reward:
             self.rewards[args.eval_reward] = load_reward(args.eval_reward, device=run.accelerator.device, **model_option(args.eval_reward_model))
-        self.prompts = load_prompts(args.prompts, args.prompt_column)
+        if args.prompts or rows is None:
+            self.prompts = load_prompts(args.prompts, args.prompt_column)
+        else:
+            self.prompts = [Prompt(text) for text in dict.fromkeys(row["prompt"] for row in rows)]
         self.held_out = load_prompts(args.eval_prompts, args.prompt_column) if args.eval_prompts else self.prompts
         self.before: Evaluation | None = None
 
@@ -41,7 +48,8 @@ class Report:
             hub.create(self.run)
         with self.run.policy.reference():
             self.before = self._evaluate()
-        self.run.print(f"before: {_summary(self.before, self.run.args.reward)}")
+        if self.rewards:
+            self.run.print(f"before: {_summary(self.before, self.run.args.reward)}")
 
     def validate(self, epoch: int) -> None:
         """Every `--validation_epochs`: a grid of the first validation prompts at their fixed seeds, and their mean reward."""
@@ -49,8 +57,9 @@ class Report:
         if (epoch + 1) % args.validation_epochs:
             return
         with run.averaged(), run.meter.paused():
-            now = evaluate(run, self.run.policy, {"reward": self.reward}, self.held_out, args.num_validation_images, args.num_validation_images)
-        run.accelerator.log({"validation/reward": mean_and_error(now.rewards["reward"])[0]}, step=epoch)
+            rewards = {"reward": self.reward} if self.reward else {}
+            now = evaluate(run, self.run.policy, rewards, self.held_out, args.num_validation_images, args.num_validation_images)
+        run.accelerator.log({f"validation/{name}": mean_and_error(values)[0] for name, values in now.rewards.items()}, step=epoch)
         if run.is_main:
             folder = run.output_dir / "samples"
             folder.mkdir(exist_ok=True)
@@ -88,7 +97,8 @@ class Report:
             hub.write_model_card(run, results, pictures)
             if args.push_to_hub:
                 run.print(f"Pushed to {hub.push(run)}.")
-        run.print(f"after:  {_summary(after, args.reward)}")
+        if self.rewards:
+            run.print(f"after:  {_summary(after, args.reward)}")
         for name, (gain, error) in gains.items():
             run.print(f"gain in {args.reward if name == 'reward' else name} on held-out prompts: {gain:+.4f} ± {error:.4f} (paired, s.e.)")
         run.print(f"LoRA, pictures and model card: {run.output_dir}")

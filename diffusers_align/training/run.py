@@ -173,13 +173,15 @@ class Run:
                 yield self.epoch
                 self.epoch += 1
                 bar.update()
-                bar.set_postfix({k: f"{self.history[-1][k]:.3g}" for k in ("reward", "ratio_error", "kl") if self.history and k in self.history[-1]})
+                latest, shown = (self.history or [{}])[-1], ("reward", "accuracy", "loss", "ratio_error", "kl")
+                bar.set_postfix({name: f"{latest[name]:.3g}" for name in shown if name in latest})
                 if self.epoch % args.checkpointing_epochs == 0 or self.epoch == args.num_epochs:
                     self.checkpoint()
 
     def epoch_metrics(self, samples, diagnostics: list[list[dict]], norms: list[float], others: dict[str, list[float]]) -> dict[str, float]:
-        """Reward metrics; `ratio_error` before the first update, clipping after the last, if there are ratios; means of `others`."""
-        metrics = samples.metrics()
+        """Reward metrics of `samples` (None: there are none); `ratio_error` before the first update, clipping after the last, if there are
+        ratios; means of `others`."""
+        metrics = samples.metrics() if samples is not None else {}
         if diagnostics:
             first, last = diagnostics[0], diagnostics[-1]
             metrics |= {"ratio_error": max(d["ratio_error"] for d in first)}
@@ -297,7 +299,9 @@ class _Weights:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         parameters = self.parameters
         if len(parameters) != len(state) or any(p.shape != state[f"{i:05d}"].shape for i, p in enumerate(parameters)):
-            raise ValueError("The checkpoint's weights have other shapes: resume with the model and the flags of its size (such as --rank) it was trained with.")
+            raise ValueError(
+                "The checkpoint's weights have other shapes: resume with the model and the flags of its size (such as --rank) it was trained with."
+            )
         for i, parameter in enumerate(parameters):
             parameter.copy_(state[f"{i:05d}"])
 

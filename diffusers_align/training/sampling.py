@@ -58,7 +58,16 @@ def _spread(rewards: Tensor) -> Tensor:
 
 
 def sample_epoch(
-    run, policy: Policy, reward, prompts: list[Prompt], epoch: int, num_prompts: int, group_size: int, same_latent: bool = False, deterministic: bool = False
+    run,
+    policy: Policy,
+    reward,
+    prompts: list[Prompt],
+    epoch: int,
+    num_prompts: int,
+    group_size: int,
+    same_latent: bool = False,
+    deterministic: bool = False,
+    **call_kwargs: Any,
 ) -> Samples:
     """Roll out `group_size` samples of each of `num_prompts` prompts and score them.
 
@@ -67,6 +76,7 @@ def sample_epoch(
     Args:
         same_latent: the samples of a group share their initial noise, so that their rewards differ by the steps' noise alone.
         deterministic: walk the ODE, for methods that need no log-probabilities.
+        call_kwargs: arguments of the pipeline's calls that override the policy's.
     """
     args, accelerator = run.args, run.accelerator
     chosen = prompts_of_epoch(prompts, num_prompts, args.seed, epoch)
@@ -83,7 +93,7 @@ def sample_epoch(
             part = mine[start : start + args.train_batch_size]
             with accelerator.autocast():
                 noise = {"seeds": [seeds[i] for i in part], "step_seeds": [step_seeds[i] for i in part]}
-                trajectory = policy.rollout([asked[i].text for i in part], **noise, deterministic=deterministic)
+                trajectory = policy.rollout([asked[i].text for i in part], **noise, deterministic=deterministic, **call_kwargs)
             batches.append(trajectory)
             index.append(torch.tensor(part))
             with torch.no_grad():

@@ -1,0 +1,284 @@
+"""Guidance at the scheduler steps of any stock pipeline, on its own solver: `algorithms.guidance` coupled to the driver.
+
+A step is guided before the solver takes it: the model's output is replaced by one whose clean estimate has moved. Gradients with respect
+to x_t need the graph of the denoiser's call, which the driver keeps: each state is handed out as a leaf that requires a gradient and
+cut behind the step, so memory is one denoiser call's. Rewards are differentiated at the clean estimate first, in micro-batches, and
+then pulled back through the denoiser by one vector-Jacobian product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..algorithms.guidance import Guidance, Level, clean_estimate, guide, output_change, renoised, step_weights
+from ..driver import PromptMemory, Step, denoisers, drive
+from .base import copied
+from .noise_grid import NoiseGrid, check_scale, noise_grid
+
+# A state without signal says nothing of its clean sample: h_t is constant there, and the conversions divide by alpha.
+NO_SIGNAL = 1e-3
+
+Objective = Callable[[Tensor, list[int], Level], Tensor]
+
+
+class GuidanceError(ValueError):
+    """Guidance cannot go on; the message says at which step, why, and what to do."""
+
+
+@dataclass
+class GuidedSample:
+    """The pipeline's output, its final latents (B, *D), and s before each guided step, (B, guided steps)."""
+
+    output: Any
+    final: Tensor
+    values: Tensor | None
+
+
+def guided_sample(
+    pipeline,
+    call: dict[str, Any],
+    objective: Objective,
+    guidance: Guidance,
+    *,
+    scale: float,
+    seeds: Callable[[int], list[int]],
+    micro_batch_size: int | None = None,
+    gradient_checkpointing: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    memory: PromptMemory | None = None,
+) -> GuidedSample:
+    """`pipeline(**call)`, guided. A scale of 0 is the plain call, bit for bit.
+
+    Args:
+        objective: s (b,) with its graph of clean latents (b, *D) in the pipeline's layout, for the given rows of the batch; of the state in
+            the model's coordinates for a noise-aware reward, which also gets the level.
+        seeds: of a batch size its seeds, for the noise of smoothing and recurrence.
+        micro_batch_size: rows differentiated at once; all by default.
+        gradient_checkpointing: compute the denoiser's activations again on the way back, block by block.
+        on_progress: gets the solver steps done and their total.
+
+    Raises:
+        GuidanceError: a reward without gradient, a pipeline that cuts the graph, latents that overflow, or a solver that cannot repeat steps.
+        ValueError: a solver without conversion.
+    """
+    walk = _Walk(objective, guidance, scale, seeds, micro_batch_size, on_progress)
+    through_denoiser = bool(guidance.variance) and scale != 0
+    with ExitStack() as stack:
+        stack.enter_context(_frozen(pipeline, gradient_checkpointing))
+        timesteps = walk.repeat(pipeline, call, memory) if guidance.recurrence > 1 and scale != 0 else None
+        if through_denoiser:
+            stack.enter_context(_differentiable_start(pipeline))
+        output = drive(pipeline, walk.on_step, call, gradients=through_denoiser, timesteps=timesteps, memory=memory)
+    if walk.values and not walk.moved:
+        raise GuidanceError("The reward's gradient was exactly 0 at every guided step: it rounds, saturates, or does not look at the images.")
+    return GuidedSample(output, walk.final, torch.stack(walk.values, 1) if walk.values else None)
+
+
+class _Walk:
+    """Where the solver stands, and what it does there."""
+
+    def __init__(self, objective: Objective, guidance: Guidance, scale: float, seeds, micro_batch_size: int | None, on_progress):
+        self.objective, self.guidance, self.scale = objective, guidance, scale
+        self.seeds, self.micro_batch_size, self.on_progress = seeds, micro_batch_size, on_progress
+        self.grid: NoiseGrid | None = None
+        self.k = self.repeats = 0
+        self.expected: list[float] | None = None
+        self.generators: list[torch.Generator] | None = None
+        self.values: list[Tensor] = []
+        self.moved = False
+        self.final: Tensor | None = None
+
+    # --- schedule --------------------------------------------------------------------------------------------------
+
+    def _begin(self, step: Step) -> None:
+        if self.grid is None:
+            self.grid = noise_grid(step.scheduler, step.timestep)
+        number = len(self.grid)
+        window = range(round(self.guidance.start * number), round(self.guidance.stop * number))
+        self.guided = window if self.scale != 0 else range(0)
+        self.weights = {
+            "variance": step_weights(self.grid.levels, self.guidance.variance_schedule, window) if self.guidance.variance_entry == "state" else [1.0] * number,
+            "mean": step_weights(self.grid.levels, self.guidance.mean_schedule, window),
+        }
+
+    def _is_guided(self, k: int) -> bool:
+        return k in self.guided and self.grid.levels[k].alpha > NO_SIGNAL
+
+    def repeat(self, pipeline, call: dict[str, Any], memory: PromptMemory | None) -> Tensor:
+        """The timesteps with those of guided steps repeated, found by a call that ends at its first step."""
+        with torch.random.fork_rng(), torch.no_grad():
+            try:
+                drive(pipeline, _leave, {**call, "generator": copied(call.get("generator"))}, needs_denoiser=lambda k: False, memory=memory)
+            except _FirstStep as found:
+                step = found.args[0]
+        if not isinstance(step.scheduler, (DDIMScheduler, FlowMatchEulerDiscreteScheduler)):
+            raise GuidanceError(
+                f"{type(step.scheduler).__name__} keeps a memory of its steps, so they cannot be repeated. Set recurrence=1, or give the pipeline a DDIM or "
+                "a FlowMatchEuler scheduler."
+            )
+        self._begin(step)
+        times = step.scheduler.timesteps[self.grid.first :]
+        counts = torch.tensor([self.guidance.recurrence if self._is_guided(k) else 1 for k in range(len(times))])
+        repeated = times.repeat_interleave(counts.to(times.device))
+        self.expected = [float(t) for t in repeated]
+        return repeated
+
+    # --- steps -----------------------------------------------------------------------------------------------------
+
+    def on_step(self, step: Step) -> Tensor | None:
+        if step.child != 0 or self.scale == 0:
+            drawn = step.run().prev_sample
+            if step.child == 0:
+                self.final = drawn
+                self.on_progress(step.k + 1, len(step.scheduler.timesteps))
+            return None
+        if step.k == 0:
+            self._begin(step)
+        self._rewind(step)
+        k, state, output = self.k, step.sample.detach(), step.model_output.detach()
+        again = self._is_guided(k) and self.repeats + 1 < self.guidance.recurrence
+        self.final = self._guided_step(step, state, output) if self._is_guided(k) else step.run(sample=state, model_output=output).prev_sample
+        self.k, self.repeats = (k, self.repeats + 1) if again else (k + 1, 0)
+        if again:
+            back = renoised(self.final.float() / self.grid.scales[k + 1], *self.grid.levels[k : k + 2], self._draw(state))
+            self.final = (back * self.grid.scales[k]).to(state.dtype)
+        self.on_progress(step.k + 1, len(self.expected or self.grid.scales[1:]))
+        needs_graph = torch.is_grad_enabled() and self.k < len(self.grid) and self._is_guided(self.k)
+        return self.final.detach().requires_grad_(needs_graph)
+
+    def _rewind(self, step: Step) -> None:
+        """Keep the solver's own count in step with repeated timesteps."""
+        if self.expected is None:
+            return
+        if step.k >= len(self.expected) or float(step.timestep) != self.expected[step.k]:
+            raise GuidanceError(f"The pipeline shortens its schedule (strength below 1), so steps cannot be repeated at step {step.k}; set recurrence=1.")
+        if hasattr(step.scheduler, "_step_index"):
+            step.scheduler._step_index = self.grid.first + self.k
+
+    def _guided_step(self, step: Step, state: Tensor, output: Tensor) -> Tensor:
+        grid, k = self.grid, self.k
+        if output.shape != state.shape:
+            raise GuidanceError(f"The model's output {tuple(output.shape)} is not shaped like the state {tuple(state.shape)}: it predicts a variance too.")
+        check_scale(grid, k, step.scheduler, step.timestep)
+        level = grid.levels[k]
+
+        def clean(x: Tensor, model_output: Tensor) -> Tensor:
+            return clean_estimate(grid.sign * model_output.float(), x.float() / grid.scales[k], level, grid.prediction)
+
+        shift = guide(
+            self.guidance, lambda x: self._evaluate(x, level), state.float() / grid.scales[k], clean(state, output), tuple(grid.levels[k : k + 2]),
+            scale=self.scale, weights=(self.weights["variance"][k], self.weights["mean"][k]), pull_back=lambda g: self._pull_back(step, clean, g),
+            draw=lambda: self._draw(state),
+        )  # fmt: skip
+        self.values.append(shift.value.detach())
+        self.moved = self.moved or bool(shift.clean.any() or shift.state.any())
+        moved = output + grid.sign * output_change(shift.clean, level, grid.prediction).to(output.dtype)
+        drawn = step.run(sample=state, model_output=moved)
+        self._check_reading(step, drawn, clean(state, moved))
+        result = drawn.prev_sample + (grid.scales[k + 1] * shift.state).to(drawn.prev_sample.dtype)
+        self._check_finite(result, k, state, output)
+        return result
+
+    def _pull_back(self, step: Step, clean: Callable[[Tensor, Tensor], Tensor], gradient: Tensor) -> Tensor:
+        if not step.sample.requires_grad or not step.model_output.requires_grad:
+            where = "the state of its first step has no graph; begin later (start > 0)" if self.k == 0 else "the denoiser's output has none"
+            raise GuidanceError(f"The pipeline cuts the graph at solver step {self.k}: {where}, or use a preset without it (mpgd, flowchef).")
+        with torch.enable_grad():
+            (found,) = torch.autograd.grad(clean(step.sample, step.model_output), step.sample, gradient, allow_unused=True)
+        return found.float() * self.grid.scales[self.k]
+
+    def _evaluate(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """s (B,) and its gradient (B, *D), in micro-batches."""
+        values, gradients = [], []
+        for rows in torch.arange(len(x)).split(self.micro_batch_size or len(x)):
+            part = x[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                value = self.objective(part, rows.tolist(), level)
+                (gradient,) = torch.autograd.grad(value.sum(), part, allow_unused=True) if value.requires_grad else (None,)
+            if gradient is None:
+                raise GuidanceError(
+                    "The reward has no gradient with respect to the latents: it, or the decoder, detaches them, runs under torch.no_grad, or goes "
+                    "through NumPy or PIL. Steer with particles or best-of-n, which need none."
+                )
+            values.append(value.detach().float())
+            gradients.append(gradient)
+        return torch.cat(values), torch.cat(gradients)
+
+    def _draw(self, like: Tensor) -> Tensor:
+        if self.generators is None:
+            self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds(len(like))]
+        return torch.stack([torch.randn(like.shape[1:], generator=g) for g in self.generators]).to(like.device)
+
+    # --- checks ----------------------------------------------------------------------------------------------------
+
+    def _check_reading(self, step: Step, drawn, clean: Tensor) -> None:
+        """Whether the solver reads the output as we do, where it says how."""
+        read, config = getattr(drawn, "pred_original_sample", None), step.scheduler.config
+        if len(self.values) > 1 or read is None or config.get("clip_sample") or config.get("thresholding"):
+            return
+        if not torch.allclose(read.float(), clean, rtol=1e-2, atol=1e-2 * float(clean.abs().max()) + 1e-6) and bool(clean.isfinite().all()):
+            raise GuidanceError(f"{type(step.scheduler).__name__} reads another clean sample from the model's output than guidance does.")
+
+    def _check_finite(self, result: Tensor, k: int, state: Tensor, output: Tensor) -> None:
+        if bool(result.isfinite().all()):
+            return
+        if not bool(state.isfinite().all() and output.isfinite().all()):
+            raise GuidanceError(f"The pipeline itself reached NaN or infinity at solver step {k}: run it in float32.")
+        raise GuidanceError(
+            f"Guidance made the latents NaN or infinite at solver step {k}: lower the strength (reward_scale is {self.scale:g}), begin later (start), bound "
+            "the gradient (norm='rms' or 'unit'), or run in float32."
+        )
+
+
+class _FirstStep(Exception):
+    """Carries the first step out of a call that need not go on."""
+
+
+def _leave(step: Step):
+    raise _FirstStep(step)
+
+
+@contextmanager
+def _frozen(pipeline, gradient_checkpointing: bool) -> Iterator[None]:
+    """No parameter requires a gradient; denoisers recompute their activations if asked to."""
+    parameters = [p for m in pipeline.components.values() if isinstance(m, nn.Module) for p in m.parameters() if p.requires_grad]
+    modules = [m for m in denoisers(pipeline).values() if m._supports_gradient_checkpointing and not m.is_gradient_checkpointing]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    for module in modules if gradient_checkpointing else []:
+        module.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for module in modules if gradient_checkpointing else []:
+            module.disable_gradient_checkpointing()
+
+
+@contextmanager
+def _differentiable_start(pipeline) -> Iterator[None]:
+    """The initial latents, the first thing that `prepare_latents` returns, require a gradient."""
+    prepare = getattr(pipeline, "prepare_latents", None)
+    if prepare is None:
+        yield
+        return
+
+    def prepared(*args, **kwargs):
+        leaves, spec = pytree.tree_flatten(prepare(*args, **kwargs))
+        leaves[0] = leaves[0].detach().requires_grad_()
+        return pytree.tree_unflatten(leaves, spec)
+
+    pipeline.__dict__["prepare_latents"] = prepared
+    try:
+        yield
+    finally:
+        del pipeline.__dict__["prepare_latents"]

@@ -1,0 +1,90 @@
+"""The noise levels along any stock solver's walk, and how it scales its states and reads the model's output.
+
+`forward_process` serves training, at any timestep of a policy's own scheduler. Guidance walks the pipeline's stock solver instead, whose
+timesteps may lie between the rows of the table and whose states may be scaled differently, so everything is read off its run-time state.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..algorithms.guidance import Level
+from ..schedulers.twin import NO_KERNEL
+
+
+@dataclass(frozen=True)
+class NoiseGrid:
+    """K steps that are left, in the model's coordinates: alpha^2 + sigma^2 = 1, or alpha + sigma = 1 for flow matching.
+
+    Attributes:
+        levels: K + 1, of each step's state and last of the final one.
+        scales: K + 1, the solver's state divided by the model's coordinates: sqrt(1 + sigma^2) where its variance explodes, else 1.
+        prediction: `epsilon`, `v_prediction`, `sample` or `flow`.
+        sign: -1 where time, and with it the velocity, runs the other way.
+        first: index of the first step in the solver's schedule.
+    """
+
+    levels: list[Level]
+    scales: list[float]
+    prediction: str
+    sign: int
+    first: int
+
+    def __len__(self) -> int:
+        return len(self.levels) - 1
+
+
+def noise_grid(scheduler, timestep) -> NoiseGrid:
+    """Of a scheduler at the step that leaves `timestep`.
+
+    Raises:
+        ValueError: its states or its outputs have no conversion here.
+    """
+    name = type(scheduler).__name__
+    for prefix, reason in NO_KERNEL.items():
+        if name.startswith(prefix):
+            raise ValueError(f"{name} cannot be guided: {reason}. Give the pipeline a DDIM, Euler, Heun, DPM-Solver++ or FlowMatchEuler scheduler.")
+    first, config = _position(scheduler, timestep), scheduler.config
+    flow = name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
+    if flow:
+        inverted = bool(config.get("invert_sigmas"))
+        sigmas = [1 - s if inverted else s for s in scheduler.sigmas[first:].tolist()]
+        return NoiseGrid([Level(1 - s, s) for s in sigmas], [1.0] * len(sigmas), "flow", -1 if inverted else 1, first)
+    levels = _diffusion_levels(scheduler, first)
+    explodes = hasattr(scheduler, "sigmas") and scheduler.scale_model_input(scheduler.sigmas.new_ones(1), timestep).item() != 1
+    scales = [1 / level.alpha if explodes else 1.0 for level in levels]
+    return NoiseGrid(levels, scales, config.get("prediction_type", "epsilon"), 1, first)
+
+
+def check_scale(grid: NoiseGrid, k: int, scheduler, timestep) -> None:
+    """Raise a ValueError if the solver scales the state of step k otherwise than the grid says."""
+    if grid.scales[k] == 1 or not hasattr(scheduler, "scale_model_input"):
+        return
+    scale = 1 / scheduler.scale_model_input(scheduler.sigmas.new_ones(1), timestep).item()
+    if not math.isclose(scale, grid.scales[k], rel_tol=1e-3):
+        raise ValueError(
+            f"{type(scheduler).__name__} evaluates the model between its noise levels, which has no conversion here. Give the pipeline a DDIM, "
+            "Euler, Heun or DPM-Solver++ scheduler."
+        )
+
+
+def _position(scheduler, timestep) -> int:
+    for name in ("step_index", "begin_index"):
+        if (index := getattr(scheduler, name, None)) is not None:
+            return int(index)
+    if isinstance(timestep, Tensor) and timestep.numel() > 1:
+        raise ValueError("Timesteps that differ between samples cannot be guided.")
+    return int((scheduler.timesteps == timestep).nonzero()[0])
+
+
+def _diffusion_levels(scheduler, first: int) -> list[Level]:
+    if hasattr(scheduler, "sigmas"):
+        # Ratios of noise to signal, whatever the scale of the states.
+        return [Level(1 / math.hypot(1, s), s / math.hypot(1, s)) for s in scheduler.sigmas[first:].double().tolist()]
+    if getattr(scheduler, "alphas_cumprod", None) is None:
+        raise ValueError(f"{type(scheduler).__name__} cannot be guided: it has neither sigmas nor an alphas_cumprod table.")
+    rows = scheduler.alphas_cumprod.double().cpu()[scheduler.timesteps[first:].cpu().long()].tolist()
+    return [Level(math.sqrt(a), math.sqrt(1 - a)) for a in rows] + [Level(1.0, 0.0)]

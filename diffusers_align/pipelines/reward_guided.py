@@ -1,0 +1,158 @@
+"""Reward guidance as a diffusers pipeline: any stock pipeline, on its own solver, climbs any differentiable reward while it samples.
+
+The algorithm's page, with the presets, is `algorithms/guidance.py`; how a step is guided, `pipelines/guided_sampling.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algorithms.guidance import Guidance, Level
+from ..algorithms.guidance import preset as find_preset
+from ..driver import Step
+from ..policy import noise_seed
+from ..trajectory import Condition
+from .base import Generators, Judge, WrappedPipeline, copied
+from .guided_sampling import Objective, guided_sample
+
+
+class RewardGuidedPipeline(WrappedPipeline):
+    """A stock pipeline that follows the gradient of a reward.
+
+    >>> pipe = RewardGuidedPipeline(DiffusionPipeline.from_pretrained(...), reward="clip_score")  # doctest: +SKIP
+    >>> output = pipe("a fox", preset="dps", reward_scale=2.0, num_inference_steps=30)  # doctest: +SKIP
+    >>> output.images, output.rewards  # doctest: +SKIP
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        preset: str | Guidance = "dps",
+        reward=None,
+        reward_scale: float = 1.0,
+        start: float | None = None,
+        stop: float | None = None,
+        recurrence: int | None = None,
+        guidance_overrides: dict[str, Any] | None = None,
+        columns: dict[str, list] | None = None,
+        micro_batch_size: int | None = None,
+        gradient_checkpointing: bool = False,
+        **arguments: Any,
+    ):
+        """Sample under guidance.
+
+        Args:
+            preset: a name of `algorithms.guidance.PRESETS`, or a `Guidance`.
+            reward: a name or a callable (images, prompts, **columns) -> (B,), with a gradient; with the presets `classifier` and `glide_clip`
+                a noise-aware callable (latents, prompts, alpha, sigma) -> (B,), log p(prompt | latents), its latents as the model sees them.
+            reward_scale: lambda: samples lean to p(x) exp(lambda reward(x)). 0 is the plain pipeline, bit for bit. Norms change its unit.
+            start, stop, recurrence, guidance_overrides: in the place of the preset's own fields (`Guidance`).
+            columns: other arguments of the reward, a list for each with an entry a prompt.
+            micro_batch_size: samples decoded and scored at once for their gradient.
+            gradient_checkpointing: the denoiser computes its activations again on the way back: less memory, more time.
+            arguments: the stock call's.
+
+        Returns:
+            The stock output with two entries more: `rewards` (B,) float32 of the finished samples (not for a noise-aware reward, which judges no
+            images), and `guided_values` (B, guided steps), s of the estimate before each guided step (not where nothing was guided). With
+            `return_dict=False`, the stock tuple with what there is of the two.
+
+        Raises:
+            ValueError: no reward or prompt, unknown arguments or names, a solver that has no conversion.
+            GuidanceError: a reward without gradient, a cut graph, latents that overflow.
+        """
+        fields = {"start": start, "stop": stop, "recurrence": recurrence, **(guidance_overrides or {})}
+        guidance = _chosen(preset, {name: value for name, value in fields.items() if value is not None})
+        condition, generator = self.condition(prompt, arguments)
+        if guidance.noisy and not callable(self.reward if reward is None else reward):
+            raise ValueError("This preset follows a noise-aware reward: pass reward=, a callable (latents, prompts, alpha, sigma) -> (B,).")
+        judge, before = self.judge(reward, condition, columns), copied(generator)
+        tail = _Tail.of(self, condition, before)
+        call = {**arguments, "prompt": prompt} if "prompt" in inspect.signature(type(self.pipeline).__call__).parameters else arguments
+        with self.pipeline.progress_bar(total=1) as bar:
+            sampled = guided_sample(
+                self.pipeline, call, _noise_aware(judge) if guidance.noisy else _of_images(judge, tail), guidance, scale=float(reward_scale),
+                seeds=lambda size: _seeds(before, size), micro_batch_size=micro_batch_size, gradient_checkpointing=gradient_checkpointing,
+                on_progress=_shown(bar), memory=self._memory,
+            )  # fmt: skip
+        values = {} if sampled.values is None else {"guided_values": sampled.values}
+        if guidance.noisy:
+            return self.extended(sampled.output, **values)
+        everything = list(range(len(condition)))
+        return self.extended(sampled.output, rewards=replace(judge, on_invalid="mask")(tail.images(sampled.final, everything), everything), **values)
+
+
+class _Tail(WrappedPipeline):
+    """Decodes in the middle of a call: a copy of the pipeline with a solver of its own, since the other is at work, and as few gated
+    steps as its loop allows."""
+
+    @classmethod
+    def of(cls, guided: RewardGuidedPipeline, condition: Condition, generator: Generators) -> _Tail:
+        pipeline = copy.copy(guided.pipeline)
+        pipeline.scheduler = copy.deepcopy(guided.pipeline.scheduler)
+        if getattr(pipeline, "safety_checker", None) is not None:
+            pipeline.safety_checker = None  # it leaves the graph; the images that are handed out pass the original's
+        tail, parameters = cls(pipeline), inspect.signature(type(pipeline).__call__).parameters
+        fixed = "strength" in parameters or {"sigmas", "timesteps", "denoising_start", "denoising_end"} & set(condition.kwargs)
+        few = {} if fixed or "num_inference_steps" not in parameters else {"num_inference_steps": 2}
+        quiet = {name: None for name in ("callback_on_step_end", "callback", "latents") if name in condition.kwargs}
+        overrides = {**few, **quiet, "output_type": "pt", "return_dict": False}
+        tail.__dict__.update(_memory=guided._memory, _call=(condition, generator, overrides))
+        return tail
+
+    def images(self, latents: Tensor, rows: list[int]) -> Tensor:
+        """Of latents (b, *D) for these rows of the batch: (b, 3, H, W) or (b, F, 3, H, W) in [0, 1], with the graph if autograd is on."""
+        condition, generator, overrides = self._call
+        own = torch.Generator().manual_seed(0) if generator is None else copied(_rows(generator, rows))
+
+        def put(step: Step) -> Tensor:
+            step.skip()
+            return latents.to(step.sample.dtype) if step.child == 0 else step.sample
+
+        graph = torch.is_grad_enabled()
+        output = self.drive(condition.select(rows), own, put, gradients=graph, needs_denoiser=lambda k: False, **overrides)[0]
+        return torch.stack(list(output)) if isinstance(output, (list, tuple)) else output
+
+
+def _chosen(preset: str | Guidance, overrides: dict[str, Any]) -> Guidance:
+    return find_preset(preset, **overrides) if isinstance(preset, str) else replace(preset, **overrides)
+
+
+def _of_images(judge: Judge, tail: _Tail) -> Objective:
+    return lambda latents, rows, level: judge(tail.images(latents, rows), rows)
+
+
+def _noise_aware(judge: Judge) -> Objective:
+    def objective(latents: Tensor, rows: list[int], level: Level) -> Tensor:
+        weights = (torch.full((len(latents),), weight, device=latents.device) for weight in level)
+        return judge.reward(latents, [judge.condition.prompts[i] for i in rows], *weights)
+
+    return objective
+
+
+def _rows(generator: Generators, rows: list[int]) -> Generators:
+    return [generator[i] for i in rows] if isinstance(generator, list) else generator
+
+
+def _seeds(generator: Generators, size: int) -> list[int]:
+    """Of the noise that guidance draws, so that the call's own draws stay what they are."""
+    if isinstance(generator, list):
+        return [noise_seed(g.initial_seed(), "guidance") for g in generator]
+    start = torch.randint(2**62, ()).item() if generator is None else generator.initial_seed()
+    return [noise_seed(start, "guidance", i) for i in range(size)]
+
+
+def _shown(bar):
+    def on_progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    return on_progress

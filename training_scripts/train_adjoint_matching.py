@@ -1,0 +1,133 @@
+"""Adjoint Matching: align a pipeline with a differentiable reward by regression on pulled-back reward gradients.
+
+    accelerate launch training_scripts/train_adjoint_matching.py --config training_scripts/recipes/adjoint_matching_mini_sd3.yaml
+
+The algorithm's page is `diffusers_align/algorithms/adjoint_matching.py` (https://arxiv.org/abs/2409.08861).
+"""
+
+import random
+from dataclasses import replace
+
+from diffusers_align.algorithms.adjoint_matching import adjoint_matching_loss, loss_threshold, matched_steps, matching_diagnostics, summary, within
+from diffusers_align.differentiable import count_steps
+from diffusers_align.gradient_check import check_gradient
+from diffusers_align.policy import noise_seed
+from diffusers_align.training import arguments
+from diffusers_align.training.adjoints import (
+    bound_reward,
+    check_chain,
+    describe_memory,
+    make_memoryless,
+    matching_targets,
+    noisy_steps,
+    reward_gradient,
+    smoothed,
+)
+from diffusers_align.training.report import Report
+from diffusers_align.training.run import Run
+from diffusers_align.training.sampling import sample_epoch
+
+
+def parse_args(argv=None):
+    parser = arguments.base_parser(__doc__.splitlines()[0])
+    # The paper's, section 6 and appendix: 40 steps, batches of 40, Adam with these.
+    parser.set_defaults(num_inference_steps=40, num_epochs=1000, learning_rate=2e-5, adam_beta1=0.95, adam_weight_decay=1e-2)
+    group = parser.add_argument_group("Adjoint Matching")
+    group.add_argument("--num_prompts_per_epoch", type=int, default=40, help="one sample each; together one optimizer step, unless accumulation says less")
+    group.add_argument(
+        "--reward_scale", type=float, default=12500.0, help="lambda, nats of KL for a unit of reward; the paper's for ImageReward (100 to 12500)"
+    )
+    group.add_argument("--sde_type", choices=["memoryless", "memoryless_em"], default="memoryless", help="of flow matching: ancestral, or the paper's form")
+    group.add_argument("--last_steps", type=int, default=10, help="train the last stochastic steps of a trajectory")
+    group.add_argument("--random_steps", type=int, default=10, help="and that many of those before, drawn for each batch")
+    group.add_argument("--min_std", type=float, default=0.01, help="train no step with less noise: schedules that end just above 0 have one such step")
+    group.add_argument("--loss_clip", type=float, help="leave out steps of samples whose loss is above that many lambda^2 / K (1.6 in the paper)")
+    group.add_argument("--cfg", choices=["none", "trajectories", "everywhere"], default="none", help="where --guidance_scale acts in training")
+    group.add_argument("--smoothing_copies", type=int, default=0, help="average the reward's gradient over noised copies (official code: 20)")
+    group.add_argument("--smoothing_std", type=float, default=0.02, help="of that noise, in units of the latents")
+    group.add_argument("--smoothing_quantile", type=float, default=0.85, help="of the copies' gradient norms, at which the longest are cut")
+    args = arguments.parse(parser, argv)
+    if args.reward_scale <= 0:
+        parser.error(f"--reward_scale must be positive, got {args.reward_scale}")
+    if args.last_steps + args.random_steps < 1:
+        parser.error("--last_steps and --random_steps leave no step to train")
+    return args
+
+
+def check_reward(run, policy, report):
+    """Fail before training if the reward's gradient does not come through."""
+    asked = report.prompts[:1]
+    condition = policy.condition([p.text for p in asked], seeds=[noise_seed(run.args.seed, "check")])
+    steps = count_steps(policy, condition, stochastic=True)
+    with run.accelerator.autocast():
+        check_gradient(policy, condition, bound_reward(report.reward, asked, run.args.invalid_rewards), grad_steps=[steps - 1], stochastic=True)
+
+
+def targets(policy, trajectory, steps, reward, args, condition):
+    """Base means and adjoints of `steps`, by the pretrained model."""
+    smoothing = {"copies": args.smoothing_copies, "noise_std": args.smoothing_std, "quantile": args.smoothing_quantile}
+
+    def gradient_of(latents):
+        if args.smoothing_copies:
+            return smoothed(policy, latents, trajectory.condition, reward, **smoothing)
+        return reward_gradient(policy, latents, trajectory.condition, reward)
+
+    return matching_targets(policy, trajectory, steps, gradient_of, args.reward_scale, condition)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = Run(args, "Adjoint Matching")
+    num_batches, batches_a_step = run.batches(args.num_prompts_per_epoch)
+    batches_a_step = batches_a_step if args.gradient_accumulation_steps else num_batches
+    report = Report(run)
+    policy = run.load_policy()
+    make_memoryless(policy, args.sde_type)
+    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
+    run.resume()
+    check_reward(run, policy, report)
+    report.start()
+    unguided = {} if args.cfg == "everywhere" else policy.guidance_off(policy.condition([report.prompts[0].text], seeds=[0]))
+
+    for epoch in run.epochs():
+        # 1 roll out
+        call = unguided if args.cfg == "none" else {}
+        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_prompts_per_epoch, 1, **call)
+        check_chain(samples.batches[0])
+        run.explain_once(describe_memory(policy.scheduler))
+
+        diagnostics, lengths, norms = [], [], []
+        for chunk in run.chunks(num_batches, batches_a_step):
+            for b in chunk:
+                # 2 the reward's gradient and lean adjoints
+                trajectory = samples.batches[b]
+                condition = replace(trajectory.condition, kwargs=trajectory.condition.kwargs | unguided)
+                reward = bound_reward(report.reward, [samples.asked[i] for i in samples.index[b].tolist()], args.invalid_rewards)
+                noisy = noisy_steps(policy.scheduler, trajectory, args.min_std)
+                steps = matched_steps(noisy, args.last_steps, args.random_steps, random.Random(f"{args.seed}/{epoch}/{b}/steps"))
+                with run.accelerator.autocast():
+                    target = targets(policy, trajectory, steps, reward, args, condition)
+                lengths.append(target.reward.gradient.flatten(1).norm(dim=1).mean().item())
+
+                # 3 loss and update
+                scored, threshold = ~target.reward.rewards.isnan(), loss_threshold(args.loss_clip, args.reward_scale, trajectory.num_steps)
+                weight = run.loss_weight(samples, chunk, len(steps)) / trajectory.final[0].numel()
+
+                def on_step(k, transition):
+                    step = transition.mean, target.base_means[k], transition.std, target.adjoints[k]
+                    loss = adjoint_matching_loss(*step)
+                    counts = scored & within(loss, threshold)
+                    run.accelerator.backward((loss * counts).sum() * weight)
+                    diagnostics.append(matching_diagnostics(*step, counts))
+
+                with run.accelerator.autocast():
+                    policy.replay(trajectory, on_step, steps, condition)
+            norms.append(run.optimizer_step())
+        matched = {name: [value] for name, value in summary(diagnostics, num_batches).items()}
+        run.log(run.epoch_metrics(samples, [], norms, {**matched, "gradient": lengths}))
+        report.validate(epoch)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
