@@ -497,6 +497,6 @@ def test_recipes_are_read(name, tmp_path):
 def test_two_processes_train_what_one_does(task, tmp_path):
     flags = {**FLAGS, "num_epochs": 2, "train_batch_size": 1, "random_steps": 2, "adam_epsilon": 1e-3}
     run_script_on_two_processes("adjoint_matching", task / "two", task, **flags)
-    run_script("adjoint_matching", tmp_path / "one", task, **flags)
+    run_script("adjoint_matching", tmp_path / "one", task, **{**flags, "reward": f"{task / 'rewards.py'}:recorded"})
     assert_same_lora(task / "two", tmp_path / "one", rtol=1e-3, atol=1e-6)
     assert rows(tmp_path / "one")[-1]["reward"] == pytest.approx(rows(task / "two")[-1]["reward"], abs=1e-4)

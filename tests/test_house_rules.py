@@ -45,7 +45,7 @@ LAYERS = {
 MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
 FAMILY_FREE = [
     "driver", "policy", "prediction", "forward_process", "tape", "trajectory", "transition", "latent_layout", "lora", "schedulers/kernels",
-    "decoding", "differentiable", "gradient_check",
+    "decoding", "differentiable", "gradient_check", "pipelines/guided_sampling", "pipelines/noise_grid", "pipelines/reward_guided",
 ]  # fmt: skip
 
 

@@ -58,15 +58,15 @@ def noised(args, policy, noising, latents, places, condition):
     drawn = noising(latents, places)
     if args.inversion_steps == 0:
         return drawn
-    forward, generator = noising.forward, torch.Generator().manual_seed(places[0].seed)
+    forward, generators = noising.forward, [torch.Generator().manual_seed(place.seed) for place in places]
 
     def denoise(x, t):
         output = policy.predict(x, t, condition)
         return forward.to_x0(output, x, t), forward.to_noise(output, x, t)
 
-    times = inversion_times(drawn.t, num_steps=args.inversion_steps)
+    times = inversion_times(drawn.t, num_steps=args.inversion_steps, clean=forward.clean_timestep)
     with torch.no_grad():
-        x_t = invert(latents, times, denoise, lambda t: (forward.alpha(t), forward.sigma(t)), generator=generator)
+        x_t = invert(latents, times, denoise, lambda t: (forward.alpha(t), forward.sigma(t)), generator=generators)
     return noising.at(latents, x_t, drawn.t, inverted_noise(x_t, latents, forward.alpha(drawn.t), forward.sigma(drawn.t)))
 
 

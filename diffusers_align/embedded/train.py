@@ -1,6 +1,6 @@
 """Make the embedded models from nothing but composed scenes.
 
-    python -m diffusers_align.embedded.train vae sd3 sd clip classifier --output_dir models --minutes 10 60 60 8 4
+    python -m diffusers_align.embedded.train vae sd3 sd clip classifier noisy_classifier --output_dir models --minutes 10 60 60 8 4 8
 
 Needs no GPU: the shipped files were made on two shared CPU cores. Every stage draws its own scenes, prints its loss, saves
 what it has every five minutes and leaves a folder in diffusers' or transformers' own format. `vae` must come first.

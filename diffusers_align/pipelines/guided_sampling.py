@@ -250,7 +250,7 @@ def _leave(step: Step):
 def _frozen(pipeline, gradient_checkpointing: bool) -> Iterator[None]:
     """No parameter requires a gradient; denoisers recompute their activations if asked to."""
     parameters = [p for m in pipeline.components.values() if isinstance(m, nn.Module) for p in m.parameters() if p.requires_grad]
-    modules = [m for m in denoisers(pipeline).values() if m._supports_gradient_checkpointing and not m.is_gradient_checkpointing]
+    modules = [m for m in denoisers(pipeline).values() if getattr(m, "_supports_gradient_checkpointing", False) and not m.is_gradient_checkpointing]
     for parameter in parameters:
         parameter.requires_grad_(False)
     for module in modules if gradient_checkpointing else []:
