@@ -9,15 +9,10 @@ machine does), one after the other, and is evaluated at its last checkpoint. Wha
 from __future__ import annotations
 
 import argparse
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = ROOT / "training_scripts"
+from equal_time import checkpoints, evaluate, train
+
 # name: (base model, script, recipe, more flags)
 RUNS = {
     "Flow-GRPO": ("mini-sd3", "train_flow_grpo", "flow_grpo_mini_sd3", []),
@@ -41,37 +36,6 @@ EVALUATION = {
 }
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-
-
-def processor_seconds(process: subprocess.Popen) -> float:
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def train(name: str, folder: Path, minutes: float) -> None:
-    """Run a recipe until its epochs have had their time; evaluation before training does not count."""
-    _, script, recipe, flags = RUNS[name]
-    command = [sys.executable, SCRIPTS / f"{script}.py", "--config", SCRIPTS / "recipes" / f"{recipe}.yaml", "--output_dir", folder, *flags]
-    command += ["--num_epochs", "1000", "--checkpointing_epochs", "1", "--checkpoints_total_limit", "2", "--validation_epochs", "1000"]
-    command += ["--num_eval_samples", "48", "--num_validation_images", "8"]
-    folder.mkdir(parents=True, exist_ok=True)
-    spent, start = 0.0, None
-    with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
-        while spent < 60 * minutes and process.poll() is None:
-            time.sleep(0.5)
-            if start is None and "before:" in (folder / "log.txt").read_text():
-                start = processor_seconds(process)
-            spent = processor_seconds(process) - start if start is not None else 0.0
-        process.send_signal(signal.SIGINT)
-        process.wait()
-    if spent < 60 * minutes:
-        raise RuntimeError(f"{name} ended early; its output is in {folder / 'log.txt'}.")
-    (folder / "processor_seconds").write_text(f"{spent:.0f}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=2.0, help="training time of each algorithm")
@@ -80,18 +44,14 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=96, help="images of each model in the evaluation")
     args = parser.parse_args()
     for name in args.only:
-        if not (args.output_dir / name / "processor_seconds").is_file():
-            train(name, args.output_dir / name, args.minutes)
+        train(RUNS[name], args.output_dir / name, args.minutes)
         print(f"{name}: {checkpoints(args.output_dir / name)[-1].name}", flush=True)
     for base, flags in EVALUATION.items():
         names = [name for name in args.only if RUNS[name][0] == base]
         if names:
-            loras = [checkpoints(args.output_dir / name)[-1] for name in names]
-            command = [sys.executable, SCRIPTS / "evaluate.py", "--pretrained_model_name_or_path", base, "--lora", *loras, "--lora_names", *names]
-            command += ["--prompts", "likes_blue_heldout", "--reward", "background_color", "scene_score", "--num_samples", str(args.num_samples)]
-            command += ["--num_inference_steps", "12", "--guidance_scale", "3", "--diversity_model", "mini-clip", "--batch_size", "48"]
-            command += ["--output_dir", args.output_dir / f"evaluation-{base}", *flags]
-            subprocess.run(list(map(str, command)), check=True)
+            task = ["--prompts", "likes_blue_heldout", "--reward", "background_color", "scene_score", "--guidance_scale", "3"]
+            task += ["--num_samples", str(args.num_samples)]
+            evaluate(base, {name: args.output_dir / name for name in names}, args.output_dir / f"evaluation-{base}", [*task, *flags])
 
 
 if __name__ == "__main__":

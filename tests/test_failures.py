@@ -175,8 +175,10 @@ def test_a_second_ctrl_c_is_pythons_own():
 def sized(**flags):
     """A run of 1000 trainable numbers, 10 epochs and checkpoints at 4, 8 and 10."""
     defaults = {"num_epochs": 10, "checkpointing_epochs": 4, "checkpoints_total_limit": None, "validation_epochs": 5, "num_validation_images": 16}
-    parameters = [torch.zeros(10, 100)]
-    return SimpleNamespace(args=SimpleNamespace(**{**defaults, **flags}), epoch=0, ema=None, parameters=parameters, checkpoints=lambda: [], output_dir="out")
+    weights = SimpleNamespace(state_dict=lambda: {"0": torch.zeros(10, 100)})
+    run = SimpleNamespace(args=SimpleNamespace(**{**defaults, **flags}), epoch=0, parameters=[torch.zeros(10, 100)], checkpoints=lambda: [], output_dir="out")
+    run.accelerator = SimpleNamespace(_custom_objects=[weights, SimpleNamespace(state_dict=lambda: {"epoch": 3})])
+    return run
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,7 @@ def test_how_much_will_be_written(changes, flags, number):
     vars(run).update(changes)
     expected = failures.expected_bytes(run)
     assert expected[f"checkpoints ({number} at a time)"] == number * 4 * 4000 and expected["weights"] == 4000
-    run.ema = object()
+    run.accelerator._custom_objects.append(SimpleNamespace(state_dict=lambda: {"nested": [torch.zeros(500, dtype=torch.float64)]}))
     assert failures.expected_bytes(run)[f"checkpoints ({number} at a time)"] == number * 5 * 4000
 
 

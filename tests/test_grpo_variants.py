@@ -363,3 +363,33 @@ def test_each_loss_comes_with_its_published_clip_range(tmp_path):
         assert script().parse_args(command(tmp_path, loss=loss)).clip_range == clip_range
     assert script().parse_args(command(tmp_path, loss="flow_cps", sde_type="cps")).clip_range == 1e-5
     assert script().parse_args(command(tmp_path, clip_range=0.5)).clip_range == 0.5
+
+
+def test_gdpo_leaves_out_what_the_sum_leaves_out():
+    """A component that is infinite, or NaN with weight 0, has masked the sample's reward: it must not come back as an advantage."""
+    samples, reward = scored()
+    clean = advantages_of(samples, asked(multi_reward="gdpo"), reward)
+    for broken in (float("inf"), float("-inf"), float("nan")):
+        second = samples.components["second"].clone()
+        second[3] = broken
+        masked = samples_of(first=samples.components["first"], second=second)
+        masked.rewards[3] = torch.nan
+        advantages = advantages_of(masked, asked(multi_reward="gdpo"), reward)
+        assert advantages[3] == 0 and advantages.isfinite().all()
+        torch.testing.assert_close(advantages[6:], clean[6:], rtol=0.2, atol=0.2)
+    masked, _ = scored()
+    masked.rewards[0] = torch.nan
+    assert advantages_of(masked, asked(multi_reward="gdpo"), reward)[0] == 0
+
+
+def test_kernels_and_windows_come_with_their_published_defaults(tmp_path):
+    def parsed(**flags):
+        tiny = {name: value for name, value in TINY.items() if name != "kl_beta"}
+        words = [w for n, v in {**tiny, "output_dir": tmp_path, **flags}.items() for w in (f"--{n}", str(v))]
+        return script().parse_args(words)
+
+    assert (parsed().noise_level, parsed().kl_beta, parsed().loss) == (0.7, 0.04, "flow_grpo")
+    assert parsed(sde_type="dance_grpo").noise_level == 0.3
+    assert (parsed(sde_type="cps").noise_level, parsed(sde_type="cps").loss) == (0.8, "flow_cps")
+    assert parsed(sde_window_size=2).kl_beta == 0.0 and parsed(loss="grpo_guard").kl_beta == 0.0
+    assert parsed(sde_window_size=2, kl_beta=0.1).kl_beta == 0.1

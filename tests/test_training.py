@@ -300,3 +300,16 @@ def test_checkpoints_of_an_earlier_run_are_set_aside(run):
     run.args.resume_from_checkpoint = None
     run.resume()
     assert run.checkpoints() == [] and (run.output_dir / ".previous-checkpoint-7").is_dir() and (run.output_dir / "checkpoint-best").is_dir()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_touches_the_weights(run):
+    before = [parameter.detach().clone() for parameter in run.parameters]
+    for parameter in run.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    run.parameters[0].grad.flatten()[0] = torch.nan
+    try:
+        with pytest.raises(FloatingPointError, match="weights were not touched.*lower the learning rate"):
+            run.optimizer_step()
+        assert all(torch.equal(parameter, value) for parameter, value in zip(run.parameters, before))
+    finally:
+        run.optimizer.zero_grad()

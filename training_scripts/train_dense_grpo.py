@@ -23,7 +23,9 @@ def parse_args(argv=None):
     group = parser.add_argument_group("DenseGRPO")
     group.add_argument("--psi_init", type=float, default=0.3, help="noise of every step before calibration: psi sqrt(-dt); 0.3 is DanceGRPO's")
     group.add_argument("--calibration_rounds", type=int, default=20, help="rounds of sampling that set psi before training; 0 keeps --psi_init")
-    group.add_argument("--calibration_tolerance", type=float, default=2, help="psi rises where gains and losses differ by fewer samples: the paper's epsilon_1")
+    group.add_argument(
+        "--calibration_tolerance", type=float, help="psi rises where gains and losses differ by fewer samples (paper: 2); sqrt(samples) if absent"
+    )
     group.add_argument("--calibration_increment", type=float, default=0.01, help="by which psi moves in a round: the paper's epsilon_2")
     group.add_argument("--sde_window", type=int, nargs=2, metavar=("FIRST", "END"), help="steps with noise; all if absent. Fewer need fewer completions")
     group.add_argument("--timestep_fraction", type=float, default=0.99, help="train the first steps only; 0.99 leaves out the last one")

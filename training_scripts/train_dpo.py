@@ -3,7 +3,7 @@
     accelerate launch training_scripts/train_dpo.py --config training_scripts/recipes/dpo_mini_sd3.yaml --dataset_name my_pairs
 
 The algorithms' pages are `diffusers_align/algorithms/{diffusion_dpo,mapo,linear_dpo,diffusion_sdpo,inpo}.py`; docs/preference_data.md
-says what the data may look like.
+says what the data may look like, docs/why_is_my_loss_069.md what to expect of the first epochs.
 """
 
 from collections import defaultdict
@@ -13,69 +13,82 @@ import torch
 from diffusers_align.algorithms.diffusion_dpo import describe_beta, diffusion_dpo_loss, preference_metrics
 from diffusers_align.algorithms.diffusion_sdpo import safeguard_scale, scale_gradient
 from diffusers_align.algorithms.inpo import inversion_times, invert, inverted_noise
-from diffusers_align.algorithms.linear_dpo import linear_dpo_loss
-from diffusers_align.algorithms.mapo import mapo_loss
+from diffusers_align.algorithms.linear_dpo import linear_dpo_loss, linear_weight
+from diffusers_align.algorithms.mapo import mapo_loss, mapo_margin
 from diffusers_align.training import arguments, offline
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 
-BETA = {"mapo": 0.1}  # for the others, by the parametrisation: 5000 for diffusion (official code), 2000 for flow matching (Flow-Factory)
+# Diffusion, flow matching: official codes of Diffusion-DPO and Linear-DPO (SD 1.5, SD3), Flow-Factory's DPO, MaPO's for SDXL.
+BETA = {"mapo": (0.1, 0.1), "linear": (100, 1000), "dpo": (5000, 2000)}
 
 
 def parse_args(argv=None):
     parser = arguments.base_parser(__doc__.splitlines()[0])
     parser.set_defaults(rank=16, learning_rate=1e-5)
     offline.add_data_arguments(parser)
+    offline.add_pair_arguments(parser)
     group = parser.add_argument_group("Diffusion-DPO")
     group.add_argument("--loss", choices=["sigmoid", "hinge", "ipo", "dmpo", "mapo", "linear"], default="sigmoid", help="DPO's, or a relative's")
-    group.add_argument("--beta", type=float, help="preference temperature; 5000 for diffusion, 2000 for flow matching, 0.1 for mapo if absent")
+    group.add_argument("--beta", type=float, help="preference temperature; if absent 5000 for diffusion, 2000 for flow matching; linear 100, 1000; mapo 0.1")
     group.add_argument("--label_smoothing", type=float, default=0.0, help="share of labels that are wrong")
     group.add_argument("--sft_weight", type=float, default=0.0, help="adds so much of the winner's own error")
-    group.add_argument("--safeguard_mu", type=float, help="Diffusion-SDPO: share of its progress that the winner keeps (0.9 for SD 1.5, 0.6 for SDXL)")
+    group.add_argument("--safeguard_mu", type=float, help="Diffusion-SDPO, pair by pair: share of its progress that the winner keeps (SD 1.5 0.9, SDXL 0.6)")
     group.add_argument("--inversion_steps", type=int, default=0, help="InPO: noise by so many steps of DDIM inversion, in the place of random noise")
+    group.add_argument("--reference_decay", type=float, help="the reference follows the model with this decay (Linear-DPO: 0.99); it stays if absent")
     args = arguments.parse(parser, argv, offline.REQUIRED)
     offline.check(parser, args)
-    if args.loss in ("mapo", "linear") and (args.label_smoothing or args.sft_weight):
-        parser.error(f"--loss {args.loss} has neither --label_smoothing nor --sft_weight")
-    if args.safeguard_mu is not None and not 0 <= args.safeguard_mu <= 1:
-        parser.error(f"--safeguard_mu must lie in [0, 1], got {args.safeguard_mu}")
+    check(parser, args)
     return args
 
 
-def pair_loss(args, errors, reference, labels):
+def check(parser, args):
+    """Exit with a message on values that make no sense."""
+    if args.loss in ("mapo", "linear") and (args.label_smoothing or args.sft_weight or args.ties == "soft"):
+        parser.error(f"--loss {args.loss} has neither --label_smoothing nor --sft_weight nor soft labels (--ties soft)")
+    if args.loss == "mapo" and args.reference_decay is not None:
+        parser.error("--loss mapo has no reference, so --reference_decay means nothing")
+    for name, high in (("safeguard_mu", 1), ("reference_decay", 1), ("label_smoothing", 0.5)):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= high:
+            parser.error(f"--{name} must lie in [0, {high:g}], got {getattr(args, name)}")
+    for name in ("inversion_steps", "sft_weight"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} must not be negative, got {getattr(args, name)}")
+
+
+def pair_loss(args, errors, ref_errors, labels):
     """The loss of each pair, (B,)."""
     if args.loss == "mapo":
         return mapo_loss(*errors, beta=args.beta)
     if args.loss == "linear":
-        return linear_dpo_loss(*errors, *reference, beta=args.beta)
-    return diffusion_dpo_loss(
-        *errors, *reference, beta=args.beta, kind=args.loss, label=labels, label_smoothing=args.label_smoothing, sft_weight=args.sft_weight
-    )
+        return linear_dpo_loss(*errors, *ref_errors, beta=args.beta)
+    options = {"label": labels, "label_smoothing": args.label_smoothing, "sft_weight": args.sft_weight}
+    return diffusion_dpo_loss(*errors, *ref_errors, beta=args.beta, kind=args.loss, **options)
 
 
-def noised(args, policy, noising, latents, places, condition):
-    """Winner or loser with noise: random and shared, or each image's own by inversion."""
-    drawn = noising(latents, places)
-    if args.inversion_steps == 0:
-        return drawn
-    forward, generators = noising.forward, [torch.Generator().manual_seed(place.seed) for place in places]
+def pair_metrics(args, errors, ref_errors):
+    """What is logged of a batch; without a reference, the margin is MaPO's."""
+    metrics = preference_metrics(*errors, *ref_errors, beta=args.beta)
+    if args.loss == "mapo":
+        return {name: metrics[name] for name in ("accuracy", "error_w", "error_l")} | {"margin": mapo_margin(*errors).mean().item()}
+    if args.loss == "linear":
+        metrics["linear_weight"] = linear_weight(*errors, *ref_errors, beta=args.beta).mean().item()
+    return metrics
+
+
+def inverted(run, policy, noising, x0, places, condition):
+    """InPO: each image at the state that the sampler would come from, at the same time as the other's."""
+    drawn, forward = noising(x0, places, condition), noising.forward
+    generators = [torch.Generator().manual_seed(place.seed) for place in places]
 
     def denoise(x, t):
         output = policy.predict(x, t, condition)
         return forward.to_x0(output, x, t), forward.to_noise(output, x, t)
 
-    times = inversion_times(drawn.t, num_steps=args.inversion_steps, clean=forward.clean_timestep)
-    with torch.no_grad():
-        x_t = invert(latents, times, denoise, lambda t: (forward.alpha(t), forward.sigma(t)), generator=generators)
-    return noising.at(latents, x_t, drawn.t, inverted_noise(x_t, latents, forward.alpha(drawn.t), forward.sigma(drawn.t)))
-
-
-def sides_of(rows, places):
-    """Winners, losers, and the probability that the winner is the better one, (B,), with the pairs' weights, (B,)."""
-    chosen = [rows[place.row] for place in places]
-    images = [(row["image_0"], row["image_1"]) if row["label_0"] >= 0.5 else (row["image_1"], row["image_0"]) for row in chosen]
-    labels = torch.tensor([max(row["label_0"], 1 - row["label_0"]) for row in chosen])
-    return *zip(*images), labels, torch.tensor([float(row.get("weight", 1.0)) for row in chosen])
+    times = inversion_times(drawn.t, num_steps=run.args.inversion_steps, clean=forward.clean_timestep)
+    with torch.no_grad(), run.accelerator.autocast():
+        x_t = invert(x0, times, denoise, lambda t: (forward.alpha(t), forward.sigma(t)), generator=generators)
+    return noising.at(x0, x_t, drawn.t, inverted_noise(x_t, x0, forward.alpha(drawn.t), forward.sigma(drawn.t)), condition)
 
 
 def main(argv=None):
@@ -84,9 +97,11 @@ def main(argv=None):
     num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
     rows = offline.load_rows(run, "pair")
     report = Report(run, rows)
-    policy = run.load_policy()
-    latent_images, noising = offline.LatentImages(run, policy), offline.Noising(run, policy)
-    args.beta = args.beta if args.beta is not None else BETA.get(args.loss, 2000 if noising.forward.is_flow else 5000)
+    policy = offline.load_policy(run)
+    examples, reference = offline.Examples(run, policy, rows), offline.Reference(run, policy, args.reference_decay)
+    noising = examples.noising
+    if args.beta is None:
+        args.beta = BETA.get(args.loss, BETA["dpo"])[noising.forward.is_flow]
     run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
     run.resume()
     report.start()
@@ -96,36 +111,36 @@ def main(argv=None):
         for chunk, weight in offline.epoch_batches(run, num_batches, batches_a_step):
             for b in chunk:
                 # 1 pairs, with the same noise for both
-                places = offline.positions(run, len(rows), epoch, b, num_batches)
-                winners, losers, labels, weights = sides_of(rows, places)
-                condition = policy.condition(offline.captions(args, rows, places))
-                latents = [latent_images(images, places, condition) for images in (winners, losers)]
-                sides = [noised(args, policy, noising, x0, places, condition) for x0 in latents]
-                labels, weights = labels.to(policy.device), weights.to(policy.device)
-                if args.loss != "mapo":
-                    run.explain_once(describe_beta(args.beta, latents[0][0].numel()))
+                places = examples.positions(epoch, b)
+                condition, (images, labels, weights) = examples.condition(places), offline.pairs_of(rows, places, policy.device)
+                latents = [examples.latents(side, places, condition) for side in images]
+                if args.inversion_steps:
+                    sides = [inverted(run, policy, noising, x0, places, condition) for x0 in latents]
+                else:
+                    sides = [noising(x0, places, condition) for x0 in latents]
 
                 # 2 what the pretrained model makes of them
-                reference = [side.error(output) for side, output in zip(sides, offline.reference_outputs(run, policy, sides, condition))]
+                if args.loss != "mapo":
+                    run.explain_once(describe_beta(args.beta, latents[0][0].numel()))
+                    reference(*sides)
+                ref_errors = [side.ref_error for side in sides]
 
                 # 3 loss and update
-                def outputs(side):
-                    with run.accelerator.autocast():
-                        return policy.predict(side.x_t, side.t, condition).float()
-
-                def loss(errors, found):
+                def loss(winner, loser):
+                    errors = [winner.error, loser.error]
                     if args.safeguard_mu is not None:
-                        residuals = [side.residual(output) for side, output in zip(sides, found)]
-                        scale = safeguard_scale(*residuals, mu=args.safeguard_mu)
+                        residuals = [side.residual(own.output) for side, own in zip(sides, (winner, loser))]
+                        scale = safeguard_scale(*residuals, mu=args.safeguard_mu, per_sample=True)
                         logged["safeguard"].append(scale.mean().item())
-                        errors = [errors[0], scale_gradient(errors[1], scale)]
-                    return weights * pair_loss(args, errors, reference, labels)
+                        errors[1] = scale_gradient(loser.error, scale)
+                    return weights * pair_loss(args, errors, ref_errors, labels)
 
-                value, errors, _ = offline.descend(run, loss, outputs, sides, weight)
+                value, found = offline.descend(run, policy, loss, sides, weight, args.two_pass)
                 logged["loss"].append(value.mean().item())
-                for name, number in preference_metrics(*errors, *reference, beta=args.beta).items():
+                for name, number in pair_metrics(args, [own.error for own in found], ref_errors).items():
                     logged[name].append(number)
             norms.append(run.optimizer_step())
+            reference.follow()
         run.log(run.epoch_metrics(None, [], norms, logged))
         report.validate(epoch)
     report.finish()

@@ -25,7 +25,9 @@ KL_WEIGHT = {"official": 0.01, "paper": 0.05}
 
 def parse_args(argv=None):
     parser = arguments.base_parser(__doc__.splitlines()[0])
-    parser.set_defaults(rank=4, lora_alpha=4, learning_rate=1e-5, max_grad_norm=0.1, adam_weight_decay=0.0, num_inference_steps=50, guidance_scale=7.5)
+    parser.set_defaults(
+        train_batch_size=2, rank=4, lora_alpha=4, learning_rate=1e-5, max_grad_norm=0.1, adam_weight_decay=0.0, num_inference_steps=50, guidance_scale=7.5
+    )
     flag = arguments.argparse.BooleanOptionalAction
     group = parser.add_argument_group("DPOK")
     group.add_argument("--num_samples_per_epoch", type=int, default=10)
@@ -118,6 +120,8 @@ def main(argv=None):
         # 1 roll out
         samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_samples_per_epoch, 1)
         trajectory = samples.batches[0]
+        if trajectory.num_steps != args.num_inference_steps:
+            raise ValueError(f"The pipeline takes {trajectory.num_steps} steps: say so with --num_inference_steps {trajectory.num_steps}.")
         steps, dimensions = trajectory.stochastic.nonzero().flatten().tolist(), trajectory.final[0].numel()
         weights, scales = output_weights(policy, trajectory, steps)
         run.explain_once(describe_clip(args.clip_range, dimensions), describe_kl(args.kl_weight, args.kl_form, scales))

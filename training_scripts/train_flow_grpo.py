@@ -25,6 +25,7 @@ from diffusers_align.training.sampling import sample_epoch
 # The paper's beta goes with the official form; for ten steps of equal length the exact KL is ten times as large.
 KL_BETA = {"official": 0.04, "gaussian": 0.004}
 CLIP_RANGE = {"flow_grpo": 1e-4, "flow_cps": 1e-5, "grpo_guard": 2e-6}
+NOISE_LEVEL = {"dance_grpo": 0.3, "cps": 0.8}
 
 
 def parse_args(argv=None):
@@ -32,7 +33,7 @@ def parse_args(argv=None):
     add_group_arguments(parser)
     group = parser.add_argument_group("Flow-GRPO")
     group.add_argument("--sde_type", default="flow_grpo", choices=["flow_grpo", "dance_grpo", "cps", "memoryless", "memoryless_em"])
-    group.add_argument("--noise_level", type=float, default=0.7, help="the papers' a or eta: 0.7 for flow_grpo, 0.3 for dance_grpo, 0.8 for cps")
+    group.add_argument("--noise_level", type=float, help="the papers' a or eta; 0.7 for flow_grpo, 0.3 for dance_grpo, 0.8 for cps if absent")
     group.add_argument("--sde_window_size", type=int, help="that many consecutive SDE steps, ODE elsewhere (Fast, MixGRPO); all steps if absent")
     group.add_argument("--sde_window_range", type=int, nargs=2, metavar=("FIRST", "END"), help="where the window may lie; the first half if absent")
     group.add_argument("--sde_window_strategy", choices=["random", "progressive", "exp_decay"], default="random", help="Fast draws it, MixGRPO slides it")
@@ -40,13 +41,18 @@ def parse_args(argv=None):
     group.add_argument("--timestep_fraction", type=float, default=0.99, help="train the first steps only; 0.99 leaves out the last one")
     group.add_argument("--random_timesteps", action="store_true", help="train that share of the steps, without the last, drawn each epoch (DanceGRPO)")
     group.add_argument("--best_of_n", type=int, help="train on that many samples of a group, half the best and half the worst (DanceGRPO); all if absent")
-    group.add_argument("--loss", choices=list(CLIP_RANGE), default="flow_grpo", help="the ratio: true, on the CPS code's scale, or GRPO-Guard's")
+    group.add_argument("--loss", choices=list(CLIP_RANGE), help="the ratio: true, on the CPS code's scale (the default with cps), or GRPO-Guard's")
     group.add_argument("--clip_range", type=float, help=f"of the ratio per dimension; by the loss if absent: {CLIP_RANGE}")
-    group.add_argument("--kl_beta", type=float, help="weight of the KL to the pretrained model (official: 0.04, gaussian: 0.004); 0 saves its forward pass")
+    group.add_argument(
+        "--kl_beta", type=float, help="weight of the KL to the reference (official: 0.04, gaussian: 0.004; with a window or GRPO-Guard 0, which saves a pass)"
+    )
     group.add_argument("--kl_form", choices=["official", "gaussian"], default="official", help="official is the exact Gaussian KL times the step's length")
     args = arguments.parse(parser, argv)
-    args.kl_beta = KL_BETA[args.kl_form] if args.kl_beta is None else args.kl_beta
+    args.loss = args.loss or ("flow_cps" if args.sde_type == "cps" else "flow_grpo")
+    fast = bool(args.sde_window_size) or args.loss == "grpo_guard"  # the official recipes of both have no KL
+    args.kl_beta = (0.0 if fast else KL_BETA[args.kl_form]) if args.kl_beta is None else args.kl_beta
     args.clip_range = CLIP_RANGE[args.loss] if args.clip_range is None else args.clip_range
+    args.noise_level = NOISE_LEVEL.get(args.sde_type, 0.7) if args.noise_level is None else args.noise_level
     if args.loss == "flow_cps" and args.sde_type != "cps":
         parser.error(f"--loss flow_cps scales the ratio of --sde_type cps, got --sde_type {args.sde_type}")
     if args.best_of_n is not None and (args.best_of_n < 2 or args.best_of_n % 2 or args.best_of_n > args.group_size):

@@ -24,13 +24,14 @@ def parse_args(argv=None):
     group.add_argument("--views", help=".json or .jsonl file of captions, or a function (prompt, images or None) -> captions: module:function")
     group.add_argument("--num_views", type=int, default=2, help="captions beside the prompt, drawn anew for each group and epoch")
     group.add_argument("--posterior_views", action="store_true", help="hand the group's images to the function: a captioner, no rewriter")
-    group.add_argument("--sde_type", default="flow_grpo", choices=["flow_grpo", "dance_grpo", "cps", "memoryless", "memoryless_em"])
-    group.add_argument("--noise_level", type=float, default=0.7, help="Flow-GRPO's a")
+    group.add_argument("--sde_type", default="flow_grpo", choices=["flow_grpo", "dance_grpo", "memoryless", "memoryless_em"])
+    group.add_argument("--noise_level", type=float, help="the papers' a or eta; 0.7 for flow_grpo, 0.3 for dance_grpo if absent")
     group.add_argument("--sde_window", type=int, nargs=2, metavar=("FIRST", "END"), help="steps with noise; all if absent")
     group.add_argument("--timestep_fraction", type=float, default=0.99, help="train the first steps only; 0.99 leaves out the last one")
     group.add_argument("--clip_range", type=float, default=1e-4, help="of the ratio per dimension")
     group.add_argument("--kl_beta", type=float, default=0.0, help="weight of the Gaussian KL to the pretrained model, under each view")
     args = arguments.parse(parser, argv)
+    args.noise_level = (0.3 if args.sde_type == "dance_grpo" else 0.7) if args.noise_level is None else args.noise_level
     if not args.views:
         parser.error("--views is required (on the command line or in the recipe)")
     if args.num_views < 1:

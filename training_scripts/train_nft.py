@@ -25,6 +25,7 @@ def parse_args(argv=None):
     parser = arguments.base_parser(__doc__.splitlines()[0])
     add_group_arguments(parser)
     add_noising_arguments(parser)
+    parser.set_defaults(guidance_scale=1.0)  # predictions are without guidance, so the rollouts must be: it would be distilled in
     group = parser.add_argument_group("DiffusionNFT")
     group.add_argument("--beta", type=float, default=1.0, help="the smaller, the farther from the old policy the optimum (official: 1, or 0.1)")
     group.add_argument("--kl_beta", type=float, default=1e-4, help="weight of the squared distance to the pretrained model; 0 saves its forward pass")
@@ -40,7 +41,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "DiffusionNFT")
-    num_batches, batches_a_step = run.batches(args.num_prompts_per_epoch * args.group_size)
+    num_batches, batches_a_step = run.batches(args.num_prompts_per_epoch * args.group_size, steps=1)
     report = Report(run)
     policy = run.load_policy()
     forward, old = ForwardProcess(policy.scheduler), LaggingWeights(policy.trainable_parameters())

@@ -46,16 +46,18 @@ def step_gains(rewards: Tensor) -> Tensor:
     return rewards[:, 1:] - rewards[:, :-1]
 
 
-def calibrate(psi: Tensor, gains: Tensor, *, tolerance: float = 2, increment: float = 0.01) -> Tensor:
+def calibrate(psi: Tensor, gains: Tensor, *, tolerance: float | None = None, increment: float = 0.01) -> Tensor:
     """One round of calibration: the next psi, (K,).
 
     Args:
         psi: (K,) noise levels.
         gains: (N, K) of samples drawn with them. NaN counts as neither sign; a step whose gains are all NaN keeps its psi.
-        tolerance: the paper's epsilon_1: psi rises where gains and losses differ by fewer than so many samples.
+        tolerance: the paper's epsilon_1: psi rises where gains and losses differ by fewer than so many samples. The square root of N if
+            absent, one standard deviation of the difference between equally likely signs; the paper's is 2.
         increment: the paper's epsilon_2. No psi falls below it: without noise there is no policy.
     """
     surplus = (gains > 0).sum(0) - (gains < 0).sum(0)
+    tolerance = len(gains) ** 0.5 if tolerance is None else tolerance
     moved = torch.where(surplus.abs() < tolerance, psi + increment, psi - increment).clamp(min=increment)
     return torch.where(gains.isnan().all(0), psi, moved)
 

@@ -31,7 +31,7 @@ def flow_grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *,
         log_prob, old_log_prob: (B,) nats, summed over dimensions; the second without gradient.
         advantage: (B,), without gradient.
         per_dim: number of dimensions of the action; 1 for the true ratio.
-        clip_range: 1e-4 in the official configs (1e-5 for Fast and CPS).
+        clip_range: 1e-4 in the official configs (1e-5 for Fast, which trains few steps).
     """
     return clipped_surrogate(importance_ratio(log_prob, old_log_prob, per_dim), advantage, clip_range)
 

@@ -89,6 +89,8 @@ def find_reward(name: str, options: dict[str, Any]) -> tuple[Callable, set[str]]
     """The reward of that name with those of the options that it takes, and their names."""
     spec = "diffusers_align.rewards.remote:RemoteReward" if is_url(name) else BUILT_INS.get(name, name)
     options = options | {"url": name} if is_url(name) else options
+    if (Path(name) / "learned_reward.json").is_file():
+        spec, options = "diffusers_align.rewards.learned:LearnedReward", options | {"folder": name}
     module_name, colon, attribute = spec.rpartition(":")
     if not colon or not module_name or not attribute:
         raise ValueError(_unknown(name))
@@ -121,7 +123,8 @@ def _unknown(name: str) -> str:
     hint = f" Did you mean {guess[0]!r}?" if guess else ""
     return (
         f"There is no reward {name!r}.{hint} Built in: {', '.join(BUILT_INS)}. A reward of your own is named 'module:function' "
-        "or 'path/to/file.py:function', a callable (images, prompts, **columns) -> (B,) tensor; one on a server, 'http://host:port'."
+        "or 'path/to/file.py:function', a callable (images, prompts, **columns) -> (B,) tensor; one on a server, 'http://host:port'; "
+        "one that train_reward.py learned, by its folder."
     )
 
 

@@ -116,10 +116,10 @@ def multi_reward_advantages(components: Tensor, weights: Tensor, groups: Tensor,
         eps, ddof: as in `group_advantages`, for both normalisations.
 
     Returns:
-        (N,); 0 for samples with a NaN in any component, which enter no statistic of the others.
+        (N,); 0 for samples with a NaN or an infinity in any component, which enter no statistic of the others.
     """
     rewards = components[weights != 0].T
-    unscored = rewards.isnan().any(1)
+    unscored = ~rewards.isfinite().all(1)
     advantages = group_advantages(rewards.masked_fill(unscored[:, None], torch.nan), groups, global_std=False, eps=eps, ddof=ddof)
     total = (advantages * weights[weights != 0]).sum(1)
     return batch_advantages(total.masked_fill(unscored, torch.nan), eps=eps, ddof=ddof)

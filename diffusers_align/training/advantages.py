@@ -37,7 +37,8 @@ def advantages_of(samples: Samples, args: argparse.Namespace, reward: Reward, re
     if args.multi_reward == "gdpo":
         if not isinstance(reward, WeightedSum) or rewards is not None:
             raise ValueError("--multi_reward gdpo needs a sum of rewards, such as --reward 'clip_score*1+aesthetic*0.1', and one reward a sample.")
-        parts = torch.stack([samples.components[name] for name in reward.names])
+        # A sample whose sum was masked is no sample, whatever its parts say.
+        parts = torch.stack([samples.components[name] for name in reward.names]).masked_fill(samples.rewards.isnan(), torch.nan)
         advantages = multi_reward_advantages(parts, torch.tensor(reward.weights), samples.groups, ddof=args.std_ddof)
     else:
         rewards = samples.rewards if rewards is None else rewards

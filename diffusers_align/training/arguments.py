@@ -77,7 +77,9 @@ def _add_optimisation(group) -> None:
     group.add_argument("--seed", type=int, default=42, help="seed of everything: prompts, noise, LoRA")
     group.add_argument("--num_epochs", type=int, default=100, help="rollouts, each followed by its updates")
     group.add_argument("--train_batch_size", type=int, default=8, help="samples of a rollout or replay at a time, on each process")
-    group.add_argument("--gradient_accumulation_steps", type=int, help="batches of one optimizer step; half of an epoch's if absent, so two steps an epoch")
+    group.add_argument(
+        "--gradient_accumulation_steps", type=int, help="batches of one optimizer step; half of an epoch's if absent, so two steps an epoch (NFT, AWM: one)"
+    )
     group.add_argument("--learning_rate", type=float, default=3e-4)
     group.add_argument("--lr_scheduler", default="constant", help="any name of diffusers.optimization.get_scheduler")
     group.add_argument("--lr_warmup_steps", type=int, default=0)

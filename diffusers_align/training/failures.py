@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 # A picture and its caption in a grid, uncompressed.
 CELL_BYTES = 3 * 128 * 142
@@ -19,8 +21,8 @@ CELL_BYTES = 3 * 128 * 142
 def expected_bytes(run) -> dict[str, int]:
     """What the rest of a run will write at most, by kind, in bytes.
 
-    A checkpoint holds the trainable weights twice (for training and for `load_lora_weights`), Adam's two moments and the moving
-    average, in float32. While the newest is written, `--checkpoints_total_limit` of them are still there.
+    A checkpoint holds the weights for `load_lora_weights`, Adam's two moments, and the state of all that was registered: the weights
+    once more, averages, value networks. While the newest is written, `--checkpoints_total_limit` of them are still there.
     """
     args = run.args
     weights = sum(4 * parameter.numel() for parameter in run.parameters)
@@ -29,10 +31,14 @@ def expected_bytes(run) -> dict[str, int]:
         due = min(due, max(1, args.checkpoints_total_limit + 1 - len(run.checkpoints())))
     grids = args.num_epochs // args.validation_epochs - run.epoch // args.validation_epochs + 2
     return {
-        f"checkpoints ({due} at a time)": due * (5 if run.ema is not None else 4) * weights,
+        f"checkpoints ({due} at a time)": due * (3 * weights + sum(map(_state_bytes, run.accelerator._custom_objects))),
         "weights": weights,
         "pictures": grids * args.num_validation_images * CELL_BYTES,
     }
+
+
+def _state_bytes(registered) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in pytree.tree_leaves(registered.state_dict()) if isinstance(leaf, Tensor))
 
 
 def check_free_space(run) -> None:

@@ -103,8 +103,11 @@ class Run:
             self.ema = EMAModel(parameters, decay=args.ema_decay)
             self.accelerator.register_for_checkpointing(self.ema)
 
-    def batches(self, num_samples: int) -> tuple[int, int]:
+    def batches(self, num_samples: int, steps: int = 2) -> tuple[int, int]:
         """How many batches an epoch's samples make on each process, and how many of them make an optimizer step.
+
+        Args:
+            steps: optimizer steps an epoch where `--gradient_accumulation_steps` does not say.
 
         Raises:
             ValueError: the samples do not divide into equal batches.
@@ -116,7 +119,7 @@ class Run:
                 "Change --train_batch_size or the number of samples."
             )
         number = self.num_batches = num_samples // (processes * args.train_batch_size)
-        return number, min(number, args.gradient_accumulation_steps or -(-number // 2))
+        return number, min(number, args.gradient_accumulation_steps or -(-number // steps))
 
     @staticmethod
     def chunks(num_batches: int, batches_a_step: int) -> list[range]:
@@ -133,10 +136,13 @@ class Run:
             raise ValueError("No step with noise is left to train: raise the noise or the timestep fraction, or move the SDE window to earlier steps.")
         return 1 / (num_steps * sum(len(samples.batches[b]) for b in chunk) * self.accelerator.num_processes)
 
-    def optimizer_step(self) -> float:
-        """All-reduce, clip, step, average. Returns the gradient's norm before clipping.
+    def optimizer_step(self, max_norm: float | None = None) -> float:
+        """All-reduce, clip at `max_norm` (`--max_grad_norm` if absent), step, average. Returns the gradient's norm before clipping.
 
         Gradients are summed by hand: a data-parallel wrapper would hide the denoiser's class from the pipeline.
+
+        Raises:
+            FloatingPointError: the gradient is not finite, and there is no loss scaler to skip the step. The weights are untouched.
         """
         parameters = self.parameters
         if self.accelerator.num_processes > 1:
@@ -144,7 +150,12 @@ class Run:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad)
-        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm if max_norm is None else max_norm)
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            raise FloatingPointError(
+                f"The gradient of optimizer step {self.optimizer_steps + 1} is {float(norm)}; the weights were not touched. Look for a reward or a loss "
+                f"that overflows, or lower the learning rate. {failures.how_to_resume(self)}"
+            )
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()

@@ -43,7 +43,7 @@ class Samples:
     def metrics(self) -> dict[str, float]:
         """Mean and s.e. of the reward, its spread within groups, the share of groups without any, means of its components."""
         valid = self.rewards[~self.rewards.isnan()]
-        out = {"reward": valid.mean(), "reward_se": valid.std() / max(1, len(valid)) ** 0.5}
+        out = {"reward": valid.mean(), **({"reward_se": valid.std() / len(valid) ** 0.5} if len(valid) > 1 else {})}
         if len(self.groups.unique()) < len(self.groups):
             spread = torch.stack([_spread(self.rewards[self.groups == g]) for g in self.groups.unique()])
             out |= {"reward_std": spread.mean(), "zero_std": (spread < 1e-6).float().mean()}

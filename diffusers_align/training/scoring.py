@@ -50,6 +50,7 @@ class Scorer:
     ):
         self.reward, self.on_nan, self.on_failure, self.timeout = reward, on_nan, on_failure, timeout
         self.failures: list[str] = []
+        self._unanswered: Future | None = None
         self._scored: list[tuple[int, Row]] = []
         self._pending: deque[tuple[list[int], Future]] = deque()
         self._thread = ThreadPoolExecutor(1, "reward") if background else None
@@ -115,10 +116,13 @@ class Scorer:
         advice = "Repair the reward, or leave such samples out with --invalid_rewards mask."
         about = f"for {len(texts)} images of the prompts {listed(texts)}"
         try:
+            if self._unanswered is not None and not wait([self._unanswered], self.timeout).done:
+                raise OverTime(self._unanswered)  # a reward need not bear a second call beside the first
             result = within(self.timeout, scores)
         except InvalidReward:
             raise
-        except OverTime:
+        except OverTime as over:
+            self._unanswered = over.args[0]
             raise RewardTimeout(
                 f"Reward {reward_name(self.reward)!r} gave no answer in {self.timeout:g} s, {about}. Raise --reward_timeout, or: {advice}"
             ) from None
@@ -128,7 +132,7 @@ class Scorer:
 
 
 class OverTime(Exception):
-    """A function took longer than it may."""
+    """A function took longer than it may; its argument is the future that may still answer."""
 
 
 def within(seconds: float | None, function: Callable[[], Any]) -> Any:
@@ -145,7 +149,7 @@ def within(seconds: float | None, function: Callable[[], Any]) -> Any:
 
     threading.Thread(target=work, daemon=True, name="reward").start()
     if not wait([future], seconds).done:
-        raise OverTime
+        raise OverTime(future)
     return future.result()
 
 

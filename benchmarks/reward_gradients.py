@@ -1,0 +1,140 @@
+"""Reward gradients through sampling: their memory, and every image method on the embedded models for the same minutes of training.
+
+    python benchmarks/reward_gradients.py memory
+    python benchmarks/reward_gradients.py methods --minutes 2 --output_dir runs/reward_gradients
+
+Memory: what autograd keeps, and the peak above what the process had, of a roll-out of eight pictures with its backward pass, against
+the number of steps with gradient. Methods: mini-clip's score is trained on; the scene classifier, another network, is the judge. Each
+recipe has that much processor time on one thread, then one table of `evaluate.py` a model. Flow-GRPO and Adjoint Matching learn from
+the same reward for comparison. SRPO is left out: it needs words of style, which mini-clip has never seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from equal_time import checkpoints, evaluate, train
+
+from diffusers_align import Policy, embedded
+from diffusers_align.differentiable import differentiable_rollout
+from diffusers_align.rewards import load_reward
+
+TASK = ["--prompts", "mini_train", "--eval_prompts", "mini_heldout", "--reward", "clip_score", "--reward_model", "mini-clip"]
+CALLS = {"mini-sd3": {"max_sequence_length": 1}, "mini-sd": {}}
+SDE = {"mini-sd3": ["--sde_type", "flow_grpo", "--noise_level", "0.7"], "mini-sd": ["--eta", "1.0"]}
+NUM_STEPS, BATCH = 8, 8
+METHODS = {
+    "DRaFT-1": ("train_draft", "draft_mini_sd3", ["--truncation", "1"]),
+    "DRaFT-3": ("train_draft", "draft_mini_sd3", []),
+    "DRaFT": ("train_draft", "draft_mini_sd3", ["--method", "draft"]),
+    "DRaFT-LV": ("train_draft", "draft_mini_sd3", ["--method", "draft_lv"]),
+    "DRTune": ("train_draft", "draft_mini_sd3", ["--method", "drtune", "--num_trained_steps", "3", "--early_stop", "2"]),
+    "ReFL": ("train_refl", "refl_mini_sd3", []),
+    "AlignProp": ("train_alignprop", "alignprop_mini_sd", []),
+}
+
+
+def runs(base: str) -> dict[str, tuple[str, str, str, list[str]]]:
+    """Every method on one of the models, and what they are compared with."""
+    model = ["--pretrained_model_name_or_path", base, "--call_kwargs", json.dumps(CALLS[base])]
+    found = {name: (base, script, recipe, [*model, *flags]) for name, (script, recipe, flags) in METHODS.items()}
+    suffix = base.replace("-", "_")
+    online = ("train_flow_grpo", "flow_grpo_mini_sd3", [*TASK, "--kl_beta", "0"]) if base == "mini-sd3" else ("train_ddpo", "ddpo_mini_sd", TASK)
+    found["Flow-GRPO" if base == "mini-sd3" else "DDPO"] = (base, *online)
+    return found | {"Adjoint Matching": (base, "train_adjoint_matching", f"adjoint_matching_{suffix}", [])}
+
+
+# --- memory --------------------------------------------------------------------------------------------------------------
+
+
+def status_mib(field: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def peak_mib(work: Callable[[], object]) -> float:
+    """The peak resident memory of `work` above the start, in a process of its own: freed memory of earlier work cannot hide it."""
+    receive, send = os.pipe()
+    if (child := os.fork()) == 0:
+        before = status_mib("VmRSS")
+        work()
+        os.write(send, f"{status_mib('VmHWM') - before}".encode())
+        os._exit(0)
+    os.close(send)
+    os.waitpid(child, 0)
+    with os.fdopen(receive) as pipe:
+        return float(pipe.read())
+
+
+def saved_mib(work: Callable[[], object]) -> float:
+    """What autograd keeps of `work` for the way back, each tensor once; checkpoints keep their inputs elsewhere."""
+    saved: dict[int, int] = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = work()
+    del result
+    return sum(saved.values()) / 2**20
+
+
+def memory(base: str) -> None:
+    policy = Policy(DiffusionPipeline.from_pretrained(embedded.path(base)), num_inference_steps=NUM_STEPS, guidance_scale=1.0, **CALLS[base])
+    policy.add_lora(rank=16)
+    reward, prompts = load_reward("clip_score", model=embedded.path("mini-clip")), ["a fox on a red background"] * BATCH
+    condition = policy.condition(prompts, seeds=list(range(BATCH)))
+
+    def loss(number: int, checkpoint: bool) -> torch.Tensor:
+        steps = range(NUM_STEPS - number, NUM_STEPS)
+        rollout = differentiable_rollout(policy, condition, grad_steps=steps, checkpoint=checkpoint, decode_checkpoint=checkpoint)
+        return -reward(rollout.images, prompts).sum()
+
+    loss(1, True).backward()
+    print(f"\n{base}, {BATCH} pictures, {NUM_STEPS} steps; MiB\n")
+    print("| steps with gradient | kept | kept, checkpointed | peak | peak, checkpointed |\n|---|---|---|---|---|")
+    for number in (1, 2, 4, 8):
+        kept = [saved_mib(lambda: loss(number, checkpoint)) for checkpoint in (False, True)]
+        peaks = [peak_mib(lambda: loss(number, checkpoint).backward()) for checkpoint in (False, True)]
+        print(f"| {number} | " + " | ".join(f"{value:.0f}" for value in kept + peaks) + " |", flush=True)
+
+
+# --- methods -------------------------------------------------------------------------------------------------------------
+
+
+def compare(base: str, args: argparse.Namespace) -> None:
+    folders = {name: args.output_dir / base / name for name in runs(base) if not args.only or name in args.only}
+    for name, folder in folders.items():
+        train(runs(base)[name], folder, args.minutes)
+        print(f"{base}, {name}: {checkpoints(folder)[-1].name}", flush=True)
+    task = ["--prompts", "mini_heldout", "--reward", "clip_score", "scene_score", "--reward_model", "mini-clip", "default", "--guidance_scale", "1"]
+    evaluate(
+        base,
+        folders,
+        args.output_dir / f"evaluation-{base}",
+        [*task, "--call_kwargs", json.dumps(CALLS[base]), *SDE[base], "--num_samples", str(args.num_samples)],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["memory", "methods"])
+    parser.add_argument("--models", nargs="+", choices=list(CALLS), default=list(CALLS))
+    parser.add_argument("--minutes", type=float, default=2.0, help="training time of each method")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/reward_gradients"))
+    parser.add_argument("--only", nargs="+", help="some of the methods")
+    parser.add_argument("--num_samples", type=int, default=96, help="images of each model in the evaluation")
+    args = parser.parse_args()
+    for base in args.models:
+        memory(base) if args.what == "memory" else compare(base, args)
+
+
+if __name__ == "__main__":
+    main()

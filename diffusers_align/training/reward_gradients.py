@@ -1,0 +1,306 @@
+"""What scripts that differentiate the reward share: flags, the batches of an update, the loss, the distance to the pretrained model.
+
+Whatever is random about an update follows from (seed, epoch, position): a sample's noise from its own position, the choice of steps
+from the update's. So all processes make the same denoiser calls, and the result depends on neither their number nor what came before.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algorithms.continuous_adjoint import adjoint_gradient
+from ..algorithms.draft import deviation, renoised
+from ..algorithms.srpo import recovered_sample
+from ..data.prompts import Prompt, prompts_of_epoch
+from ..decoding import decode_latents
+from ..differentiable import DifferentiableRollout, count_steps, differentiable_rollout, outputs_along, solver_step
+from ..forward_process import ForwardProcess
+from ..gradient_check import check_gradient
+from ..policy import Policy, noise_seed
+from ..rl.reward_maps import distance, hinge, shortfall
+from ..trajectory import Condition
+from .adjoints import bound_reward
+from .offline import epoch_batches
+
+REWARD_MAPS = ("none", "hinge", "distance", "shortfall")
+# So many gradient norms make a quantile, so many are remembered.
+MIN_NORMS, MAX_NORMS = 10, 100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the samples, of the reward's way into the loss, and of the roll-out."""
+    flag = argparse.BooleanOptionalAction
+    # On-policy however many updates an epoch has: each samples anew.
+    parser.set_defaults(gradient_accumulation_steps=1)
+    group = parser.add_argument_group("reward gradients")
+    group.add_argument("--num_samples_per_epoch", type=int, default=128, help="one a prompt: the stretch between two lines of the log")
+    group.add_argument("--reward_map", choices=REWARD_MAPS, default="none", help="the loss: -r, max(0, target - r), |target - r|, or target - r")
+    group.add_argument("--reward_target", type=float, help="of --reward_map: a margin, a target, or the best possible reward")
+    group.add_argument("--reward_scale", type=float, default=1.0, help="factor of that loss: with Adam, its weight against --kl_weight and the clipping")
+    group.add_argument("--kl_weight", type=float, default=0.0, help="of the distance to the pretrained model at the trained steps; 0 saves its forward pass")
+    group.add_argument("--grad_clip_quantile", type=float, help=f"also clip at this quantile of the last {MAX_NORMS} updates' gradient norms")
+    group.add_argument("--stochastic", action=flag, default=False, help="roll out with the SDE twin's noise; otherwise by the pipeline's own solver")
+    group.add_argument("--eta", type=float, help="of that noise for diffusion: 0 is DDIM's ODE, 1 (if absent) ancestral sampling")
+    group.add_argument("--checkpoint_steps", action=flag, default=True, help="compute each step's activations again on the way back")
+    group.add_argument("--checkpoint_decoder", action=flag, default=True, help="compute the autoencoder's activations again on the way back")
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with a message where flags of `add_arguments` make no sense."""
+    if args.reward_map != "none" and args.reward_target is None:
+        parser.error(f"--reward_map {args.reward_map} needs --reward_target")
+    if args.reward_map == "none" and args.reward_target is not None:
+        parser.error("--reward_target belongs to a --reward_map: hinge, distance or shortfall")
+    if args.reward_scale <= 0 or args.kl_weight < 0:
+        parser.error(f"--reward_scale must be positive and --kl_weight not negative, got {args.reward_scale} and {args.kl_weight}")
+    if args.eta is not None and not args.stochastic:
+        parser.error("--eta is the noise of --stochastic roll-outs")
+    if args.grad_clip_quantile is not None and not 0 < args.grad_clip_quantile <= 1:
+        parser.error(f"--grad_clip_quantile must be above 0 and at most 1, got {args.grad_clip_quantile}")
+
+
+def rollout_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of every `differentiable_rollout`."""
+    return {"stochastic": args.stochastic, "checkpoint": args.checkpoint_steps, "decode_checkpoint": args.checkpoint_decoder}
+
+
+# --- before training -----------------------------------------------------------------------------------------------------
+
+
+def load_policy(run) -> Policy:
+    """The pipeline with a fresh LoRA, and the noise of `--eta`."""
+    return run.load_policy(**({} if run.args.eta is None else {"eta": run.args.eta}))
+
+
+def check_reward(run, policy: Policy, report, **options: Any) -> int:
+    """Whether a reward's gradient comes through the last step. Returns the number of solver steps.
+
+    Raises:
+        GradientError: it does not; the message names the component that cuts it.
+    """
+    asked = report.prompts[:1]
+    condition = policy.condition([p.text for p in asked], seeds=[noise_seed(run.args.seed, "check")])
+    steps = count_steps(policy, condition, stochastic=run.args.stochastic)
+    with run.accelerator.autocast():
+        check_gradient(
+            policy, condition, bound_reward(report.reward, asked, run.args.invalid_rewards), grad_steps=[steps - 1], **rollout_options(run.args), **options
+        )
+    return steps
+
+
+@torch.no_grad()
+def count_frames(policy: Policy, prompt: Prompt) -> int | None:
+    """The frames of a video; None for pipelines that make images. Costs one denoiser call and the autoencoder's."""
+    rollout = differentiable_rollout(policy, policy.condition([prompt.text], seeds=[0]), grad_steps=[], stop_step=0)
+    return rollout.images.shape[1] if rollout.images.ndim == 5 else None
+
+
+# --- an epoch's updates --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples to be rolled out.
+
+    Attributes:
+        condition: the call, with its seeds.
+        asked: prompts with the data set's other fields.
+        reward: images (B, 3, H, W) or (B, F, 3, H, W) in [0, 1] to (B,), NaN where it is masked.
+    """
+
+    condition: Condition
+    asked: list[Prompt]
+    reward: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step.
+
+    Attributes:
+        batches: this process's, each to be rolled out with the current weights.
+        generator: what the method draws for the step, the same on all processes and for all its batches.
+        weight: makes the sum over its samples, on all processes, their mean.
+    """
+
+    batches: list[Batch]
+    generator: torch.Generator
+    weight: float
+
+
+def updates_of_epoch(run, policy: Policy, report, epoch: int, num_batches: int, batches_a_step: int) -> Iterator[Update]:
+    args, rank, world = run.args, run.accelerator.process_index, run.accelerator.num_processes
+    chosen = prompts_of_epoch(report.prompts, args.num_samples_per_epoch, args.seed, epoch)
+    mine = range(args.num_samples_per_epoch)[rank::world]
+    run.meter.count_images(len(mine))
+
+    def batch(b: int) -> Batch:
+        places = mine[b * args.train_batch_size : (b + 1) * args.train_batch_size]
+        asked = [report.prompts[chosen[i]] for i in places]
+        condition = policy.condition([p.text for p in asked], seeds=[noise_seed(args.seed, epoch, i, chosen[i]) for i in places])
+        return Batch(condition, asked, bound_reward(report.reward, asked, args.invalid_rewards))
+
+    for number, (chunk, weight) in enumerate(epoch_batches(run, num_batches, batches_a_step)):
+        generator = torch.Generator().manual_seed(noise_seed(args.seed, epoch, "update", number))
+        yield Update([batch(b) for b in chunk], generator, weight)
+
+
+# --- loss ----------------------------------------------------------------------------------------------------------------
+
+
+def reward_loss(rewards: Tensor, args: argparse.Namespace) -> Tensor:
+    """`--reward_scale` times the `--reward_map` of the rewards, (B,); NaN stays NaN."""
+    target = args.reward_target
+    loss = {
+        "none": lambda: -rewards,
+        "hinge": lambda: hinge(rewards, margin=target),
+        "distance": lambda: distance(rewards, target=target),
+        "shortfall": lambda: shortfall(rewards, best=target),
+    }[args.reward_map]()
+    return args.reward_scale * loss
+
+
+def distance_to_reference(policy: Policy, rollout: DifferentiableRollout) -> Tensor:
+    """Mean over the gradient steps of `draft.deviation`, (B,): nats per dimension where a step is stochastic, the mean squared
+    difference of the models' outputs where it is not."""
+    with policy.reference():
+        reference = outputs_along(policy, rollout)
+    found = [
+        deviation(step.model_output.float(), reference[k].model_output.float(), step.transition, reference[k].transition, per_dim=rollout.latents[0].numel())
+        for k, step in rollout.steps.items()
+    ]
+    return torch.stack(found).mean(0)
+
+
+def total_loss(policy: Policy, rollout: DifferentiableRollout, loss: Tensor, args: argparse.Namespace, logged: dict[str, list[float]]) -> Tensor:
+    """The loss (B,) with `--kl_weight` times the distance to the pretrained model, which is logged."""
+    if args.kl_weight == 0:
+        return loss
+    kl = distance_to_reference(policy, rollout)
+    logged["kl"].append(kl.mean().item())
+    return loss + args.kl_weight * kl
+
+
+def scored_sum(loss: Tensor) -> Tensor:
+    """The sum over the samples that the reward could score; 0 with a graph if there are none."""
+    return torch.where(loss.isnan(), 0.0, loss).sum()
+
+
+def finite(values: Tensor) -> list[float]:
+    """The numbers among `values`, for the log."""
+    return [value for value in values.tolist() if value == value]
+
+
+class GradientClip:
+    """Clips an update's gradient at `--max_grad_norm` and, with `--grad_clip_quantile`, at that quantile of the norms before: one
+    outlier does not move the weights further than others do. Resumes with the run."""
+
+    def __init__(self, run):
+        self.run, self.norms = run, []
+        run.accelerator.register_for_checkpointing(self)
+
+    @property
+    def limit(self) -> float:
+        quantile, most = self.run.args.grad_clip_quantile, self.run.args.max_grad_norm
+        if quantile is None or len(self.norms) < MIN_NORMS:
+            return most
+        return min(most, float(torch.tensor(self.norms, dtype=torch.float64).quantile(quantile)))
+
+    def step(self) -> float:
+        """The optimizer step. Returns the gradient's norm before clipping."""
+        norm = self.run.optimizer_step(self.limit)
+        if norm < float("inf"):
+            self.norms = [*self.norms, norm][-MAX_NORMS:]
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"norms": self.norms}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.norms = list(state["norms"])
+
+
+# --- one-step images of finished samples ---------------------------------------------------------------------------------
+
+
+def drawn_noise(rollout: DifferentiableRollout, name: str) -> Tensor:
+    """Standard normal (B, *D), of each sample's own seed."""
+    shape, device = rollout.latents.shape[1:], rollout.latents.device
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(noise_seed(seed, name))) for seed in rollout.condition.seeds]).to(device)
+
+
+def renoised_images(policy: Policy, rollout: DifferentiableRollout, number: int) -> Iterator[Tensor]:
+    """`number` times the images of the samples noised to the last solver step's level and denoised again (DRaFT-LV)."""
+    forward, t = ForwardProcess(policy.scheduler), torch.full((len(rollout.latents),), rollout.timesteps[-1], device=rollout.latents.device)
+    alpha, sigma = (level(t).reshape(-1, *[1] * (rollout.latents.ndim - 1)) for level in (forward.alpha, forward.sigma))
+    for j in range(number):
+        x = renoised(rollout.latents, drawn_noise(rollout, f"renoised {j}"), alpha=alpha, sigma=sigma).to(rollout.latents.dtype)
+        clean = forward.to_x0(policy.predict(x, t, rollout.condition, guidance=True), x, t)
+        yield decode_latents(policy, clean.to(x.dtype), rollout.condition).float()
+
+
+def alignable_steps(policy: Policy, rollout: DifferentiableRollout) -> list[int]:
+    """The solver steps between whose noise level and each neighbour's a sample can be recovered.
+
+    Raises:
+        ValueError: there is none.
+    """
+    levels = ForwardProcess(policy.scheduler).flow_time(torch.tensor(rollout.timesteps)).tolist()
+    if not (steps := [k for k in range(1, len(levels)) if levels[k - 1] < 1]):
+        raise ValueError("SRPO needs a step that follows one below pure noise: raise --num_inference_steps to 3 or more.")
+    return steps
+
+
+def aligned_images(policy: Policy, rollout: DifferentiableRollout, k: int) -> tuple[Tensor, Tensor]:
+    """The samples noised to solver step k, and what one model call makes of them (SRPO): a step denoised, and a step inverted."""
+    forward, x0, noise = ForwardProcess(policy.scheduler), rollout.latents.detach(), drawn_noise(rollout, "aligned")
+    levels = [*forward.flow_time(torch.tensor(rollout.timesteps)).tolist(), 0.0]
+    t = torch.full((len(x0),), rollout.timesteps[k], device=x0.device)
+    x = forward.add_noise(x0, noise, t)
+    velocity = forward.to_velocity(policy.predict(x, t, rollout.condition, guidance=True), x, t)
+    recovered = (recovered_sample(x0, noise, velocity, sigma=levels[k], sigma_next=levels[after]) for after in (k + 1, k - 1))
+    denoised, inverted = (decode_latents(policy, clean.to(x0.dtype), rollout.condition).float() for clean in recovered)
+    return denoised, inverted
+
+
+def relative_rewards(report, batch: Batch, images: Tensor, words: tuple[str, str], discount: float, args: argparse.Namespace) -> Tensor:
+    """(1 + discount) reward under the first of `words` before the prompts, minus that under the second, (B,): for a reward that is a
+    cosine with the prompt, SRPO's semantic relative preference."""
+    wanted, unwanted = (
+        bound_reward(report.reward, [replace(prompt, text=f"{word} {prompt.text}".strip()) for prompt in batch.asked], args.invalid_rewards)(images)
+        for word in words
+    )
+    return (1 + discount) * wanted - unwanted
+
+
+# --- the continuous adjoint ----------------------------------------------------------------------------------------------
+
+
+def adjoint_backward(run, policy: Policy, batch: Batch, truncation: int, weight: float) -> tuple[Tensor, float]:
+    """Add the gradient of `weight` * sum(loss) through the last `truncation` steps to the parameters', step by step from stored states.
+
+    Returns:
+        The rewards (B,) and the adjoint's `mismatch`.
+
+    Raises:
+        ValueError: the solver remembers earlier steps.
+    """
+    parameters = run.parameters
+    with run.accelerator.autocast():
+        rollout = differentiable_rollout(policy, batch.condition, grad_steps=[], decode=False)
+        latents = rollout.latents.detach().requires_grad_()
+        images = decode_latents(policy, latents, batch.condition, checkpoint=run.args.checkpoint_decoder)
+        rewards = batch.reward(images.float())
+        (final,) = torch.autograd.grad(scored_sum(reward_loss(rewards, run.args)) * weight, latents)
+        states = [*rollout.states, latents.detach()]
+        first = len(rollout.states) - truncation
+        found = adjoint_gradient(lambda k, x: solver_step(policy, batch.condition, first + k, x), states[first:], final, parameters)
+    for parameter, gradient in zip(parameters, found.gradients):
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    return rewards.detach(), found.mismatch

@@ -1,0 +1,130 @@
+"""`make_preferences.py`: data sets that load, that say what the reward says, and that an interrupted run completes."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from script_tools import script, write_task
+
+from diffusers_align.data import load_preferences
+from diffusers_align.trajectory import Trajectory
+
+torch.set_num_threads(1)
+NAMES = {f"{prompt:05d}_{sample:02d}.png" for prompt in range(3) for sample in range(3)}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return write_task(tmp_path_factory.mktemp("task"))
+
+
+def load():
+    path = script("any").parent / "make_preferences.py"
+    spec = importlib.util.spec_from_file_location("make_preferences", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make(folder, task, *more, reward="brightness"):
+    load().main([
+        "--pretrained_model_name_or_path", "mini-sd3", "--call_kwargs", '{"max_sequence_length": 1}', "--prompts", str(task / "prompts.jsonl"),
+        "--reward", f"{task / 'rewards.py'}:{reward}", "--num_images_per_prompt", "3", "--batch_size", "4", "--num_inference_steps", "2",
+        "--guidance_scale", "1.0", "--output_dir", str(folder), *more,
+    ])  # fmt: skip
+    return folder
+
+
+def rows_of(folder, kind, **options):
+    """Read as a user would; not one row may be bad."""
+    rows, _ = load_preferences(str(folder), kind, bad_rows="error", **options)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def made(task, tmp_path_factory):
+    return make(tmp_path_factory.mktemp("made"), task, "--pairs", "all", "--binary_quantile", "0.7")
+
+
+def test_each_kind_loads_and_says_what_the_reward_says(made, task):
+    module = load()
+    scored = rows_of(made / "scored", "scored")
+    assert {path.name for path in (made / "images").iterdir()} == NAMES and len(scored) == 9
+    weights = {json.loads(line)["prompt"]: json.loads(line)["weight"] for line in (task / "prompts.jsonl").read_text().splitlines()}
+    rewards = {}
+    for row in scored:
+        pixels = module.to_tensor(row["image"].open(), 32, 32)
+        assert row["reward"] == pytest.approx(pixels.mean().item() * weights[row["prompt"]], rel=1e-5)
+        rewards[row["image"].content_hash()] = row["reward"]
+    pairs = rows_of(made / "pairs", "pair")
+    assert len(pairs) == 9 and sum(row["weight"] for row in pairs) == pytest.approx(3)
+    assert all(rewards[row["image_0"].content_hash()] > rewards[row["image_1"].content_hash()] and row["label_0"] == 1 for row in pairs)
+    binary = rows_of(made / "binary", "binary")
+    limit = torch.tensor(list(rewards.values()), dtype=torch.float64).quantile(0.7).item()
+    assert [row["label"] for row in binary] == [rewards[row["image"].content_hash()] >= limit for row in binary]
+    for row in rows_of(made / "ranked", "ranked"):
+        found = [rewards[image.content_hash()] for image in row["images"]]
+        assert [sum(other > own for other in found) + 1 for own in found] == row["ranks"]
+
+
+def test_the_prompts_columns_stay(made):
+    for kind in ("pairs", "binary", "scored", "ranked"):
+        rows = [json.loads(line) for line in (made / kind / "metadata.jsonl").read_text().splitlines()]
+        column = {row["prompt"]: row["weight"] for row in rows}
+        # the pairs' own weight goes first
+        assert set(column.values()) == ({1 / 3} if kind == "pairs" else {0.5, 1.0, 2.0})
+
+
+def test_the_contact_sheet_has_a_row_a_prompt(made):
+    from PIL import Image
+
+    with Image.open(made / "contact_sheet.png") as sheet:
+        assert sheet.size == (3 * 128, 3 * 142)
+
+
+def test_an_interrupted_run_goes_on_and_another_reward_draws_nothing(made, task, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(made, tmp_path / "made")
+    lost, kept = folder / "images" / "00001_02.png", folder / "images" / "00001_01.png"
+    before, stamp = load().read(lost), kept.stat().st_mtime_ns
+    lost.unlink()
+    make(folder, task, "--pairs", "all", reward="redness")
+    assert (load().read(lost) - before).abs().max() <= 1.5 / 255  # another batch size rounds differently
+    assert kept.stat().st_mtime_ns == stamp
+    assert rows_of(folder / "scored", "scored")[0]["reward"] == pytest.approx(load().read(folder / "images" / "00000_00.png")[0].mean().item(), rel=1e-5)
+    with pytest.raises(ValueError, match="images of other settings: seed was 42, now 7"):
+        make(folder, task, "--seed", "7")
+
+
+def test_trajectories_belong_to_their_images(task, tmp_path):
+    folder = make(tmp_path, task, "--save_trajectories", "--same_latent", "--noise_level", "0.3", "--num_prompts", "1", "--no-deterministic")
+    first, second = (Trajectory.load(folder / "trajectories" / f"00000_0{i}.safetensors") for i in (0, 1))
+    assert torch.equal(first.states[:, 0], second.states[:, 0]) and not torch.equal(first.final, second.final)
+    assert first.stochastic[0] and first.log_probs[0, 0].isfinite() and first.states.dtype == torch.float32
+    assert first.condition.kwargs["guidance_scale"] == 1.0 and first.condition.prompts == ["a cat on a red background"]
+    assert (load().read(folder / "images" / "00000_00.png") - load().read(folder / "images" / "00000_01.png")).abs().max() > 1 / 255
+
+
+def test_images_without_a_score_are_in_no_set(task, tmp_path):
+    folder = make(tmp_path, task, "--invalid_rewards", "mask", reward="no_dogs")
+    scored = rows_of(folder / "scored", "scored")
+    assert len(scored) == 6 and not any("dog" in row["prompt"] for row in scored)
+    assert len(rows_of(folder / "pairs", "pair")) == len(rows_of(folder / "ranked", "ranked")) == 2
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--num_images_per_prompt", "1"], "at least 2"),
+        (["--save_trajectories", "--deterministic"], "--no-deterministic"),
+        (["--same_latent"], "--no-deterministic"),
+        (["--binary_quantile", "1.5"], "must lie in"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, message, capsys):
+    base = ["--pretrained_model_name_or_path", "mini-sd3", "--prompts", "p", "--reward", "r", "--output_dir", "o"]
+    with pytest.raises(SystemExit):
+        load().parse_args([*base, *flags])
+    assert message in capsys.readouterr().err

@@ -1,0 +1,404 @@
+"""The scripts that learn from a data set, on data written here: what a pair shares, where training starts, and that it resumes."""
+
+import json
+import math
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+from script_tools import assert_same_lora, assert_same_run, load_script, make_run, rows, run_script, run_script_on_two_processes, write_task
+from tiny_pipelines import FAMILIES
+
+from diffusers_align import embedded
+from diffusers_align.algorithms.diffusion_dpo import diffusion_dpo_loss
+from diffusers_align.algorithms.diffusion_sdpo import safeguard_scale, scale_gradient
+from diffusers_align.algorithms.dspo import dspo_loss
+from diffusers_align.forward_process import ForwardProcess
+from diffusers_align.policy import Policy
+from diffusers_align.training import offline
+from diffusers_align.training.run import Run
+
+torch.set_num_threads(1)
+CAPTIONS = ("a cat", "two dogs", "a green apple", "a cat", "three birds", "a cat on grass")
+MINI_SD = {"pretrained_model_name_or_path": "mini-sd", "call_kwargs": "{}"}
+SET = {"dpo": "pair", "dspo": "pair", "kto": "binary", "rwr": "scored"}
+# Each script on one of the embedded models, with some of what it can do besides.
+FLAGS = {
+    "dpo": {},
+    "dspo": {**MINI_SD, "dspo_beta": 0.5, "two_pass": True},
+    "kto": {"gamma": 0.5},
+    "rwr": {**MINI_SD, "temperature": 0.5, "beta_kl": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A folder with prompts, rewards, and a data set of each kind: winners are blue."""
+    folder = write_task(tmp_path_factory.mktemp("task"))
+    generator, sets = torch.Generator().manual_seed(0), {name: [] for name in ("pair", "binary", "scored", "captioned")}
+    for i, caption in enumerate(CAPTIONS):
+        for name, color in (("w", (20, 20, 220)), ("l", (200, 60, 20))):
+            noise = torch.randint(-20, 20, (40, 32, 3), generator=generator)
+            pixels = (torch.tensor(color) + noise).clamp(0, 255).byte().numpy()
+            Image.fromarray(pixels).save(folder / f"{i}{name}.png")
+            row = {"prompt": caption, "image": f"{i}{name}.png"}
+            sets["binary"].append({**row, "label": name == "w"})
+            sets["scored"].append({**row, "reward": i / 10 + (name == "w")})
+            sets["captioned"].append(row)
+        sets["pair"].append({"prompt": caption, "image_0": f"{i}w.png", "image_1": f"{i}l.png", "label_0": 1})
+    for name, found in sets.items():
+        write(folder / f"{name}.jsonl", found)
+    return folder
+
+
+def write(path, found):
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+def train(name, out, task, **flags):
+    """Two batches an epoch, an optimizer step each."""
+    return run_script(name, out, task, **{"dataset_name": task / f"{SET[name]}.jsonl", "num_samples_per_epoch": 4, **flags})
+
+
+@pytest.fixture(scope="module")
+def finished(task, tmp_path_factory):
+    """Runs of two epochs, made when first asked for."""
+    made = {}
+
+    def run(name):
+        if name not in made:
+            made[name] = train(name, tmp_path_factory.mktemp("runs") / name, task, num_epochs=2, **FLAGS[name])
+        return made[name]
+
+    return run
+
+
+def prepared(folder, task, **flags):
+    """A run without a script, its policy with a LoRA that has learned something, and what the scripts make of a data set of pairs."""
+    script = load_script("dpo")
+    values = {"pretrained_model_name_or_path": "mini-sd3", "call_kwargs": '{"max_sequence_length": 1}', "num_inference_steps": 3, "rank": 4}
+    values |= {"dataset_name": task / "pair.jsonl", "output_dir": folder, "train_batch_size": 4, "num_samples_per_epoch": 8, **flags}
+    run = make_run(folder, **vars(script.parse_args([f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()])))
+    run.batches(run.args.num_samples_per_epoch)
+    found = offline.load_rows(run, "pair")
+    policy = offline.load_policy(run)
+    for i, parameter in enumerate(policy.trainable_parameters()):
+        parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
+    return run, policy, found, offline.Examples(run, policy, found)
+
+
+def pair_at(examples, found, policy, epoch=0, batch=0):
+    places = examples.positions(epoch, batch)
+    images, labels, weights = offline.pairs_of(found, places, policy.device)
+    condition = examples.condition(places)
+    return [examples.noised(side, places, condition) for side in images], labels, weights
+
+
+# --- the four scripts --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SET)
+def test_a_run_leaves_metrics_and_a_lora_that_stock_pipelines_load(finished, name):
+    out = finished(name)
+    assert [row["epoch"] for row in rows(out)] == [0, 1]
+    assert all(math.isfinite(value) for row in rows(out) for value in row.values())
+    assert rows(out)[0]["grad_norm"] > 0
+    model = FLAGS[name].get("pretrained_model_name_or_path", "mini-sd3")
+    pipe, call = DiffusionPipeline.from_pretrained(embedded.path(model)), {"max_sequence_length": 1} if model == "mini-sd3" else {}
+
+    def draw():
+        return pipe("a cat", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt", **call).images
+
+    before = draw()
+    pipe.load_lora_weights(out)
+    assert (draw() - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["dpo", "dspo"])
+@pytest.mark.parametrize("two_pass", [True, False])
+def test_training_starts_at_the_reference_exactly(task, tmp_path, name, two_pass):
+    # One optimizer step: all of the epoch is measured before it.
+    flags = {"gradient_accumulation_steps": 2, "two_pass": True} if two_pass else {"gradient_accumulation_steps": 2, **MINI_SD}
+    (first,) = rows(train(name, tmp_path / "run", task, **flags))
+    assert (first["accuracy"], first["margin"], first["gradient_weight"]) == (0.5, 0, 0.5)
+    assert first["error_w_change"] == first["error_l_change"] == 0
+    assert first["error_w"] > 0 and first["error_l"] > 0 and first["grad_norm"] > 0
+    if name == "dpo":
+        assert first["loss"] == torch.tensor(2.0).log().item()
+    else:
+        assert first["ref_distance"] == 0 and first["loss"] == pytest.approx(first["error_w"], rel=1e-6)
+
+
+def test_kto_and_rwr_start_where_their_pages_say(task, tmp_path):
+    (first,) = rows(train("kto", tmp_path / "kto", task, gradient_accumulation_steps=2))
+    assert (first["loss"], first["accuracy"], first["gradient_weight"], first["reference_point"]) == (0.5, 0.5, 1, 0)
+    (first,) = rows(train("rwr", tmp_path / "rwr", task, gradient_accumulation_steps=2, weights="top_q", top_q=0.5, beta_kl=1.0))
+    # The better half has weight 2, so 1 on average over all, which is what is drawn from.
+    assert first["ref_distance"] == 0 and first["weighted_error"] == first["loss"] == pytest.approx(first["error"], rel=1e-6)
+    assert first["effective_samples"] == pytest.approx(6) and first["max_weight"] == 2
+
+
+def test_no_reward_is_needed(task, tmp_path):
+    argv = ["--pretrained_model_name_or_path", "mini-sd", "--dataset_name", str(task / "pair.jsonl"), "--output_dir", str(tmp_path / "run")]
+    sizes = {"num_samples_per_epoch": 2, "train_batch_size": 2, "num_epochs": 1, "num_inference_steps": 2, "num_eval_samples": 2, "num_validation_images": 2}
+    load_script("dpo").main([*argv, *(word for name, value in sizes.items() for word in (f"--{name}", str(value)))])
+    assert (tmp_path / "run" / "before_after.png").is_file() and "reward" not in rows(tmp_path / "run")[0]
+
+
+# --- what a pair shares ------------------------------------------------------------------------------------------------
+
+
+def test_winner_loser_and_reference_see_one_noise_time_and_caption(task, tmp_path, monkeypatch):
+    noised, seen, add_noise, predict = [], [], ForwardProcess.add_noise, Policy.predict
+
+    def record_noise(self, x0, noise, t):
+        noised.append((x0, noise, t))
+        return add_noise(self, x0, noise, t)
+
+    def record_call(self, latents, timesteps, condition, guidance=False):
+        layer = next(m for m in next(iter(self.denoisers.values())).modules() if isinstance(m, BaseTunerLayer))
+        seen.append((latents.detach(), timesteps, tuple(condition.prompts), layer.disable_adapters, guidance))
+        return predict(self, latents, timesteps, condition, guidance)
+
+    monkeypatch.setattr(ForwardProcess, "add_noise", record_noise)
+    monkeypatch.setattr(Policy, "predict", record_call)
+    train("dpo", tmp_path / "run", task, proportion_empty_prompts=0.5, num_samples_per_epoch=8, train_batch_size=4)
+    assert len(noised) == 4 and len(seen) == 8, "two batches: two images with noise, each seen by model and reference"
+    for (x0_w, noise_w, t_w), (x0_l, noise_l, t_l) in zip(noised[::2], noised[1::2]):
+        assert torch.equal(noise_w, noise_l) and torch.equal(t_w, t_l) and not torch.equal(x0_w, x0_l)
+        assert len(set(t_w.tolist())) == 4
+    for ref_w, ref_l, own_w, own_l in (seen[:4], seen[4:]):
+        assert [call[3] for call in (ref_w, ref_l, own_w, own_l)] == [True, True, False, False]
+        assert torch.equal(ref_w[0], own_w[0]) and torch.equal(ref_l[0], own_l[0])
+        assert all(torch.equal(call[1], ref_w[1]) and call[2] == ref_w[2] and call[4] is False for call in (ref_l, own_w, own_l))
+    prompts = [prompt for call in (seen[0], seen[4]) for prompt in call[2]]
+    assert "" in prompts and set(prompts) & set(CAPTIONS)
+
+
+def test_adapters_are_on_again_after_an_error_in_the_reference(task, tmp_path, monkeypatch):
+    run, policy, found, examples = prepared(tmp_path, task)
+    (side, _), _, _ = pair_at(examples, found, policy)
+    own = offline.predict(run, policy, side).detach()
+    parameters = [p.detach().clone() for p in policy.trainable_parameters()]
+    for decay in (None, 0.9):
+        reference = offline.Reference(run, policy, decay)
+        if decay:
+            reference.lagging.values[0].zero_()
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of luck"):
+            patch.setattr(Policy, "predict", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck")))
+            reference(side)
+        assert torch.equal(offline.predict(run, policy, side), own)
+        assert all(torch.equal(p, before) for p, before in zip(policy.trainable_parameters(), parameters))
+        reference(side)
+        assert not side.reference.requires_grad and not torch.equal(side.reference, own)
+
+
+def test_the_reference_may_follow_the_model(task, tmp_path):
+    run, policy, found, examples = prepared(tmp_path, task)
+    (side, _), _, _ = pair_at(examples, found, policy)
+    reference = offline.Reference(run, policy, 0.5)
+    (parameter, *_), before = policy.trainable_parameters(), policy.trainable_parameters()[0].detach().clone()
+    with torch.no_grad():
+        parameter.add_(1.0)
+    reference.follow()
+    torch.testing.assert_close(reference.lagging.values[0], before + 0.5)
+
+
+# --- gradients ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["safeguard", "dspo"])
+def test_two_passes_give_the_gradient_of_one(task, tmp_path, name):
+    run, policy, found, examples = prepared(tmp_path, task)
+    sides, labels, weights = pair_at(examples, found, policy)
+    offline.Reference(run, policy)(*sides)
+    ref_errors, scales = [side.ref_error for side in sides], []
+
+    def loss(winner, loser):
+        if name == "dspo":
+            return dspo_loss(winner.error, loser.error, *ref_errors, winner.distance, beta=20.0, dspo_beta=0.8)
+        scale = safeguard_scale(*(side.residual(own.output) for side, own in zip(sides, (winner, loser))), mu=0.9, per_sample=True)
+        scales.append(scale)
+        return diffusion_dpo_loss(winner.error, scale_gradient(loser.error, scale), *ref_errors, beta=20.0, label=labels)
+
+    gradients = []
+    for two_pass in (False, True):
+        value, measured = offline.descend(run, policy, loss, sides, 0.25, two_pass)
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable_parameters()]))
+        assert value.shape == (4,) and not any(tensor.requires_grad for own in measured for tensor in (value, own.error, own.distance, own.output))
+        for parameter in policy.trainable_parameters():
+            parameter.grad = None
+    assert gradients[0].norm() > 1e-3
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6 * gradients[0].abs().max().item())
+    assert name == "dspo" or bool((scales[0] < 1).any()), "the safeguard does something"
+
+
+# Adam divides by the gradient's size, which would blow up rounding: not at this epsilon.
+STEADY = {"num_samples_per_epoch": 8, "adam_epsilon": 0.1, "learning_rate": 0.1, "num_epochs": 2}
+
+
+@pytest.mark.parametrize("name, flags", [("dpo", {"safeguard_mu": 0.9}), ("kto", {"gamma": 0.5, "beta": 20}), ("rwr", {})])
+def test_results_do_not_depend_on_the_batch_size(task, tmp_path, name, flags):
+    one = train(name, tmp_path / "one", task, train_batch_size=4, gradient_accumulation_steps=1, **STEADY, **flags)
+    two = train(name, tmp_path / "two", task, train_batch_size=2, gradient_accumulation_steps=2, **STEADY, **flags)
+    for mine, theirs in zip(rows(one), rows(two)):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4) and mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert_same_lora(one, two, rtol=1e-3, atol=1e-5)
+    assert rows(one)[0]["loss"] != rows(one)[1]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, flags", [("dpo", {}), ("kto", {"reference_point": "class_mean", "gamma": 0.5, "beta": 20})])
+def test_results_do_not_depend_on_the_number_of_processes(task, tmp_path, name, flags):
+    one = train(name, tmp_path / "one", task, train_batch_size=4, gradient_accumulation_steps=1, **STEADY, **flags)
+    flags |= {"dataset_name": task / f"{SET[name]}.jsonl", "train_batch_size": 2, "gradient_accumulation_steps": 1, **STEADY}
+    two = run_script_on_two_processes(name, tmp_path / "two", task, **flags)
+    for mine, theirs in zip(rows(one), rows(two)):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4) and mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+    assert_same_lora(one, two, rtol=1e-3, atol=1e-5)
+
+
+# --- options -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, logged",
+    [
+        ({"loss": "mapo"}, "margin"),
+        ({"loss": "ipo", "sft_weight": 0.5, "safeguard_mu": 0.6, "error_weighting": "eps"}, "safeguard"),
+        ({"inversion_steps": 2, **MINI_SD}, "margin"),
+        ({"loss": "linear", "reference_decay": 0.5, "random_flip": True, "random_crop": True}, "linear_weight"),
+    ],
+)
+def test_the_relatives_of_dpo_train(task, tmp_path, flags, logged):
+    first = rows(train("dpo", tmp_path / "run", task, **flags))[-1]
+    assert math.isfinite(first[logged]) and first["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("flags", [{"reference_point": "mismatched", "train_batch_size": 1}, {"reference_point": "class_mean", "utility": "logistic"}])
+def test_kto_takes_pairs_and_other_reference_points(task, tmp_path, flags, capsys):
+    (only,) = rows(train("kto", tmp_path / "run", task, dataset_name=task / "pair.jsonl", gamma=0.5, lambda_d=2.0, clamp=True, **flags))
+    assert only["grad_norm"] > 0
+    printed = capsys.readouterr().out
+    assert "data: 6 desirable and 6 undesirable images, weighing 1 to 1" in printed
+    assert "an epoch: 2 desirable and 2 undesirable images, weighing 2 to 1; KTO advises" in printed
+
+
+def test_mismatched_images_get_the_next_ones_captions(task, tmp_path):
+    run, policy, found, examples = prepared(tmp_path, task, proportion_empty_prompts=0)
+    (side, other), _, _ = pair_at(examples, found, policy)
+    turned = load_script("kto").with_others_captions(policy, [side, other])
+    captions = side.condition.prompts + other.condition.prompts
+    assert [prompt for own in turned for prompt in own.condition.prompts] == captions[1:] + captions[:1]
+    assert turned[0].x_t is side.x_t
+    single = offline.Noised(side.x_t[:1], side.t[:1], side.condition.select([0]), side.target[:1], side.weight[:1])
+    with pytest.raises(ValueError, match="has no other's caption"):
+        load_script("kto").with_others_captions(policy, [single])
+
+
+def test_rwr_pretrains_besides_and_refuses_a_collapse(task, tmp_path):
+    flags = {"beta_pretrain": 0.5, "pretraining_dataset": task / "captioned.jsonl", "scope": "prompt", "weights": "rank"}
+    (only,) = rows(train("rwr", tmp_path / "run", task, gradient_accumulation_steps=2, **flags))
+    assert only["loss"] > only["weighted_error"] > 0
+    many = [{"prompt": "a cat", "image": "0w.png", "reward": float(i == 0)} for i in range(200)]
+    flags = {"dataset_name": write(task / "many.jsonl", many), "temperature": 0.01}
+    with pytest.raises(ValueError, match="The weights are those of 1 samples out of 200.*force to go on"):
+        train("rwr", tmp_path / "collapsed", task, **flags)
+    train("rwr", tmp_path / "forced", task, force=True, **flags)
+
+
+# --- data --------------------------------------------------------------------------------------------------------------
+
+
+def test_cached_latents_are_equal_and_encoded_once(task, tmp_path, monkeypatch):
+    _, policy, found, plain = prepared(tmp_path / "plain", task)
+    run, policy, found, cached = prepared(tmp_path / "cached", task, cache_dir=tmp_path / "cache")
+    encoded, encode = [], Policy.encode
+    monkeypatch.setattr(Policy, "encode", lambda self, images, condition: encoded.append(len(images)) or encode(self, images, condition))
+    places = plain.positions(0, 0)
+    images, condition = offline.pairs_of(found, places, policy.device)[0][0], plain.condition(places)
+    expected = plain.latents(images, places, condition)
+    assert encoded == [4]
+    for calls in ([4, 4], [4, 4]):
+        assert torch.equal(cached.latents(images, places, condition), expected)
+        assert encoded == calls
+
+
+def test_crops_and_flips_are_a_pairs_own_and_new_each_epoch(task, tmp_path):
+    _, policy, found, examples = prepared(tmp_path, task, random_crop=True, random_flip=True)
+    draw = examples.latents._augmentation
+    places = [offline.Position(row=3, seed=0, epoch=epoch) for epoch in range(8)]
+    assert draw(places[0]) == draw(places[0])
+    assert {draw(place).flip for place in places} == {True, False} and len({draw(place).top for place in places}) == 8
+
+
+def test_ties_bad_rows_and_max_rows(task, tmp_path, capsys):
+    pairs = [json.loads(line) for line in (task / "pair.jsonl").read_text().splitlines()]
+    pairs[1]["label_0"], pairs[2]["image_1"], pairs[3]["label_0"], pairs[4]["weight"] = 0.5, "gone.png", 0.2, 3
+    source = write(task / "flawed.jsonl", pairs)
+    run, policy, found, _ = prepared(tmp_path / "soft", task, dataset_name=source, ties="soft", max_rows=5)
+    assert "row 3: image_1: no file" in capsys.readouterr().out
+    images, labels, weights = offline.pairs_of(found, [offline.Position(row, 0, 0) for row in range(4)], policy.device)
+    assert [winner.source.name for winner in images[0]] == ["0w.png", "1w.png", "3l.png", "4w.png"]
+    torch.testing.assert_close(labels, torch.tensor([1.0, 0.5, 0.8, 1.0]))
+    assert weights.tolist() == [1, 1, 1, 3]
+    _, _, found, _ = prepared(tmp_path / "drop", task, dataset_name=source)
+    assert len(found) == 4 and all(row["label_0"] != 0.5 for row in found)
+    with pytest.raises(ValueError, match="flawed.jsonl, row 3: image_1: no file"):
+        prepared(tmp_path / "error", task, dataset_name=source, bad_rows="error")
+
+
+@pytest.mark.parametrize(
+    "name, flags, message",
+    [
+        ("dpo", ["--max_rows", "0"], "--max_rows must be at least 1, got 0"),
+        ("dpo", ["--proportion_empty_prompts", "2"], "--proportion_empty_prompts must lie in [0, 1], got 2.0"),
+        ("dpo", ["--cache_dir", "x", "--random_crop"], "leave out one of them"),
+        ("dpo", ["--column_map", "prompt"], "'prompt' is not NAME=COLUMN"),
+        ("dpo", ["--loss", "mapo", "--sft_weight", "1"], "--loss mapo has neither"),
+        ("dpo", ["--loss", "mapo", "--reference_decay", "0.9"], "--loss mapo has no reference"),
+        ("dpo", ["--safeguard_mu", "1.5"], "--safeguard_mu must lie in [0, 1], got 1.5"),
+        ("dspo", ["--ties", "soft"], "--ties soft needs a loss with soft labels"),
+        ("kto", ["--gamma", "8"], "--gamma must lie in [0, 1], got 8.0"),
+        ("rwr", ["--beta_pretrain", "1"], "--beta_pretrain and --pretraining_dataset go together"),
+        ("rwr", [], "--dataset_name is required"),
+    ],
+)
+def test_flags_that_make_no_sense_are_named(name, flags, message, capsys):
+    data = ["--dataset_name", "data"] if flags else []
+    with pytest.raises(SystemExit) as exit:
+        load_script(name).parse_args(["--pretrained_model_name_or_path", "mini-sd", "--output_dir", "out", *data, *flags])
+    assert exit.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+
+
+# --- resuming, and other pipelines -------------------------------------------------------------------------------------
+
+STATEFUL = {
+    "dpo": {"loss": "linear", "reference_decay": 0.5, "use_ema": True, "ema_interval": 1, "lr_scheduler": "linear", "lr_warmup_steps": 3},
+    "kto": {"reference_point": "ema", "no-clamp": True, "gamma": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_resumed_equals_uninterrupted(task, tmp_path, name):
+    expected = train(name, tmp_path / "whole", task, num_epochs=2, **STATEFUL[name])
+    train(name, tmp_path / "run", task, num_epochs=1, **STATEFUL[name])
+    train(name, tmp_path / "run", task, num_epochs=2, resume_from_checkpoint="latest", **STATEFUL[name])
+    assert_same_run(tmp_path / "run", expected, "checkpoint-2")
+    assert name == "dpo" or rows(expected)[-1]["reference_point"] != 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "flux", "qwen_image", "wan"])
+def test_the_same_script_trains_any_pipeline(task, tmp_path, family, monkeypatch):
+    FAMILIES[family].build().save_pretrained(tmp_path / "model")
+    call = {**FAMILIES[family].call, "num_inference_steps": 2}
+    flags = {name: call.pop(name) for name in ("num_inference_steps", "guidance_scale", "height", "width") if name in call}
+    steps, step = [], Run.optimizer_step
+    monkeypatch.setattr(Run, "optimizer_step", lambda self: steps.append(step(self)) or steps[-1])
+    flags |= {"pretrained_model_name_or_path": tmp_path / "model", "call_kwargs": json.dumps(call), "gradient_accumulation_steps": 2}
+    (only,) = rows(train("dpo", tmp_path / "run", task, **flags))
+    assert only["loss"] == torch.tensor(2.0).log().item() and steps[0] > 0

@@ -1,0 +1,300 @@
+"""The scripts that differentiate the reward: what they learn, that they resume exactly, and the functions they share."""
+
+import argparse
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from script_tools import RECIPES, assert_same_lora, assert_same_run, load_script, rows, run_script, run_script_on_two_processes, write_task
+from test_scripts import LORA
+from tiny_pipelines import FAMILIES
+
+from diffusers_align import Policy, embedded
+from diffusers_align.data.prompts import Prompt
+from diffusers_align.differentiable import differentiable_rollout
+from diffusers_align.gradient_check import GradientError
+from diffusers_align.training import reward_gradients as shared
+from diffusers_align.training.run import Run
+
+torch.set_num_threads(1)
+FLAGS = {"num_samples_per_epoch": 4, "num_epochs": 2, "learning_rate": 1e-3}
+STATEFUL = {**FLAGS, "truncation": 2, "kl_weight": 0.1, "grad_clip_quantile": 0.5, "use_ema": True, "ema_interval": 1}
+MINI_SD = {"pretrained_model_name_or_path": "mini-sd", "call_kwargs": "{}"}
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return write_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(scope="module")
+def finished(task):
+    """DRaFT-2 with everything that has a state of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "MIN_NORMS", 2)
+        return run_script("draft", task / "run", task, **{**STATEFUL, "num_epochs": 3})
+
+
+# --- the scripts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_and_its_lora(finished):
+    metrics = rows(finished)
+    assert [row["epoch"] for row in metrics] == [0, 1, 2]
+    assert all(row["grad_norm"] > 0 and 0 < row["reward"] < 2 for row in metrics)
+    assert 0 <= metrics[0]["kl"] < metrics[-1]["kl"]
+    assert (finished / "reward_curve.png").is_file() and (finished / "before_after.png").is_file()
+    pipeline = DiffusionPipeline.from_pretrained(embedded.path("mini-sd3"))
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": 1, "output_type": "latent"}
+    before = pipeline("a cat", generator=torch.Generator().manual_seed(0), **call).images
+    pipeline.load_lora_weights(finished, weight_name=LORA)
+    assert not torch.equal(pipeline("a cat", generator=torch.Generator().manual_seed(0), **call).images, before)
+
+
+def test_resumed_equals_uninterrupted(finished, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(shared, "MIN_NORMS", 2)
+    run_script("draft", tmp_path / "run", task, **STATEFUL)
+    run_script("draft", tmp_path / "run", task, **{**STATEFUL, "num_epochs": 3, "resume_from_checkpoint": "latest"})
+    assert_same_run(tmp_path / "run", finished, "checkpoint-3")
+
+
+METHODS = {
+    "draft_lv": ("draft", {"method": "draft_lv", "num_renoised": 1}),
+    "drtune": ("draft", {"method": "drtune", "num_trained_steps": 2, "early_stop": 1}),
+    "srpo": ("draft", {"method": "srpo", "reward_map": "hinge", "reward_target": 3.0, **MINI_SD}),
+    "adjoint": ("draft", {"method": "draft", "adjoint": True}),
+    "refl": ("refl", {"window": (0.3, 0.9), "reward_target": 5.0, "reward_scale": 1.0}),
+    "alignprop": ("alignprop", {"truncation_schedule": "uniform", "reward_scale": 1.0, "kl_weight": 0.1, **MINI_SD}),
+    "vader": ("vader", {"backprop_mode": "random", "gradient_checkpointing": True, **MINI_SD}),
+}
+LOGGED = {"srpo": "penalty", "drtune": "stop_step", "adjoint": "mismatch", "refl": "hinge_inactive", "alignprop": "truncation", "vader": "truncation"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_trains(name, task, tmp_path):
+    script, flags = METHODS[name]
+    run_script(script, tmp_path / "run", task, **{**FLAGS, "num_eval_samples": 2, "num_validation_images": 2, **flags})
+    metrics = rows(tmp_path / "run")
+    assert len(metrics) == 2 and all(row["grad_norm"] > 0 and LOGGED.get(name, "reward") in row for row in metrics)
+    assert (tmp_path / "run" / LORA).is_file()
+
+
+def test_the_reward_rises(task, tmp_path):
+    """Brightness, which needs no more than an offset."""
+    (task / "plain.py").write_text("def plain(images, prompts, **columns):\n    return images.flatten(1).mean(1)\n")
+    run_script("draft", tmp_path / "run", task, **{**FLAGS, "num_epochs": 6, "learning_rate": 3e-3, "reward": f"{task / 'plain.py'}:plain"})
+    metrics = rows(tmp_path / "run")
+    assert metrics[-1]["reward"] > metrics[0]["reward"] + 0.02
+
+
+def test_a_reward_without_a_gradient_stops_before_training(task, tmp_path):
+    with pytest.raises(GradientError, match="reward"):
+        run_script("refl", tmp_path / "run", task, **{**FLAGS, "reward": "jpeg_compressibility"})
+    assert not list((tmp_path / "run").glob("checkpoint-*")) and not (tmp_path / "run" / "metrics.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [
+        ("draft", ["--reward_map", "hinge"], "needs --reward_target"),
+        ("draft", ["--reward_target", "1"], "belongs to"),
+        ("draft", ["--adjoint", "--kl_weight", "1"], "--adjoint is for"),
+        ("draft", ["--method", "srpo", "--kl_weight", "1"], "none to hold"),
+        ("draft", ["--eta", "1"], "--stochastic"),
+        ("draft", ["--grad_clip_quantile", "0"], "grad_clip_quantile"),
+        ("refl", ["--window", "0.9", "0.1"], "in order"),
+    ],
+)
+def test_flags_that_make_no_sense(script, flags, message, tmp_path, capsys):
+    required = ["--pretrained_model_name_or_path", "mini-sd", "--prompts", "mini_train", "--reward", "clip_score", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        load_script(script).parse_args([*required, *flags])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", sorted(p.stem for script in ("draft", "refl", "alignprop", "vader") for p in RECIPES.glob(f"{script}_*.yaml")))
+def test_recipes_are_read(recipe, tmp_path):
+    args = load_script(recipe.split("_")[0]).parse_args(["--config", str(RECIPES / f"{recipe}.yaml"), "--output_dir", str(tmp_path)])
+    assert args.num_samples_per_epoch % (args.train_batch_size * args.gradient_accumulation_steps) == 0
+    assert args.eval_reward and args.eval_reward != args.reward
+
+
+@pytest.mark.slow
+def test_videos(task, tmp_path):
+    family = FAMILIES["wan"]
+    family.build().save_pretrained(tmp_path / "wan")
+    call = {"pretrained_model_name_or_path": tmp_path / "wan", "call_kwargs": '{"num_frames": 5, "max_sequence_length": 32}', "height": 16, "width": 16}
+    flags = {**call, "guidance_scale": 3.0, "frames": "random", "stochastic": True, "backprop_mode": "random"}
+    run_script("vader", tmp_path / "run", task, **{**FLAGS, "train_batch_size": 1, **flags})
+    assert all(row["grad_norm"] > 0 for row in rows(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(task, tmp_path):
+    flags = {**FLAGS, "method": "drtune", "num_trained_steps": 1, "early_stop": 2, "adam_epsilon": 1e-3}
+    run_script_on_two_processes("draft", task / "two", task, **{**flags, "train_batch_size": 1, "gradient_accumulation_steps": 1})
+    one = {"train_batch_size": 1, "gradient_accumulation_steps": 2, "reward": f"{task / 'rewards.py'}:recorded"}
+    run_script("draft", tmp_path / "one", task, **{**flags, **one})
+    assert_same_lora(task / "two", tmp_path / "one", rtol=1e-3, atol=1e-6)
+    assert rows(tmp_path / "one")[-1]["reward"] == pytest.approx(rows(task / "two")[-1]["reward"], abs=1e-4)
+
+
+# --- what they share -----------------------------------------------------------------------------------------------------
+
+
+def loss_args(**flags):
+    return argparse.Namespace(**{"reward_map": "none", "reward_target": None, "reward_scale": 1.0, "kl_weight": 0.0, "checkpoint_decoder": True, **flags})
+
+
+@pytest.mark.parametrize("reward_map, expected", [("none", [-1.0, -3.0]), ("hinge", [1.0, 0.0]), ("distance", [1.0, 1.0]), ("shortfall", [1.0, -1.0])])
+def test_the_reward_in_the_loss(reward_map, expected):
+    args = loss_args(reward_map=reward_map, reward_target=2.0, reward_scale=0.5)
+    loss = shared.reward_loss(torch.tensor([1.0, 3.0, torch.nan]), args)
+    assert loss[:2].tolist() == [0.5 * e for e in expected] and loss[2].isnan()
+    assert shared.scored_sum(loss) == 0.5 * sum(expected)
+
+
+def brightness(images, prompts, **columns):
+    return images.flatten(1).mean(1)
+
+
+def fake_run(policy, rank, world, batch_size, **flags):
+    args = loss_args(num_samples_per_epoch=8, seed=7, train_batch_size=batch_size, invalid_rewards="error", **flags)
+    accelerator = SimpleNamespace(process_index=rank, num_processes=world, autocast=torch.enable_grad)
+    meter = SimpleNamespace(count_images=lambda number: None)
+    return SimpleNamespace(args=args, accelerator=accelerator, meter=meter, chunks=Run.chunks, parameters=policy.trainable_parameters())
+
+
+@functools.cache
+def tiny(family) -> Policy:
+    policy = Policy(FAMILIES[family].build(), **FAMILIES[family].call)
+    policy.add_lora(rank=2)
+    torch.manual_seed(1)
+    for module in policy.denoisers.values():
+        for name, parameter in module.named_parameters():
+            if ".lora_B." in name:
+                parameter.data.normal_(std=0.3)
+    return policy
+
+
+REPORT = SimpleNamespace(prompts=[Prompt(f"a cat number {i}") for i in range(5)], reward=brightness)
+
+
+def test_updates_do_not_depend_on_the_number_of_processes():
+    def updates(world, num_batches, batches_a_step):
+        found = []
+        for rank in range(world):
+            run = fake_run(tiny("sd3"), rank, world, batch_size=2)
+            for number, update in enumerate(shared.updates_of_epoch(run, tiny("sd3"), REPORT, 3, num_batches, batches_a_step)):
+                samples = [pair for batch in update.batches for pair in zip(batch.condition.seeds, batch.condition.prompts)]
+                found.append((number, int(torch.randint(10**9, (), generator=update.generator)), update.weight, samples))
+        return found
+
+    one, two = updates(1, 4, 2), updates(2, 2, 1)
+    assert [u[0] for u in one] == [0, 1] and one[0][1] != one[1][1]
+    for number in (0, 1):
+        mine = [u for u in two if u[0] == number]
+        assert {u[1] for u in mine} == {one[number][1]} and {u[2] for u in mine} == {one[number][2]} == {1 / 4}
+        assert sorted(pair for u in mine for pair in u[3]) == sorted(one[number][3])
+
+
+@pytest.mark.parametrize("truncation", [2, 4])
+def test_the_adjoint_gives_the_same_gradient(truncation):
+    policy, run = tiny("sd3"), fake_run(tiny("sd3"), 0, 1, 2)
+    update = next(shared.updates_of_epoch(run, policy, REPORT, 0, 4, 1))
+    batch = update.batches[0]
+    rollout = differentiable_rollout(policy, batch.condition, grad_steps=range(4 - truncation, 4))
+    expected = torch.autograd.grad(-batch.reward(rollout.images).sum() * update.weight, run.parameters)
+    rewards, mismatch = shared.adjoint_backward(run, policy, batch, truncation, update.weight)
+    assert mismatch < 1e-5
+    torch.testing.assert_close(rewards, batch.reward(rollout.images).detach())
+    for parameter, gradient in zip(run.parameters, expected):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6 * float(gradient.abs().max()) + 1e-12)
+        parameter.grad = None
+
+
+def conditioned(policy):
+    return policy.condition(["a cat", "a dog"], seeds=[1, 2])
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_the_distance_to_the_reference(family):
+    policy = tiny(family)
+    stochastic = differentiable_rollout(policy, conditioned(policy), grad_steps=[1, 2], stochastic=True, decode=False)
+    with policy.reference():
+        expected = [policy.transitions(policy.rollout(conditioned(policy)), [1])[1]]
+        own = differentiable_rollout(policy, conditioned(policy), grad_steps=[1], decode=False)
+        assert shared.distance_to_reference(policy, own).abs().max() == 0
+    assert expected[0].std is not None
+    kl = shared.distance_to_reference(policy, stochastic)
+    assert (kl > 0).all()
+    logged = {"kl": []}
+    total = shared.total_loss(policy, stochastic, torch.ones(2), loss_args(kl_weight=2.0), logged)
+    torch.testing.assert_close(total, 1 + 2 * kl)
+    assert logged["kl"] == [pytest.approx(kl.mean().item())]
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_renoised_images_are_those_of_the_last_step(family, monkeypatch):
+    """Noised by what the last step denoised, a sample is its own image."""
+    policy = tiny(family)
+    rollout = differentiable_rollout(policy, conditioned(policy), grad_steps=[3], stop_step=3)
+    forward, t = shared.ForwardProcess(policy.scheduler), torch.full((2,), rollout.timesteps[3])
+    alpha, sigma = (level(t).reshape(-1, 1, 1, 1) for level in (forward.alpha, forward.sigma))
+    other = next(shared.renoised_images(policy, rollout, 1))
+    monkeypatch.setattr(shared, "drawn_noise", lambda rollout, name: (rollout.states[3] - alpha * rollout.latents.detach()) / sigma)
+    images = next(shared.renoised_images(policy, rollout, 1))
+    torch.testing.assert_close(images, rollout.images, rtol=0, atol=1e-3)
+    assert not torch.allclose(other, images, atol=1e-2) and other.requires_grad
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_a_perfect_model_is_aligned(family, monkeypatch):
+    """It gives the sample back on both branches."""
+    policy = tiny(family)
+    rollout = differentiable_rollout(policy, conditioned(policy), grad_steps=[])
+    steps = shared.alignable_steps(policy, rollout)
+    assert steps == ([1, 2, 3] if family == "sd15" else [2, 3])
+    forward, noise = shared.ForwardProcess(policy.scheduler), shared.drawn_noise(rollout, "aligned")
+    denoised, inverted = shared.aligned_images(policy, rollout, 3)
+    assert not torch.allclose(denoised, rollout.images, atol=1e-2) and not torch.equal(denoised, inverted)
+    monkeypatch.setattr(policy, "predict", lambda x, t, condition, guidance: forward.target(rollout.latents, noise, t))
+    for images in shared.aligned_images(policy, rollout, 3):
+        torch.testing.assert_close(images, rollout.images, rtol=0, atol=1e-4)
+
+
+def test_relative_rewards_read_the_words():
+    def lengths(images, prompts, **columns):
+        return images.flatten(1).mean(1) * 0 + torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    batch = shared.Batch(None, [Prompt("cat"), Prompt("mouse")], None)
+    found = shared.relative_rewards(
+        SimpleNamespace(reward=lengths), batch, torch.zeros(2, 3, 4, 4), ("red", "a"), 0.5, argparse.Namespace(invalid_rewards="error")
+    )
+    assert found.tolist() == [1.5 * 7 - 5, 1.5 * 9 - 7]
+
+
+def test_the_clip_follows_the_norms(monkeypatch):
+    norms, limits = iter([1.0, 3.0, float("inf"), 2.0, 10.0]), []
+    run = SimpleNamespace(
+        args=argparse.Namespace(max_grad_norm=5.0, grad_clip_quantile=0.5),
+        accelerator=SimpleNamespace(register_for_checkpointing=lambda it: None),
+        optimizer_step=lambda limit: limits.append(limit) or next(norms),
+    )
+    monkeypatch.setattr(shared, "MIN_NORMS", 2)
+    clip = shared.GradientClip(run)
+    for _ in range(5):
+        clip.step()
+    assert limits == [5.0, 5.0, 2.0, 2.0, 2.0]
+    again = shared.GradientClip(run)
+    again.load_state_dict(clip.state_dict())
+    assert again.limit == clip.limit == 2.5
+    run.args.grad_clip_quantile = None
+    assert clip.limit == 5.0
+
+
+def test_frames_are_counted():
+    assert shared.count_frames(tiny("wan"), Prompt("a cat")) == 5
+    assert shared.count_frames(tiny("sd3"), Prompt("a cat")) is None

@@ -1,0 +1,152 @@
+"""`train_reward.py`: a head on CLIP from pairs, likes or scores, its report, and the reward that it leaves behind."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+from script_tools import load_script, run_script, script, write_task
+
+from diffusers_align.rewards import load_reward
+from diffusers_align.rewards.learned import LearnedReward
+from diffusers_align.training.pictures import to_pil
+
+torch.set_num_threads(1)
+PROMPTS = [f"{number} {animal}" for number in ("a", "two", "three") for animal in ("cat", "dog", "fox", "bird")]
+
+
+def picture(share, seed):
+    """Mostly blue for a share of 1, mostly red for 0, with noise."""
+    noise = 0.3 * torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    return (noise + 0.7 * torch.tensor([1 - share, 0.0, share]).view(3, 1, 1)).clamp(0, 1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Somebody likes blue: the same preference as pairs (with a tie), likes and scores."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = {"pair": [], "binary": [], "scored": []}
+    for i, prompt in enumerate(PROMPTS):
+        shares = [0.1, 0.4, 0.6, 0.9]
+        for j, share in enumerate(shares):
+            to_pil(picture(share, 10 * i + j)).save(folder / f"{i}_{j}.png")
+            rows["binary"].append({"prompt": prompt, "image": f"{i}_{j}.png", "label": share > 0.5})
+            rows["scored"].append({"prompt": prompt, "image": f"{i}_{j}.png", "reward": 20 + 5 * share})
+        couples = [(a, b) for a in range(4) for b in range(a)]
+        # The better image comes first and second in turn.
+        for n, (a, b) in enumerate(couples):
+            first, second, label = (a, b, 1) if n % 2 else (b, a, 0)
+            rows["pair"].append({"prompt": prompt, "image_0": f"{i}_{first}.png", "image_1": f"{i}_{second}.png", "label_0": label})
+        rows["pair"].append({"prompt": prompt, "image_0": f"{i}_0.png", "image_1": f"{i}_0.png", "label_0": 0.5})
+    for kind, lines in rows.items():
+        (folder / f"{kind}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def train(data, kind, out, *more):
+    argv = ["--dataset_name", data / f"{kind}.jsonl", "--kind", kind, "--model", "mini-clip", "--output_dir", out, "--num_epochs", "40", *more]
+    load_script("reward").main([str(word) for word in argv])
+    return json.loads((out / "learned_reward.json").read_text())
+
+
+@pytest.mark.parametrize("hidden", [0, 16])
+def test_pairs_give_a_reward_that_generalises(data, tmp_path, hidden):
+    config = train(data, "pair", tmp_path / "mine", "--hidden", hidden)
+    held_out = config["metrics"]["held_out"]
+    assert held_out["accuracy"] > 0.9 and held_out["loss"] < 0.5 * math.log(2) and 0 <= held_out["calibration_error"] < 0.3
+    assert held_out["rows"] == 14 and config["metrics"]["train"]["rows"] == 70  # two of twelve prompts, seven pairs each
+    reward = load_reward(str(tmp_path / "mine"))
+    values = reward(torch.stack([picture(share, 999) for share in (0.0, 0.3, 0.7, 1.0)]), ["a bear"] * 4)
+    assert isinstance(reward, LearnedReward) and (values.diff() > 0).all()
+
+
+def test_likes_give_a_calibrated_probability(data, tmp_path):
+    held_out = train(data, "binary", tmp_path / "mine", "--num_epochs", "80")["metrics"]["held_out"]
+    assert held_out["accuracy"] > 0.9 and held_out["rows"] == 8
+    reward = load_reward(str(tmp_path / "mine"))
+    likes = torch.sigmoid(reward(torch.stack([picture(0.1, 5), picture(0.9, 5)]), ["a bear"] * 2))
+    assert likes[0] < 0.4 and likes[1] > 0.6
+
+
+def test_scores_are_fitted_on_their_own_scale(data, tmp_path):
+    config = train(data, "scored", tmp_path / "mine", "--num_epochs", "150")
+    assert config["metrics"]["held_out"]["r2"] > 0.7 and config["shift"] == pytest.approx(22.5, abs=0.1)
+    values = load_reward(str(tmp_path / "mine"))(torch.stack([picture(0.1, 5), picture(0.9, 5)]), ["a cat"] * 2)
+    assert values[0] == pytest.approx(20.5, abs=1.0) and values[1] == pytest.approx(24.5, abs=1.0)
+
+
+def test_the_reward_is_differentiable_takes_videos_and_adds_up(data, tmp_path):
+    train(data, "pair", tmp_path / "mine")
+    reward = load_reward(str(tmp_path / "mine"))
+    images = torch.stack([picture(0.2, 1), picture(0.8, 2)]).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(images, ["a cat", "a dog"]).sum(), images)
+    assert gradient.isfinite().all() and (gradient[:, 2].mean() > gradient[:, 0].mean())  # more blue, less red
+    single = reward(images.detach(), ["a cat"] * 2)
+    torch.testing.assert_close(reward(images.detach()[None], ["a cat"]), single.mean()[None], rtol=1e-4, atol=1e-4)
+    total = load_reward(f"{tmp_path / 'mine'}*2.0+jpeg_compressibility*0.5")(images.detach(), ["a cat"] * 2)
+    torch.testing.assert_close(total["reward"], 2 * single + 0.5 * load_reward("jpeg_compressibility")(images.detach(), ["a cat"] * 2), rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_seed_gives_the_same_reward(data, tmp_path):
+    for name in ("one", "two"):
+        train(data, "pair", tmp_path / name, "--num_epochs", "3", "--hidden", "8")
+    assert (tmp_path / "one" / "head.safetensors").read_bytes() == (tmp_path / "two" / "head.safetensors").read_bytes()
+
+
+def test_the_calibration_error_is_the_mean_gap_of_the_bins():
+    error = load_script("reward").calibration_error
+    probabilities = torch.tensor([0.85] * 10 + [0.15] * 10)
+    labels = torch.tensor([1.0] * 7 + [0.0] * 3 + [1.0] * 2 + [0.0] * 8)
+    assert error(probabilities, labels) == pytest.approx((abs(0.85 - 0.7) + abs(0.15 - 0.2)) / 2, abs=1e-6)
+    assert error(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])) == 0
+    assert error(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])) == 1
+
+
+def test_losses_are_those_of_bradley_terry_and_of_logistic_regression():
+    losses = load_script("reward").losses
+    outputs, labels = torch.tensor([[1.0, -0.5], [0.2, 0.4]]), torch.tensor([1.0, 0.5])
+    tie = -0.5 * math.log(1 / (1 + math.exp(0.2))) - 0.5 * math.log(1 / (1 + math.exp(-0.2)))
+    torch.testing.assert_close(losses("pair", outputs, labels), torch.tensor([math.log(1 + math.exp(-1.5)), tie]))
+    torch.testing.assert_close(
+        losses("binary", outputs[:, :1], torch.tensor([1.0, 0.0])), torch.tensor([math.log(1 + math.exp(-1)), math.log(1 + math.exp(0.2))])
+    )
+
+
+def test_no_prompt_is_trained_on_and_held_out():
+    split = load_script("reward").split
+    rows = [{"prompt": str(i % 5)} for i in range(20)]
+    train_on, held_out = split(rows, 0.4, seed=1)
+    assert sorted([*train_on.tolist(), *held_out.tolist()]) == list(range(20)) and len(held_out) == 8
+    assert not {i % 5 for i in train_on.tolist()} & {i % 5 for i in held_out.tolist()}
+    with pytest.raises(ValueError, match="The data has 1 prompts"):
+        split(rows[::5], 0.4, seed=1)
+
+
+def test_errors_say_what_to_do(data, tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="lacks learned_reward.json.*train_reward.py"):
+        LearnedReward(tmp_path)
+    train(data, "pair", tmp_path / "mine", "--num_epochs", "1")
+    (tmp_path / "mine" / "head.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks head.safetensors"):
+        load_reward(str(tmp_path / "mine"))
+    with pytest.raises(SystemExit):
+        load_script("reward").parse_args(["--dataset_name", "d", "--output_dir", "o", "--held_out", "1.0"])
+    assert "above 0 and below 1" in capsys.readouterr().err
+
+
+def test_from_preferences_of_the_model_to_a_policy_trained_on_the_learned_reward(tmp_path):
+    """The whole way: sample, learn what is preferred, and align with that."""
+    task = write_task(tmp_path)
+    spec = importlib.util.spec_from_file_location("make_preferences", script("any").parent / "make_preferences.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main([
+        "--pretrained_model_name_or_path", "mini-sd3", "--call_kwargs", '{"max_sequence_length": 1}', "--prompts", str(task / "prompts.jsonl"),
+        "--reward", f"{task / 'rewards.py'}:redness", "--num_inference_steps", "2", "--guidance_scale", "1.0", "--pairs", "all",
+        "--output_dir", str(tmp_path / "made"),
+    ])  # fmt: skip
+    argv = ["--dataset_name", tmp_path / "made" / "pairs", "--model", "mini-clip", "--output_dir", tmp_path / "mine", "--num_epochs", "2"]
+    load_script("reward").main([str(word) for word in argv])
+    out = run_script("d3po", tmp_path / "run", task, num_prompts_per_epoch=1, group_size=2, reward=tmp_path / "mine")
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["pairs"] == 1

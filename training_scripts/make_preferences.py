@@ -1,0 +1,227 @@
+"""Preference data of your own model: sample several images a prompt, score them with any reward, write a data set of each kind.
+
+    accelerate launch training_scripts/make_preferences.py --pretrained_model_name_or_path mini-sd3 --call_kwargs '{"max_sequence_length": 1}' \
+        --prompts likes_blue_train --reward background_color --num_images_per_prompt 8 --output_dir my_preferences
+
+Pairs of a foreign generator teach what that generator draws as well as what is preferred; those of the model itself differ by the preference alone.
+`images/` holds the images, `pairs`, `binary`, `scored` and `ranked` the data sets (docs/preference_data.md), `contact_sheet.png` a row a prompt, best
+image first. An interrupted run goes on where it stopped; with another `--reward` in the same folder, the images are scored anew and not drawn again.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tqdm.auto import tqdm
+
+from diffusers_align.data import load_prompts
+from diffusers_align.data.augment import to_tensor
+from diffusers_align.data.conversions import scored_to_binary, scored_to_pairs, scored_to_ranked
+from diffusers_align.policy import Policy, noise_seed
+from diffusers_align.rewards import load_reward
+from diffusers_align.rewards.loading import model_option
+from diffusers_align.schedulers import sde_twin
+from diffusers_align.training import arguments
+from diffusers_align.training.evaluation import Session, find_lora, lora_loaded
+from diffusers_align.training.loading import call_arguments, load_pipeline
+from diffusers_align.training.pictures import grid, to_pil
+from diffusers_align.training.scoring import Scorer, gather_scores
+
+# What an image depends on: a folder holds images of one such setting.
+SAMPLING = (
+    "pretrained_model_name_or_path", "revision", "variant", "mixed_precision", "lora", "num_inference_steps", "guidance_scale", "height", "width",
+    "call_kwargs", "seed", "prompts", "prompt_column", "deterministic", "same_latent", "save_trajectories", "sde_type", "noise_level", "eta",
+)  # fmt: skip
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML recipe: its values replace the defaults, flags on the command line replace its values")
+    add_model(parser.add_argument_group("model and sampling"))
+    add_data(parser.add_argument_group("prompts, reward and data sets"))
+    args = arguments.parse_with_recipe(parser, argv, ("pretrained_model_name_or_path", "prompts", "reward", "output_dir"))
+    if args.num_images_per_prompt < 2:
+        parser.error(f"--num_images_per_prompt must be at least 2, or there is nothing to compare, got {args.num_images_per_prompt}")
+    for name in ("num_prompts", "batch_size", "num_inference_steps", "num_sheet_prompts"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.binary_threshold is None and not 0 <= args.binary_quantile <= 1:
+        parser.error(f"--binary_quantile must lie in [0, 1], got {args.binary_quantile}")
+    args.deterministic = not args.save_trajectories if args.deterministic is None else args.deterministic
+    if args.deterministic and (args.save_trajectories or args.same_latent):
+        parser.error("without noise in its steps a trajectory has no log-probabilities, and one latent gives one image: use --no-deterministic")
+    return args
+
+
+def add_model(group):
+    flag = argparse.BooleanOptionalAction
+    group.add_argument("--pretrained_model_name_or_path", help="a diffusers pipeline: Hub name, folder, or an embedded model (mini-sd, mini-sd3)")
+    group.add_argument("--revision", help="revision of the pipeline on the Hub")
+    group.add_argument("--variant", help="variant of its files, such as fp16")
+    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="dtype of the weights and of autocast")
+    group.add_argument("--lora", help="of the model to sample from: folder of a run or a checkpoint, .safetensors file, or Hub name")
+    group.add_argument("--num_inference_steps", type=int, help="solver steps; the pipeline's default if absent")
+    group.add_argument("--guidance_scale", type=float, help="classifier-free guidance; the pipeline's default if absent")
+    group.add_argument("--height", type=int, help="pixels; the pipeline's default if absent")
+    group.add_argument("--width", type=int, help="pixels; the pipeline's default if absent")
+    group.add_argument("--call_kwargs", type=arguments.json_object, default={}, help="other arguments of the pipeline's call, as JSON")
+    group.add_argument("--batch_size", type=int, default=8, help="images at a time, on each process")
+    group.add_argument("--seed", type=int, default=42, help="of the noise, with the prompt's number and the image's")
+    group.add_argument("--deterministic", action=flag, help="walk the ODE, or draw noise at each step; the ODE if absent, unless trajectories are saved")
+    group.add_argument("--same_latent", action="store_true", help="the images of a prompt share their initial noise, as D3PO's pairs do")
+    group.add_argument("--save_trajectories", action="store_true", help="keep all states of each image, unrounded, for train_d3po.py --trajectories")
+    group.add_argument("--sde_type", help="noise of the steps, flow matching: flow_grpo, dance_grpo, cps, memoryless, memoryless_em")
+    group.add_argument("--noise_level", type=float, help="its strength, flow matching; the scheduler's default if absent")
+    group.add_argument("--eta", type=float, help="its strength, diffusion; the scheduler's default if absent")
+
+
+def add_data(group):
+    group.add_argument("--prompts", help="a .txt, .jsonl or .csv file, or a shipped set; its other fields are kept")
+    group.add_argument("--prompt_column", default="prompt", help="field of the prompt in .jsonl and .csv files; rewards get the other fields")
+    group.add_argument("--num_prompts", type=int, help="the first so many; all if absent")
+    group.add_argument("--num_images_per_prompt", type=int, default=4)
+    group.add_argument("--reward", help="built-in reward, module:function, file.py:function, http://host:port, or a sum of them")
+    group.add_argument("--reward_model", help="checkpoint of the reward's model, where it has one; its public one if absent")
+    group.add_argument("--invalid_rewards", choices=["error", "mask"], default="error", help="on rewards that are NaN or raise: stop, or leave the images out")
+    group.add_argument("--pairs", choices=["best_worst", "all"], default="best_worst", help="of the images of a prompt")
+    group.add_argument("--min_margin", type=float, default=0.0, help="pairs whose rewards differ by less are left out")
+    group.add_argument("--binary_quantile", type=float, default=0.5, help="an image is desirable from this quantile of all rewards on")
+    group.add_argument("--binary_threshold", type=float, help="an image is desirable from this reward on, in the place of the quantile")
+    group.add_argument("--num_sheet_prompts", type=int, default=32, help="rows of the contact sheet")
+    group.add_argument("--output_dir", help="images, data sets and the contact sheet")
+
+
+def check_settings(args, folder):
+    """Write what the images depend on; images of other settings would not be comparable.
+
+    Raises:
+        ValueError: the folder holds images of other settings.
+    """
+    settings = {name: getattr(args, name) for name in SAMPLING}
+    file = folder / "sampling.json"
+    before = json.loads(file.read_text()) if file.is_file() else settings
+    if changed := [name for name in SAMPLING if before.get(name) != settings[name]]:
+        listed = ", ".join(f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
+        raise ValueError(f"{folder} holds images of other settings: {listed}. Choose another --output_dir, or repeat the settings to go on.")
+    file.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def file_name(job):
+    prompt, sample = job
+    return f"{prompt:05d}_{sample:02d}"
+
+
+def replaced(path, write):
+    """A file that is there is whole: `write(temporary path)`, then its name."""
+    partial = path.with_name(f".{os.getpid()}-{path.name}")
+    write(partial)
+    partial.replace(path)
+
+
+def sample(args, policy, accelerator, prompts, jobs, folder):
+    """Draw the images of `jobs` that are not there yet; an image appears after its trajectory, so that what is there is complete."""
+    missing = [job for job in jobs if not (folder / "images" / f"{file_name(job)}.png").is_file()]
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    bar = tqdm(total=len(mine), desc="sampling", unit="image", disable=not accelerator.is_main_process)
+    for start in range(0, len(mine), args.batch_size):
+        part = mine[start : start + args.batch_size]
+        step_seeds = [noise_seed(args.seed, "preferences", *job) for job in part]
+        seeds = [noise_seed(args.seed, "preferences", prompt) for prompt, _ in part] if args.same_latent else step_seeds
+        with accelerator.autocast(), torch.no_grad():
+            noise = {"seeds": seeds, "step_seeds": step_seeds, "deterministic": args.deterministic}
+            trajectory = policy.rollout([prompts[prompt].text for prompt, _ in part], **noise)
+            images = policy.decode(trajectory.final, trajectory.condition)
+        for i, job in enumerate(part):
+            if args.save_trajectories:
+                replaced(folder / "trajectories" / f"{file_name(job)}.safetensors", trajectory.select([i]).save)
+            replaced(folder / "images" / f"{file_name(job)}.png", to_pil(images[i]).save)
+        bar.update(len(part))
+    accelerator.wait_for_everyone()
+
+
+def score(args, session, reward, prompts, jobs, folder):
+    """The rewards of the images as the files hold them, (N,) of all `jobs`."""
+    accelerator = session.accelerator
+    mine = list(range(len(jobs)))[accelerator.process_index :: accelerator.num_processes]
+    with Scorer(reward, on_nan=args.invalid_rewards, on_failure=args.invalid_rewards) as scorer:
+        for start in tqdm(range(0, len(mine), args.batch_size), desc="scoring", unit="batch", disable=not accelerator.is_main_process):
+            part = mine[start : start + args.batch_size]
+            images = torch.stack([read(folder / "images" / f"{file_name(jobs[i])}.png") for i in part])
+            scorer.submit(part, images.to(accelerator.device), [prompts[jobs[i][0]] for i in part])
+        return gather_scores(session, scorer, [prompts[prompt] for prompt, _ in jobs])["reward"]
+
+
+def read(path):
+    with Image.open(path) as image:
+        return to_tensor(image.convert("RGB"), image.height, image.width)
+
+
+def data_sets(args, prompts, jobs, rewards):
+    """Rows of each kind; images without a score are in none of them. Prompts of equal text are kept apart by their number."""
+    groups = {}
+    for (number, sample_number), reward in zip(jobs, rewards.tolist()):
+        if reward == reward:
+            image = f"../images/{file_name((number, sample_number))}.png"
+            groups.setdefault(number, []).append({"prompt": prompts[number].text, "image": image, "reward": reward})
+    kept = [(number, row) for number, rows in groups.items() for row in rows]
+    limit = {"quantile": args.binary_quantile} if args.binary_threshold is None else {"threshold": args.binary_threshold}
+    labelled = scored_to_binary([row for _, row in kept], **limit)
+    found = {
+        "pairs": [(number, row) for number, rows in groups.items() for row in scored_to_pairs(rows, args.pairs, args.min_margin)],
+        "binary": [(number, row) for (number, _), row in zip(kept, labelled)],
+        "scored": kept,
+        "ranked": [(number, row) for number, rows in groups.items() for row in scored_to_ranked(rows)],
+    }
+    return {name: [{**prompts[number].columns, **row} for number, row in rows] for name, rows in found.items()}
+
+
+def contact_sheet(args, prompts, jobs, rewards, folder):
+    """A row a prompt, its best image first."""
+    order = sorted(zip(jobs, rewards.tolist()), key=lambda item: (item[0][0], item[1] != item[1], -item[1]))
+    order = order[: args.num_sheet_prompts * args.num_images_per_prompt]
+    images = [read(folder / "images" / f"{file_name(job)}.png") for job, _ in order]
+    return grid(images, [f"{reward:.3f} {prompts[job[0]].text}" for job, reward in order], columns=args.num_images_per_prompt)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    session = Session(args, Accelerator(mixed_precision=args.mixed_precision))
+    accelerator, folder = session.accelerator, Path(arguments.check_output_dir(args.output_dir))
+    prompts = load_prompts(args.prompts, args.prompt_column)[: args.num_prompts]
+    reward = load_reward(args.reward, device=accelerator.device, **model_option(args.reward_model))
+    lora = find_lora(args.lora) if args.lora else None
+    jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(args.num_images_per_prompt)]
+
+    # 1 sample
+    if accelerator.is_main_process:
+        check_settings(args, folder)
+        for name in ("images", "trajectories")[: 1 + args.save_trajectories]:
+            (folder / name).mkdir(exist_ok=True)
+    accelerator.wait_for_everyone()
+    pipeline = load_pipeline(args).to(accelerator.device)
+    sde = {name: getattr(args, name) for name in ("sde_type", "noise_level", "eta") if getattr(args, name) is not None}
+    with lora_loaded(pipeline, lora, "preferences"):
+        sample(args, Policy(pipeline, sde_twin(pipeline.scheduler, **sde), **call_arguments(args)), accelerator, prompts, jobs, folder)
+
+    # 2 score
+    rewards = score(args, session, reward, prompts, jobs, folder)
+
+    # 3 data sets and contact sheet
+    if accelerator.is_main_process:
+        for name, rows in data_sets(args, prompts, jobs, rewards).items():
+            (folder / name).mkdir(exist_ok=True)
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            replaced(folder / name / "metadata.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
+            print(f"{folder / name}: {len(rows)} rows")
+        contact_sheet(args, prompts, jobs, rewards, folder).save(folder / "contact_sheet.png")
+        valid = rewards[~rewards.isnan()]
+        print(f"{args.reward}: {valid.mean():.4f} on average, from {valid.min():.4f} to {valid.max():.4f}. Contact sheet: {folder / 'contact_sheet.png'}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""AlignProp: align a pipeline with a differentiable reward by its gradient through sampling, cut at a random step.
+
+    accelerate launch training_scripts/train_alignprop.py --config training_scripts/recipes/alignprop_mini_sd.yaml
+
+The algorithm's page is `diffusers_align/algorithms/alignprop.py` (https://arxiv.org/abs/2310.03739).
+"""
+
+from collections import defaultdict
+
+from diffusers_align.algorithms.alignprop import STRATEGIES, grad_steps, truncation
+from diffusers_align.differentiable import differentiable_rollout
+from diffusers_align.training import arguments
+from diffusers_align.training import reward_gradients as shared
+from diffusers_align.training.report import Report
+from diffusers_align.training.run import Run
+
+
+def parse_args(argv=None):
+    parser = arguments.base_parser(__doc__.splitlines()[0])
+    shared.add_arguments(parser)
+    # Official (mihirp1998/AlignProp): DDIM of 50 steps, eta 1, guidance 5, LoRA of rank and alpha 4, (1 - HPS) / 100.
+    parser.set_defaults(rank=4, lora_alpha=4, num_inference_steps=50, guidance_scale=5.0, learning_rate=1e-3, stochastic=True)
+    parser.set_defaults(reward_map="shortfall", reward_scale=0.01)
+    group = parser.add_argument_group("AlignProp")
+    group.add_argument("--truncation_schedule", choices=STRATEGIES, default="gaussian", help="how the first step with gradient is drawn")
+    group.add_argument("--truncation_mean", type=float, default=42.0, help="gaussian: in steps of 50")
+    group.add_argument("--truncation_std", type=float, default=5.0, help="gaussian: in steps of 50")
+    group.add_argument("--truncation_step", type=int, default=49, help="fixed: in steps of 50")
+    args = arguments.parse(parser, argv)
+    if args.reward_map == "shortfall" and args.reward_target is None:
+        args.reward_target = 1.0
+    shared.check(parser, args)
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = Run(args, "AlignProp")
+    batches = run.batches(args.num_samples_per_epoch)
+    report = Report(run)
+    policy = shared.load_policy(run)
+    clip = shared.GradientClip(run)
+    run.load_optimizer(args.num_epochs * -(-batches[0] // batches[1]))
+    run.resume()
+    num_steps = shared.check_reward(run, policy, report)
+    report.start()
+    schedule = {"strategy": args.truncation_schedule, "mean": args.truncation_mean, "std": args.truncation_std, "fixed": args.truncation_step}
+
+    for epoch in run.epochs():
+        logged, norms = defaultdict(list), []
+        for update in shared.updates_of_epoch(run, policy, report, epoch, *batches):
+            steps = grad_steps(num_steps, truncation(num_steps, update.generator, **schedule))
+            for batch in update.batches:
+                with run.accelerator.autocast():
+                    # 1 differentiable roll-out
+                    rollout = differentiable_rollout(policy, batch.condition, grad_steps=steps, **shared.rollout_options(args))
+
+                    # 2 reward and loss
+                    rewards = batch.reward(rollout.images.float())
+                    loss = shared.total_loss(policy, rollout, shared.reward_loss(rewards, args), args, logged)
+
+                # 3 update
+                run.accelerator.backward(shared.scored_sum(loss) * update.weight)
+                logged["reward"] += shared.finite(rewards)
+            logged["truncation"].append(len(steps))
+            norms.append(clip.step())
+        run.log(run.epoch_metrics(None, [], norms, logged))
+        report.validate(epoch)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""DSPO: score matching on the preferred images of pairs, with the preference's own score in the target.
+
+    accelerate launch training_scripts/train_dspo.py --config training_scripts/recipes/dspo_mini_sd3.yaml --dataset_name my_pairs
+
+The algorithm's page is `diffusers_align/algorithms/dspo.py`; docs/preference_data.md says what the data may look like.
+"""
+
+from collections import defaultdict
+
+from diffusers_align.algorithms.diffusion_dpo import describe_beta, preference_metrics
+from diffusers_align.algorithms.dspo import dspo_loss
+from diffusers_align.training import arguments, offline
+from diffusers_align.training.report import Report
+from diffusers_align.training.run import Run
+
+BETA = {"score": 0.001, "distance": 1000.0}  # the official code's, for SD 1.5 and for SDXL
+
+
+def parse_args(argv=None):
+    parser = arguments.base_parser(__doc__.splitlines()[0])
+    parser.set_defaults(rank=16, learning_rate=1e-5)
+    offline.add_data_arguments(parser)
+    offline.add_pair_arguments(parser)
+    group = parser.add_argument_group("DSPO")
+    group.add_argument("--objective", choices=list(BETA), default="score", help="the paper's and the official code's for SD 1.5, or that code's for SDXL")
+    group.add_argument("--beta", type=float, help="temperature of the implicit reward; 0.001 for score, 1000 for distance if absent")
+    group.add_argument("--dspo_beta", type=float, default=0.001, help="weight of the reward's score, for score; 0 is fine-tuning on winners")
+    args = arguments.parse(parser, argv, offline.REQUIRED)
+    offline.check(parser, args)
+    if args.ties == "soft":
+        parser.error("--ties soft needs a loss with soft labels, which DSPO is not: choose drop or keep")
+    if args.beta is None:
+        args.beta = BETA[args.objective]
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = Run(args, "DSPO")
+    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
+    rows = offline.load_rows(run, "pair")
+    report = Report(run, rows)
+    policy = offline.load_policy(run)
+    examples, reference = offline.Examples(run, policy, rows), offline.Reference(run, policy)
+    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
+    run.resume()
+    report.start()
+
+    for epoch in run.epochs():
+        norms, logged = [], defaultdict(list)
+        for chunk, weight in offline.epoch_batches(run, num_batches, batches_a_step):
+            for b in chunk:
+                # 1 pairs, with the same noise for both
+                places = examples.positions(epoch, b)
+                condition, (images, _, weights) = examples.condition(places), offline.pairs_of(rows, places, policy.device)
+                sides = [examples.noised(side, places, condition) for side in images]
+                run.explain_once(describe_beta(args.beta, sides[0].x_t[0].numel()))
+
+                # 2 what the pretrained model makes of them
+                reference(*sides)
+                ref_errors = [side.ref_error for side in sides]
+
+                # 3 loss and update
+                def loss(winner, loser):
+                    options = {"beta": args.beta, "dspo_beta": args.dspo_beta, "objective": args.objective}
+                    return weights * dspo_loss(winner.error, loser.error, *ref_errors, winner.distance, **options)
+
+                value, found = offline.descend(run, policy, loss, sides, weight, args.two_pass)
+                metrics = preference_metrics(*(own.error for own in found), *ref_errors, beta=args.beta)
+                metrics |= {"loss": value.mean().item(), "ref_distance": found[0].distance.mean().item()}
+                metrics["dspo_coefficient"] = args.dspo_beta * metrics["gradient_weight"]
+                for name, number in metrics.items():
+                    logged[name].append(number)
+            norms.append(run.optimizer_step())
+        run.log(run.epoch_metrics(None, [], norms, logged))
+        report.validate(epoch)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Diffusion-KTO: align a pipeline with likes and dislikes of single images.
+
+    accelerate launch training_scripts/train_kto.py --config training_scripts/recipes/kto_mini_sd3.yaml --dataset_name my_likes
+
+The algorithm's page is `diffusers_align/algorithms/diffusion_kto.py`; docs/preference_data.md says what the data may look like.
+Pairs do as well: an image that won at least once is desirable.
+"""
+
+from collections import defaultdict
+from dataclasses import replace
+
+import torch
+
+from diffusers_align.algorithms.diffusion_kto import REFERENCE_POINTS, UTILITY_LOSSES, ReferencePoint, describe_balance, kto_loss, kto_metrics
+from diffusers_align.data import balanced_batch_of
+from diffusers_align.training import arguments, offline
+from diffusers_align.training.report import Report
+from diffusers_align.training.run import Run
+
+BETA = (5000, 1000)  # diffusion (the paper), flow matching: the logit scale of Diffusion-DPO's 2000
+
+
+def parse_args(argv=None):
+    parser = arguments.base_parser(__doc__.splitlines()[0])
+    parser.set_defaults(rank=16, learning_rate=1e-5)
+    offline.add_data_arguments(parser)
+    group = parser.add_argument_group("Diffusion-KTO")
+    group.add_argument("--beta", type=float, help="temperature; 5000 for diffusion, 1000 for flow matching if absent")
+    group.add_argument("--utility", choices=list(UTILITY_LOSSES), default="kahneman_tversky")
+    group.add_argument("--reference_point", choices=REFERENCE_POINTS, default="batch_mean", help="what gains are compared with, over an optimizer step")
+    group.add_argument("--reference_point_decay", type=float, default=0.99, help="of the running mean, for ema")
+    group.add_argument("--clamp", action=arguments.argparse.BooleanOptionalAction, default=True, help="a reference point of no less than 0")
+    group.add_argument("--gamma", type=float, default=0.8, help="share of desirable images in training, whatever it is in the data")
+    group.add_argument("--lambda_d", type=float, default=1.0, help="weight of desirable images")
+    group.add_argument("--lambda_u", type=float, default=1.0, help="weight of undesirable images")
+    args = arguments.parse(parser, argv, offline.REQUIRED)
+    offline.check(parser, args)
+    for name in ("gamma", "reference_point_decay"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} must lie in [0, 1], got {getattr(args, name)}")
+    return args
+
+
+def balanced(run, rows):
+    """How to draw rows: of either class by its share. Says how the classes weigh in the data and in training."""
+    args, classes = run.args, [[i for i, row in enumerate(rows) if row["label"] is kind] for kind in (True, False)]
+    run.print(f"data: {describe_balance(*map(len, classes))}")
+    drawn = round(args.gamma * args.num_samples_per_epoch)
+    run.print(f"an epoch: {describe_balance(drawn, args.num_samples_per_epoch - drawn, args.lambda_d, args.lambda_u)}")
+    return lambda step, size, seed, rank, world: balanced_batch_of(step, size, *classes, seed, rank, world, gamma=args.gamma)
+
+
+@torch.no_grad()
+def gains(run, policy, reference, sides):
+    """How much better than the reference the model denoises each image, (N,) for all of `sides`."""
+    reference(*sides)
+    return torch.cat([side.ref_error - offline.measure(run, policy, side).error for side in sides])
+
+
+def with_others_captions(policy, sides):
+    """The same noised images, each under the caption of the next of the optimizer step."""
+    prompts = [prompt for side in sides for prompt in side.condition.prompts]
+    if len(prompts) < 2:
+        raise ValueError("An optimizer step of one image has no other's caption: raise --train_batch_size, or choose another --reference_point.")
+    turned = iter(prompts[1:] + prompts[:1])
+    return [replace(side, condition=policy.condition([next(turned) for _ in side.condition.prompts])) for side in sides]
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = Run(args, "Diffusion-KTO")
+    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
+    rows = offline.load_rows(run, "binary")
+    report = Report(run, rows)
+    policy = offline.load_policy(run, batches_a_step)
+    examples, reference = offline.Examples(run, policy, rows, draw=balanced(run, rows)), offline.Reference(run, policy)
+    args.beta = args.beta if args.beta is not None else BETA[examples.noising.forward.is_flow]
+    point_of = ReferencePoint(args.reference_point, decay=args.reference_point_decay, clamp=args.clamp)
+    run.accelerator.register_for_checkpointing(point_of)
+    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
+    run.resume()
+    report.start()
+
+    for epoch in run.epochs():
+        norms, logged = [], defaultdict(list)
+        for chunk, weight in offline.epoch_batches(run, num_batches, batches_a_step):
+            # 1 images with noise
+            index, sides = zip(*(examples.batch(epoch, b) for b in chunk))
+            labels = [torch.tensor([rows[i]["label"] for i in own], device=policy.device) for own in index]
+
+            # 2 their gains over the pretrained model, and those that they are compared with
+            gain, other = gains(run, policy, reference, sides), None
+            if args.reference_point == "mismatched":
+                other = gains(run, policy, reference, with_others_captions(policy, sides))
+            point = point_of(gain, torch.cat(labels), mismatched_gain=other, reduce=lambda total: run.accelerator.reduce(total, "sum"))
+
+            # 3 loss and update
+            for side, liked in zip(sides, labels):
+
+                def loss(own):
+                    options = {"beta": args.beta, "utility": args.utility, "lambda_d": args.lambda_d, "lambda_u": args.lambda_u}
+                    return kto_loss(own.error, side.ref_error, liked, point, **options)
+
+                value, (own,) = offline.descend(run, policy, loss, [side], weight)
+                metrics = kto_metrics(own.error, side.ref_error, liked, point, beta=args.beta)
+                for name, number in (metrics | {"loss": value.mean().item()}).items():
+                    logged[name].append(number)
+            norms.append(run.optimizer_step())
+        run.log(run.epoch_metrics(None, [], norms, logged))
+        report.validate(epoch)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Reward-weighted regression: fine-tune a pipeline on scored images in proportion to how good they are.
+
+    accelerate launch training_scripts/train_rwr.py --config training_scripts/recipes/rwr_mini_sd3.yaml --dataset_name my_scored_images
+
+The algorithm's page is `diffusers_align/algorithms/reward_weighted_regression.py`; docs/preference_data.md says what the data may
+look like.
+"""
+
+from collections import defaultdict
+
+import torch
+
+from diffusers_align.algorithms.reward_weighted_regression import KINDS, reward_weighted_loss, reward_weights, weight_statistics
+from diffusers_align.training import arguments, offline
+from diffusers_align.training.report import Report
+from diffusers_align.training.run import Run
+
+
+def parse_args(argv=None):
+    parser = arguments.base_parser(__doc__.splitlines()[0])
+    parser.set_defaults(rank=16, learning_rate=1e-5)
+    offline.add_data_arguments(parser)
+    group = parser.add_argument_group("reward-weighted regression")
+    group.add_argument("--weights", choices=KINDS, default="softmax", help="how rewards become weights")
+    group.add_argument("--scope", choices=["global", "prompt"], default="global", help="weigh images against all others, or those of their prompt")
+    group.add_argument("--temperature", type=float, default=1.0, help="divides the rewards (or ranks): small is greedy")
+    group.add_argument("--top_k", type=int, default=1, help="train on so many best alone, for top_k")
+    group.add_argument("--top_q", type=float, default=0.1, help="train on this best share alone, for top_q")
+    group.add_argument("--max_weight", type=float, default=20.0, help="bound of a weight, for exp_clipped")
+    group.add_argument("--force", action="store_true", help="go on where an effective 1 %% of the images bears all the weight")
+    group.add_argument("--beta_kl", type=float, default=0.0, help="weight of the distance to the pretrained model's answers")
+    group.add_argument("--beta_pretrain", type=float, default=0.0, help="weight of plain fine-tuning on --pretraining_dataset")
+    group.add_argument("--pretraining_dataset", help="captioned images, real ones as a rule: what --dataset_name may be")
+    args = arguments.parse(parser, argv, offline.REQUIRED)
+    offline.check(parser, args)
+    if bool(args.beta_pretrain) != bool(args.pretraining_dataset):
+        parser.error("--beta_pretrain and --pretraining_dataset go together: the weight of a second data set, and that set")
+    return args
+
+
+def weighted(run, rows):
+    """The rows that weigh anything, their weights (N,) as shares of the mean over all rows, and the weights' statistics."""
+    args, prompts = run.args, {row["prompt"]: i for i, row in enumerate(rows)}
+    rewards, groups = torch.tensor([row["reward"] for row in rows]), torch.tensor([prompts[row["prompt"]] for row in rows])
+    options = {name: getattr(args, name) for name in ("scope", "temperature", "top_k", "top_q", "max_weight", "force")}
+    weights = reward_weights(rewards, groups, kind=args.weights, **options)
+    statistics = weight_statistics(weights)
+    run.print(", ".join(f"{name.replace('_', ' ')} {number:.4g}" for name, number in statistics.items()) + f", of {len(rows)} images")
+    kept = weights > 0
+    return [row for row, own in zip(rows, kept) if own], (weights[kept] * kept.double().mean()).float(), statistics
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = Run(args, "Reward-weighted regression")
+    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
+    rows, weights, statistics = weighted(run, offline.load_rows(run, "scored"))
+    real = offline.load_captioned(run, args.pretraining_dataset) if args.beta_pretrain else []
+    report = Report(run, rows)
+    policy = offline.load_policy(run)
+    examples, reference = offline.Examples(run, policy, rows), offline.Reference(run, policy)
+    pretraining = offline.Examples(run, policy, real, "pretraining") if real else None
+    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
+    run.resume()
+    report.start()
+
+    for epoch in run.epochs():
+        norms, logged = [], defaultdict(list)
+        for chunk, weight in offline.epoch_batches(run, num_batches, batches_a_step):
+            for b in chunk:
+                # 1 images with noise
+                index, side = examples.batch(epoch, b)
+                sides = [side] + ([pretraining.batch(epoch, b)[1]] if pretraining else [])
+                own_weights = weights[index].to(policy.device)
+
+                # 2 what the pretrained model makes of them
+                if args.beta_kl:
+                    reference(side)
+
+                # 3 loss and update
+                def loss(own, real=None):
+                    options = {"beta_kl": args.beta_kl, "beta_pretrain": args.beta_pretrain}
+                    return reward_weighted_loss(own.error, own_weights, own.distance, real.error if real else 0.0, **options)
+
+                value, (own, *_) = offline.descend(run, policy, loss, sides, weight)
+                metrics = {"loss": value, "weighted_error": own_weights * own.error, "error": own.error}
+                metrics |= {"ref_distance": own.distance} if args.beta_kl else {}
+                for name, number in metrics.items():
+                    logged[name].append(number.mean().item())
+            norms.append(run.optimizer_step())
+        run.log(run.epoch_metrics(None, [], norms, logged) | statistics)
+        report.validate(epoch)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""SPO: align a pipeline by step-aware preferences: at each step, the better of several candidates from the same state.
+
+    accelerate launch training_scripts/train_spo.py --config training_scripts/recipes/spo_mini_sd3.yaml
+
+The algorithm's page is `diffusers_align/algorithms/spo.py` (https://arxiv.org/abs/2406.04314). A candidate is judged, as in the official code, by
+the clean image that the model predicts from it at the next timestep; any reward will do.
+"""
+
+from collections import defaultdict
+
+from diffusers_align.algorithms.d3po import CLIPS, d3po_metrics
+from diffusers_align.algorithms.spo import spo_loss
+from diffusers_align.training import arguments
+from diffusers_align.training.candidates import sample_pairs
+from diffusers_align.training.preferences import add_noise_arguments, noise_fields
+from diffusers_align.training.report import Report
+from diffusers_align.training.run import Run
+
+
+def parse_args(argv=None):
+    parser = arguments.base_parser(__doc__.splitlines()[0])
+    parser.set_defaults(rank=4, lora_alpha=4, learning_rate=6e-5, num_inference_steps=20, train_batch_size=10)
+    group = parser.add_argument_group("SPO")
+    group.add_argument("--num_samples_per_epoch", type=int, default=40, help="paths an epoch, each of a prompt")
+    group.add_argument("--num_candidates", type=int, default=4, help="k, from each state: 4 for SD 1.5, 2 for SDXL (official)")
+    group.add_argument("--divert_start_step", type=int, default=4, help="no pairs before this solver step (official: 4 of 20)")
+    group.add_argument("--threshold", type=float, default=0.3, help="least difference of the pair's softmax probabilities: 0.3 for SD 1.5, 0.4 for SDXL")
+    group.add_argument("--score_scale", type=float, default=1.0, help="of the reward, to the scale of logits: a difference of 1 is a preference of 73 %%")
+    group.add_argument("--beta", type=float, default=10.0, help="preference temperature, with log-probabilities per dimension (official)")
+    group.add_argument("--clip", choices=CLIPS, default="one_sided", help="what holds steps that went far: see D3PO's page")
+    group.add_argument("--clip_range", type=float, default=0.1, help="of the ratio per dimension (official)")
+    add_noise_arguments(parser.add_argument_group("noise of the candidates"))
+    args = arguments.parse(parser, argv)
+    if args.num_candidates < 2:
+        parser.error(f"a pair needs --num_candidates 2 or more, got {args.num_candidates}")
+    if not 0 <= args.threshold < 1:
+        parser.error(f"--threshold is a difference of probabilities, at least 0 and below 1, got {args.threshold}")
+    if args.score_scale <= 0:
+        parser.error(f"--score_scale must be positive, got {args.score_scale}")
+    if not 0 <= args.divert_start_step < args.num_inference_steps:
+        parser.error(f"--divert_start_step must lie in the {args.num_inference_steps} solver steps, got {args.divert_start_step}")
+    return args
+
+
+def accumulate(run, policy, samples, b, weight, logged):
+    """Add the gradient of batch `b`: winner and loser of a state are scored by one and the same transition."""
+    args, trajectory = run.args, samples.batches[b]
+    keep = samples.keep[samples.index[b]].to(policy.device)
+    used = [k for place, k in enumerate(samples.steps) if policy.lockstep or keep[:, place].any()]
+    options = {"per_dim": trajectory.final[0].numel(), "beta": args.beta, "clip": args.clip, "clip_range": args.clip_range}
+    with policy.reference(), run.accelerator.autocast():
+        reference = policy.transitions(trajectory, used)
+
+    def on_step(k, transition):
+        place = samples.steps.index(k)
+        pair = [side[b][:, place] for side in (samples.winners, samples.losers)]
+        log_probs = [kernel.log_prob(action) for kernel in (transition, reference[k]) for action in pair]
+        loss = spo_loss(*log_probs, **options)
+        run.accelerator.backward((loss * keep[:, place]).sum() * weight)
+        if (mask := keep[:, place]).any():
+            logged["loss"].append(loss[mask].mean().item())
+            for name, number in d3po_metrics(*(value[mask] for value in log_probs), **options).items():
+                logged[name].append(number)
+
+    with run.accelerator.autocast():
+        policy.replay(trajectory, on_step, used)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = Run(args, "SPO")
+    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
+    report = Report(run)
+    policy = run.load_policy(**noise_fields(args))
+    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
+    run.resume()
+    report.start()
+
+    for epoch in run.epochs():
+        # 1 candidates at each step, judged by what the model sees in them, and the pairs that they make
+        samples = sample_pairs(run, policy, report.reward, report.prompts, epoch, args.num_samples_per_epoch)
+
+        # 2 loss and update: the mean over the pairs that are kept
+        norms, logged = [], defaultdict(list)
+        logged["kept"], logged["score_gap"] = [samples.keep.float().mean().item()], [samples.gap.mean().item()]
+        processes = run.accelerator.num_processes
+        for chunk in run.chunks(num_batches, batches_a_step):
+            size = args.train_batch_size * processes
+            kept = samples.keep[chunk.start * size : chunk.stop * size].sum().item()
+            if kept == 0:
+                continue
+            for b in chunk:
+                accumulate(run, policy, samples, b, 1 / kept, logged)
+            norms.append(run.optimizer_step())
+        run.log(run.epoch_metrics(samples, [], norms, logged))
+        report.validate(epoch)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()

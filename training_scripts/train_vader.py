@@ -1,0 +1,72 @@
+"""VADER: align a video pipeline with a differentiable reward of some decoded frames; image pipelines as well.
+
+    accelerate launch training_scripts/train_vader.py --config training_scripts/recipes/vader_wan.yaml
+
+The algorithm's page is `diffusers_align/algorithms/vader.py` (https://arxiv.org/abs/2407.08737).
+"""
+
+from collections import defaultdict
+
+from diffusers_align.algorithms.vader import BACKPROP_MODES, FRAME_MODES, frame_indices, grad_steps
+from diffusers_align.differentiable import differentiable_rollout
+from diffusers_align.training import arguments
+from diffusers_align.training import reward_gradients as shared
+from diffusers_align.training.report import Report
+from diffusers_align.training.run import Run
+
+
+def parse_args(argv=None):
+    parser = arguments.base_parser(__doc__.splitlines()[0])
+    shared.add_arguments(parser)
+    # Official (mihirp1998/VADER): 50 steps, eta 1, LoRA of rank 8 to 16, |1 - HPS|, no penalty.
+    parser.set_defaults(rank=16, lora_alpha=16, num_inference_steps=50, learning_rate=2e-4, stochastic=True, reward_map="distance")
+    group = parser.add_argument_group("VADER")
+    group.add_argument("--backprop_mode", choices=BACKPROP_MODES, default="last", help="gradient through the last step, from a random one on, or a given one")
+    group.add_argument("--backprop_step", type=int, default=15, help="specific: the first step with gradient, in steps of 50")
+    group.add_argument("--frames", choices=FRAME_MODES, default="random", help="which frames of a video are decoded and scored")
+    args = arguments.parse(parser, argv)
+    if args.reward_map == "distance" and args.reward_target is None:
+        args.reward_target = 1.0
+    shared.check(parser, args)
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    run = Run(args, "VADER")
+    batches = run.batches(args.num_samples_per_epoch)
+    report = Report(run)
+    policy = shared.load_policy(run)
+    clip = shared.GradientClip(run)
+    run.load_optimizer(args.num_epochs * -(-batches[0] // batches[1]))
+    run.resume()
+    num_frames = shared.count_frames(policy, report.prompts[0])
+    num_steps = shared.check_reward(run, policy, report, frames=None if num_frames is None else [0])
+    report.start()
+
+    for epoch in run.epochs():
+        logged, norms = defaultdict(list), []
+        for update in shared.updates_of_epoch(run, policy, report, epoch, *batches):
+            steps = grad_steps(num_steps, update.generator, mode=args.backprop_mode, specific=args.backprop_step)
+            frames = None if num_frames is None else frame_indices(num_frames, update.generator, mode=args.frames)
+            for batch in update.batches:
+                with run.accelerator.autocast():
+                    # 1 differentiable roll-out
+                    rollout = differentiable_rollout(policy, batch.condition, grad_steps=steps, frames=frames, **shared.rollout_options(args))
+
+                    # 2 reward and loss
+                    rewards = batch.reward(rollout.images.float())
+                    loss = shared.total_loss(policy, rollout, shared.reward_loss(rewards, args), args, logged)
+
+                # 3 update
+                run.accelerator.backward(shared.scored_sum(loss) * update.weight)
+                logged["reward"] += shared.finite(rewards)
+            logged["truncation"].append(len(steps))
+            norms.append(clip.step())
+        run.log(run.epoch_metrics(None, [], norms, logged))
+        report.validate(epoch)
+    report.finish()
+
+
+if __name__ == "__main__":
+    main()
