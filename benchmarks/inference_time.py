@@ -174,6 +174,7 @@ def panel(axis, results: dict[str, Result], field: str) -> None:
             axis.annotate(name, (results[name].rows, means[name]), xytext=(right, height), fontsize=7, va="center", arrowprops=line)
     axis.set_xscale("log", base=2)
     axis.set_xlim(0.85 * cheapest, 2.1 * max(result.rows for result in results.values()))
+    axis.set_xticks([cheapest * 2**octave for octave in columns], [f"{cheapest * 2**octave:.0f}" for octave in columns])
     axis.grid(alpha=0.3)
 
 

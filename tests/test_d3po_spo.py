@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from script_tools import RECIPES, assert_same_run, load_script, make_run, rows, run_script, script, write_task
+from script_tools import RECIPES, assert_same_lora, assert_same_run, load_script, make_run, rows, run_script, run_script_on_two_processes, script, write_task
+from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy, embedded
 from diffusers_align.algorithms.d3po import d3po_loss
@@ -170,6 +171,21 @@ def test_a_path_depends_on_its_seed_and_not_on_the_batch(policy, candidates):
     torch.testing.assert_close(alone.trajectory.final[0], candidates.trajectory.final[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_pipeline_draws_candidates(family):
+    policy = Policy(FAMILIES[family].build(), **FAMILIES[family].call)
+    found = roll_out_candidates(policy, ["a cat", "a large red dog"], [1, 2], 2)
+    trajectory = found.trajectory
+    assert found.drawn.shape == found.clean.shape == (2, trajectory.num_steps, 2, *trajectory.final.shape[1:])
+    transitions = policy.transitions(trajectory)
+    assert transitions
+    for k, transition in transitions.items():
+        dimensions = trajectory.final[0].numel()
+        gap = (transition.log_prob(trajectory.actions[:, k]) - trajectory.log_probs[:, k]) / dimensions
+        assert gap.abs().max() < 1e-2
+        assert not torch.equal(found.drawn[:, k, 0], found.drawn[:, k, 1])
+
+
 def test_spo_prefers_the_better_candidate(task, tmp_path):
     reward = f"{task / 'rewards.py'}:redness"
     out = run_script("spo", tmp_path / "run", task, **SPO, reward=reward, num_epochs=2, gradient_accumulation_steps=2)
@@ -219,7 +235,17 @@ def test_spo_descends_on_the_pairs_that_it_scored(policy, tmp_path):
     assert after > before + 1e-2
 
 
-# flags and recipes
+# processes, flags and recipes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, flags", [("d3po", {**D3PO, "group_size": 4}), ("spo", {**SPO, "num_samples_per_epoch": 8})])
+def test_two_processes_make_the_same_update_as_one(name, flags, task, tmp_path):
+    flags |= {"num_epochs": 2, "gradient_accumulation_steps": 2}
+    one = run_script(name, tmp_path / "one", task, **flags, train_batch_size=4, reward=f"{task / 'rewards.py'}:recorded")
+    two = run_script_on_two_processes(name, tmp_path / "two", task, **flags, train_batch_size=2)
+    assert rows(two)[0]["grad_norm"] == pytest.approx(rows(one)[0]["grad_norm"], rel=1e-2)
+    assert_same_lora(two, one, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(

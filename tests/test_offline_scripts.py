@@ -396,7 +396,8 @@ def test_resumed_equals_uninterrupted(task, tmp_path, name):
 def test_the_same_script_trains_any_pipeline(task, tmp_path, family, monkeypatch):
     FAMILIES[family].build().save_pretrained(tmp_path / "model")
     call = {**FAMILIES[family].call, "num_inference_steps": 2}
-    flags = {name: call.pop(name) for name in ("num_inference_steps", "guidance_scale", "height", "width") if name in call}
+    flags = {name: call.pop(name) for name in ("num_inference_steps", "guidance_scale", "height", "width") if call.get(name) is not None}
+    call.pop("guidance_scale", None)
     steps, step = [], Run.optimizer_step
     monkeypatch.setattr(Run, "optimizer_step", lambda self: steps.append(step(self)) or steps[-1])
     flags |= {"pretrained_model_name_or_path": tmp_path / "model", "call_kwargs": json.dumps(call), "gradient_accumulation_steps": 2}

@@ -84,7 +84,9 @@ def test_each_method_trains(name, task, tmp_path):
 def test_the_reward_rises(task, tmp_path):
     """Brightness, which needs no more than an offset."""
     (task / "plain.py").write_text("def plain(images, prompts, **columns):\n    return images.flatten(1).mean(1)\n")
-    run_script("draft", tmp_path / "run", task, **{**FLAGS, "num_epochs": 6, "learning_rate": 3e-3, "reward": f"{task / 'plain.py'}:plain"})
+    run_script(
+        "draft", tmp_path / "run", task, **{**FLAGS, "num_epochs": 4, "learning_rate": 3e-3, "num_eval_samples": 2, "reward": f"{task / 'plain.py'}:plain"}
+    )
     metrics = rows(tmp_path / "run")
     assert metrics[-1]["reward"] > metrics[0]["reward"] + 0.02
 
@@ -221,15 +223,20 @@ def conditioned(policy):
 
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
 def test_the_distance_to_the_reference(family):
+    """The policy's own KL where there is noise, the squared difference of outputs where there is none."""
     policy = tiny(family)
     stochastic = differentiable_rollout(policy, conditioned(policy), grad_steps=[1, 2], stochastic=True, decode=False)
+    trajectory = policy.rollout(conditioned(policy))
+    new = policy.transitions(trajectory, [1, 2])
     with policy.reference():
-        expected = [policy.transitions(policy.rollout(conditioned(policy)), [1])[1]]
+        old = policy.transitions(trajectory, [1, 2])
         own = differentiable_rollout(policy, conditioned(policy), grad_steps=[1], decode=False)
         assert shared.distance_to_reference(policy, own).abs().max() == 0
-    assert expected[0].std is not None
     kl = shared.distance_to_reference(policy, stochastic)
-    assert (kl > 0).all()
+    expected = sum(new[k].kl(old[k]) for k in (1, 2)) / 2 / trajectory.final[0].numel()
+    torch.testing.assert_close(kl.detach(), expected.to(kl), rtol=1e-3, atol=0)
+    silent = differentiable_rollout(policy, conditioned(policy), grad_steps=[1], decode=False)
+    assert (shared.distance_to_reference(policy, silent) > 0).all()
     logged = {"kl": []}
     total = shared.total_loss(policy, stochastic, torch.ones(2), loss_args(kl_weight=2.0), logged)
     torch.testing.assert_close(total, 1 + 2 * kl)

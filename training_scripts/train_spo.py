@@ -12,7 +12,7 @@ from diffusers_align.algorithms.d3po import CLIPS, d3po_metrics
 from diffusers_align.algorithms.spo import spo_loss
 from diffusers_align.training import arguments
 from diffusers_align.training.candidates import sample_pairs
-from diffusers_align.training.preferences import add_noise_arguments, noise_fields
+from diffusers_align.training.preferences import add_noise_arguments, noise_fields, of_all_processes
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 
@@ -83,16 +83,15 @@ def main(argv=None):
         # 2 loss and update: the mean over the pairs that are kept
         norms, logged = [], defaultdict(list)
         logged["kept"], logged["score_gap"] = [samples.keep.float().mean().item()], [samples.gap.mean().item()]
-        processes = run.accelerator.num_processes
+        size = args.train_batch_size * run.accelerator.num_processes
         for chunk in run.chunks(num_batches, batches_a_step):
-            size = args.train_batch_size * processes
             kept = samples.keep[chunk.start * size : chunk.stop * size].sum().item()
             if kept == 0:
                 continue
             for b in chunk:
                 accumulate(run, policy, samples, b, 1 / kept, logged)
             norms.append(run.optimizer_step())
-        run.log(run.epoch_metrics(samples, [], norms, logged))
+        run.log(run.epoch_metrics(samples, [], norms, of_all_processes(logged)))
         report.validate(epoch)
     report.finish()
 

@@ -1,4 +1,4 @@
-"""A second set of the trainable weights, which follows them at a distance: the old policy of an off-policy method."""
+"""The trainable weights beside themselves: as a checkpoint keeps them, as a moving average, and as an old policy that lags behind."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 
@@ -46,3 +47,39 @@ class LaggingWeights:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for i, value in enumerate(self.values):
             value.copy_(state[f"{i:05d}"])
+
+
+class CheckpointedWeights:
+    """The trainable parameters as something that accelerate checkpoints, in float32 and in order."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self.parameters = parameters
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"{i:05d}": p.detach().cpu().clone() for i, p in enumerate(self.parameters)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        parameters = self.parameters
+        if len(parameters) != len(state) or any(p.shape != state[f"{i:05d}"].shape for i, p in enumerate(parameters)):
+            raise ValueError(
+                "The checkpoint's weights have other shapes: resume with the model and the flags of its size (such as --rank) it was trained with."
+            )
+        for i, parameter in enumerate(parameters):
+            parameter.copy_(state[f"{i:05d}"])
+
+
+class Averaged:
+    """Context: a moving average in the place of the live weights; nothing if it is None."""
+
+    def __init__(self, ema: EMAModel | None, parameters: list[nn.Parameter]):
+        self.ema, self.parameters = ema, parameters
+
+    def __enter__(self) -> None:
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+
+    def __exit__(self, *exception) -> None:
+        if self.ema is not None:
+            self.ema.restore(self.parameters)

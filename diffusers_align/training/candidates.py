@@ -7,7 +7,7 @@ pass of their own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -101,8 +101,8 @@ class StepSamples:
         batches, index: trajectories of this process, and where their samples stand among the N.
         winners, losers: for each batch (B, S, *D), best and worst candidate.
         steps: the S solver steps.
-        keep, gap: (N, S), whether the pair's scores differ enough, and by how much they do.
-        rewards: (N,) of the paths' images.
+        keep, gap: (N, S), whether the pair's scores differ enough, and by how much they do, in units of scaled rewards.
+        samples: the paths as any other samples, with the rewards of their final images.
     """
 
     batches: list[Trajectory]
@@ -142,16 +142,15 @@ def sample_pairs(run, policy: Policy, reward, prompts, epoch: int, number: int) 
             _score_candidates(args, policy, scorer, candidates, steps, part, asked)
             with torch.no_grad():
                 final.submit(part, policy.decode(trajectory.final, trajectory.condition).float(), [asked[i] for i in part])
-            found.append(replace(candidates, drawn=candidates.drawn[:, steps], clean=candidates.clean[:, :0]))
+            found.append((trajectory, candidates.drawn[:, steps]))
             index.append(torch.tensor(part))
         width = len(steps) * args.num_candidates
         scores = gather_scores(run, scorer, [prompt for prompt in asked for _ in range(width)])["reward"]
         components = gather_scores(run, final, asked)
     pairs = step_pairs(args.score_scale * scores.reshape(-1, args.num_candidates), threshold=args.threshold)
     winner, loser, keep, gap = (value.reshape(number, len(steps)) for value in (pairs.winner, pairs.loser, pairs.keep, pairs.gap))
-    batches = [c.trajectory for c in found]
-    best = [_picked(c.drawn, winner[i]) for c, i in zip(found, index)]
-    worst = [_picked(c.drawn, loser[i]) for c, i in zip(found, index)]
+    batches = [trajectory for trajectory, _ in found]
+    best, worst = ([_picked(drawn, side[i]) for (_, drawn), i in zip(found, index)] for side in (winner, loser))
     images = Samples(batches, index, [p.text for p in asked], torch.arange(number), components["reward"], components, asked)
     return StepSamples(batches, index, best, worst, steps, keep, gap, images)
 

@@ -281,6 +281,7 @@ def predict(run, policy: Policy, side: Noised) -> Tensor:
 
 
 def measure(run, policy: Policy, side: Noised) -> Measured:
+    """The model's answer and its errors (B,), with their graph where autograd is on."""
     output = predict(run, policy, side)
     return Measured(side.error(output), side.distance(output), output.detach())
 

@@ -135,6 +135,7 @@ class Update:
 
 
 def updates_of_epoch(run, policy: Policy, report, epoch: int, num_batches: int, batches_a_step: int) -> Iterator[Update]:
+    """The optimizer steps of an epoch; `num_batches` and `batches_a_step` as `Run.batches` has them."""
     args, rank, world = run.args, run.accelerator.process_index, run.accelerator.num_processes
     chosen = prompts_of_epoch(report.prompts, args.num_samples_per_epoch, args.seed, epoch)
     mine = range(args.num_samples_per_epoch)[rank::world]

@@ -22,6 +22,7 @@ from ..policy import Policy
 from ..schedulers import sde_twin
 from . import costs, failures, sharding
 from .arguments import check_output_dir
+from .averages import Averaged, CheckpointedWeights
 from .loading import call_arguments, load_pipeline
 from .pictures import reward_curve
 
@@ -89,7 +90,7 @@ class Run:
     def train_parameters(self, parameters: list[torch.nn.Parameter], save: Callable[[Path], None]) -> None:
         """What is optimised, averaged and resumed, in float32, and what writes it to a folder in the form that users load."""
         self.parameters, self.save_weights = parameters, save
-        self.accelerator.register_for_checkpointing(_Weights(parameters))
+        self.accelerator.register_for_checkpointing(CheckpointedWeights(parameters))
 
     def load_optimizer(self, steps: int) -> None:
         """AdamW over the parameters, a learning-rate schedule of `steps` optimizer steps, and the moving average if asked for."""
@@ -171,7 +172,7 @@ class Run:
     def averaged(self):
         """Context: the moving average in the place of the live weights, if there is one."""
         started = self.optimizer_steps >= self.args.ema_interval  # before that it is the untrained LoRA
-        return _Averaged(self.ema if started else None, self.parameters)
+        return Averaged(self.ema if started else None, self.parameters)
 
     # --- epochs, metrics -------------------------------------------------------------------------------------------
 
@@ -295,40 +296,6 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.history, self.optimizer_steps = state["epoch"], list(state["history"]), state["optimizer_steps"]
-
-
-class _Weights:
-    """The trainable parameters as something that accelerate checkpoints, in float32 and in order."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter]):
-        self.parameters = parameters
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {f"{i:05d}": p.detach().cpu().clone() for i, p in enumerate(self.parameters)}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        parameters = self.parameters
-        if len(parameters) != len(state) or any(p.shape != state[f"{i:05d}"].shape for i, p in enumerate(parameters)):
-            raise ValueError(
-                "The checkpoint's weights have other shapes: resume with the model and the flags of its size (such as --rank) it was trained with."
-            )
-        for i, parameter in enumerate(parameters):
-            parameter.copy_(state[f"{i:05d}"])
-
-
-class _Averaged:
-    def __init__(self, ema: EMAModel | None, parameters: list[torch.nn.Parameter]):
-        self.ema, self.parameters = ema, parameters
-
-    def __enter__(self) -> None:
-        if self.ema is not None:
-            self.ema.store(self.parameters)
-            self.ema.copy_to(self.parameters)
-
-    def __exit__(self, *exception) -> None:
-        if self.ema is not None:
-            self.ema.restore(self.parameters)
 
 
 def _write_atomically(path: Path, text: str) -> None:
