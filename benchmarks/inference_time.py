@@ -1,6 +1,6 @@
 """Reward against compute without training: guidance, best-of-n, particle steering and SVDD on the embedded models.
 
-    python benchmarks/inference_time.py --models mini-sd3 --number 24
+    python benchmarks/inference_time.py --models mini-sd3 mini-sd
 
 Every method follows one reward, mini-clip's cosine (`clip_score`), on held-out prompts with equal seeds. `scene_score`, a classifier that no method
 sees, tells better images from hacked ones. Costs are counted at the modules, for each image that is returned: rows of a batch through the denoiser
