@@ -352,6 +352,12 @@ def test_ddim_with_noise_is_the_stock_step_with_eta(eta, config):
         # The pipelines' own eta, 0.0, is ignored.
         mine = scheduler.step(out, t, x, eta=0.0, generator=generators[0])
         theirs = stock.step(out, t, y, eta=eta, generator=generators[1])
+        if config.get("rescale_betas_zero_snr") and k == 0:
+            # 1 - alpha' - s^2 is 0 there but for rounding, of either sign: the stock square root may be NaN or a last bit of noise.
+            assert mine.prev_sample.isfinite().all()
+            close = (mine.prev_sample - theirs.prev_sample).abs() < 1e-3
+            assert bool((close | theirs.prev_sample.isnan()).all()), f"step {k}"
+            theirs.prev_sample = mine.prev_sample
         assert torch.equal(mine.prev_sample, theirs.prev_sample), f"step {k}"
         assert torch.equal(mine.pred_original_sample, theirs.pred_original_sample), f"step {k}"
         assert (mine.log_prob is not None) == bool(scheduler.stochastic_steps[k])

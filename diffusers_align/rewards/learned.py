@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .. import embedded
 from .clip_embedder import CLIPEmbedder
 from .preprocessing import flatten_frames, mean_over_frames, repeat_for_frames
 
@@ -42,6 +40,8 @@ class LearnedReward(nn.Module):
     """
 
     def __init__(self, folder: str | Path):
+        from safetensors.torch import load_file
+
         super().__init__()
         folder = Path(folder)
         for file in (CONFIG, WEIGHTS):
@@ -63,6 +63,8 @@ class LearnedReward(nn.Module):
 
 def load_clip(model: str) -> CLIPEmbedder:
     """A CLIP model by Hub name, folder, or embedded name."""
+    from .. import embedded
+
     return CLIPEmbedder(embedded.path(model) if model in embedded.NAMES else model)
 
 
@@ -81,6 +83,8 @@ def save(folder: str | Path, head: nn.Module, model: str, hidden: int, scale: fl
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    from safetensors.torch import save_file
+
     save_file({name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}, folder / WEIGHTS)
     config = {"model": model, "hidden": hidden, "scale": scale, "shift": shift, **about}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
