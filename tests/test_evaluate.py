@@ -16,6 +16,7 @@ from tiny_pipelines import FAMILIES
 from diffusers_align import Policy, embedded
 from diffusers_align.front_doors import front_door
 from diffusers_align.lora import WEIGHTS
+from diffusers_align.rewards.base import RewardTimeout
 from diffusers_align.training.comparison import table, without_nan
 from diffusers_align.training.costs import Cost, Meter
 from diffusers_align.training.evaluation import diversities, find_lora, load_rewards, lora_loaded, path_kl
@@ -456,3 +457,10 @@ def test_the_meter_excludes_pauses_from_its_seconds(monkeypatch):
 
 def test_a_folder_without_costs_has_none(tmp_path):
     assert Cost.read(tmp_path) is None
+
+
+def test_a_hanging_reward_is_given_up(task, tmp_path):
+    (tmp_path / "slow.py").write_text("import time\n\n\ndef hangs(images, prompts, **columns):\n    time.sleep(5)\n    return images.flatten(1).mean(1)\n")
+    flags = {"lora": task / "a", "reward": f"{tmp_path / 'slow.py'}:hangs", "reward_timeout": 0.2, "kl_samples": 0}
+    with pytest.raises(RewardTimeout, match="--reward_timeout"):
+        script().main(arguments(task, tmp_path / "eval", **flags))

@@ -77,6 +77,7 @@ def add_measures(group):
     group.add_argument("--reward", nargs="+", help="built-in rewards, module:function, file.py:function, http://host:port, or sums of them")
     group.add_argument("--reward_model", nargs="+", help="checkpoint of each reward's model, 'default' for its own")
     group.add_argument("--invalid_rewards", choices=["error", "mask"], default="error", help="on a reward that raises: stop, or leave its images out")
+    group.add_argument("--reward_timeout", type=float, help="seconds for a batch; none if absent")
     group.add_argument("--diversity", action=argparse.BooleanOptionalAction, default=True, help="distance between samples of the same prompt")
     group.add_argument("--diversity_model", help="a CLIP model, such as mini-clip, for distances of image features beside those of pixels")
     group.add_argument("--kl_samples", type=int, default=16, help="trajectories of the KL to the base, sampled with noise; 0 leaves it out")

@@ -87,6 +87,7 @@ def add_data(group):
     group.add_argument("--reward", help="built-in reward, module:function, file.py:function, http://host:port, or a sum of them")
     group.add_argument("--reward_model", help="checkpoint of the reward's model, where it has one; its public one if absent")
     group.add_argument("--invalid_rewards", choices=["error", "mask"], default="error", help="on rewards that are NaN or raise: stop, or leave the images out")
+    group.add_argument("--reward_timeout", type=float, help="seconds for a batch; none if absent")
     group.add_argument("--pairs", choices=["best_worst", "all"], default="best_worst", help="of the images of a prompt")
     group.add_argument("--min_margin", type=float, default=0.0, help="pairs whose rewards differ by less are left out")
     group.add_argument("--binary_quantile", type=float, default=0.5, help="an image is desirable from this quantile of all rewards on")

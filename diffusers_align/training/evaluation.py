@@ -32,7 +32,7 @@ class Session:
     """What `sampling.evaluate` wants of a run, without one: the flags under its names, and the accelerator."""
 
     def __init__(self, args, accelerator: Accelerator):
-        own = {"train_batch_size": args.batch_size, "reward_timeout": None, "eval_num_inference_steps": None, "eval_guidance_scale": None}
+        own = {"train_batch_size": args.batch_size, "eval_num_inference_steps": None, "eval_guidance_scale": None}
         self.args, self.accelerator, self.print = Namespace(**vars(args), **own), accelerator, accelerator.print
 
 
