@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
+from script_tools import assert_same_lora, rows, run_script, run_script_on_two_processes, write_task
 from torch import nn
 
 from diffusers_align import sde_twin
@@ -274,3 +275,15 @@ def test_recipes_parse():
         recipes = sorted((ROOT / "training_scripts" / "recipes").glob(f"{name}_*.yaml"))
         assert len(recipes) >= 2
         assert all(script.parse_args(["--config", str(recipe)]).guidance_scale == 1.0 for recipe in recipes), "guidance is distilled into the weights"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nft", "awm"])
+def test_two_processes_train_what_one_does(tmp_path, name):
+    task = write_task(tmp_path)
+    # A large epsilon, so that Adam does not blow up the rounding of gradients near 0.
+    flags = {"num_epochs": 2, "num_prompts_per_epoch": 2, "group_size": 4, "num_train_timesteps": 2, "learning_rate": 1e-2, "adam_epsilon": 0.1}
+    two = run_script_on_two_processes(name, tmp_path / "two", task, **flags, train_batch_size=1, gradient_accumulation_steps=2)
+    one = run_script(name, tmp_path / "one", task, **flags, train_batch_size=1, gradient_accumulation_steps=4, reward=f"{task / 'rewards.py'}:recorded")
+    assert_same_lora(two, one, rtol=0, atol=1e-5)
+    assert [row["reward"] for row in rows(two)] == pytest.approx([row["reward"] for row in rows(one)], abs=1e-4)
