@@ -176,7 +176,7 @@ class Policy:
             ValueError: the pipeline arrives at another state than the recorded one (other arguments, seeds or weights of a
                 component before the denoiser).
         """
-        wanted = set(trajectory.stochastic.nonzero().flatten().tolist() if steps is None else steps)
+        wanted = set(trajectory.noisy_steps if steps is None else steps)
 
         def force(step: Step) -> Tensor:
             tape = trajectory if step.child == 0 else trajectory.children[step.child - 1]

@@ -79,6 +79,11 @@ class Trajectory:
         return self.states.shape[1]
 
     @property
+    def noisy_steps(self) -> list[int]:
+        """The solver steps that have a log-probability, in order."""
+        return self.stochastic.nonzero().flatten().tolist()
+
+    @property
     def final(self) -> Tensor:
         """(B, *D), the last action: the latents that the pipeline decodes."""
         return self.actions[:, -1]

@@ -84,7 +84,7 @@ def main(argv=None):
 
         # 2 pairs
         pairs = ranked_pairs(samples.rewards, samples.groups, kind=args.pairs, min_gap=args.min_margin)
-        stochastic = samples.batches[0].stochastic.nonzero().flatten().tolist()
+        stochastic = samples.batches[0].noisy_steps
 
         # 3 loss and update
         norms, logged = [], defaultdict(list)

@@ -45,7 +45,7 @@ def parse_args(argv=None):
 
 def trained_steps(trajectory, args, epoch, batch):
     """The stochastic steps, or a random share of them, in order."""
-    steps = trajectory.stochastic.nonzero().flatten().tolist()
+    steps = trajectory.noisy_steps
     number = min(len(steps), max(1, round(len(steps) * args.timestep_fraction)))
     return sorted(random.Random(f"{args.seed}/{epoch}/{batch}/steps").sample(steps, number))
 

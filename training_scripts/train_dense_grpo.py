@@ -58,7 +58,7 @@ def main(argv=None):
         samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_prompts_per_epoch, args.group_size, args.same_latent)
         trajectory = samples.batches[0]
         last = int(trajectory.num_steps * args.timestep_fraction)
-        steps = [k for k in trajectory.stochastic.nonzero().flatten().tolist() if k < max(1, last)]
+        steps = [k for k in trajectory.noisy_steps if k < max(1, last)]
         step_sizes = policy.scheduler.sigmas.diff().abs().tolist()[-trajectory.num_steps :]
         dimensions = trajectory.final[0].numel()
         run.explain_once(describe_clip(args.clip_range, dimensions), describe_kl(args.kl_beta, args.kl_form, step_sizes))

@@ -58,7 +58,7 @@ def make_values(args, device):
 
 def transitions_for_the_buffer(samples, features, rewards, args, epoch):
     """Random transitions of all processes' samples, the same on each process: states, prompt features, steps, rewards."""
-    steps = samples.batches[0].stochastic.nonzero().flatten().tolist()
+    steps = samples.batches[0].noisy_steps
     pairs = [(i, k) for i in range(len(rewards)) for k in steps]
     number = min(len(pairs), max(1, args.value_buffer_size // 2))
     drawn = set(random.Random(f"{args.seed}/{epoch}/values").sample(pairs, number))
@@ -122,7 +122,7 @@ def main(argv=None):
         trajectory = samples.batches[0]
         if trajectory.num_steps != args.num_inference_steps:
             raise ValueError(f"The pipeline takes {trajectory.num_steps} steps: say so with --num_inference_steps {trajectory.num_steps}.")
-        steps, dimensions = trajectory.stochastic.nonzero().flatten().tolist(), trajectory.final[0].numel()
+        steps, dimensions = trajectory.noisy_steps, trajectory.final[0].numel()
         weights, scales = output_weights(policy, trajectory, steps)
         run.explain_once(describe_clip(args.clip_range, dimensions), describe_kl(args.kl_weight, args.kl_form, scales))
 

@@ -94,7 +94,7 @@ def trainable(number, args):
 
 def trained_steps(trajectory, args, epoch):
     """The stochastic steps among the first ones, or a random share of all but the last, in order."""
-    candidates = [k for k in trajectory.stochastic.nonzero().flatten().tolist() if k < trainable(trajectory.num_steps, args)]
+    candidates = [k for k in trajectory.noisy_steps if k < trainable(trajectory.num_steps, args)]
     if not args.random_timesteps:
         return candidates
     share = min(len(candidates), max(1, round(len(candidates) * args.timestep_fraction)))

@@ -16,6 +16,7 @@ from ..algorithms.best_of_n import best
 from ..algorithms.svdd import choose
 from ..policy import noise_seed
 from ..rewards import InvalidReward
+from ..trajectory import Condition
 from ..transition import GaussianTransition
 from .base import Generators, Judge, WrappedPipeline
 from .particles import Particles, Walk
@@ -142,15 +143,19 @@ class ParticleSteeringPipeline(WrappedPipeline):
         )  # fmt: skip
         _refuse_callbacks(kwargs)
         condition, generator = self.condition(prompt, kwargs)
-        judge, groups = self.judge(reward, condition, columns, on_invalid), len(condition)
+        judge = self.judge(reward, condition, columns, on_invalid)
         with self.as_policy(scheduler):
-            walk = Walk(self, condition.select(_of_groups(groups, num_particles)), _seeds(generator, groups, num_particles), batch_size)
-            run = _Run(walk, steering, judge, groups)
-            with self.progress_bar(total=len(walk.stochastic_steps)) as bar:
-                final = run(bar.update)
-            rows, chosen = run.returned()
-            options = {"output_type": output_type, "return_dict": return_dict}
-            output = self.finish([x[rows] for x in final.states], walk.condition.select(rows), walk.fresh(rows), **options)
+            return self._steered(steering, judge, condition, generator, batch_size, output_type=output_type, return_dict=return_dict)
+
+    def _steered(self, steering: Steering, judge: Judge, condition: Condition, generator, batch_size: int | None, **options: Any):
+        """The call's output, with the sampler's noise in place."""
+        groups, number = len(condition), steering.num_particles
+        walk = Walk(self, condition.select(_of_groups(groups, number)), _seeds(generator, groups, number), batch_size)
+        run = _Run(walk, steering, judge, groups)
+        with self.progress_bar(total=len(walk.stochastic_steps)) as bar:
+            final = run(bar.update)
+        rows, chosen = run.returned()
+        output = self.finish([x[rows] for x in final.states], walk.condition.select(rows), walk.fresh(rows), **options)
         found = {"rewards": run.rewards, "log_weights": run.weights.log_weight, "log_evidence": smc.log_evidence(run.weights)}
         return self.extended(output, **found, ess=torch.stack(run.ess, 1), chosen=chosen)
 

@@ -138,7 +138,7 @@ def sample_pairs(run, policy: Policy, reward, prompts, epoch: int, number: int) 
                     policy, [asked[i].text for i in part], [noise_seed(args.seed, epoch, i, chosen[i]) for i in part], args.num_candidates
                 )
             trajectory = candidates.trajectory
-            steps = [k for k in trajectory.stochastic.nonzero().flatten().tolist() if k >= args.divert_start_step]
+            steps = [k for k in trajectory.noisy_steps if k >= args.divert_start_step]
             _score_candidates(args, policy, scorer, candidates, steps, part, asked)
             with torch.no_grad():
                 final.submit(part, policy.decode(trajectory.final, trajectory.condition).float(), [asked[i] for i in part])

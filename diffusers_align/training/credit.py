@@ -20,7 +20,7 @@ def completion_rewards(run, policy: Policy, reward, samples: Samples, steps: lis
     A state behind the last noisy step lies on the ODE to the final sample: its reward is the sample's, at no cost.
     """
     trajectory = samples.batches[0]
-    behind = int(trajectory.stochastic.nonzero().max()) + 1
+    behind = trajectory.noisy_steps[-1] + 1
     rewards = torch.full((len(samples.rewards), trajectory.num_steps + 1), torch.nan)
     states = sorted({i for k in steps for i in (k, k + 1)})
     for i in tqdm(states, desc="completions", unit="state", leave=False, disable=not run.is_main):
@@ -59,7 +59,7 @@ def calibrate_noise(run, policy: Policy, reward, prompts: list[Prompt], levels: 
         for number in tqdm(range(levels.rounds, args.calibration_rounds), desc="calibration", unit="round", disable=not run.is_main):
             policy.scheduler.register_to_config(noise_level=levels.psi.tolist())
             samples = sample_epoch(run, policy, reward, prompts, -1 - number, args.num_prompts_per_epoch, args.group_size, args.same_latent)
-            noisy = samples.batches[0].stochastic.nonzero().flatten().tolist()
+            noisy = samples.batches[0].noisy_steps
             gains = step_gains(completion_rewards(run, policy, reward, samples, noisy))
             if gains.shape[1] != len(levels.psi):
                 raise ValueError(
