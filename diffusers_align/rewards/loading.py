@@ -94,15 +94,7 @@ def find_reward(name: str, options: dict[str, Any]) -> tuple[Callable, set[str]]
     module_name, colon, attribute = spec.rpartition(":")
     if not colon or not module_name or not attribute:
         raise ValueError(_unknown(name))
-    module = _load_file(Path(module_name), name) if module_name.endswith(".py") else _import(module_name, name)
-    try:
-        target = functools.reduce(getattr, attribute.split("."), module)
-    except AttributeError as error:
-        guess = difflib.get_close_matches(attribute, [key for key, value in vars(module).items() if callable(value)], 1)
-        hint = f" Did you mean {guess[0]!r}?" if guess else ""
-        raise ValueError(f"Reward {name!r}: {module_name!r} has no {attribute!r}.{hint}") from error
-    if not callable(target):
-        raise ValueError(f"Reward {name!r} is a {type(target).__name__}: a function or a class is needed.")
+    target = load_callable(module_name, attribute, f"Reward {name!r}")
     taken = {key: value for key, value in options.items() if key in _parameters(target)}
     if isinstance(target, type):
         target = target(**taken)
@@ -111,6 +103,27 @@ def find_reward(name: str, options: dict[str, Any]) -> tuple[Callable, set[str]]
     elif taken:
         target = functools.partial(target, **taken)
     return target, set(taken)
+
+
+def load_callable(source: str, attribute: str, who: str) -> Callable:
+    """What `attribute` names in `source`, a module or the path of a `.py` file.
+
+    Args:
+        who: what it is loaded for, the beginning of error messages.
+
+    Raises:
+        ValueError: there is no such file, module or attribute, or it cannot be called.
+    """
+    module = _load_file(Path(source), who) if source.endswith(".py") else _import(source, who)
+    try:
+        target = functools.reduce(getattr, attribute.split("."), module)
+    except AttributeError as error:
+        guess = difflib.get_close_matches(attribute, [key for key, value in vars(module).items() if callable(value)], 1)
+        hint = f" Did you mean {guess[0]!r}?" if guess else ""
+        raise ValueError(f"{who}: {source!r} has no {attribute!r}.{hint}") from error
+    if not callable(target):
+        raise ValueError(f"{who} is a {type(target).__name__}: a function or a class is needed.")
+    return target
 
 
 def _parameters(target: Callable) -> set[str]:
@@ -128,11 +141,11 @@ def _unknown(name: str) -> str:
     )
 
 
-def _load_file(path: Path, name: str) -> ModuleType:
+def _load_file(path: Path, who: str) -> ModuleType:
     path = path.expanduser().resolve()
     if not path.is_file():
-        raise ValueError(f"Reward {name!r}: there is no file {path}.")
-    key = f"diffusers_align_reward_{path.stem}_{abs(hash(path)):x}"
+        raise ValueError(f"{who}: there is no file {path}.")
+    key = f"diffusers_align_user_{path.stem}_{abs(hash(path)):x}"
     if key in sys.modules:
         return sys.modules[key]
     spec = importlib.util.spec_from_file_location(key, path)
@@ -145,7 +158,7 @@ def _load_file(path: Path, name: str) -> ModuleType:
     return module
 
 
-def _import(module_name: str, name: str) -> ModuleType:
+def _import(module_name: str, who: str) -> ModuleType:
     """Import from the usual places, then from the current folder, which `sys.path` lacks under a launcher."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -155,6 +168,5 @@ def _import(module_name: str, name: str) -> ModuleType:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there, but one that it imports is not
         raise ValueError(
-            f"Reward {name!r}: there is no module {error.name!r}, neither installed nor in {os.getcwd()}. "
-            "Write 'module:function' or 'path/to/file.py:function'."
+            f"{who}: there is no module {error.name!r}, neither installed nor in {os.getcwd()}. Write 'module:function' or 'path/to/file.py:function'."
         ) from error

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import os
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +14,7 @@ from torch import Tensor
 
 from ..data.prompts import Prompt
 from ..policy import Policy
+from ..rewards.loading import load_callable
 from ..trajectory import Condition, Trajectory
 from .sampling import Samples, score_again
 
@@ -37,7 +34,14 @@ def load_views(spec: str, prompts: list[Prompt], number: int) -> Writer:
     """
     path = Path(spec)
     if path.suffix not in (".json", ".jsonl"):
-        return _function(spec)
+        source, _, name = spec.rpartition(":")
+        try:
+            return load_callable(source, name, "They")
+        except ValueError as error:
+            raise ValueError(
+                f"Cannot load the views {spec!r}: {error.__cause__ or error}. Name a .json or .jsonl file, or a function "
+                "(prompt, images or None) -> list[str] as 'module:function' or 'path/to/file.py:function'."
+            ) from error
     if not path.is_file():
         raise ValueError(f"No views file {spec!r}.")
     if path.suffix == ".json":
@@ -48,25 +52,6 @@ def load_views(spec: str, prompts: list[Prompt], number: int) -> Writer:
     for prompt in prompts:
         _check(captions.get(prompt.text, []), prompt.text, number, spec)
     return lambda prompt, images: captions[prompt]
-
-
-def _function(spec: str) -> Writer:
-    source, _, name = spec.rpartition(":")
-    try:
-        if source.endswith(".py"):
-            found = importlib.util.spec_from_file_location(f"diffusers_align_views_{Path(source).stem}", source)
-            module = importlib.util.module_from_spec(found)
-            found.loader.exec_module(module)
-        else:
-            if os.getcwd() not in sys.path:  # it is not, under a launcher
-                sys.path.append(os.getcwd())
-            module = importlib.import_module(source)
-        return getattr(module, name)
-    except (AttributeError, FileNotFoundError, ModuleNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"Cannot load the views {spec!r}: {error}. Name a .json or .jsonl file, or a function (prompt, images or None) -> list[str] "
-            "as 'module:function' or 'path/to/file.py:function'."
-        ) from error
 
 
 def _check(captions: list[str], prompt: str, number: int, source: str) -> list[str]:
