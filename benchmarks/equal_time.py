@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "training_scripts"
@@ -59,3 +62,19 @@ def evaluate(base: str, folders: dict[str, Path], output_dir: Path, flags: list[
     command = [sys.executable, SCRIPTS / "evaluate.py", "--pretrained_model_name_or_path", base, "--lora", *loras, "--lora_names", *folders]
     command += ["--num_inference_steps", "12", "--diversity_model", "mini-clip", "--batch_size", "48", "--output_dir", output_dir, *flags]
     subprocess.run(list(map(str, command)), check=True)
+
+
+def curves(folders: dict[str, Path], metric: str, path: Path, label: str) -> None:
+    """A line a run: the metric of each epoch against processor time, of which every epoch of a run has the same share."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for name, folder in folders.items():
+        values = [json.loads(line)[metric] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        seconds = float((folder / "processor_seconds").read_text())
+        axis.plot([seconds * (epoch + 0.5) / len(values) for epoch in range(len(values))], values, marker=".", label=name)
+    axis.set_xlabel("processor seconds of training")
+    axis.set_ylabel(label)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)

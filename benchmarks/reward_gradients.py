@@ -4,9 +4,10 @@
     python benchmarks/reward_gradients.py methods --minutes 2 --output_dir runs/reward_gradients
 
 Memory: what autograd keeps, and the peak above what the process had, of a roll-out of eight pictures with its backward pass, against
-the number of steps with gradient. Methods: mini-clip's score is trained on; the scene classifier, another network, is the judge. Each
-recipe has that much processor time on one thread, then one table of `evaluate.py` a model. Flow-GRPO and Adjoint Matching learn from
-the same reward for comparison. SRPO is left out: it needs words of style, which mini-clip has never seen.
+the number of steps with gradient. Methods: mini-clip's score is trained on, or the background's colour; the scene classifier, another
+network, is the judge. Each recipe has that much processor time on one thread, then one table of `evaluate.py` and one picture of
+learning curves a model and reward. Flow-GRPO (DDPO on mini-sd) and Adjoint Matching learn from the same reward for comparison.
+SRPO is left out: it needs words of style, which mini-clip has never seen.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from equal_time import checkpoints, evaluate, train
+from equal_time import Recipe, checkpoints, curves, evaluate, train
 
 from diffusers_align import Policy, embedded
 from diffusers_align.differentiable import differentiable_rollout
 from diffusers_align.rewards import load_reward
 
-TASK = ["--prompts", "mini_train", "--eval_prompts", "mini_heldout", "--reward", "clip_score", "--reward_model", "mini-clip"]
+# Training prompts, held-out prompts, and the checkpoint of the reward's model
+TASKS = {"clip_score": ("mini_train", "mini_heldout", "mini-clip"), "background_color": ("likes_blue_train", "likes_blue_heldout", None)}
 CALLS = {"mini-sd3": {"max_sequence_length": 1}, "mini-sd": {}}
 SDE = {"mini-sd3": ["--sde_type", "flow_grpo", "--noise_level", "0.7"], "mini-sd": ["--eta", "1.0"]}
 NUM_STEPS, BATCH = 8, 8
@@ -41,14 +43,18 @@ METHODS = {
 }
 
 
-def runs(base: str) -> dict[str, tuple[str, str, str, list[str]]]:
+def runs(base: str, reward: str) -> dict[str, Recipe]:
     """Every method on one of the models, and what they are compared with."""
-    model = ["--pretrained_model_name_or_path", base, "--call_kwargs", json.dumps(CALLS[base])]
-    found = {name: (base, script, recipe, [*model, *flags]) for name, (script, recipe, flags) in METHODS.items()}
-    suffix = base.replace("-", "_")
-    online = ("train_flow_grpo", "flow_grpo_mini_sd3", [*TASK, "--kl_beta", "0"]) if base == "mini-sd3" else ("train_ddpo", "ddpo_mini_sd", TASK)
-    found["Flow-GRPO" if base == "mini-sd3" else "DDPO"] = (base, *online)
-    return found | {"Adjoint Matching": (base, "train_adjoint_matching", f"adjoint_matching_{suffix}", [])}
+    prompts, held_out, model = TASKS[reward]
+    task = ["--prompts", prompts, "--eval_prompts", held_out, "--reward", reward, "--reward_model", model or ""]
+    task += ["--pretrained_model_name_or_path", base, "--call_kwargs", json.dumps(CALLS[base])]
+    methods = dict(METHODS)
+    if base == "mini-sd3":
+        methods["Flow-GRPO"] = ("train_flow_grpo", "flow_grpo_mini_sd3", ["--kl_beta", "0"])
+    else:
+        methods["DDPO"] = ("train_ddpo", "ddpo_mini_sd", [])
+    methods["Adjoint Matching"] = ("train_adjoint_matching", f"adjoint_matching_{base.replace('-', '_')}", ["--num_prompts_per_epoch", "48"])
+    return {name: (base, script, recipe, [*task, *flags]) for name, (script, recipe, flags) in methods.items()}
 
 
 # --- memory --------------------------------------------------------------------------------------------------------------
@@ -112,31 +118,34 @@ def memory(base: str) -> None:
 # --- methods -------------------------------------------------------------------------------------------------------------
 
 
-def compare(base: str, args: argparse.Namespace) -> None:
-    folders = {name: args.output_dir / base / name for name in runs(base) if not args.only or name in args.only}
+def compare(base: str, reward: str, args: argparse.Namespace) -> None:
+    recipes, output = runs(base, reward), args.output_dir / f"{base}-{reward}"
+    folders = {name: output / name for name in recipes if not args.only or name in args.only}
     for name, folder in folders.items():
-        train(runs(base)[name], folder, args.minutes)
-        print(f"{base}, {name}: {checkpoints(folder)[-1].name}", flush=True)
-    task = ["--prompts", "mini_heldout", "--reward", "clip_score", "scene_score", "--reward_model", "mini-clip", "default", "--guidance_scale", "1"]
-    evaluate(
-        base,
-        folders,
-        args.output_dir / f"evaluation-{base}",
-        [*task, "--call_kwargs", json.dumps(CALLS[base]), *SDE[base], "--num_samples", str(args.num_samples)],
-    )
+        train(recipes[name], folder, args.minutes)
+        print(f"{base}, {reward}, {name}: {checkpoints(folder)[-1].name}", flush=True)
+    curves(folders, "reward", output / "curves.png", f"{reward} of training samples, {base}")
+    _, prompts, model = TASKS[reward]
+    task = ["--prompts", prompts, "--reward", reward, "scene_score", "--reward_model", model or "default", "default", "--guidance_scale", "1"]
+    task += ["--call_kwargs", json.dumps(CALLS[base]), *SDE[base], "--num_samples", str(args.num_samples)]
+    evaluate(base, folders, output / "evaluation", task)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["memory", "methods"])
     parser.add_argument("--models", nargs="+", choices=list(CALLS), default=list(CALLS))
+    parser.add_argument("--rewards", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--minutes", type=float, default=2.0, help="training time of each method")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/reward_gradients"))
     parser.add_argument("--only", nargs="+", help="some of the methods")
     parser.add_argument("--num_samples", type=int, default=96, help="images of each model in the evaluation")
     args = parser.parse_args()
     for base in args.models:
-        memory(base) if args.what == "memory" else compare(base, args)
+        if args.what == "memory":
+            memory(base)
+        for reward in args.rewards if args.what == "methods" else []:
+            compare(base, reward, args)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from diffusers_align.rewards.base import WeightedSum
 from diffusers_align.rl import group_advantages, multi_reward_advantages
 from diffusers_align.training.advantages import advantages_of
 from diffusers_align.training.sampling import Samples
+from diffusers_align.trajectory import Condition, Trajectory
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
@@ -204,7 +205,7 @@ def test_windows_without_room_or_strategy():
 def asked(**flags):
     import argparse
 
-    return argparse.Namespace(**{"multi_reward": "sum", "global_std": True, "std_ddof": 0, "adv_clip_max": 5.0, **flags})
+    return argparse.Namespace(**{"multi_reward": "sum", "baseline": "group", "global_std": True, "std_ddof": 0, "adv_clip_max": 5.0, **flags})
 
 
 def samples_of(**components):
@@ -236,6 +237,15 @@ def test_the_flags_choose_whose_std_divides(flags):
     expected = group_advantages(samples.rewards, samples.groups, global_std=flags.get("global_std", True), ddof=flags.get("std_ddof", 0))
     assert torch.equal(advantages_of(samples, asked(**flags), reward), expected)
     assert not flags or not torch.allclose(expected, group_advantages(samples.rewards, samples.groups))
+
+
+def test_the_others_can_be_the_baseline():
+    samples, reward = scored()
+    actual = advantages_of(samples, asked(baseline="leave_one_out", adv_clip_max=1e6), reward)
+    others = (samples.rewards[:6].sum() - samples.rewards[:6]) / 5
+    torch.testing.assert_close(actual[:6], samples.rewards[:6] - others)
+    with pytest.raises(ValueError, match="leave out --baseline"):
+        advantages_of(samples, asked(baseline="leave_one_out", multi_reward="gdpo"), reward)
 
 
 def test_advantages_are_clamped_and_shaped_like_the_rewards():
@@ -331,6 +341,12 @@ def test_combinations_that_make_no_sense(flags, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def rolled_out(scheduler):
+    """A trajectory with the scheduler's steps, of one sample of one number."""
+    steps, path = len(scheduler.timesteps), torch.zeros(1, len(scheduler.timesteps), 1)
+    return Trajectory(path, path, scheduler.timesteps, scheduler.sigmas[:steps], scheduler.stochastic_steps, path[..., 0].double(), Condition(["a fox"]))
+
+
 @pytest.mark.parametrize("strategy", ["random", "progressive", "exp_decay"])
 @pytest.mark.parametrize("sde_type", ["flow_grpo", "dance_grpo", "cps", "memoryless", "memoryless_em"])
 def test_every_window_of_a_run_has_noise_at_each_of_its_steps(sde_type, strategy, tmp_path):
@@ -342,8 +358,7 @@ def test_every_window_of_a_run_has_noise_at_each_of_its_steps(sde_type, strategy
     for epoch in range(12):
         module.place_window(policy, args, epoch)
         policy.scheduler.set_timesteps(args.num_inference_steps)
-        trajectory = SimpleNamespace(stochastic=policy.scheduler.stochastic_steps, num_steps=args.num_inference_steps)
-        steps = module.trained_steps(trajectory, args, epoch)
+        steps = module.trained_steps(rolled_out(policy.scheduler), args, epoch)
         assert steps == list(range(*policy.scheduler.config.sde_window))
         windows.add(tuple(steps))
     assert windows == {(0, 1), (1, 2), (2, 3)}
@@ -363,6 +378,23 @@ def test_each_loss_comes_with_its_published_clip_range(tmp_path):
         assert script().parse_args(command(tmp_path, loss=loss)).clip_range == clip_range
     assert script().parse_args(command(tmp_path, loss="flow_cps", sde_type="cps")).clip_range == 1e-5
     assert script().parse_args(command(tmp_path, clip_range=0.5)).clip_range == 0.5
+
+
+@pytest.mark.parametrize(("loss", "sde_type"), [("flow_grpo", "flow_grpo"), ("grpo_guard", "flow_grpo"), ("flow_cps", "cps")])
+def test_a_wider_clip_above_one_leaves_gains_their_gradient(loss, sde_type, tmp_path):
+    """A ratio above 1 + clip_range with a positive advantage: cut at equal ranges, alive at a wider one; below 1 nothing changes."""
+    module, (new, old, action) = script(), step()
+    ratios, gradients = {}, {}
+    for name, flags in (("equal", {}), ("wide", {"clip_range_high": 10.0})):
+        args = module.parse_args(command(tmp_path, loss=loss, sde_type=sde_type, clip_range=1e-6, **flags))
+        value, numbers = module.policy_loss(args, new, action, old.log_prob(action), old.mean, torch.ones(6, dtype=torch.float64), 0.1)
+        gradients[name] = gradient(value, new.mean).flatten(1).norm(dim=1)
+        ratios[name] = (numbers["clip_low"], numbers["clip_high"])
+    assert ratios["equal"][1] > 0 and ratios["wide"][1] == 0 and ratios["equal"][0] == ratios["wide"][0]
+    assert (gradients["wide"] > 0).all()
+    assert (gradients["equal"] == 0).double().mean() == ratios["equal"][1]
+    with pytest.raises(SystemExit):
+        module.parse_args(command(tmp_path, clip_range_high=0.0))
 
 
 def test_gdpo_leaves_out_what_the_sum_leaves_out():

@@ -43,6 +43,7 @@ def parse_args(argv=None):
     group.add_argument("--best_of_n", type=int, help="train on that many samples of a group, half the best and half the worst (DanceGRPO); all if absent")
     group.add_argument("--loss", choices=list(CLIP_RANGE), help="the ratio: true, on the CPS code's scale (the default with cps), or GRPO-Guard's")
     group.add_argument("--clip_range", type=float, help=f"of the ratio per dimension; by the loss if absent: {CLIP_RANGE}")
+    group.add_argument("--clip_range_high", type=float, help="of ratios above 1, where it differs: wider keeps unlikely steps growing (DAPO)")
     group.add_argument(
         "--kl_beta", type=float, help="weight of the KL to the reference (official: 0.04, gaussian: 0.004; with a window or GRPO-Guard 0, which saves a pass)"
     )
@@ -52,9 +53,12 @@ def parse_args(argv=None):
     fast = bool(args.sde_window_size) or args.loss == "grpo_guard"  # the official recipes of both have no KL
     args.kl_beta = (0.0 if fast else KL_BETA[args.kl_form]) if args.kl_beta is None else args.kl_beta
     args.clip_range = CLIP_RANGE[args.loss] if args.clip_range is None else args.clip_range
+    args.clip_range_high = args.clip_range if args.clip_range_high is None else args.clip_range_high
     args.noise_level = NOISE_LEVEL.get(args.sde_type, 0.7) if args.noise_level is None else args.noise_level
     if args.loss == "flow_cps" and args.sde_type != "cps":
         parser.error(f"--loss flow_cps scales the ratio of --sde_type cps, got --sde_type {args.sde_type}")
+    if min(args.clip_range, args.clip_range_high) <= 0:
+        parser.error(f"--clip_range and --clip_range_high must be positive, got {args.clip_range:g} and {args.clip_range_high:g}")
     if args.best_of_n is not None and (args.best_of_n < 2 or args.best_of_n % 2 or args.best_of_n > args.group_size):
         parser.error(f"--best_of_n must be even, at least 2 and at most --group_size {args.group_size}, got {args.best_of_n}")
     if not 0 < args.timestep_fraction <= 1:
@@ -103,23 +107,23 @@ def trained_steps(trajectory, args, epoch):
 
 def policy_loss(args, transition, action, old, old_mean, advantage, step_size):
     """The loss (B,) of one step, and its diagnostics."""
-    dimensions, new = action[0].numel(), transition.log_prob(action)
+    dimensions, new, clip_range = action[0].numel(), transition.log_prob(action), (args.clip_range, args.clip_range_high)
     if args.loss == "grpo_guard":
         log_ratio = guard_log_ratio(new, old, transition.mean, old_mean, transition.std, per_dim=dimensions)
-        loss = grpo_guard_loss(log_ratio, advantage, step_size, clip_range=args.clip_range)
+        loss = grpo_guard_loss(log_ratio, advantage, step_size, clip_range=clip_range)
     elif args.loss == "flow_cps":
         log_ratio = cps_log_ratio(new, old, transition.std, per_dim=dimensions)
-        loss = flow_cps_loss(new, old, advantage, transition.std, per_dim=dimensions, clip_range=args.clip_range)
+        loss = flow_cps_loss(new, old, advantage, transition.std, per_dim=dimensions, clip_range=clip_range)
     else:
         log_ratio = (new - old) / dimensions
-        loss = flow_grpo_loss(new, old, advantage, per_dim=dimensions, clip_range=args.clip_range)
-    return loss, ratio_diagnostics(log_ratio, torch.zeros_like(log_ratio), args.clip_range)
+        loss = flow_grpo_loss(new, old, advantage, per_dim=dimensions, clip_range=clip_range)
+    return loss, ratio_diagnostics(log_ratio, torch.zeros_like(log_ratio), clip_range)
 
 
 def explain(run, args, dimensions, step_sizes):
     """What the clip and the penalty mean. A scaled ratio's clip leaves each step another share of the true ratio: no one number."""
     if args.loss == "flow_grpo":
-        run.explain_once(describe_clip(args.clip_range, dimensions))
+        run.explain_once(describe_clip(args.clip_range_high, dimensions))
     if args.kl_beta > 0:
         run.explain_once(describe_kl(args.kl_beta, args.kl_form, step_sizes))
 

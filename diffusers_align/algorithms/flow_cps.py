@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..rl.importance import clipped_surrogate
+from ..rl.importance import ClipRange, clipped_surrogate
 
 
 def cps_log_ratio(log_prob: Tensor, old_log_prob: Tensor, std: Tensor, *, per_dim: int) -> Tensor:
@@ -33,6 +33,6 @@ def cps_log_ratio(log_prob: Tensor, old_log_prob: Tensor, std: Tensor, *, per_di
     return 2 * std.flatten().square() * (log_prob - old_log_prob) / per_dim
 
 
-def flow_cps_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, std: Tensor, *, per_dim: int, clip_range: float = 1e-5) -> Tensor:
+def flow_cps_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, std: Tensor, *, per_dim: int, clip_range: ClipRange = 1e-5) -> Tensor:
     """The clipped loss of one solver step on the official scale, (B,). `clip_range`: 1e-5 in the official configs."""
     return clipped_surrogate(cps_log_ratio(log_prob, old_log_prob, std, per_dim=per_dim).exp(), advantage, clip_range)

@@ -21,17 +21,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..rl.importance import clipped_surrogate, importance_ratio
+from ..rl.importance import ClipRange, clipped_surrogate, importance_ratio
 
 
-def flow_grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *, per_dim: int, clip_range: float = 1e-4) -> Tensor:
+def flow_grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *, per_dim: int, clip_range: ClipRange = 1e-4) -> Tensor:
     """The clipped loss of one solver step, (B,).
 
     Args:
         log_prob, old_log_prob: (B,) nats, summed over dimensions; the second without gradient.
         advantage: (B,), without gradient.
         per_dim: number of dimensions of the action; 1 for the true ratio.
-        clip_range: 1e-4 in the official configs (1e-5 for Fast, which trains few steps).
+        clip_range: 1e-4 in the official configs (1e-5 for Fast, which trains few steps); a pair is one below and one above 1
+            (DAPO's higher clip, https://arxiv.org/abs/2503.14476, section 3.1).
     """
     return clipped_surrogate(importance_ratio(log_prob, old_log_prob, per_dim), advantage, clip_range)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..rl.importance import clipped_surrogate
+from ..rl.importance import ClipRange, clipped_surrogate
 from .flow_grpo import gaussian_kl
 
 
@@ -34,7 +34,7 @@ def guard_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mean: Tensor, old_me
     return ((log_prob - old_log_prob) / per_dim + gaussian_kl(mean, old_mean, std)) * std.flatten()
 
 
-def grpo_guard_loss(log_ratio: Tensor, advantage: Tensor, step_size: float, *, clip_range: float = 2e-6) -> Tensor:
+def grpo_guard_loss(log_ratio: Tensor, advantage: Tensor, step_size: float, *, clip_range: ClipRange = 2e-6) -> Tensor:
     """The clipped loss of one solver step of length `step_size` = |sigma_next - sigma|, (B,).
 
     `clip_range`: 2e-6 in the official configs for OCR and GenEval, 4e-6 for PickScore.

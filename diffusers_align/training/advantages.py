@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..rewards.base import Reward, WeightedSum
-from ..rl import group_advantages, multi_reward_advantages
+from ..rl import group_advantages, leave_one_out_advantages, multi_reward_advantages
 from .sampling import Samples
 
 
@@ -21,6 +21,9 @@ def add_group_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--adv_clip_max", type=float, default=5.0)
     group.add_argument("--global_std", action=argparse.BooleanOptionalAction, default=True, help="divide advantages by the std of all rewards")
     group.add_argument("--std_ddof", type=int, choices=[0, 1], default=0, help="0 divides the variance by n (numpy), 1 by n - 1 (torch, DanceGRPO)")
+    group.add_argument(
+        "--baseline", choices=["group", "leave_one_out"], default="group", help="of a sample: its group's mean, over the std; or the others' mean alone (RLOO)"
+    )
     group.add_argument("--multi_reward", choices=["sum", "gdpo"], default="sum", help="of a sum of rewards: add up first, or normalise each in its group first")
 
 
@@ -32,9 +35,11 @@ def advantages_of(samples: Samples, args: argparse.Namespace, reward: Reward, re
         rewards: (N,) or (N, K) in the place of `samples.rewards`.
 
     Raises:
-        ValueError: `gdpo` with a single reward, or with rewards that are no longer the sum's parts.
+        ValueError: `gdpo` with a single reward, with rewards that are no longer the sum's parts, or with another baseline than the group's.
     """
     if args.multi_reward == "gdpo":
+        if args.baseline != "group":
+            raise ValueError("--multi_reward gdpo normalises each reward in its group: leave out --baseline leave_one_out.")
         if not isinstance(reward, WeightedSum) or rewards is not None:
             raise ValueError("--multi_reward gdpo needs a sum of rewards, such as --reward 'clip_score*1+aesthetic*0.1', and one reward a sample.")
         # A sample whose sum was masked is no sample, whatever its parts say.
@@ -42,5 +47,8 @@ def advantages_of(samples: Samples, args: argparse.Namespace, reward: Reward, re
         advantages = multi_reward_advantages(parts, torch.tensor(reward.weights), samples.groups, ddof=args.std_ddof)
     else:
         rewards = samples.rewards if rewards is None else rewards
-        advantages = group_advantages(rewards, samples.groups, global_std=args.global_std, ddof=args.std_ddof)
+        if args.baseline == "leave_one_out":
+            advantages = leave_one_out_advantages(rewards, samples.groups)
+        else:
+            advantages = group_advantages(rewards, samples.groups, global_std=args.global_std, ddof=args.std_ddof)
     return advantages.clamp(-args.adv_clip_max, args.adv_clip_max)
