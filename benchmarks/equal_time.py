@@ -28,8 +28,8 @@ def processor_seconds(process: subprocess.Popen) -> float:
 
 
 def train(recipe: Recipe, folder: Path, minutes: float) -> None:
-    """Run a recipe on one thread until its epochs have had their time; evaluation before training does not count, and wall time would
-    count what else the machine does. What is there already is not run again.
+    """Run a recipe on one thread until its epochs have had their time, one of them at least; evaluation before training does not count,
+    and wall time would count what else the machine does. What is there already is not run again.
 
     Raises:
         RuntimeError: it ended early.
@@ -44,7 +44,7 @@ def train(recipe: Recipe, folder: Path, minutes: float) -> None:
     spent, start = 0.0, None
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(list(map(str, command)), stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"})
-        while spent < 60 * minutes and process.poll() is None:
+        while (spent < 60 * minutes or not checkpoints(folder)) and process.poll() is None:
             time.sleep(0.5)
             if start is None and "before:" in (folder / "log.txt").read_text():
                 start = processor_seconds(process)
