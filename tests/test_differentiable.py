@@ -92,9 +92,10 @@ def test_the_images_are_the_stock_pipelines(family, solver):
     expected = it.stock(prompt=list(PROMPTS), generator=generators, output_type="pt", **it.family.call)[0]
     with it.policy.reference():
         rollout = it.rollout([0])
-    assert torch.equal(rollout.images, expected)
+    # On some processors a kernel rounds otherwise when autograd is on.
+    torch.testing.assert_close(rollout.images, expected, rtol=0, atol=2e-6)
     assert rollout.images.min() >= 0 and rollout.images.max() <= 1
-    assert not torch.equal(it.rollout([]).images, expected), "the LoRA does nothing"
+    assert (it.rollout([]).images - expected).abs().max() > 1e-4, "the LoRA does nothing"
 
 
 def test_images_reach_the_reward_in_the_whole_range():

@@ -428,7 +428,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train):
 @pytest.mark.slow
 def test_two_processes_train_what_one_does_with_the_same_value_network(train):
     """Samples go to processes in turn; the same two make each optimizer step."""
-    ours = {"train_batch_size": 1, "value_learning_rate": 1e-2, "learning_rate": 1e-3}
+    # Adam's own epsilon would make a full step of the rounding in a gradient of 0.
+    ours = {"train_batch_size": 1, "value_learning_rate": 1e-2, "learning_rate": 1e-3, "adam_epsilon": 1e-6}
     train("one", gradient_accumulation_steps=2, **ours)
     values = {**SMALL, **ours, "gradient_accumulation_steps": 1, "prompts": train.folder / "prompts.txt"}
     values |= {"reward": f"{train.folder / 'rewards.py'}:ranked", "output_dir": train.folder / "two"}
@@ -439,7 +440,8 @@ def test_two_processes_train_what_one_does_with_the_same_value_network(train):
     assert result.returncode == 0, result.stderr[-3000:]
     assert sorted(path.name for path in train.folder.glob("rank-*")) == ["rank-0-of-2", "rank-1-of-2"]
     one, two = (load_file(train.folder / name / LORA) for name in ("one", "two"))
-    assert all((one[key] - two[key]).abs().max() < 1e-5 for key in one) and any(value.abs().max() > 1e-3 for value in one.values())
+    assert all((one[key] - two[key]).abs().max() < 1e-5 for key in one)
+    assert max(value.abs().max() for key, value in one.items() if "lora.up" in key or "lora_B" in key) > 1e-4
     mine, theirs = (value_state(train.folder / name / "checkpoint-2") for name in ("two", "one"))
     for a, b in zip(mine["buffer"], theirs["buffer"], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
