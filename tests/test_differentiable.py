@@ -33,6 +33,9 @@ class Subject:
         pipeline, self.stock = self.family.build(), self.family.build()
         for p in (pipeline, self.stock) if solver else ():
             p.scheduler = getattr(diffusers, solver).from_config(p.scheduler.config)
+        for module in self.stock.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.requires_grad_(False)  # as the policy's: on some processors kernels are chosen, and round, by that flag
         self.policy = Policy(pipeline, **self.family.call)
         self.parameters = self.policy.add_lora(rank=2)
         torch.manual_seed(1)
@@ -92,8 +95,7 @@ def test_the_images_are_the_stock_pipelines(family, solver):
     expected = it.stock(prompt=list(PROMPTS), generator=generators, output_type="pt", **it.family.call)[0]
     with it.policy.reference():
         rollout = it.rollout([0])
-    # On some processors a kernel rounds otherwise when autograd is on.
-    torch.testing.assert_close(rollout.images, expected, rtol=0, atol=2e-6)
+    assert torch.equal(rollout.images, expected)
     assert rollout.images.min() >= 0 and rollout.images.max() <= 1
     assert (it.rollout([]).images - expected).abs().max() > 1e-4, "the LoRA does nothing"
 
