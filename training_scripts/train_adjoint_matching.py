@@ -6,13 +6,14 @@ The algorithm's page is `diffusers_align/algorithms/adjoint_matching.py` (https:
 """
 
 import random
+from collections import defaultdict
 from dataclasses import replace
 
 from diffusers_align.algorithms.adjoint_matching import adjoint_matching_loss, loss_threshold, matched_steps, matching_diagnostics, summary, within
 from diffusers_align.differentiable import count_steps
 from diffusers_align.gradient_check import check_gradient
 from diffusers_align.policy import noise_seed
-from diffusers_align.training import arguments
+from diffusers_align.training import arguments, pretraining
 from diffusers_align.training.adjoints import (
     bound_reward,
     check_chain,
@@ -46,7 +47,9 @@ def parse_args(argv=None):
     group.add_argument("--smoothing_copies", type=int, default=0, help="average the reward's gradient over noised copies (official code: 20)")
     group.add_argument("--smoothing_std", type=float, default=0.02, help="of that noise, in units of the latents")
     group.add_argument("--smoothing_quantile", type=float, default=0.85, help="of the copies' gradient norms, at which the longest are cut")
+    pretraining.add_arguments(parser)
     args = arguments.parse(parser, argv)
+    pretraining.check(parser, args)
     if args.reward_scale <= 0:
         parser.error(f"--reward_scale must be positive, got {args.reward_scale}")
     if args.last_steps + args.random_steps < 1:
@@ -80,7 +83,7 @@ def main(argv=None):
     run = Run(args, "Adjoint Matching")
     num_batches, batches_a_step = run.batches(args.num_prompts_per_epoch)
     batches_a_step = batches_a_step if args.gradient_accumulation_steps else num_batches
-    report = Report(run)
+    report, beside = Report(run), pretraining.Pretraining(run)
     policy = run.load_policy()
     make_memoryless(policy, args.sde_type)
     run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
@@ -96,7 +99,7 @@ def main(argv=None):
         check_chain(samples.batches[0])
         run.explain_once(describe_memory(policy.scheduler))
 
-        diagnostics, lengths, norms = [], [], []
+        diagnostics, norms, logged = [], [], defaultdict(list)
         for chunk in run.chunks(num_batches, batches_a_step):
             for b in chunk:
                 # 2 the reward's gradient and lean adjoints
@@ -107,7 +110,7 @@ def main(argv=None):
                 steps = matched_steps(noisy, args.last_steps, args.random_steps, random.Random(f"{args.seed}/{epoch}/{b}/steps"))
                 with run.accelerator.autocast():
                     target = targets(policy, trajectory, steps, reward, args, condition)
-                lengths.append(target.reward.gradient.flatten(1).norm(dim=1).mean().item())
+                logged["gradient"].append(target.reward.gradient.flatten(1).norm(dim=1).mean().item())
 
                 # 3 loss and update
                 scored, threshold = ~target.reward.rewards.isnan(), loss_threshold(args.loss_clip, args.reward_scale, trajectory.num_steps)
@@ -122,9 +125,10 @@ def main(argv=None):
 
                 with run.accelerator.autocast():
                     policy.replay(trajectory, on_step, steps, condition)
+            beside.descend(policy, epoch, chunk, logged)
             norms.append(run.optimizer_step())
         matched = {name: [value] for name, value in summary(diagnostics, num_batches).items()}
-        run.log(run.epoch_metrics(samples, [], norms, {**matched, "gradient": lengths}))
+        run.log(run.epoch_metrics(samples, [], norms, {**matched, **logged}))
         report.validate(epoch)
     report.finish()
 

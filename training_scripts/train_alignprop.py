@@ -11,6 +11,7 @@ from diffusers_align.algorithms.alignprop import STRATEGIES, grad_steps, truncat
 from diffusers_align.differentiable import differentiable_rollout
 from diffusers_align.training import arguments
 from diffusers_align.training import reward_gradients as shared
+from diffusers_align.training.pretraining import Pretraining
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 
@@ -37,7 +38,7 @@ def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "AlignProp")
     batches = run.batches(args.num_samples_per_epoch)
-    report = Report(run)
+    report, pretraining = Report(run), Pretraining(run)
     policy = shared.load_policy(run)
     clip = shared.GradientClip(run)
     run.load_optimizer(args.num_epochs * -(-batches[0] // batches[1]))
@@ -63,6 +64,7 @@ def main(argv=None):
                 run.accelerator.backward(shared.scored_sum(loss) * update.weight)
                 logged["reward"] += shared.finite(rewards)
             logged["truncation"].append(len(steps))
+            pretraining.descend(policy, epoch, update.numbers, logged)
             norms.append(clip.step())
         run.log(run.epoch_metrics(None, [], norms, logged))
         report.validate(epoch)

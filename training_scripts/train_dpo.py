@@ -15,7 +15,7 @@ from diffusers_align.algorithms.diffusion_sdpo import safeguard_scale, scale_gra
 from diffusers_align.algorithms.inpo import inversion_times, invert, inverted_noise
 from diffusers_align.algorithms.linear_dpo import linear_dpo_loss, linear_weight
 from diffusers_align.algorithms.mapo import mapo_loss, mapo_margin
-from diffusers_align.training import arguments, offline
+from diffusers_align.training import arguments, data_arguments, offline
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 
@@ -26,8 +26,8 @@ BETA = {"mapo": (0.1, 0.1), "linear": (100, 1000), "dpo": (5000, 2000)}
 def parse_args(argv=None):
     parser = arguments.base_parser(__doc__.splitlines()[0])
     parser.set_defaults(rank=16, learning_rate=1e-5)
-    offline.add_data_arguments(parser)
-    offline.add_pair_arguments(parser)
+    data_arguments.add_data_arguments(parser)
+    data_arguments.add_pair_arguments(parser)
     group = parser.add_argument_group("Diffusion-DPO")
     group.add_argument("--loss", choices=["sigmoid", "hinge", "ipo", "dmpo", "mapo", "linear"], default="sigmoid", help="DPO's, or a relative's")
     group.add_argument("--beta", type=float, help="preference temperature; if absent 5000 for diffusion, 2000 for flow matching; linear 100, 1000; mapo 0.1")
@@ -36,8 +36,8 @@ def parse_args(argv=None):
     group.add_argument("--safeguard_mu", type=float, help="Diffusion-SDPO, pair by pair: share of its progress that the winner keeps (SD 1.5 0.9, SDXL 0.6)")
     group.add_argument("--inversion_steps", type=int, default=0, help="InPO: noise by so many steps of DDIM inversion, in the place of random noise")
     group.add_argument("--reference_decay", type=float, help="the reference follows the model with this decay (Linear-DPO: 0.99); it stays if absent")
-    args = arguments.parse(parser, argv, offline.REQUIRED)
-    offline.check(parser, args)
+    args = arguments.parse(parser, argv, data_arguments.REQUIRED)
+    data_arguments.check(parser, args)
     check(parser, args)
     return args
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 
 from diffusers_align.algorithms.diffusion_dpo import describe_beta, preference_metrics
 from diffusers_align.algorithms.dspo import dspo_loss
-from diffusers_align.training import arguments, offline
+from diffusers_align.training import arguments, data_arguments, offline
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 
@@ -19,14 +19,14 @@ BETA = {"score": 0.001, "distance": 1000.0}  # the official code's, for SD 1.5 a
 def parse_args(argv=None):
     parser = arguments.base_parser(__doc__.splitlines()[0])
     parser.set_defaults(rank=16, learning_rate=1e-5)
-    offline.add_data_arguments(parser)
-    offline.add_pair_arguments(parser)
+    data_arguments.add_data_arguments(parser)
+    data_arguments.add_pair_arguments(parser)
     group = parser.add_argument_group("DSPO")
     group.add_argument("--objective", choices=list(BETA), default="score", help="the paper's and the official code's for SD 1.5, or that code's for SDXL")
     group.add_argument("--beta", type=float, help="temperature of the implicit reward; 0.001 for score, 1000 for distance if absent")
     group.add_argument("--dspo_beta", type=float, default=0.001, help="weight of the reward's score, for score; 0 is fine-tuning on winners")
-    args = arguments.parse(parser, argv, offline.REQUIRED)
-    offline.check(parser, args)
+    args = arguments.parse(parser, argv, data_arguments.REQUIRED)
+    data_arguments.check(parser, args)
     if args.ties == "soft":
         parser.error("--ties soft needs a loss with soft labels, which DSPO is not: choose drop or keep")
     if args.beta is None:

@@ -13,7 +13,7 @@ import torch
 
 from diffusers_align.algorithms.diffusion_kto import REFERENCE_POINTS, UTILITY_LOSSES, ReferencePoint, describe_balance, kto_loss, kto_metrics
 from diffusers_align.data import balanced_batch_of
-from diffusers_align.training import arguments, offline
+from diffusers_align.training import arguments, data_arguments, offline
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 
@@ -23,7 +23,7 @@ BETA = (5000, 1000)  # diffusion (the paper), flow matching: the logit scale of 
 def parse_args(argv=None):
     parser = arguments.base_parser(__doc__.splitlines()[0])
     parser.set_defaults(rank=16, learning_rate=1e-5)
-    offline.add_data_arguments(parser)
+    data_arguments.add_data_arguments(parser)
     group = parser.add_argument_group("Diffusion-KTO")
     group.add_argument("--beta", type=float, help="temperature; 5000 for diffusion, 1000 for flow matching if absent")
     group.add_argument("--utility", choices=list(UTILITY_LOSSES), default="kahneman_tversky")
@@ -33,8 +33,8 @@ def parse_args(argv=None):
     group.add_argument("--gamma", type=float, default=0.8, help="share of desirable images in training, whatever it is in the data")
     group.add_argument("--lambda_d", type=float, default=1.0, help="weight of desirable images")
     group.add_argument("--lambda_u", type=float, default=1.0, help="weight of undesirable images")
-    args = arguments.parse(parser, argv, offline.REQUIRED)
-    offline.check(parser, args)
+    args = arguments.parse(parser, argv, data_arguments.REQUIRED)
+    data_arguments.check(parser, args)
     for name in ("gamma", "reference_point_decay"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} must lie in [0, 1], got {getattr(args, name)}")

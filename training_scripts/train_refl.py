@@ -2,8 +2,8 @@
 
     accelerate launch training_scripts/train_refl.py --config training_scripts/recipes/refl_mini_sd3.yaml
 
-The algorithm's page is `diffusers_align/algorithms/refl.py` (https://arxiv.org/abs/2304.05977). It is that of the official code:
-the paper's loss on captioned images is not in it.
+The algorithm's page is `diffusers_align/algorithms/refl.py` (https://arxiv.org/abs/2304.05977). The paper's loss on captioned
+images, which the official code leaves out, is added by `--pretrain_dataset_name`.
 """
 
 from collections import defaultdict
@@ -12,6 +12,7 @@ from diffusers_align.algorithms.refl import middle_step
 from diffusers_align.differentiable import differentiable_rollout
 from diffusers_align.training import arguments
 from diffusers_align.training import reward_gradients as shared
+from diffusers_align.training.pretraining import Pretraining
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 
@@ -36,7 +37,7 @@ def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "ReFL")
     batches = run.batches(args.num_samples_per_epoch)
-    report = Report(run)
+    report, pretraining = Report(run), Pretraining(run)
     policy = shared.load_policy(run)
     clip = shared.GradientClip(run)
     run.load_optimizer(args.num_epochs * -(-batches[0] // batches[1]))
@@ -63,6 +64,7 @@ def main(argv=None):
                 if args.reward_map == "hinge":
                     logged["hinge_inactive"] += [float(r >= args.reward_target) for r in shared.finite(rewards)]
             logged["step"].append(k)
+            pretraining.descend(policy, epoch, update.numbers, logged)
             norms.append(clip.step())
         run.log(run.epoch_metrics(None, [], norms, logged))
         report.validate(epoch)

@@ -11,7 +11,7 @@ from collections import defaultdict
 import torch
 
 from diffusers_align.algorithms.reward_weighted_regression import KINDS, reward_weighted_loss, reward_weights, weight_statistics
-from diffusers_align.training import arguments, offline
+from diffusers_align.training import arguments, data_arguments, offline
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 
@@ -19,7 +19,7 @@ from diffusers_align.training.run import Run
 def parse_args(argv=None):
     parser = arguments.base_parser(__doc__.splitlines()[0])
     parser.set_defaults(rank=16, learning_rate=1e-5)
-    offline.add_data_arguments(parser)
+    data_arguments.add_data_arguments(parser)
     group = parser.add_argument_group("reward-weighted regression")
     group.add_argument("--weights", choices=KINDS, default="softmax", help="how rewards become weights")
     group.add_argument("--scope", choices=["global", "prompt"], default="global", help="weigh images against all others, or those of their prompt")
@@ -31,8 +31,8 @@ def parse_args(argv=None):
     group.add_argument("--beta_kl", type=float, default=0.0, help="weight of the distance to the pretrained model's answers")
     group.add_argument("--beta_pretrain", type=float, default=0.0, help="weight of plain fine-tuning on --pretraining_dataset")
     group.add_argument("--pretraining_dataset", help="captioned images, real ones as a rule: what --dataset_name may be")
-    args = arguments.parse(parser, argv, offline.REQUIRED)
-    offline.check(parser, args)
+    args = arguments.parse(parser, argv, data_arguments.REQUIRED)
+    data_arguments.check(parser, args)
     if bool(args.beta_pretrain) != bool(args.pretraining_dataset):
         parser.error("--beta_pretrain and --pretraining_dataset go together: the weight of a second data set, and that set")
     return args

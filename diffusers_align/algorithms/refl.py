@@ -10,9 +10,9 @@ A roll-out with `grad_steps=[k]` and `stop_step=k`.
 
 Against the official code (THUDM/ImageReward, ReFL.py): the loss is the same, margin 2 on a reward normalised to mean 0 and
 standard deviation 1, scale 1e-3. Its window, steps 30 to 39 of 40, is here a fraction of any number of steps. It samples without
-classifier-free guidance (`guidance_scale=1`). The paper adds a pretraining loss on images; the code has none, and its users report
-models worse than the base: watch a second reward. With Adam the scale changes the weight against other terms and the clipping
-alone.
+classifier-free guidance (`guidance_scale=1`). The paper adds a pre-training loss on captioned images, which the code leaves out,
+and whose users report models worse than the base: give `train_refl.py` such images (`--pretrain_dataset_name`), or watch a second
+reward. With Adam the scale changes the weight against other terms and the clipping alone.
 
 Logged: `reward` of the predicted clean samples, below that of finished ones; `hinge_inactive`, the share beyond the margin, which
 has no gradient: 1 is the end of training; `step`, the mean k.

@@ -1,8 +1,7 @@
-"""What scripts that learn from a data set share: its flags, its images as noised latents, the reference, and gradients in two passes."""
+"""What scripts that learn from a data set share: its images as noised latents, the reference, and gradients in two passes."""
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,56 +11,11 @@ from torch import Tensor
 
 from ..data import LazyImage, TensorCache, batch_of, key_of, load_preferences, parse_column_map
 from ..data.augment import Augmentation, draw_augmentations, to_tensor
-from ..forward_process import WEIGHTINGS, ForwardProcess
+from ..forward_process import ForwardProcess
 from ..policy import Policy, noise_seed
 from ..rl.matching import error_coefficients, matching_error
 from ..trajectory import Condition
 from .averages import LaggingWeights
-
-REQUIRED = ("pretrained_model_name_or_path", "dataset_name", "output_dir")
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the data set and of how its images are noised."""
-    flag = argparse.BooleanOptionalAction
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", help="a .jsonl, .csv or .parquet file, a folder, or a set of the Hub")
-    group.add_argument("--dataset_split", default="train")
-    group.add_argument("--column_map", help="its columns, where they have other names: prompt=caption,image_0=left")
-    group.add_argument("--image_root", help="folder of relative image paths; the file's own if absent")
-    group.add_argument("--bad_rows", choices=["skip", "error"], default="skip", help="broken rows: report and leave out, or stop")
-    group.add_argument("--max_rows", type=int, help="read the first so many rows only")
-    group.add_argument("--num_samples_per_epoch", type=int, default=1024, help="rows an epoch: the stretch between two lines of the log")
-    group.add_argument("--random_crop", action=flag, default=False, help="crop at random, both images of a pair alike; centred otherwise")
-    group.add_argument("--random_flip", action=flag, default=False, help="mirror at random, both images of a pair alike")
-    group.add_argument("--proportion_empty_prompts", type=float, default=0.1, help="share of prompts that are emptied, which keeps guidance working")
-    group.add_argument("--cache_dir", help="keep latents on disk here; encoded at every use if absent. Not with --random_crop")
-    group = parser.add_argument_group("noise")
-    group.add_argument("--timestep_scheme", choices=["uniform", "logit_normal"], help="logit_normal for flow matching, uniform for diffusion if absent")
-    group.add_argument("--error_weighting", choices=WEIGHTINGS, default="native", help="errors in the model's own terms, or converted")
-
-
-def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of scripts that learn from pairs."""
-    group = parser.add_argument_group("pairs")
-    group.add_argument("--ties", choices=["drop", "soft", "keep"], default="drop", help="pairs without a winner: leave out, label 1/2, or one of each label")
-    group.add_argument("--two_pass", action="store_true", help="errors first, then gradients side by side: the same update with half the memory")
-
-
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with a message where flags of `add_data_arguments` make no sense."""
-    for name in ("num_samples_per_epoch", "max_rows"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if not 0 <= args.proportion_empty_prompts <= 1:
-        parser.error(f"--proportion_empty_prompts must lie in [0, 1], got {args.proportion_empty_prompts}")
-    if args.cache_dir and args.random_crop:
-        parser.error("--cache_dir with --random_crop would keep every crop and use none twice: leave out one of them")
-    if args.column_map:
-        try:
-            parse_column_map(args.column_map)
-        except ValueError as error:
-            parser.error(str(error))
 
 
 def load_rows(run, kind: str) -> list[dict]:
@@ -315,7 +269,12 @@ def descend(run, policy: Policy, loss: Callable[..., Tensor], sides: list[Noised
     return value, found
 
 
+def sample_weight(run, batches: range) -> float:
+    """What makes the sum over the samples of an optimizer step's batches, on all processes, their mean."""
+    return 1 / (len(batches) * run.args.train_batch_size * run.accelerator.num_processes)
+
+
 def epoch_batches(run, num_batches: int, batches_a_step: int) -> Iterator[tuple[range, float]]:
-    """The batches of each optimizer step, and what makes a sum over their samples, on all processes, their mean."""
+    """The batches of each optimizer step, and their `sample_weight`."""
     for chunk in run.chunks(num_batches, batches_a_step):
-        yield chunk, 1 / (len(chunk) * run.args.train_batch_size * run.accelerator.num_processes)
+        yield chunk, sample_weight(run, chunk)

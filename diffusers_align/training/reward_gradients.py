@@ -25,6 +25,7 @@ from ..gradient_check import check_gradient
 from ..policy import Policy, noise_seed
 from ..rl.reward_maps import distance, hinge, shortfall
 from ..trajectory import Condition
+from . import pretraining
 from .adjoints import bound_reward
 from .offline import epoch_batches
 
@@ -34,7 +35,7 @@ MIN_NORMS, MAX_NORMS = 10, 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the samples, of the reward's way into the loss, and of the roll-out."""
+    """Flags of the samples, of the reward's way into the loss, of the loss beside it, and of the roll-out."""
     flag = argparse.BooleanOptionalAction
     # On-policy however many updates an epoch has: each samples anew.
     parser.set_defaults(gradient_accumulation_steps=1)
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eta", type=float, help="of that noise for diffusion: 0 is DDIM's ODE, 1 (if absent) ancestral sampling")
     group.add_argument("--checkpoint_steps", action=flag, default=True, help="compute each step's activations again on the way back")
     group.add_argument("--checkpoint_decoder", action=flag, default=True, help="compute the autoencoder's activations again on the way back")
+    pretraining.add_arguments(parser)
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -63,6 +65,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--eta is the noise of --stochastic roll-outs")
     if args.grad_clip_quantile is not None and not 0 < args.grad_clip_quantile <= 1:
         parser.error(f"--grad_clip_quantile must be above 0 and at most 1, got {args.grad_clip_quantile}")
+    pretraining.check(parser, args)
 
 
 def rollout_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -125,11 +128,13 @@ class Update:
 
     Attributes:
         batches: this process's, each to be rolled out with the current weights.
+        numbers: theirs in the epoch.
         generator: what the method draws for the step, the same on all processes and for all its batches.
         weight: makes the sum over its samples, on all processes, their mean.
     """
 
     batches: list[Batch]
+    numbers: range
     generator: torch.Generator
     weight: float
 
@@ -149,7 +154,7 @@ def updates_of_epoch(run, policy: Policy, report, epoch: int, num_batches: int, 
 
     for number, (chunk, weight) in enumerate(epoch_batches(run, num_batches, batches_a_step)):
         generator = torch.Generator().manual_seed(noise_seed(args.seed, epoch, "update", number))
-        yield Update([batch(b) for b in chunk], generator, weight)
+        yield Update([batch(b) for b in chunk], chunk, generator, weight)
 
 
 # --- loss ----------------------------------------------------------------------------------------------------------------
