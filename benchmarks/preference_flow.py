@@ -1,10 +1,12 @@
-"""Preference flow matching on a generator that stays closed: pairs from its samples alone, then the gain on held-out prompts.
+"""Preference flow matching on a generator that stays closed: pairs from its images alone, then the gain on held-out prompts.
 
     python benchmarks/preference_flow.py --task likes_blue
     python benchmarks/preference_flow.py --task scene_score
+    python benchmarks/preference_flow.py --task variations
 
-Samples the embedded mini-sd, pairs the better with the worse of eight images of each prompt under the task's reward, trains
-`train_pfm.py` with the recipe `pfm_<task>_mini_sd.yaml`, and prints the win rate of transported over original images.
+Pairs come from the embedded mini-sd under the task's reward: the better with the worse of eight images of each prompt; or, in `variations`, an image
+with the best of four variations of it (image to image). `train_pfm.py` learns from them with the recipe `pfm_<task>_mini_sd.yaml`. Then fresh images
+of held-out prompts, mini-sd's and, unseen by the flow, mini-sd3's, are carried over: win rates over the originals, under the pairs' reward and others.
 """
 
 import argparse
@@ -14,28 +16,48 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+import yaml
+from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 
 from diffusers_align import embedded
 from diffusers_align.data import load_prompts
+from diffusers_align.pipelines.preference_flow import PreferenceFlowPipeline
 from diffusers_align.rewards import load_reward
 from diffusers_align.training.pictures import to_pil
+from diffusers_align.training.preference_flow import Transported, describe
 
 ROOT = Path(__file__).parent.parent
 TASKS = {
     "likes_blue": ("likes_blue_train", "likes_blue_heldout", "background_color"),
     "scene_score": ("mini_train", "mini_heldout", "scene_score"),
+    "variations": ("mini_train", "mini_heldout", "scene_score"),
 }
+CALLS = {"mini-sd": {}, "mini-sd3": {"max_sequence_length": 1}}
+# How a pass goes; without a step, what the autoencoder does alone
+WAYS = {"strength 0.5": {"strength": 0.5}, "1 pass": {}, "2 passes": {"iterations": 2}}
 
 
-def sample(pipeline, prompts, number, seed):
+def load(model):
+    pipeline = DiffusionPipeline.from_pretrained(embedded.path(model))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(pipeline, prompts, number, seed, **call):
     """`number` images of each prompt: [(Prompt, (3, H, W))], prompt after prompt."""
-    jobs, images = [prompt for prompt in prompts for _ in range(number)], []
-    for start in range(0, len(jobs), 64):
-        texts = [prompt.text for prompt in jobs[start : start + 64]]
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(texts))]
-        images += pipeline(texts, num_inference_steps=10, guidance_scale=3.0, generator=generators, output_type="pt").images
-    return list(zip(jobs, images))
+    jobs = [prompt for prompt in prompts for _ in range(number)]
+    return list(zip(jobs, in_batches(pipeline, [prompt.text for prompt in jobs], seed, **call)))
+
+
+def in_batches(pipeline, texts, seed, images=None, **call):
+    """One image a text, [(3, H, W)]; with `images`, variations of them."""
+    made = []
+    for start in range(0, len(texts), 64):
+        part = slice(start, min(start + 64, len(texts)))
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(part.start, part.stop)]
+        given = {} if images is None else {"image": torch.stack(images[part])}
+        made += pipeline(texts[part], num_inference_steps=10, guidance_scale=3.0, generator=generators, output_type="pt", **given, **call).images
+    return made
 
 
 def scores(reward, samples):
@@ -52,20 +74,63 @@ def write(folder, rows, samples):
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_data(task, folder, per_prompt=8, fresh=4):
-    """`folder/pairs`, the better half of each training prompt's samples against the worse, and `folder/outputs`, fresh samples of the held-out prompts."""
+def make_data(task, folder):
+    """`folder/pairs`, and `folder/outputs`, fresh samples of the held-out prompts."""
     train, held_out, reward = TASKS[task]
-    pipeline, reward = DiffusionPipeline.from_pretrained(embedded.path("mini-sd")), load_reward(reward)
-    pipeline.set_progress_bar_config(disable=True)
-    samples, rows = sample(pipeline, load_prompts(train), per_prompt, seed=0), []
-    for start in range(0, len(samples), per_prompt):
-        order = (scores(reward, samples[start : start + per_prompt]).argsort() + start).tolist()
-        for worse, better in zip(order[: per_prompt // 2], reversed(order)):
-            names = {"image_0_file_name": f"{better:05d}.png", "image_1_file_name": f"{worse:05d}.png"}
-            rows.append({"prompt": samples[start][0].text, **names, "label_0": 1})
+    pipeline, reward = load("mini-sd"), load_reward(reward)
+    pairs, samples = (variations if task == "variations" else better_and_worse)(pipeline, load_prompts(train), reward)
+    rows = [
+        {"prompt": samples[worse][0].text, "image_0_file_name": f"{better:05d}.png", "image_1_file_name": f"{worse:05d}.png", "label_0": 1}
+        for better, worse in pairs
+    ]
     write(folder / "pairs", rows, samples)
-    outputs = sample(pipeline, load_prompts(held_out), fresh, seed=10**6)
+    outputs = sample(pipeline, load_prompts(held_out), 4, seed=10**6)
     write(folder / "outputs", [{"prompt": prompt.text, "file_name": f"{i:05d}.png"} for i, (prompt, _) in enumerate(outputs)], outputs)
+
+
+def better_and_worse(pipeline, prompts, reward, number=8):
+    """The better half of each prompt's samples against the worse: [(better, worse)] and the samples that they number."""
+    samples, pairs = sample(pipeline, prompts, number, seed=0), []
+    for start in range(0, len(samples), number):
+        order = (scores(reward, samples[start : start + number]).argsort() + start).tolist()
+        pairs += zip(reversed(order[number // 2 :]), order[: number // 2])
+    return pairs, samples
+
+
+def variations(pipeline, prompts, reward, number=2, tries=4, strength=0.5):
+    """Samples against the best of variations of them, where that is better: [(better, worse)] and the images that they number."""
+    samples = sample(pipeline, prompts, number, seed=0)
+    editor, jobs = AutoPipelineForImage2Image.from_pipe(pipeline), [row for row in samples for _ in range(tries)]
+    editor.set_progress_bar_config(disable=True)
+    edited = in_batches(editor, [prompt.text for prompt, _ in jobs], 10**5, [image for _, image in jobs], strength=strength)
+    edited = [(prompt, image) for (prompt, _), image in zip(jobs, edited)]
+    gains = scores(reward, edited).view(-1, tries) - scores(reward, samples)[:, None]
+    best = gains.argmax(1)
+    pairs = [(len(samples) + i * tries + int(best[i]), i) for i in range(len(samples)) if gains[i, best[i]] > 0]
+    return pairs, samples + edited
+
+
+@torch.no_grad()
+def report(task):
+    """Prints the rewards and win rates of the trained flow: the pairs' reward, and mini-clip's cosine, which took no part."""
+    flow = PreferenceFlowPipeline.from_pretrained(recipe(task)["output_dir"])
+    flow.set_progress_bar_config(disable=True)
+    rewards = {name: load_reward(name) for name in dict.fromkeys([TASKS[task][2], "scene_score"])}
+    rewards["clip_score"] = load_reward("clip_score", model=embedded.path("mini-clip"))
+    for model in CALLS:
+        outputs = sample(load(model), load_prompts(TASKS[task][1]), 4, seed=10**6, **CALLS[model])
+        prompts, before = [prompt.text for prompt, _ in outputs], torch.stack([image for _, image in outputs])
+        ways = {"autoencoder alone": flow.decode(flow.encode(before))}
+        ways |= {name: flow(before, prompts, output_type="pt", **call).images for name, call in WAYS.items()}
+        for way, after in ways.items():
+            carried = [(prompt, image) for (prompt, _), image in zip(outputs, after)]
+            found = {name: (scores(reward, outputs), scores(reward, carried)) for name, reward in rewards.items()}
+            for name, value in describe(Transported(prompts, list(before), list(after), found)).items():
+                print(f"{model}, {way}, {name}: {value}", flush=True)
+
+
+def recipe(task):
+    return yaml.safe_load((ROOT / "training_scripts" / "recipes" / f"pfm_{task}_mini_sd.yaml").read_text())
 
 
 def main():
@@ -79,6 +144,7 @@ def main():
     script = ROOT / "training_scripts" / "train_pfm.py"
     sys.argv = [str(script), "--config", str(script.parent / "recipes" / f"pfm_{args.task}_mini_sd.yaml"), *rest]
     runpy.run_path(str(script), run_name="__main__")
+    report(args.task)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-NAMES = ("mini-sd", "mini-sd3", "mini-clip", "scene-classifier", "noisy-classifier")
+NAMES = ("mini-sd", "mini-sd3", "mini-clip", "scene-classifier", "noisy-classifier", "noisy-clip")
 
 
 def path(name: str) -> str:
-    """The folder of an embedded model, for `from_pretrained`: `mini-sd`, `mini-sd3`, `mini-clip`, `scene-classifier` or `noisy-classifier`.
+    """The folder of an embedded model, for `from_pretrained`: `mini-sd`, `mini-sd3`, `mini-clip`, `scene-classifier`, `noisy-classifier`, `noisy-clip`.
 
     Raises:
         ValueError: there is no model of that name.

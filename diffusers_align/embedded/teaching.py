@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 from .scenes import Scene, place, render, sample_scene
@@ -130,6 +132,33 @@ class LatentScenes:
         return self.latents[index], torch.where(torch.rand(size, 1) < 0.1, self.empty, self.ids[index])
 
 
+class NoisedScenes:
+    """Scenes as latents (N, 4, 16, 16), noised at every level, for judges that serve both pipelines."""
+
+    def __init__(self, out: Path, seed: int, number: int = 20000):
+        vae, (images, self.scenes, _) = AutoencoderKL.from_pretrained(out / "vae").eval(), make_scenes(number, seed)
+        with torch.no_grad():
+            latents = torch.cat([vae.encode(part.float() / 127.5 - 1).latent_dist.mode() for part in images.split(256)])
+        self.shift = vae.config.shift_factor * vae.config.scaling_factor
+        self.latents = latents * vae.config.scaling_factor - self.shift
+
+    def batch(self, size: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Numbers of scenes (B,), and their noised latents (B, 4, 16, 16) with alpha and sigma (B,)."""
+        index = torch.randint(0, len(self.latents), (size,))
+        # mini-sd's latents keep their mean, mini-sd3's do not.
+        x0 = self.latents[index] + self.shift * torch.randint(0, 2, (size, 1, 1, 1))
+        sigma = torch.sigmoid(1.3 * torch.randn(size) - 0.3)
+        mix = sigma.view(-1, 1, 1, 1)
+        return index, ((1 - mix) * x0 + mix * torch.randn_like(x0), 1 - sigma, sigma)
+
+
+def contrast(logits: Tensor, caption_id: Tensor) -> Tensor:
+    """CLIP's loss (https://arxiv.org/abs/2103.00020) of logits (B, B) of images and captions, without the pairs whose captions are equal."""
+    same = (caption_id[:, None] == caption_id) & ~torch.eye(len(logits), dtype=torch.bool)
+    logits, target = logits.masked_fill(same, -math.inf), torch.arange(len(logits))
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
 def judged_images(out: Path, number: int, seed: int) -> tuple[Tensor, list[Scene], Tensor]:
     """Scenes as judges must know them: half sharp, half through the autoencoder with a little noise, as samples look."""
     images, scenes, centers = make_scenes(number, seed)
@@ -148,6 +177,11 @@ def save_pipeline(pipeline, folder: Path) -> None:
     pipeline.save_pretrained(folder)
     for name in ("transformer", "unet", "vae"):
         if module := getattr(pipeline, name, None):
-            half = type(module).from_config(module.config)
-            half.load_state_dict(module.state_dict())
-            half.half().save_pretrained(folder / name)
+            save_half(module, folder / name)
+
+
+def save_half(module: ModelMixin, folder: Path) -> None:
+    """A copy in half precision; the module goes on training in its own."""
+    half = type(module).from_config(module.config)
+    half.load_state_dict(module.state_dict())
+    half.half().save_pretrained(folder)

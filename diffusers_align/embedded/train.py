@@ -1,15 +1,14 @@
 """Make the embedded models from nothing but composed scenes.
 
-    python -m diffusers_align.embedded.train vae sd3 sd clip classifier noisy_classifier --output_dir models --minutes 10 60 60 8 4 8
+    python -m diffusers_align.embedded.train vae sd3 sd clip classifier noisy_classifier noisy_clip --output_dir models --minutes 10 60 60 8 4 8 13
 
 Needs no GPU: the shipped files were made on two shared CPU cores. Every stage draws its own scenes, prints its loss, saves
-what it has every five minutes and leaves a folder in diffusers' or transformers' own format. `vae` must come first.
+what it has every five minutes and leaves a folder in diffusers' or transformers' own format. `vae` must come first, `clip` before `noisy_clip`.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import random
 from pathlib import Path
 
@@ -37,8 +36,23 @@ from transformers import (
 
 from .classifier import SceneClassifier
 from .noisy_classifier import CLASSES, NoisySceneClassifier
+from .noisy_clip import NoisyCLIP, TextTower
 from .scenes import COLORS, OBJECTS
-from .teaching import IMAGE_SIZE, LATENT_SIZE, LatentScenes, build_tokenizer, fit, judged_images, make_scenes, save_pipeline, text_config, tokenize
+from .teaching import (
+    IMAGE_SIZE,
+    LATENT_SIZE,
+    LatentScenes,
+    NoisedScenes,
+    build_tokenizer,
+    contrast,
+    fit,
+    judged_images,
+    make_scenes,
+    save_half,
+    save_pipeline,
+    text_config,
+    tokenize,
+)
 
 # --- the autoencoder that both pipelines share --------------------------------------------------------------------
 
@@ -199,29 +213,32 @@ def train_classifier(out: Path, minutes: float, resume: bool) -> None:
 
 def train_noisy_classifier(out: Path, minutes: float, resume: bool) -> None:
     """Cross-entropy at every noise level, without label smoothing: its gradient is used as a score, so it must be calibrated."""
-    vae, (images, scenes, _) = AutoencoderKL.from_pretrained(out / "vae").eval(), make_scenes(20000, seed=5)
-    with torch.no_grad():
-        latents = torch.cat([vae.encode(part.float() / 127.5 - 1).latent_dist.mode() for part in images.split(256)])
-    shift = vae.config.shift_factor * vae.config.scaling_factor
-    latents = latents * vae.config.scaling_factor - shift
-    labels = {name: torch.tensor([classes.index(getattr(scene, name)) for scene in scenes]) for name, classes in CLASSES.items()}
+    data = NoisedScenes(out, seed=5)
+    labels = {name: torch.tensor([classes.index(getattr(scene, name)) for scene in data.scenes]) for name, classes in CLASSES.items()}
     classifier = NoisySceneClassifier().to(memory_format=torch.channels_last)
 
     def loss_fn() -> Tensor:
-        index = torch.randint(0, len(latents), (96,))
-        # mini-sd's latents keep their mean, mini-sd3's do not.
-        x0 = latents[index] + shift * torch.randint(0, 2, (len(index), 1, 1, 1))
-        sigma = torch.sigmoid(1.3 * torch.randn(len(index)) - 0.3)
-        mix = sigma.view(-1, 1, 1, 1)
-        logits = classifier((1 - mix) * x0 + mix * torch.randn_like(x0), 1 - sigma, sigma)
+        index, state = data.batch(96)
+        logits = classifier(*state)
         return sum(F.cross_entropy(logits[name], labels[name][index]) for name in CLASSES)
 
-    def save() -> None:
-        half = NoisySceneClassifier.from_config(classifier.config)
-        half.load_state_dict(classifier.state_dict())
-        half.half().save_pretrained(out / "noisy-classifier")
+    fit("noisy classifier", [classifier], loss_fn, lambda: save_half(classifier, out / "noisy-classifier"), minutes, lr=2e-3)
 
-    fit("noisy classifier", [classifier], loss_fn, save, minutes, lr=2e-3)
+
+def train_noisy_clip(out: Path, minutes: float, resume: bool) -> None:
+    """The image tower of a noise-aware CLIP: the contrast of `train_clip` at every noise level, against mini-clip's text tower, frozen."""
+    data = NoisedScenes(out, seed=6)
+    captions = [scene.caption() for scene in data.scenes]
+    tower = TextTower(out / "mini-clip")
+    texts = torch.cat([tower(captions[start : start + 500]) for start in range(0, len(captions), 500)])
+    clip = NoisyCLIP(projection_dim=texts.shape[1]).to(memory_format=torch.channels_last)
+    caption_id = torch.tensor([hash(c) for c in captions])
+
+    def loss_fn() -> Tensor:
+        index, state = data.batch(128)
+        return contrast(clip.logit_scale.exp() * clip(*state) @ texts[index].T, caption_id[index])
+
+    fit("noisy clip", [clip], loss_fn, lambda: save_half(clip, out / "noisy-clip"), minutes, lr=2e-3)
 
 
 def train_clip(out: Path, minutes: float, resume: bool) -> None:
@@ -240,10 +257,7 @@ def train_clip(out: Path, minutes: float, resume: bool) -> None:
     def loss_fn() -> Tensor:
         index = torch.randint(0, len(images), (128,))
         pixels = images[index].float() / 127.5 - 1
-        logits = clip(input_ids=ids[index], pixel_values=pixels).logits_per_image
-        same = (caption_id[index][:, None] == caption_id[index]) & ~torch.eye(len(index), dtype=torch.bool)
-        logits, target = logits.masked_fill(same, -math.inf), torch.arange(len(index))
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return contrast(clip(input_ids=ids[index], pixel_values=pixels).logits_per_image, caption_id[index])
 
     def save() -> None:
         clip.save_pretrained(out / "mini-clip")
@@ -256,7 +270,10 @@ def train_clip(out: Path, minutes: float, resume: bool) -> None:
     fit("clip", [clip], loss_fn, save, minutes, lr=1e-3)
 
 
-STAGES = {"vae": train_vae, "sd3": train_sd3, "sd": train_sd, "clip": train_clip, "classifier": train_classifier, "noisy_classifier": train_noisy_classifier}
+STAGES = {
+    "vae": train_vae, "sd3": train_sd3, "sd": train_sd, "clip": train_clip, "classifier": train_classifier,
+    "noisy_classifier": train_noisy_classifier, "noisy_clip": train_noisy_clip,
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
