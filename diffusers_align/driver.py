@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from .prompt_memory import PromptMemory
 
 _OUTPUT_SHAPES: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
 
@@ -190,47 +191,6 @@ def _gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
 
 class _Shape(tuple):
     """(shape, dtype, device) of a tensor that a gated call stands in for."""
-
-
-class PromptMemory:
-    """Remembers what `encode_prompt` returned, so that replays cost no text encoding. Keeps the `size` latest results."""
-
-    def __init__(self, size: int = 32):
-        self.size, self.entries = size, OrderedDict()
-
-    @contextmanager
-    def installed(self, pipeline) -> Iterator[None]:
-        encode = getattr(pipeline, "encode_prompt", None)
-        if encode is None:
-            yield
-            return
-
-        def remembered(*args, **kwargs):
-            key = (_key((args, kwargs)), pipeline.dtype, pipeline.device)
-            if key not in self.entries:
-                with torch.no_grad():
-                    # The arguments are kept as well: keys of tensors and images are their identities.
-                    self.entries[key] = (encode(*args, **kwargs), args, kwargs)
-                while len(self.entries) > self.size:
-                    self.entries.popitem(last=False)
-            self.entries.move_to_end(key)
-            return self.entries[key][0]
-
-        pipeline.__dict__["encode_prompt"] = remembered
-        try:
-            yield
-        finally:
-            del pipeline.__dict__["encode_prompt"]
-
-
-def _key(value):
-    if isinstance(value, (str, int, float, bool, type(None), torch.dtype, torch.device)):
-        return value
-    if isinstance(value, (list, tuple)):
-        return tuple(_key(v) for v in value)
-    if isinstance(value, dict):
-        return tuple((k, _key(v)) for k, v in value.items())
-    return type(value).__name__, id(value), getattr(value, "_version", 0)
 
 
 class _Encoded(Exception):

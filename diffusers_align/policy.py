@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import lora
-from .driver import PromptMemory, Step, denoisers, drive, encoded_prompt
+from .driver import Step, denoisers, drive, encoded_prompt
 from .latent_layout import LatentLayout
 from .prediction import Prediction
+from .prompt_memory import PromptMemory, Store
 from .schedulers import sde_twin
 from .schedulers.scheduling_utils import SDESchedulerMixin
 from .tape import Tape, check_state
@@ -94,9 +95,9 @@ class Policy:
             raise ValueError(f"{type(self.pipeline).__name__}'s call has no {', '.join(unknown)}; it takes {', '.join(self._parameters)}.")
         return Condition(prompts, kwargs, seeds, step_seeds)
 
-    def remember_prompts(self, batches: int) -> None:
-        """Keep the encoded prompts of that many batches (32 at first). Fewer than a loop visits in turn are none at all."""
-        self._memory.size = batches
+    def remember_prompts(self, batches: int, store: Store | None = None) -> None:
+        """Keep the encoded prompts of that many batches (32 at first; fewer than a loop visits in turn are none at all), and of all in `store`."""
+        self._memory.size, self._memory.store = batches, store
 
     def prompt_features(self, condition: Condition) -> Tensor:
         """One vector a sample, (B, E) float32: the pipeline's encoded prompt, averaged over its tokens.

@@ -8,7 +8,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
 from tiny_pipelines import FAMILIES
 
-from diffusers_align.driver import PromptMemory, denoisers, drive
+from diffusers_align.driver import denoisers, drive
+from diffusers_align.prompt_memory import PromptMemory
 
 CALL = {"prompt": ["a cat"], "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent", "height": 16, "width": 16}
 

@@ -16,19 +16,20 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "training_scripts").glob("train_*
 MAX_FUNCTION, MAX_FILE = 60, 330
 
 # What each part of the package may import of the package: dependencies point one way.
-BELOW_POLICY = {"prediction", "driver", "forward_process", "latent_layout", "lora", "schedulers", "tape", "trajectory", "transition"}
+BELOW_POLICY = {"prediction", "driver", "forward_process", "latent_layout", "lora", "prompt_memory", "schedulers", "tape", "trajectory", "transition"}
 LAYERS = {
     "transition": set(),
     "front_doors": set(),
     "latent_layout": set(),
     "lora": set(),
+    "prompt_memory": set(),
     "data": set(),
     "embedded": set(),
     "rl": {"transition"},
     "algorithms": {"rl", "transition"},
     "schedulers": {"transition", "front_doors"},
     "trajectory": {"transition"},
-    "driver": {"schedulers", "trajectory", "transition"},
+    "driver": {"prompt_memory", "schedulers", "trajectory", "transition"},
     "tape": {"driver", "trajectory"},
     "prediction": {"driver", "trajectory"},
     "forward_process": {"schedulers"},
@@ -44,7 +45,7 @@ LAYERS = {
 }
 MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
 FAMILY_FREE = [
-    "driver", "policy", "prediction", "forward_process", "tape", "trajectory", "transition", "latent_layout", "lora", "schedulers/kernels",
+    "driver", "prompt_memory", "policy", "prediction", "forward_process", "tape", "trajectory", "transition", "latent_layout", "lora", "schedulers/kernels",
     "decoding", "differentiable", "gradient_check", "pipelines/guided_sampling", "pipelines/noise_grid", "pipelines/reward_guided",
 ]  # fmt: skip
 

@@ -327,6 +327,25 @@ def test_cached_latents_are_equal_and_encoded_once(task, tmp_path, monkeypatch):
         assert encoded == calls
 
 
+def test_later_epochs_and_runs_encode_nothing(task, tmp_path, monkeypatch):
+    encoded, load = [], Run.load_policy
+
+    def counted(self, **fields):
+        policy = load(self, **fields)
+        for encoder in (policy.pipeline.text_encoder, policy.pipeline.vae.encoder):
+            encoder.register_forward_pre_hook(lambda *_: encoded.append(1))
+        return policy
+
+    monkeypatch.setattr(Run, "load_policy", counted)
+    flags = {"cache_dir": tmp_path / "cache", "num_samples_per_epoch": 6, "proportion_empty_prompts": 0.3}
+    train("dpo", tmp_path / "one", task, num_epochs=1, **flags)
+    once = len(encoded)
+    train("dpo", tmp_path / "two", task, num_epochs=2, **flags)
+    assert once > 0 and len(encoded) == once + 1, "what an image of the pipeline's size is, is found by encoding one"
+    train("dpo", tmp_path / "again", task, num_epochs=2, **flags)
+    assert_same_run(tmp_path / "again", tmp_path / "two", "checkpoint-2")
+
+
 def test_crops_and_flips_are_a_pairs_own_and_new_each_epoch(task, tmp_path):
     _, policy, found, examples = prepared(tmp_path, task, random_crop=True, random_flip=True)
     draw = examples.latents._augmentation

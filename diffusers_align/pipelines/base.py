@@ -20,8 +20,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..driver import PromptMemory, Step, drive
+from ..driver import Step, drive
 from ..policy import Policy
+from ..prompt_memory import PromptMemory
 from ..rewards import load_reward, score
 from ..trajectory import Condition
 

@@ -30,7 +30,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--random_crop", action=flag, default=False, help="crop at random, both images of a pair alike; centred otherwise")
     group.add_argument("--random_flip", action=flag, default=False, help="mirror at random, both images of a pair alike")
     group.add_argument("--proportion_empty_prompts", type=float, default=0.1, help="share of captions that are emptied, which keeps guidance working")
-    group.add_argument("--cache_dir", help="keep latents on disk here; encoded at every use if absent. Not with --random_crop")
+    group.add_argument("--cache_dir", help="keep latents and encoded prompts on disk here; encoded at every use if absent. Not with --random_crop")
     group = parser.add_argument_group("noise")
     group.add_argument("--timestep_scheme", choices=["uniform", "logit_normal"], help="logit_normal for flow matching, uniform for diffusion if absent")
     group.add_argument("--error_weighting", choices=WEIGHTINGS, default="native", help="errors in the model's own terms, or converted")

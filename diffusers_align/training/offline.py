@@ -1,4 +1,4 @@
-"""What scripts that learn from a data set share: its images as noised latents, the reference, and gradients in two passes."""
+"""What scripts that learn from a data set share: its rows as batches, the reference, and gradients in two passes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data import LazyImage, TensorCache, batch_of, key_of, load_preferences, parse_column_map
-from ..data.augment import Augmentation, draw_augmentations, to_tensor
-from ..forward_process import ForwardProcess
+from ..data import LazyImage, batch_of, load_preferences, parse_column_map
 from ..policy import Policy, noise_seed
-from ..rl.matching import error_coefficients, matching_error
+from ..rl.matching import error_coefficients
 from ..trajectory import Condition
 from .averages import LaggingWeights
+from .noised_images import LatentImages, Noised, Noising, Position, disk_cache, predict
 
 
 def load_rows(run, kind: str) -> list[dict]:
@@ -38,19 +37,10 @@ def _loaded(run, source: str, kind: str, **options) -> list[dict]:
 
 
 def load_policy(run, batches_in_turn: int = 1) -> Policy:
-    """The run's policy, remembering the prompts of as many batches as are visited in turn: an epoch's are not met again."""
+    """The run's policy, remembering the prompts of as many batches as are visited in turn, and with `--cache_dir` every prompt's on disk."""
     policy = run.load_policy()
-    policy.remember_prompts(2 * batches_in_turn + 2)
+    policy.remember_prompts(2 * batches_in_turn + 2, disk_cache(run.args, policy, "prompts"))
     return policy
-
-
-@dataclass
-class Position:
-    """Where a row stands in training: everything random about it follows from `seed`."""
-
-    row: int
-    seed: int
-    epoch: int
 
 
 class Examples:
@@ -104,92 +94,6 @@ def pairs_of(rows: list[dict], places: list[Position], device: torch.device) -> 
     return list(zip(*images)), numbers[0], numbers[1]
 
 
-class LatentImages:
-    """A data set's images as clean latents in the pipeline's own layout, from the cache where there is one."""
-
-    def __init__(self, run, policy: Policy):
-        self.args, self.policy = run.args, policy
-        with torch.no_grad():
-            sample = policy.rollout([""], seeds=[0], deterministic=True)
-            self.shape = policy.decode(sample.final, sample.condition).shape[1:]
-        dtype, name = next(iter(policy.denoisers.values())).dtype, self.args.pretrained_model_name_or_path
-        model = f"latents/{name}/{self.args.revision}/{dtype}/{tuple(self.shape)}"
-        self.cache = TensorCache(self.args.cache_dir, model) if self.args.cache_dir else None
-
-    @torch.no_grad()
-    def __call__(self, images: list[LazyImage], places: list[Position], condition: Condition) -> Tensor:
-        """(B, *D). Images at equal places of training are cropped and mirrored alike. For a video, an image stands still."""
-        changes = [self._augmentation(place) for place in places]
-
-        def encode(index: list[int]) -> list[Tensor]:
-            pixels = torch.stack([to_tensor(images[i].open(), *self.shape[-2:], changes[i]) for i in index])
-            if len(self.shape) == 4:
-                pixels = pixels[:, None].expand(-1, *self.shape).contiguous()
-            return list(self.policy.encode(pixels.to(self.policy.device), condition.select(index)).cpu())
-
-        if self.cache is None:
-            latents = encode(list(range(len(images))))
-        else:
-            latents = self.cache.get_or_compute([key_of(image.content_hash(), change.key) for image, change in zip(images, changes)], encode)
-        return torch.stack(latents).to(self.policy.device)
-
-    def _augmentation(self, place: Position) -> Augmentation:
-        options = {"random_crop": self.args.random_crop, "random_flip": self.args.random_flip}
-        return draw_augmentations(1, seed=self.args.seed, epoch=place.epoch, row=place.row, **options)[0]
-
-
-@dataclass
-class Noised:
-    """Latents x_t (B, *D) with noise at per-sample timesteps t (B,), under their captions.
-
-    Attributes:
-        target: what a perfect model would answer there, (B, *D).
-        weight: (B,), of the squared error.
-        reference: what the reference answers, (B, *D), without a graph; None where none was asked.
-    """
-
-    x_t: Tensor
-    t: Tensor
-    condition: Condition
-    target: Tensor
-    weight: Tensor
-    reference: Tensor | None = None
-
-    def error(self, output: Tensor) -> Tensor:
-        """(B,) float32."""
-        return self.weight * matching_error(output, self.target)
-
-    def distance(self, output: Tensor) -> Tensor:
-        """To the reference's answer, (B,) float32; 0 without a reference."""
-        return torch.zeros_like(self.weight) if self.reference is None else self.weight * matching_error(output, self.reference)
-
-    @property
-    def ref_error(self) -> Tensor:
-        """The reference's error, (B,); 0 without a reference."""
-        return torch.zeros_like(self.weight) if self.reference is None else self.error(self.reference)
-
-    def residual(self, output: Tensor) -> Tensor:
-        """What the error's gradient by the output is proportional to, (B, *D)."""
-        return self.weight.reshape(-1, *[1] * (output.ndim - 1)) * (output - self.target)
-
-
-class Noising:
-    """Noises latents; equal places get equal noise and timesteps, so a pair shares its own."""
-
-    def __init__(self, run, policy: Policy):
-        self.args, self.forward = run.args, ForwardProcess(policy.scheduler)
-        self.scheme = run.args.timestep_scheme or ("logit_normal" if self.forward.is_flow else "uniform")
-
-    def __call__(self, x0: Tensor, places: list[Position], condition: Condition) -> Noised:
-        x_t, t, noise = next(self.forward.noised(x0, [place.seed for place in places], 1, scheme=self.scheme))
-        return self.at(x0, x_t, t, noise, condition)
-
-    def at(self, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor, condition: Condition) -> Noised:
-        """The same for noise that is given."""
-        weight = self.forward.error_weight(t, self.args.error_weighting).float().to(x0.device)
-        return Noised(x_t, t, condition, self.forward.target(x0, noise, t).float(), weight)
-
-
 class Reference:
     """What the model is measured against: the pretrained one, or an average that follows the model, as in Linear-DPO.
 
@@ -226,12 +130,6 @@ class Measured:
 
     def detach(self) -> Measured:
         return Measured(self.error.detach(), self.distance.detach(), self.output)
-
-
-def predict(run, policy: Policy, side: Noised) -> Tensor:
-    """The model's answer, (B, *D) float32."""
-    with run.accelerator.autocast():
-        return policy.predict(side.x_t, side.t, side.condition).float()
 
 
 def measure(run, policy: Policy, side: Noised) -> Measured:

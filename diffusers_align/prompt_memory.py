@@ -1,0 +1,192 @@
+"""What a pipeline's `encode_prompt` returned, remembered in memory and, given a store, beyond the process.
+
+In memory a batch's result is one entry, whatever its arguments are. A store keeps an entry a prompt, so that batches made up anew, as in
+each epoch, are put together from prompts that were encoded before. How a pipeline's result for several prompts is made of
+the results for each is found by a comparison, once; where it cannot be (sequences padded to the batch's longest), the batch is one entry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+# Two prompts by which a pipeline shows how it joins rows: of different meaning, and one token each in any vocabulary.
+PROBE = ("dog", "cat")
+Call = tuple[list, dict[str, Any]]
+
+
+class Store(Protocol):
+    """Keeps nested tensors by name, on the CPU."""
+
+    def get(self, key: str) -> Any:
+        """The entry, or None."""
+        ...
+
+    def put(self, key: str, tree: Any) -> None:
+        """Keep an entry."""
+        ...
+
+
+class PromptMemory:
+    """Remembers what `encode_prompt` returned, so that replays cost no text encoding.
+
+    Args:
+        size: results of the latest batches that are kept in memory.
+        store: for what is encoded from plain arguments (strings, numbers, None, lists of them); calls with tensors, images or other
+            objects do not go there. It belongs to one model, revision and dtype.
+    """
+
+    def __init__(self, size: int = 32, store: Store | None = None):
+        self.size, self.store, self.entries = size, store, OrderedDict()
+        self.examples: dict[str, tuple[Any, Any] | None] = {}
+
+    @contextmanager
+    def installed(self, pipeline) -> Iterator[None]:
+        """Context: the pipeline's `encode_prompt`, if it has one, remembers."""
+        encode = getattr(pipeline, "encode_prompt", None)
+        if encode is None:
+            yield
+            return
+
+        def remembered(*args, **kwargs):
+            key = (_key((args, kwargs)), pipeline.dtype, pipeline.device)
+            if key not in self.entries:
+                with torch.no_grad():
+                    # The arguments are kept as well: keys of tensors and images are their identities.
+                    self.entries[key] = (self._encoded(encode, (list(args), kwargs), pipeline._execution_device), args, kwargs)
+                while len(self.entries) > self.size:
+                    self.entries.popitem(last=False)
+            self.entries.move_to_end(key)
+            return self.entries[key][0]
+
+        pipeline.__dict__["encode_prompt"] = remembered
+        try:
+            yield
+        finally:
+            del pipeline.__dict__["encode_prompt"]
+
+    def _encoded(self, encode: Callable, call: Call, device: torch.device) -> Any:
+        if self.store is None or _plain(call) is None:
+            return encode(*call[0], **call[1])
+        device = next((value for value in (*call[0], *call[1].values()) if isinstance(value, torch.device)), device)
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), self._by_rows(encode, call))
+
+    def _by_rows(self, encode: Callable, call: Call) -> Any:
+        """The stored result, put together from those of the prompts where the pipeline's allow it."""
+        rows = _rows(call)
+        if len(rows) > 1 and (example := self._example(encode, call)) is not None:
+            try:
+                return _joined([self._entry(encode, row) for row in rows], *example)
+            except _NotByRows:  # of different lengths
+                pass
+        return self._entry(encode, call)
+
+    def _example(self, encode: Callable, call: Call) -> tuple[Any, Any] | None:
+        """What the pipeline makes of one text and of two, with the call's other arguments; None if it does not do so by rows."""
+        both = _with_texts(call, lambda texts: list(PROBE))
+        if (key := _name(both)) not in self.examples:
+            single = [self._entry(encode, _with_texts(call, lambda texts, text=text: [text])) for text in PROBE]
+            example = single[0], self._entry(encode, both)
+            self.examples[key] = example if _is_by_rows(single, example[1]) else None
+        return self.examples[key]
+
+    def _entry(self, encode: Callable, call: Call) -> Any:
+        if (tree := self.store.get(_name(call))) is None:
+            self.store.put(_name(call), encode(*call[0], **call[1]))
+            tree = self.store.get(_name(call))  # so that the first use has what later ones have
+        return tree
+
+
+class _NotByRows(Exception):
+    """A batch's result is not made of its prompts' results."""
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(text, str) for text in value)
+
+
+def _with_texts(call: Call, change: Callable[[list[str]], list[str]]) -> Call:
+    """The call with its lists of texts changed."""
+    args, kwargs = call
+    return [change(v) if _texts(v) else v for v in args], {name: change(v) if _texts(v) else v for name, v in kwargs.items()}
+
+
+def _rows(call: Call) -> list[Call]:
+    """The call for each of its prompts, if its lists of texts (prompts, negative prompts) have one length; otherwise none."""
+    lengths = {len(value) for value in (*call[0], *call[1].values()) if _texts(value)}
+    number = lengths.pop() if len(lengths) == 1 else 0
+    return [_with_texts(call, lambda texts, i=i: [texts[i]]) for i in range(number)]
+
+
+def _joined(parts: list, single: Any, both: Any) -> Any:
+    """The result for all rows from those for each; `single` and `both` show how the pipeline has it for one row and for two."""
+    first = parts[0]
+    if isinstance(both, Tensor):
+        if any(part.shape != first.shape for part in parts):
+            raise _NotByRows
+        if both.shape != single.shape:
+            return torch.cat(parts)
+        if all(torch.equal(part, first) for part in parts):  # of no row in particular, as positions are
+            return first
+    elif isinstance(both, list) and len(both) == 2 * len(single):
+        return [item for part in parts for item in part]
+    elif isinstance(both, (list, tuple)) and len(both) == len(single):
+        return type(both)(_joined(list(items), *pair) for items, *pair in zip(zip(*parts), single, both))
+    elif isinstance(both, dict) and both.keys() == single.keys():
+        return {name: _joined([part[name] for part in parts], single[name], both[name]) for name in both}
+    elif both == single and all(part == first for part in parts):
+        return first
+    raise _NotByRows
+
+
+def _is_by_rows(single: list, both: Any) -> bool:
+    """Whether joining two rows gives what the pipeline makes of both."""
+    try:
+        joined = pytree.tree_leaves(_joined(single, single[0], both))
+    except _NotByRows:
+        return False
+    return all(_close(leaf, target) for leaf, target in zip(joined, pytree.tree_leaves(both)) if isinstance(target, Tensor))
+
+
+def _close(leaf: Tensor, target: Tensor) -> bool:
+    """Equal up to rounding: kernels round differently for another batch, half precision to 1e-2."""
+    tolerance = 1e-3 if target.dtype in (torch.float32, torch.float64) else 2e-2
+    return leaf.shape == target.shape and bool((leaf.double() - target.double()).norm() <= tolerance * target.double().norm())
+
+
+def _name(call: Call) -> str:
+    """Of the call's entry in a store."""
+    return hashlib.sha256(json.dumps(_plain(call)).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """Arguments as JSON has them, by which a store knows them: where the result is to be does not count. None if there are others."""
+    if isinstance(value, torch.device):
+        return ["device"]
+    if isinstance(value, torch.dtype):
+        return ["dtype", str(value)]
+    if isinstance(value, (list, tuple)):
+        parts = [_plain(part) for part in value]
+        return None if None in parts else ["list", *parts]
+    if isinstance(value, dict):
+        parts = {str(name): _plain(part) for name, part in sorted(value.items())}
+        return None if None in parts.values() else parts
+    return ["plain", value] if value is None or isinstance(value, (str, int, float, bool)) else None
+
+
+def _key(value):
+    if isinstance(value, (str, int, float, bool, type(None), torch.dtype, torch.device)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _key(v)) for k, v in value.items())
+    return type(value).__name__, id(value), getattr(value, "_version", 0)
