@@ -4,9 +4,11 @@ import importlib.util
 import json
 import math
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image
 from script_tools import run_script, write_task
@@ -19,7 +21,8 @@ from diffusers_align.lora import WEIGHTS
 from diffusers_align.rewards.base import RewardTimeout
 from diffusers_align.training.comparison import table, without_nan
 from diffusers_align.training.costs import Cost, Meter
-from diffusers_align.training.evaluation import diversities, find_lora, load_rewards, lora_loaded, path_kl
+from diffusers_align.training.evaluation import Session, diversities, find_lora, load_rewards, lora_loaded, path_kl
+from diffusers_align.training.held_out_pairs import HeldOutPairs, margins
 from diffusers_align.training.pictures import comparison
 from diffusers_align.training.sampling import paired_gain
 from diffusers_align.training.statistics import diversity, mean_and_error, pairwise_cosine, pairwise_rms, wilson_interval, win_rate
@@ -243,13 +246,20 @@ def arguments(loras, out, **flags):
 def task(loras):
     rows = [{"prompt": "a cat", "background": "blue"}, {"prompt": "two dogs", "background": "red"}, {"prompt": "a castle", "background": "green"}]
     (loras / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = []
+    for i, prompt in enumerate(["a fox", "two cats", "a tree", "a red car", "a bird"]):
+        for side, color in enumerate([(20, 20 + 40 * i, 220), (200, 60, 20 + 40 * i)]):
+            Image.new("RGB", (32, 32), color).save(loras / f"{i}_{side}.png")
+        pairs.append({"prompt": prompt, "image_0": f"{i}_0.png", "image_1": f"{i}_1.png", "label_0": 1})
+    (loras / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in [*pairs, {**pairs[0], "label_0": 0.5}]))
+    (loras / "turned.jsonl").write_text("".join(json.dumps({**pair, "label_0": 0}) + "\n" for pair in pairs))
     return loras
 
 
 @pytest.fixture(scope="module")
 def evaluated(task, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluated") / "eval"
-    flags = {"lora_names": ("blue", "other"), "diversity_model": "mini-clip", "num_grid_images": 4}
+    flags = {"lora_names": ("blue", "other"), "diversity_model": "mini-clip", "num_grid_images": 4, "pairs": task / "pairs.jsonl", "pair_timesteps": 2}
     script().main(arguments(task, out, **flags))
     return out, json.loads((out / "evaluation.json").read_text())
 
@@ -317,6 +327,36 @@ def test_the_picture_has_a_row_a_model(evaluated):
     assert len(set(cells)) == 3
 
 
+def held_out(task, name):
+    """The pairs, and mini-sd3 with LoRA `a`, without a script."""
+    args = Namespace(pretrained_model_name_or_path="mini-sd3", revision=None, variant=None, batch_size=2, seed=42)
+    pairs = HeldOutPairs(Session(args, Accelerator()), str(task / f"{name}.jsonl"), 2)
+    policy = Policy(DiffusionPipeline.from_pretrained(embedded.path("mini-sd3")), num_inference_steps=3, guidance_scale=1.0, max_sequence_length=1)
+    policy.load_lora(task / "a")
+    return pairs, policy
+
+
+def test_implicit_accuracy_is_measured_against_the_adapters_off(evaluated, task):
+    content = evaluated[1]["models"]
+    assert "held_out_pairs" not in content["base"]
+    found = content["blue"]["held_out_pairs"]
+    pairs, policy = held_out(task, "pairs")
+    own = pairs.errors(policy)
+    with policy.reference():
+        reference = pairs.errors(policy)
+        assert margins(pairs.errors(policy), reference).eq(0).all(), "the same noise again"
+    assert len(own) == 5 and found["values"] == pytest.approx(margins(own, reference).tolist(), rel=1e-3, abs=1e-6)
+    assert found["values"] == pytest.approx([(r[0] - o[0] - (r[1] - o[1])).item() for o, r in zip(own, reference)], rel=1e-3, abs=1e-6)
+    accuracy, values = found["accuracy"], found["values"]
+    assert accuracy["wins"] == sum(value > 0 for value in values) and accuracy["rate"] == accuracy["wins"] / 5
+    assert (accuracy["low"], accuracy["high"]) == pytest.approx(wilson_interval(accuracy["wins"], 5)) and len(set(values)) == 5
+    turned, policy = held_out(task, "turned")
+    with policy.reference():
+        reference = turned.errors(policy)
+    torch.testing.assert_close(margins(turned.errors(policy), reference), -torch.tensor(values, dtype=torch.float64), rtol=1e-3, atol=1e-6)
+    assert "implicit accuracy on held-out pairs" in (evaluated[0] / "evaluation.md").read_text()
+
+
 def test_the_comparison_repeats_its_rows_for_more_columns():
     models = {"base": [torch.zeros(3, 8, 8)] * 5, "a": [torch.full((3, 8, 8), 0.5)] * 5, "b": [torch.full((3, 8, 8), 1.0)] * 5}
     sheet = comparison(models, list("vwxyz"), columns=4, cell=16)
@@ -377,6 +417,7 @@ def test_errors_come_before_the_pipeline_is_loaded(task, tmp_path, monkeypatch, 
         ({"lora_names": ("base", "b")}, "other than 'base'"),
         ({"reward_model": "mini-clip"}, "--reward_model has 1 entries for 2 rewards; write 'default'"),
         ({"kl_samples": -1}, "--kl_samples must not be negative"),
+        ({"pair_timesteps": 0}, "--pair_timesteps must be at least 1"),
         ({"num_samples": 0}, "--num_samples must be at least 1"),
     ],
 )

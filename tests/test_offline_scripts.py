@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -130,6 +131,13 @@ def test_training_starts_at_the_reference_exactly(task, tmp_path, name, two_pass
         assert first["loss"] == torch.tensor(2.0).log().item()
     else:
         assert first["ref_distance"] == 0 and first["loss"] == pytest.approx(first["error_w"], rel=1e-6)
+
+
+def test_held_out_pairs_are_judged_at_validations(task, tmp_path, capsys):
+    flags = {"eval_dataset_name": task / "pair.jsonl", "validation_epochs": 1, "num_epochs": 2, "learning_rate": 1e-2, "timestep_scheme": "uniform"}
+    train("dpo", tmp_path / "run", task, num_samples_per_epoch=8, train_batch_size=4, **flags)
+    found = re.findall(r"implicit accuracy on 6 held-out pairs: (\S+) \[\S+ \S+\], margin (\S+)", capsys.readouterr().out)
+    assert len(found) == 2 and float(found[-1][0]) > 0.5 and float(found[-1][1]) > float(found[0][1])
 
 
 def test_kto_and_rwr_start_where_their_pages_say(task, tmp_path):

@@ -3,7 +3,8 @@
     accelerate launch training_scripts/evaluate.py --pretrained_model_name_or_path mini-sd3 --call_kwargs '{"max_sequence_length": 1}' \
         --lora runs/a runs/b --prompts likes_blue_heldout --reward background_color scene_score --output_dir eval
 
-Rewards, paired gains, win rates, diversity and the path KL go to `evaluation.md` and `evaluation.json`, samples to `evaluation.png`.
+Rewards, paired gains, win rates, diversity, the path KL and, with `--pairs`, the implicit accuracy on held-out preferences
+go to `evaluation.md` and `evaluation.json`, samples to `evaluation.png`.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from diffusers_align.training import arguments
 from diffusers_align.training.comparison import describe, table, without_nan
 from diffusers_align.training.costs import Cost
 from diffusers_align.training.evaluation import Session, diversities, find_lora, load_rewards, lora_loaded, sampled_kl
+from diffusers_align.training.held_out_pairs import HeldOutPairs, margins
 from diffusers_align.training.loading import call_arguments, load_pipeline
 from diffusers_align.training.pictures import comparison
 from diffusers_align.training.sampling import evaluate
@@ -39,7 +41,7 @@ def parse_args(argv=None):
     add_measures(parser.add_argument_group("prompts, rewards and other measures"))
     required = ("pretrained_model_name_or_path", "lora", "prompts", "reward", "output_dir")
     args = arguments.parse_with_recipe(parser, argv, required)
-    for name in ("num_inference_steps", "batch_size", "num_samples", "num_grid_images"):
+    for name in ("num_inference_steps", "batch_size", "num_samples", "num_grid_images", "pair_timesteps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     if args.kl_samples < 0:
@@ -84,6 +86,9 @@ def add_measures(group):
     group.add_argument("--sde_type", help="noise of the KL's trajectories, flow matching: flow_grpo, dance_grpo, cps, memoryless, memoryless_em")
     group.add_argument("--noise_level", type=float, help="its strength, flow matching; the scheduler's default if absent")
     group.add_argument("--eta", type=float, help="its strength, diffusion; the scheduler's default if absent")
+    group.add_argument("--pairs", help="held-out preferences (docs/preference_data.md), for the implicit accuracy; none if absent")
+    group.add_argument("--pairs_split", default="train", help="their split")
+    group.add_argument("--pair_timesteps", type=int, default=8, help="draws of noise and timestep for a pair, in equal strata")
     group.add_argument("--num_grid_images", type=int, default=8, help="columns of the picture")
     group.add_argument("--output_dir", help="where the table, the numbers and the picture go")
 
@@ -113,10 +118,11 @@ def page(args, noise, numbers):
         if args.kl_samples
         else ""
     )
+    pairs = f"\nImplicit accuracy: on the pairs of `{args.pairs}`, against the base, whose own is 1/2 by construction; margin in errors." if args.pairs else ""
     return f"""# {args.pretrained_model_name_or_path} and LoRAs of it
 
 {args.num_samples} images a model for the prompts of `{args.prompts}`, at equal seeds (from {args.seed}), along the ODE. Mean ± standard error.
-Gain: paired, over the base. Win rate: over the base, ties half, with Wilson's 95 % interval. {kl}
+Gain: paired, over the base. Win rate: over the base, ties half, with Wilson's 95 % interval. {kl}{pairs}
 
 {numbers}
 ![samples](evaluation.png)
@@ -132,6 +138,7 @@ def main(argv=None):
     out = arguments.check_output_dir(args.output_dir)
     loras = {BASE: None} | {name: find_lora(lora) for name, lora in zip(args.lora_names, args.lora)}
     prompts = load_task(args)
+    pairs = HeldOutPairs(session, args.pairs, args.pair_timesteps, args.pairs_split) if args.pairs else []
     rewards = load_rewards(args.reward, args.reward_model, device)
     embedder = CLIPEmbedder(**model_option(args.diversity_model)).to(device) if args.diversity and args.diversity_model else None
     pipeline = load_pipeline(args).to(device)
@@ -139,8 +146,8 @@ def main(argv=None):
     scheduler = sde_twin(pipeline.scheduler, **sde)
 
     # 2 the base and each LoRA at equal prompts and seeds
-    evaluations, models = {}, {}
-    total = len(loras) * args.num_samples + (len(loras) - 1) * args.kl_samples
+    evaluations, models, errors = {}, {}, {}
+    total = len(loras) * (args.num_samples + len(pairs)) + (len(loras) - 1) * args.kl_samples
     with tqdm(total=total, unit="sample", disable=not session.accelerator.is_main_process) as bar:
         for name, lora in loras.items():
             bar.set_description(name)
@@ -150,8 +157,11 @@ def main(argv=None):
                 kl = {}
                 if args.kl_samples:
                     kl = sampled_kl(session, policy, prompts, args.kl_samples, bar.update) if lora else no_kl(args.kl_samples)
+                if pairs:
+                    errors[name] = pairs.errors(policy, bar.update)
             spread = diversities(evaluation.images, evaluation.prompts, embedder, args.batch_size) if args.diversity else {}
-            models[name] = describe(evaluation, evaluations.get(BASE), spread, kl, Cost.read(lora) if lora else None)
+            preferred = margins(errors[name], errors[BASE]) if pairs and lora else None
+            models[name] = describe(evaluation, evaluations.get(BASE), spread, kl, Cost.read(lora) if lora else None, preferred)
             evaluations[name] = evaluation
             del evaluation.images[args.num_grid_images :]
 

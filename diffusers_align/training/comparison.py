@@ -24,17 +24,28 @@ COSTS = {
 }
 
 
-def describe(evaluation: Evaluation, base: Evaluation | None, diversities: dict[str, Tensor], kl: dict[str, Tensor], cost: Cost | None) -> Entry:
+def describe(
+    evaluation: Evaluation,
+    base: Evaluation | None,
+    diversities: dict[str, Tensor],
+    kl: dict[str, Tensor],
+    cost: Cost | None,
+    margins: Tensor | None = None,
+) -> Entry:
     """One model's numbers.
 
     Args:
         base: the base model's samples at the same prompts and seeds; None for the base itself.
         diversities: by measure, one number a prompt.
         kl: path KLs by unit, one number a trajectory.
+        margins: implicit ones of held-out pairs, one number a pair.
     """
     entry: Entry = {"rewards": {name: _reward(values, base and base.rewards.get(name)) for name, values in evaluation.rewards.items()}}
     entry["diversity"] = {name: _estimate(values) for name, values in diversities.items()}
     entry["kl"] = {unit: _estimate(values) for unit, values in kl.items()}
+    if margins is not None:
+        accuracy = asdict(win_rate(margins, torch.zeros_like(margins)))
+        entry["held_out_pairs"] = {"accuracy": accuracy, "margin": _estimate(margins), "values": margins.tolist()}
     if cost is not None:
         entry["costs"] = asdict(cost)
     return entry
@@ -65,6 +76,8 @@ def table(models: dict[str, Entry], rewards: list[str]) -> str:
             add(f"{name}: win rate", _wins, "rewards", name, "win_rate")
     for name, label in DIVERSITY.items():
         add(label, _plain, "diversity", name)
+    add("implicit accuracy on held-out pairs", _wins, "held_out_pairs", "accuracy")
+    add("implicit margin on held-out pairs", _signed, "held_out_pairs", "margin")
     add("KL to the base, nats a trajectory", _plain, "kl", "nats")
     add("KL to the base, nats a dimension", _plain, "kl", "nats_per_dimension")
     for name, label in COSTS.items():

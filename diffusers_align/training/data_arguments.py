@@ -18,6 +18,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--column_map", help="its columns, where they have other names: prompt=caption,image_0=left")
     group.add_argument("--image_root", help="folder of relative image paths; the file's own if absent")
     group.add_argument("--num_samples_per_epoch", type=int, default=1024, help="rows an epoch: the stretch between two lines of the log")
+    group.add_argument("--eval_dataset_name", help="held-out pairs, for the implicit accuracy at each validation; none if absent")
     add_image_arguments(parser)
 
 

@@ -6,9 +6,10 @@ from ..data.prompts import Prompt, load_prompts
 from ..rewards import load_reward
 from ..rewards.loading import model_option
 from . import hub
+from .held_out_pairs import HeldOutPairs, margins
 from .pictures import before_and_after, grid
 from .sampling import Evaluation, evaluate, paired_gain
-from .statistics import mean_and_error
+from .statistics import mean_and_error, win_rate
 
 
 class Report:
@@ -36,6 +37,8 @@ class Report:
         else:
             self.prompts = [Prompt(text) for text in dict.fromkeys(row["prompt"] for row in rows)]
         self.held_out = load_prompts(args.eval_prompts, args.prompt_column) if args.eval_prompts else self.prompts
+        held_out_pairs = getattr(args, "eval_dataset_name", None)
+        self.pairs = HeldOutPairs(run, held_out_pairs) if held_out_pairs else None
         self.before: Evaluation | None = None
 
     def _evaluate(self) -> Evaluation:
@@ -48,18 +51,31 @@ class Report:
             hub.create(self.run)
         with self.run.policy.reference():
             self.before = self._evaluate()
+            self.reference_errors = self.pairs.errors(self.run.policy) if self.pairs else None
         if self.rewards:
             self.run.print(f"before: {_summary(self.before, self.run.args.reward)}")
 
+    def _preferred(self) -> dict[str, float]:
+        """Implicit accuracy and margin on the held-out pairs, if there are any."""
+        if self.pairs is None:
+            return {}
+        found = margins(self.pairs.errors(self.run.policy), self.reference_errors)
+        rate, (margin, error) = win_rate(found, 0 * found), mean_and_error(found)
+        self.run.print(
+            f"implicit accuracy on {len(found)} held-out pairs: {rate.rate:.3f} [{rate.low:.3f}, {rate.high:.3f}], margin {margin:.3g} ± {error:.2g}"
+        )
+        return {"implicit_accuracy": rate.rate, "implicit_margin": margin}
+
     def validate(self, epoch: int) -> None:
-        """Every `--validation_epochs`: a grid of the first validation prompts at their fixed seeds, and their mean reward."""
+        """Every `--validation_epochs`: a grid of the first validation prompts at their fixed seeds, their mean reward, and what held-out pairs say."""
         args, run = self.run.args, self.run
         if (epoch + 1) % args.validation_epochs:
             return
         with run.averaged(), run.meter.paused():
             rewards = {"reward": self.reward} if self.reward else {}
             now = evaluate(run, self.run.policy, rewards, self.held_out, args.num_validation_images, args.num_validation_images)
-        run.accelerator.log({f"validation/{name}": mean_and_error(values)[0] for name, values in now.rewards.items()}, step=epoch)
+            found = {name: mean_and_error(values)[0] for name, values in now.rewards.items()} | self._preferred()
+        run.accelerator.log({f"validation/{name}": value for name, value in found.items()}, step=epoch)
         if run.is_main:
             folder = run.output_dir / "samples"
             folder.mkdir(exist_ok=True)

@@ -1,0 +1,72 @@
+r"""Implicit accuracy: how often a model, measured against its reference, prefers the better image of a pair that it was not trained on.
+
+The implicit reward of Diffusion-DPO (https://arxiv.org/abs/2311.12908) is the denoising error that the model has less than the reference. A
+pair's margin is its winner's minus its loser's, both at the same noise and timesteps, the mean over several draws,
+
+$$ m = \mathbb E_{t, \epsilon}\big[(L_l - L_l^{ref}) - (L_w - L_w^{ref})\big] $$
+
+in the model's own parametrisation, with timesteps uniform over the training range. The accuracy is the share of pairs with m > 0, ties half:
+1/2 for the reference itself, by construction.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..data import load_preferences
+from ..policy import Policy, noise_seed
+from .noised_images import LatentImages, Noising, Position, predict
+from .offline import pairs_of
+
+
+class HeldOutPairs:
+    """A data set of pairs, and the errors that a policy makes at them.
+
+    Args:
+        run: of it only the flags and the accelerator are needed.
+        source: whatever `load_preferences` takes. Pairs without a winner are left out.
+        num_draws: noise and timesteps of a pair, in equal strata.
+
+    Raises:
+        ValueError: there are no such pairs.
+    """
+
+    def __init__(self, run, source: str, num_draws: int = 8, split: str = "train"):
+        own = {"random_crop": False, "random_flip": False, "timestep_scheme": "uniform", "error_weighting": "native"}
+        self.run = Namespace(args=Namespace(**{"cache_dir": None, **vars(run.args), **own}), accelerator=run.accelerator)
+        self.rows, report = load_preferences(source, "pair", split=split, progress=run.accelerator.is_main_process)
+        self.num_draws = num_draws
+        run.print(f"Held-out pairs: {report}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @torch.no_grad()
+    def errors(self, policy: Policy, on_pairs: Callable[[int], Any] = lambda number: None) -> Tensor:
+        """Of winner and loser of each pair, (P, 2) float64, shared among the processes; the same noise for every policy."""
+        args, accelerator, found = self.run.args, self.run.accelerator, []
+        latents, noising = LatentImages(self.run, policy), Noising(self.run, policy)
+        mine = list(range(len(self.rows)))[accelerator.process_index :: accelerator.num_processes]
+        for start in range(0, len(mine), args.train_batch_size):
+            places = [Position(row, noise_seed(args.seed, "held-out pairs", row), 0) for row in mine[start : start + args.train_batch_size]]
+            images, _, _ = pairs_of(self.rows, places, policy.device)
+            condition = policy.condition([self.rows[place.row]["prompt"] for place in places])
+            means = [self._error(policy, noising.draws(latents(side, places, condition), places, condition, self.num_draws)) for side in images]
+            found += zip((place.row for place in places), torch.stack(means, 1).cpu())
+            on_pairs(len(places) * accelerator.num_processes)
+        return torch.stack([values for _, values in sorted(gather_object(found), key=lambda pair: pair[0])])
+
+    def _error(self, policy: Policy, draws) -> Tensor:
+        return torch.stack([side.error(predict(self.run, policy, side)).double() for side in draws]).mean(0)
+
+
+def margins(errors: Tensor, reference: Tensor) -> Tensor:
+    """m of each pair, (P,), of the errors (P, 2) of a policy and of its reference."""
+    change = errors - reference
+    return change[:, 1] - change[:, 0]
