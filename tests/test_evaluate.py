@@ -175,6 +175,22 @@ def test_loras_do_not_stack_and_leave_no_trace(pipeline, loras):
     assert (drawn[0] - before).abs().max() > 1e-2 and (drawn[0] - drawn[1]).abs().max() > 1e-2
 
 
+def test_a_lora_can_be_scaled(pipeline, loras):
+    """As `set_adapters` does it; 0 is the base, and the scale is gone with the LoRA."""
+    before = draw(pipeline)
+    with lora_loaded(pipeline, loras / "a", "a"):
+        whole = draw(pipeline)
+    for path in (loras / "a", loras / "a" / WEIGHTS):
+        with lora_loaded(pipeline, path, "a", 0.0):
+            assert torch.equal(draw(pipeline), before)
+        with lora_loaded(pipeline, path, "a", 0.5):
+            half = draw(pipeline)
+            pipeline.set_adapters(pipeline.get_active_adapters(), 0.5)
+            assert torch.equal(draw(pipeline), half)
+    with lora_loaded(pipeline, loras / "a", "a"):
+        assert torch.equal(draw(pipeline), whole) and not torch.equal(whole, half)
+
+
 @pytest.mark.parametrize("path", ["other", f"other/{WEIGHTS}"])
 def test_a_lora_of_another_model_is_an_error_and_leaves_no_trace(pipeline, loras, path):
     before = draw(pipeline)
@@ -363,6 +379,17 @@ def test_the_comparison_repeats_its_rows_for_more_columns():
     assert sheet.size == (4 * 16, 6 * 30)
     assert [sheet.getpixel((8, row * 30 + 8))[0] for row in range(6)] == [0, 128, 255] * 2
     assert [sheet.getpixel((24, row * 30 + 8))[0] for row in range(6)] == [0, 128, 255, 255, 255, 255]
+
+
+def test_scales_are_models_of_their_own(evaluated, task, tmp_path):
+    flags = {"lora": (task / "a",), "lora_names": ("blue",), "lora_scale": (0.0, 0.5, 1.0), "kl_samples": 1}
+    script().main([*arguments(task, tmp_path / "eval", **flags), "--no-diversity"])
+    models, before = json.loads((tmp_path / "eval" / "evaluation.json").read_text())["models"], evaluated[1]["models"]
+    assert list(models) == ["base", "blue @ 0", "blue @ 0.5", "blue @ 1"]
+    assert models["blue @ 0"]["rewards"]["background_color"]["values"] == models["base"]["rewards"]["background_color"]["values"]
+    assert models["blue @ 1"]["rewards"]["background_color"]["values"] == before["blue"]["rewards"]["background_color"]["values"]
+    nats = [models[f"blue @ {scale}"]["kl"]["nats"]["mean"] for scale in ("0", "0.5", "1")]
+    assert nats[0] == 0 < nats[1] < nats[2]
 
 
 def test_evaluation_is_repeatable_and_depends_on_no_other_lora(evaluated, task, tmp_path):

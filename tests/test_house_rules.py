@@ -38,7 +38,7 @@ LAYERS = {
     "differentiable": {"decoding", "policy"} | BELOW_POLICY,
     "gradient_check": {"differentiable", "policy", "trajectory"},
     "rewards": {"embedded"},
-    "pipelines": {"policy", "algorithms", "rl", "rewards", "front_doors"} | BELOW_POLICY,
+    "pipelines": {"decoding", "policy", "algorithms", "rl", "rewards", "front_doors"} | BELOW_POLICY,
     "training": {"decoding", "differentiable", "gradient_check", "policy", "algorithms", "rl", "rewards", "data", "embedded", "front_doors"} | BELOW_POLICY,
     "__init__": {"policy", "embedded"} | BELOW_POLICY,
     "__main__": {"front_doors"},
@@ -46,7 +46,8 @@ LAYERS = {
 MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
 FAMILY_FREE = [
     "driver", "prompt_memory", "policy", "prediction", "forward_process", "tape", "trajectory", "transition", "latent_layout", "lora", "schedulers/kernels",
-    "decoding", "differentiable", "gradient_check", "pipelines/guided_sampling", "pipelines/noise_grid", "pipelines/reward_guided",
+    "decoding", "differentiable", "gradient_check", "pipelines/adapter_guidance",
+    "pipelines/guided_sampling", "pipelines/noise_grid", "pipelines/reward_guided",
 ]  # fmt: skip
 
 

@@ -51,6 +51,8 @@ def parse_args(argv=None):
         parser.error(f"--lora_names has {len(args.lora_names)} names for {len(args.lora)} LoRAs")
     if len({BASE, *args.lora_names}) <= len(args.lora_names):
         parser.error(f"each LoRA needs a name of its own, other than {BASE!r}: got {', '.join(args.lora_names)}; give others with --lora_names")
+    if args.lora_scale and len(set(args.lora_scale)) < len(args.lora_scale):
+        parser.error(f"--lora_scale names a scale twice: {' '.join(map(str, args.lora_scale))}")
     if args.reward_model and len(args.reward_model) != len(args.reward):
         parser.error(f"--reward_model has {len(args.reward_model)} entries for {len(args.reward)} rewards; write 'default' where a reward keeps its own")
     return args
@@ -63,6 +65,7 @@ def add_models(group):
     group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="dtype of the weights and of autocast")
     group.add_argument("--lora", nargs="+", help="folders of runs or checkpoints, .safetensors files, or Hub names; each is compared with the base")
     group.add_argument("--lora_names", nargs="+", help="what to call them; after their folders if absent")
+    group.add_argument("--lora_scale", type=float, nargs="+", help="compare each LoRA at these shares of its own strength (DRaFT): 0.5 1; as it is if absent")
     group.add_argument("--num_inference_steps", type=int, help="solver steps, along the ODE; the pipeline's default if absent")
     group.add_argument("--guidance_scale", type=float, help="classifier-free guidance; the pipeline's default if absent")
     group.add_argument("--height", type=int, help="pixels; the pipeline's default if absent")
@@ -106,6 +109,15 @@ def load_task(args):
     return prompts
 
 
+def load_models(args):
+    """The base and each LoRA at each scale, by the name in the table: the LoRA's path (None for the base) and the scale."""
+    models = {BASE: (None, 1.0)}
+    for name, lora in zip(args.lora_names, args.lora):
+        path = find_lora(lora)
+        models |= {name if args.lora_scale is None else f"{name} @ {scale:g}": (path, scale) for scale in args.lora_scale or [1.0]}
+    return models
+
+
 def no_kl(number):
     """The base's distance from itself."""
     return {"nats": torch.zeros(number), "nats_per_dimension": torch.zeros(number)}
@@ -136,7 +148,7 @@ def main(argv=None):
 
     # 1 whatever can be missing, before the model is loaded
     out = arguments.check_output_dir(args.output_dir)
-    loras = {BASE: None} | {name: find_lora(lora) for name, lora in zip(args.lora_names, args.lora)}
+    loras = load_models(args)
     prompts = load_task(args)
     pairs = HeldOutPairs(session, args.pairs, args.pair_timesteps, args.pairs_split) if args.pairs else []
     rewards = load_rewards(args.reward, args.reward_model, device)
@@ -149,9 +161,9 @@ def main(argv=None):
     evaluations, models, errors = {}, {}, {}
     total = len(loras) * (args.num_samples + len(pairs)) + (len(loras) - 1) * args.kl_samples
     with tqdm(total=total, unit="sample", disable=not session.accelerator.is_main_process) as bar:
-        for name, lora in loras.items():
+        for name, (lora, scale) in loras.items():
             bar.set_description(name)
-            with lora_loaded(pipeline, lora, name):
+            with lora_loaded(pipeline, lora, name, scale):
                 policy = Policy(pipeline, scheduler, **call_arguments(args))  # a new one each time: it remembers encoded prompts
                 evaluation = evaluate(session, policy, rewards, prompts, args.num_samples, args.num_samples, bar.update)
                 kl = {}

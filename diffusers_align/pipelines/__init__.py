@@ -5,6 +5,7 @@
 | `best_of_n` | `BestOfNPipeline` | the best of several samples; random and zero-order search |
 | `particle_steering` | `ParticleSteeringPipeline` | particles that compete on the way; SVDD |
 | `reward_guided` | `RewardGuidedPipeline` | the reward's gradient guides each step |
+| `adapter_guidance` | `AdapterGuidancePipeline` | mixes the model with and without its LoRA |
 | `preference_flow` | `PreferenceFlowPipeline` | carries finished samples to preferred ones; trained, and not around another |
 
 `path` gives diffusers the file, `push` puts it into a repository of its own:
@@ -17,6 +18,7 @@ from __future__ import annotations
 from huggingface_hub import create_repo, upload_file
 
 from ..front_doors import front_door
+from .adapter_guidance import AdapterGuidancePipeline
 from .base import WrappedPipeline
 from .best_of_n import BestOfNPipeline
 from .particle_steering import ParticleSteeringPipeline
@@ -43,4 +45,13 @@ def push(name: str, repo_id: str, *, token: str | None = None, private: bool | N
     return repo
 
 
-__all__ = ["BestOfNPipeline", "ParticleSteeringPipeline", "PreferenceFlowPipeline", "RewardGuidedPipeline", "WrappedPipeline", "path", "push"]
+__all__ = [
+    "AdapterGuidancePipeline",
+    "BestOfNPipeline",
+    "ParticleSteeringPipeline",
+    "PreferenceFlowPipeline",
+    "RewardGuidedPipeline",
+    "WrappedPipeline",
+    "path",
+    "push",
+]

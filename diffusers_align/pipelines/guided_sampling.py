@@ -115,11 +115,7 @@ class _Walk:
 
     def repeat(self, pipeline, call: dict[str, Any], memory: PromptMemory | None) -> Tensor:
         """The timesteps with those of guided steps repeated, found by a call that ends at its first step."""
-        with torch.random.fork_rng(), torch.no_grad():
-            try:
-                drive(pipeline, _leave, {**call, "generator": copied(call.get("generator"))}, needs_denoiser=lambda k: False, memory=memory)
-            except _FirstStep as found:
-                step = found.args[0]
+        step = first_step(pipeline, call, memory)
         if not isinstance(step.scheduler, (DDIMScheduler, FlowMatchEulerDiscreteScheduler)):
             raise GuidanceError(
                 f"{type(step.scheduler).__name__} keeps a memory of its steps, so they cannot be repeated. Set recurrence=1, or give the pipeline a DDIM or "
@@ -245,6 +241,17 @@ class _FirstStep(Exception):
 
 def _leave(step: Step):
     raise _FirstStep(step)
+
+
+def first_step(pipeline, call: dict[str, Any], memory: PromptMemory | None) -> Step:
+    """The first scheduler step of `pipeline(**call)`, which ends there and leaves generators as they are. Costs one denoiser call at most."""
+    own = {**call, "generator": copied(call["generator"])} if "generator" in call else call
+    with torch.random.fork_rng(), torch.no_grad():
+        try:
+            drive(pipeline, _leave, own, needs_denoiser=lambda k: False, memory=memory)
+        except _FirstStep as found:
+            return found.args[0]
+    raise GuidanceError(f"{type(pipeline).__name__}'s call takes no scheduler step.")
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def noise_grid(scheduler, timestep) -> NoiseGrid:
     for prefix, reason in NO_KERNEL.items():
         if name.startswith(prefix):
             raise ValueError(f"{name} cannot be guided: {reason}. Give the pipeline a DDIM, Euler, Heun, DPM-Solver++ or FlowMatchEuler scheduler.")
-    first, config = _position(scheduler, timestep), scheduler.config
+    first, config = position(scheduler, timestep), scheduler.config
     flow = name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
     if flow:
         inverted = bool(config.get("invert_sigmas"))
@@ -71,7 +71,8 @@ def check_scale(grid: NoiseGrid, k: int, scheduler, timestep) -> None:
         )
 
 
-def _position(scheduler, timestep) -> int:
+def position(scheduler, timestep) -> int:
+    """The index of the step that leaves `timestep` in the scheduler's own schedule."""
     for name in ("step_index", "begin_index"):
         if (index := getattr(scheduler, name, None)) is not None:
             return int(index)

@@ -71,8 +71,9 @@ def find_lora(name: str) -> Path:
 
 
 @contextmanager
-def lora_loaded(pipeline, path: Path | None, name: str) -> Iterator[None]:
-    """Context: `pipeline` with the LoRA at `path` (None: as it is). Afterwards it is unloaded, so that LoRAs do not stack.
+def lora_loaded(pipeline, path: Path | None, name: str, scale: float = 1.0) -> Iterator[None]:
+    """Context: `pipeline` with the LoRA at `path` (None: as it is), at `scale` times its own. Afterwards it is unloaded, so that LoRAs do not
+    stack.
 
     Raises:
         ValueError: the pipeline has no LoRA loader, or the LoRA is not of this model.
@@ -84,6 +85,8 @@ def lora_loaded(pipeline, path: Path | None, name: str) -> Iterator[None]:
         raise ValueError(f"{type(pipeline).__name__} has no load_lora_weights, so it can carry no LoRA.")
     try:
         _load(pipeline, path, name)
+        for layer in _layers(pipeline):
+            layer.scale_layer(scale)
         yield
     finally:
         pipeline.unload_lora_weights()
@@ -99,13 +102,20 @@ def _load(pipeline, path: Path, name: str) -> None:
     except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"{wrong}: {error}. Name the model that it was trained on.") from error
     # What does not fit is skipped with a warning at most.
-    loaded = sum(_num_tensors(module) for module in pipeline.components.values() if isinstance(module, nn.Module))
+    loaded = _num_tensors(_layers(pipeline))
     if loaded == 0 or (path.is_dir() and loaded != _num_stored(pipeline, path)):
         raise ValueError(f"{wrong}: {loaded} of its tensors found a place. Name the model that it was trained on.")
 
 
-def _num_tensors(module: nn.Module) -> int:
-    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+def _layers(pipeline) -> list[BaseTunerLayer]:
+    return [layer for module in pipeline.components.values() if isinstance(module, nn.Module) for layer in _adapted(module)]
+
+
+def _adapted(module: nn.Module) -> list[BaseTunerLayer]:
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def _num_tensors(layers: list[BaseTunerLayer]) -> int:
     return sum(len(list(getattr(layer, half).parameters())) for layer in layers for half in ("lora_A", "lora_B"))
 
 
@@ -131,7 +141,7 @@ def path_kl(policy: Policy, prompts: list[str], seeds: list[int]) -> tuple[Tenso
         ValueError: no step has noise, or the adapters reach beyond the denoisers, where `policy.reference` does not.
     """
     others = [name for name, module in policy.pipeline.components.items() if name not in policy.denoisers and isinstance(module, nn.Module)]
-    if adapted := [name for name in others if _num_tensors(getattr(policy.pipeline, name))]:
+    if adapted := [name for name in others if _adapted(getattr(policy.pipeline, name))]:
         raise ValueError(f"The KL is that of the denoiser, but the LoRA changes {', '.join(adapted)} as well: leave it out with --kl_samples 0.")
     trajectory = policy.rollout(prompts, seeds=seeds)
     if not trajectory.stochastic.any():
