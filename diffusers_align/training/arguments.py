@@ -14,7 +14,16 @@ import yaml
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 REQUIRED = ("pretrained_model_name_or_path", "prompts", "reward", "output_dir")
-AT_LEAST_ONE = ("num_inference_steps", "train_batch_size", "num_epochs", "rank", "num_eval_samples", "checkpointing_epochs", "validation_epochs")
+AT_LEAST_ONE = (
+    "num_inference_steps",
+    "train_batch_size",
+    "num_epochs",
+    "rank",
+    "num_eval_samples",
+    "checkpointing_epochs",
+    "validation_epochs",
+    "early_stop_patience",
+)
 
 
 def base_parser(description: str) -> argparse.ArgumentParser:
@@ -22,6 +31,7 @@ def base_parser(description: str) -> argparse.ArgumentParser:
     parser = run_parser(description)
     _add_model(parser.add_argument_group("model"))
     _add_task(parser.add_argument_group("prompts and reward"))
+    _add_early_stop(parser.add_argument_group("early stop"))
     return parser
 
 
@@ -73,6 +83,14 @@ def _add_task(group) -> None:
     group.add_argument("--reward_in_background", action="store_true", help="score a batch while the next is sampled: for rewards on servers or on the CPU")
 
 
+def _add_early_stop(group) -> None:
+    group.add_argument(
+        "--early_stop_metric", choices=["reward", "eval_reward"], help="stop when this held-out reward rises no more, and keep the weights of its peak"
+    )
+    group.add_argument("--early_stop_patience", type=int, default=3, help="after so many validations (--validation_epochs) without a new peak")
+    group.add_argument("--early_stop_diversity", type=float, help="stop below this share of the pretrained model's diversity (RMS of pixels within prompts)")
+
+
 def _add_optimisation(group) -> None:
     group.add_argument("--seed", type=int, default=42, help="seed of everything: prompts, noise, LoRA")
     group.add_argument("--num_epochs", type=int, default=100, help="rollouts, each followed by its updates")
@@ -122,6 +140,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None, requir
         parser.error(f"--learning_rate must be positive, got {args.learning_rate}")
     if args.push_to_hub and args.hub_token and "wandb" in args.report_to:
         parser.error("--hub_token would be logged to wandb with the other arguments; log in with `hf auth login` instead")
+    _check_early_stop(parser, args)
     _check_trackers(parser, args)
     args.command = _command(sys.argv[1:] if argv is None else argv)
     return args
@@ -181,6 +200,14 @@ def _typed(action: argparse.Action, value):
     if action.choices and value not in action.choices:
         raise ValueError(f"must be one of {', '.join(map(str, action.choices))}, got {value!r}")
     return value
+
+
+def _check_early_stop(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    metric, share = getattr(args, "early_stop_metric", None), getattr(args, "early_stop_diversity", None)
+    if metric and not getattr(args, metric):
+        parser.error(f"--early_stop_metric {metric} needs --{metric}")
+    if share is not None and not 0 < share < 1:
+        parser.error(f"--early_stop_diversity must lie between 0 and 1, got {share}")
 
 
 def _check_trackers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

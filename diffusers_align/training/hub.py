@@ -12,8 +12,8 @@ from .. import __version__, embedded
 IGNORED = ["checkpoint-*", ".*", "logs/**"]
 
 
-def write_model_card(run, results: dict[str, tuple[float, float]], pictures: list[str]) -> Path:
-    """Write `README.md`: how to load the LoRA, results as (mean, s.e.), pictures, the command and the configuration."""
+def write_model_card(run, results: dict[str, tuple[float, float]], pictures: list[str], note: str = "") -> Path:
+    """Write `README.md`: how to load the LoRA, results as (mean, s.e.), pictures, a note on the training, the command and the configuration."""
     args, name = run.args, run.args.pretrained_model_name_or_path
     base = f'embedded.path("{name}")' if name in embedded.NAMES else f'"{name}"'
     imports = "from diffusers import DiffusionPipeline" + ("\n\nfrom diffusers_align import embedded" if name in embedded.NAMES else "")
@@ -23,8 +23,9 @@ def write_model_card(run, results: dict[str, tuple[float, float]], pictures: lis
     }  # fmt: skip
     config = {key: value for key, value in sorted(vars(args).items()) if key not in ("hub_token", "config", "trackers", "command") and value is not None}
     rows = "\n".join(f"| {key} | {mean:.4f} ± {error:.4f} |" for key, (mean, error) in results.items())
-    note = f"Results on held-out prompts at equal seeds (mean ± standard error, {args.num_eval_samples} images):"
-    table = f"{note}\n\n| | |\n|---|---|\n{rows}\n\n" if results else ""
+    caption = f"Results on held-out prompts at equal seeds (mean ± standard error, {args.num_eval_samples} images):"
+    table = f"{caption}\n\n| | |\n|---|---|\n{rows}\n\n" if results else ""
+    story = f"{note}\n\n" if note else ""
     shown = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in pictures)
     repo = args.hub_model_id or run.output_dir.name
     aim = f"the preferences of `{args.dataset_name}`" if getattr(args, "dataset_name", None) else f"the reward `{args.reward}`"
@@ -47,7 +48,7 @@ pipe.load_lora_weights("{repo}", weight_name="pytorch_lora_weights.safetensors")
 
 ## Training
 
-```bash
+{story}```bash
 {args.command}
 ```
 

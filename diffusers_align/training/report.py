@@ -6,6 +6,7 @@ from ..data.prompts import Prompt, load_prompts
 from ..rewards import load_reward
 from ..rewards.loading import model_option
 from . import hub
+from .early_stop import EarlyStop
 from .held_out_pairs import HeldOutPairs, margins
 from .pictures import before_and_after, grid
 from .sampling import Evaluation, evaluate, paired_gain
@@ -40,17 +41,25 @@ class Report:
         held_out_pairs = getattr(args, "eval_dataset_name", None)
         self.pairs = HeldOutPairs(run, held_out_pairs) if held_out_pairs else None
         self.before: Evaluation | None = None
+        self.early_stop = run.early_stop = EarlyStop.of_run(run, self.held_out)
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self, look: int | None = None) -> Evaluation:
+        """Of the weights that are in place; `look` shows it to the early stop, as what so many epochs have led to."""
         args = self.run.args
-        return evaluate(self.run, self.run.policy, self.rewards, self.held_out, args.num_eval_samples, args.num_validation_images)
+        keep = args.num_validation_images if look is None or args.early_stop_diversity is None else args.num_eval_samples
+        found = evaluate(self.run, self.run.policy, self.rewards, self.held_out, args.num_eval_samples, keep)
+        if look is not None:
+            self.early_stop.look(look, found)
+        del found.images[args.num_validation_images :]
+        return found
 
     def start(self) -> None:
         """Make the repository if the run will be pushed; evaluate the pretrained model."""
         if self.run.args.push_to_hub and self.run.is_main:
             hub.create(self.run)
+        first = self.early_stop is not None and self.early_stop.seen is None
         with self.run.policy.reference():
-            self.before = self._evaluate()
+            self.before = self._evaluate(look=0 if first else None)
             self.reference_errors = self.pairs.errors(self.run.policy) if self.pairs else None
         if self.rewards:
             self.run.print(f"before: {_summary(self.before, self.run.args.reward)}")
@@ -67,19 +76,25 @@ class Report:
         return {"implicit_accuracy": rate.rate, "implicit_margin": margin}
 
     def validate(self, epoch: int) -> None:
-        """Every `--validation_epochs`: a grid of the first validation prompts at their fixed seeds, their mean reward, and what held-out pairs say."""
+        """Every `--validation_epochs`: a grid of the first validation prompts at their fixed seeds, their mean reward, and what held-out pairs say.
+        An early stop looks at as many images as the evaluation has."""
         args, run = self.run.args, self.run
         if (epoch + 1) % args.validation_epochs:
             return
         with run.averaged(), run.meter.paused():
-            rewards = {"reward": self.reward} if self.reward else {}
-            now = evaluate(run, self.run.policy, rewards, self.held_out, args.num_validation_images, args.num_validation_images)
+            if self.early_stop is not None:
+                now = self._evaluate(look=epoch + 1)
+            else:
+                rewards = {"reward": self.reward} if self.reward else {}
+                now = evaluate(run, run.policy, rewards, self.held_out, args.num_validation_images, args.num_validation_images)
             found = {name: mean_and_error(values)[0] for name, values in now.rewards.items()} | self._preferred()
+        if self.early_stop is not None and self.early_stop.variety is not None:
+            found["diversity"] = self.early_stop.variety
         run.accelerator.log({f"validation/{name}": value for name, value in found.items()}, step=epoch)
         if run.is_main:
             folder = run.output_dir / "samples"
             folder.mkdir(exist_ok=True)
-            picture = grid(now.images, now.prompts)
+            picture = grid(now.images, now.prompts[: len(now.images)])
             picture.save(folder / f"epoch-{epoch + 1:04d}.png")
             self._track(picture, epoch)
 
@@ -94,10 +109,19 @@ class Report:
 
                 tracker.log({"samples": wandb.Image(picture)}, step=step)
 
+    def _kept_weights(self):
+        """Context: the weights that the run is to leave in the place of the live ones: the best of an early stop, or the average."""
+        if self.early_stop is None:
+            return self.run.averaged()
+        if self.early_stop.seen != self.run.epoch:
+            with self.run.averaged():
+                self._evaluate(look=self.run.epoch)
+        return self.early_stop.weights.applied()
+
     def finish(self) -> dict[str, tuple[float, float]]:
         """Evaluate the aligned model; save the LoRA, pictures and the model card; push if asked. Returns (gain, s.e.) by reward."""
         run, args = self.run, self.run.args
-        with run.averaged():
+        with self._kept_weights():
             after = self._evaluate()
             if run.is_main:
                 self.run.policy.save_lora(run.output_dir)
@@ -110,9 +134,11 @@ class Report:
         if run.is_main:
             before_and_after(self.before.images, after.images, self.before.prompts).save(run.output_dir / "before_after.png")
             pictures = [name for name in ("before_after.png", "reward_curve.png") if (run.output_dir / name).is_file()]
-            hub.write_model_card(run, results, pictures)
+            hub.write_model_card(run, results, pictures, self.early_stop.summary() if self.early_stop is not None else "")
             if args.push_to_hub:
                 run.print(f"Pushed to {hub.push(run)}.")
+        if self.early_stop is not None:
+            run.print(self.early_stop.summary())
         if self.rewards:
             run.print(f"after:  {_summary(after, args.reward)}")
         for name, (gain, error) in gains.items():

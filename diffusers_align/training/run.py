@@ -34,6 +34,7 @@ class Run:
         history: one dict of metrics an epoch, also written to `metrics.jsonl` and drawn in `reward_curve.png`.
         epoch: the next epoch to train.
         meter: counts what the run costs, for `costs.json`.
+        early_stop: ends `epochs` before their number is reached, as soon as it has a reason; None never does.
     """
 
     def __init__(self, args, algorithm: str):
@@ -49,6 +50,7 @@ class Run:
         self.history: list[dict[str, float]] = []
         self.epoch, self.ema, self.optimizer_steps, self.num_batches = 0, None, 0, 0
         self.meter = costs.Meter()
+        self.early_stop = None
         self._explained: set[str] = set()
         self.accelerator.register_for_checkpointing(self)
 
@@ -181,14 +183,19 @@ class Run:
         args = self.args
         bar_style = {"desc": self.algorithm, "unit": "epoch", "disable": not self.is_main}
         with failures.interruptible(self), self.meter.running(), tqdm(total=args.num_epochs, initial=self.epoch, **bar_style) as bar:
-            while self.epoch < args.num_epochs:
+            while self.epoch < args.num_epochs and not self.stopped:
                 yield self.epoch
                 self.epoch += 1
                 bar.update()
                 latest, shown = (self.history or [{}])[-1], ("reward", "accuracy", "loss", "ratio_error", "kl")
                 bar.set_postfix({name: f"{latest[name]:.3g}" for name in shown if name in latest})
-                if self.epoch % args.checkpointing_epochs == 0 or self.epoch == args.num_epochs:
+                if self.epoch % args.checkpointing_epochs == 0 or self.epoch == args.num_epochs or self.stopped:
                     self.checkpoint()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run has ended before its last epoch."""
+        return self.early_stop is not None and self.early_stop.reason is not None
 
     def epoch_metrics(self, samples, diagnostics: list[list[dict]], norms: list[float], others: dict[str, list[float]]) -> dict[str, float]:
         """Reward metrics of `samples` (None: there are none); `ratio_error` before the first update, clipping after the last, if there are

@@ -1,0 +1,165 @@
+"""The early stop: what it stops on, that the best weights are what is left, that it resumes exactly, and that processes stop together."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from script_tools import assert_same_lora, assert_same_run, load_script, rows, run_script, run_script_on_two_processes, write_task
+
+from diffusers_align.data.prompts import Prompt
+from diffusers_align.training.early_stop import EarlyStop
+from diffusers_align.training.sampling import Evaluation
+
+torch.set_num_threads(1)
+PROMPTS = [Prompt("a"), Prompt("b")]
+FLAGS = {"num_samples_per_epoch": 2, "num_epochs": 3, "validation_epochs": 1, "num_eval_samples": 2, "num_validation_images": 2, "num_inference_steps": 2}
+WATCHED = {**FLAGS, "early_stop_metric": "reward", "early_stop_patience": 1, "use_ema": True, "ema_interval": 1}
+# The held-out reward after so many epochs: it has a peak at 1, and who waits sees another.
+PLAN = [0.0, 3.0, 1.0, 9.0]
+
+
+# --- by hand --------------------------------------------------------------------------------------------------------------
+
+
+def stop_of(number=4, **flags):
+    args = {"early_stop_metric": None, "early_stop_patience": 2, "early_stop_diversity": None, "eval_reward": "other", "num_eval_samples": number, **flags}
+    accelerator = SimpleNamespace(register_for_checkpointing=lambda it: None)
+    return EarlyStop(SimpleNamespace(args=SimpleNamespace(**args), accelerator=accelerator, parameters=[torch.nn.Parameter(torch.zeros(3))]), PROMPTS)
+
+
+def look(stop, epoch, reward=0.0, other=0.0, spread=1.0):
+    """After `epoch` epochs the weights are `epoch`; the two images of each prompt lie `spread` apart."""
+    stop.run.parameters[0].data = torch.full((3,), float(epoch))
+    images = [torch.zeros(3, 2, 2), torch.zeros(3, 2, 2), torch.full((3, 2, 2), spread), torch.full((3, 2, 2), spread)]
+    rewards = {"reward": torch.tensor([reward, reward]), "other": torch.tensor([other, math.nan])}
+    stop.look(epoch, Evaluation(["a", "b", "a", "b"], [0, 1, 2, 3], images, rewards))
+
+
+def kept(stop):
+    with stop.weights.applied():
+        return stop.run.parameters[0][0].item()
+
+
+@pytest.mark.parametrize("metric", ["reward", "eval_reward"])
+def test_it_waits_for_its_patience_and_keeps_the_peak(metric):
+    stop, name = stop_of(early_stop_metric=metric), {"reward": "reward", "eval_reward": "other"}[metric]
+    reasons = []
+    for epoch, value in enumerate([0.0, 1.0, 0.5, 3.0, 3.0, math.nan]):
+        look(stop, epoch, **{name: value})
+        reasons.append(stop.reason)
+    assert reasons[:5] == [None] * 5 and "has not risen above 3 for 2 validations" in reasons[5]
+    assert (stop.epoch, stop.seen, kept(stop)) == (3, 5, 3.0) and stop.run.parameters[0][0] == 5
+    assert stop.summary().startswith("Stopped after epoch 5: ") and "after epoch 3, the best" in stop.summary()
+
+
+def test_the_pretrained_model_may_be_the_best():
+    stop = stop_of(early_stop_metric="reward")
+    for epoch in range(3):
+        look(stop, epoch, reward=-float(epoch))
+    assert stop.reason and kept(stop) == 0.0 and "before training" in stop.summary()
+
+
+def test_diversity_stops_at_once_and_keeps_what_came_before():
+    stop = stop_of(early_stop_diversity=0.6)
+    for epoch, spread in enumerate([2.0, 2.5, 1.3, 1.1]):
+        look(stop, epoch, spread=spread)
+        assert (stop.reason is None) == (epoch < 3) and stop.variety == pytest.approx(spread)
+    assert kept(stop) == 2.0 and "fell to 1.1, below 0.6 of the pretrained model's 2" in stop.reason
+
+
+def test_pictures_that_are_alike_are_no_peak():
+    stop = stop_of(early_stop_metric="reward", early_stop_diversity=0.5)
+    look(stop, 0, reward=0.0)
+    look(stop, 1, reward=1.0)
+    look(stop, 2, reward=5.0, spread=0.1)
+    assert "diversity" in stop.reason and kept(stop) == 1.0
+
+
+def test_its_state_is_that_of_the_uninterrupted():
+    values, whole, first, second = [0.0, 2.0, 1.0, 1.5], *(stop_of(early_stop_metric="reward", early_stop_diversity=0.5) for _ in range(3))
+    for epoch, value in enumerate(values):
+        look(whole, epoch, reward=value)
+    for epoch in (0, 1, 2):
+        look(first, epoch, reward=values[epoch])
+    second.load_state_dict(first.state_dict())
+    look(second, 3, reward=values[3])
+    assert second.reason == whole.reason and second.reason is not None
+    state, expected = second.state_dict(), whole.state_dict()
+    assert torch.equal(state.pop("weights")["00000"], expected.pop("weights")["00000"]) and state == expected
+    second.args.early_stop_patience = 3  # more patience, and it goes on
+    assert second.reason is None
+
+
+def test_diversity_needs_two_images_of_a_prompt():
+    with pytest.raises(ValueError, match="gives 'b' only one. Raise it to 4"):
+        stop_of(number=3, early_stop_diversity=0.5)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--early_stop_metric", "eval_reward"], "needs --eval_reward"),
+        (["--early_stop_metric", "reward", "--early_stop_patience", "0"], "early_stop_patience must be at least 1"),
+        (["--early_stop_diversity", "1.5"], "must lie between 0 and 1"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, message, tmp_path, capsys):
+    required = ["--pretrained_model_name_or_path", "mini-sd", "--prompts", "mini_train", "--reward", "clip_score", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        load_script("ddpo").parse_args([*required, *flags])
+    assert message in capsys.readouterr().err
+
+
+# --- in a run -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return write_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    monkeypatch.setattr(EarlyStop, "_value", lambda self, evaluation: PLAN[self.seen])
+
+
+@pytest.fixture(scope="module")
+def stopped(task):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EarlyStop, "_value", lambda self, evaluation: PLAN[self.seen])
+        return run_script("draft", task / "run", task, **WATCHED)
+
+
+def test_a_run_stops_and_leaves_its_best_weights(stopped, task, tmp_path):
+    assert [row["epoch"] for row in rows(stopped)] == [0, 1] and (stopped / "checkpoint-2").is_dir()
+    assert "Stopped after epoch 2: reward has not risen above 3 for 1 validations. The weights are those after epoch 1" in (stopped / "README.md").read_text()
+    one = run_script("draft", tmp_path / "one", task, **{**FLAGS, "num_epochs": 1}, use_ema=True, ema_interval=1)
+    assert_same_lora(stopped, one)  # the average of a run of one epoch
+    with pytest.raises(AssertionError):
+        assert_same_lora(stopped, stopped / "checkpoint-2")
+
+
+@pytest.mark.usefixtures("planned")
+def test_resumed_equals_uninterrupted(stopped, task, tmp_path):
+    run_script("draft", tmp_path / "run", task, **{**WATCHED, "num_epochs": 1})
+    run_script("draft", tmp_path / "run", task, **WATCHED, resume_from_checkpoint="latest")
+    assert_same_run(tmp_path / "run", stopped, "checkpoint-2")
+    # Stopped is stopped, until there is more patience.
+    run_script("draft", tmp_path / "run", task, **{**WATCHED, "early_stop_patience": 2}, resume_from_checkpoint="latest")
+    assert len(rows(tmp_path / "run")) == 3 and "after epoch 3, the best" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_the_end_is_looked_at_even_between_validations(task, tmp_path):
+    flags = {**FLAGS, "num_epochs": 1, "validation_epochs": 5, "num_eval_samples": 6, "early_stop_diversity": 0.01}
+    out = run_script("draft", tmp_path / "run", task, **flags)
+    assert "after epoch 1, the best" in (out / "README.md").read_text()
+    assert_same_lora(out, out / "checkpoint-1")
+
+
+@pytest.mark.slow
+def test_processes_stop_together(task, tmp_path):
+    flags = {**FLAGS, "train_batch_size": 1, "num_epochs": 6, "num_eval_samples": 6, "learning_rate": 0.1, "early_stop_diversity": 0.9}
+    run_script_on_two_processes("draft", task / "two", task, **flags, gradient_accumulation_steps=1)
+    one = run_script("draft", tmp_path / "one", task, **{**flags, "reward": f"{task / 'rewards.py'}:recorded"}, gradient_accumulation_steps=2)
+    assert len(rows(task / "two")) == len(rows(one)) < 6 and "diversity fell" in (task / "two" / "README.md").read_text()
