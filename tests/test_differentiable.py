@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusers_align import Policy
-from diffusers_align.algorithms import draft, drtune, srpo
+from diffusers_align.algorithms import draft, drtune, srpo, vader
 from diffusers_align.algorithms.continuous_adjoint import adjoint_gradient
 from diffusers_align.decoding import decode_latents
 from diffusers_align.differentiable import count_steps, differentiable_rollout, outputs_along, solver_step, stock_solver
@@ -384,6 +384,26 @@ def test_some_frames_are_those_of_the_whole_video(family, frames):
     close(part.images, whole.images[:, frames], 1e-4)
     w = weights(part.images)
     close(it.gradient((part.images * w).sum()), it.gradient((whole.images[:, frames] * w).sum()), 1e-3)
+
+
+@pytest.mark.parametrize("family, solver", [("wan", "FlowMatchEulerDiscreteScheduler"), ("cogvideox", "CogVideoXDDIMScheduler")])
+@pytest.mark.parametrize("mode, frame_mode", [("last", "random"), ("random", "ends"), ("specific", "alternate")])
+def test_vader_is_autograd_of_the_end_of_the_chain(family, solver, mode, frame_mode):
+    """Step by step from the state at the cut, the whole video decoded and its frames scored one by one."""
+    it, draws = subject(family, solver), torch.Generator().manual_seed(6)
+    steps = vader.grad_steps(it.steps(), draws, mode=mode)
+    frames = vader.frame_indices(5, draws, mode=frame_mode)
+    assert steps == {"last": [3], "random": [2, 3], "specific": [1, 2, 3]}[mode] and len(frames) == {"random": 1, "ends": 3, "alternate": 3}[frame_mode]
+    rollout = it.rollout(steps, frames=frames)
+    state = rollout.states[steps[0]]
+    with torch.enable_grad():
+        for k in steps:
+            state = solver_step(it.policy, it.condition, k, state)
+        video = it.policy.decode(state, it.condition)
+        rewards = brightness(video[:, frames].flatten(0, 1))
+    close(rollout.images, video[:, frames], 1e-4)
+    expected = it.gradient(vader.mean_over_frames(rewards, len(frames)).sum())
+    close(it.gradient(brightness(rollout.images).sum()), expected, 1e-3)
 
 
 def test_a_causal_autoencoder_decodes_no_later_latents():
