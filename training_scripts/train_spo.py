@@ -3,7 +3,8 @@
     accelerate launch training_scripts/train_spo.py --config training_scripts/recipes/spo_mini_sd3.yaml
 
 The algorithm's page is `diffusers_align/algorithms/spo.py` (https://arxiv.org/abs/2406.04314). A candidate is judged, as in the official code, by
-the clean image that the model predicts from it at the next timestep; any reward will do.
+the clean image that the model predicts from it at the next timestep; any reward will do, and one
+that takes the column `noise_level` (`train_reward.py --step_aware`) learns how much of the noise is still in it.
 """
 
 from collections import defaultdict

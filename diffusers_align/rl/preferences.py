@@ -62,6 +62,32 @@ def _bernoulli_kl(z: Tensor, alpha: float) -> Tensor:
     return torch.sigmoid(z) * gain + torch.sigmoid(-z) * loss
 
 
+def plackett_luce_loss(scores: Tensor, ranks: Tensor) -> Tensor:
+    r"""The negative log-likelihood of rankings, (B,), in the model of Plackett and Luce: the best is chosen first, then the best of the rest ...
+
+    $$ -\sum_i \log \frac{e^{s_i}}{\sum_{j:\ r_j \ge r_i} e^{s_j}} $$
+
+    Of two samples it is the logistic loss of their difference. Samples of equal rank are each chosen from all that were left before any of
+    them (Breslow's form of the partial likelihood, https://doi.org/10.2307/2529620), which pulls their scores together.
+    Source: R. L. Plackett, The analysis of permutations, JRSS C 24 (1975).
+
+    Args:
+        scores: (B, K), higher is better.
+        ranks: (B, K), 1 is the best; NaN where a ranking has fewer than K samples, whatever the score there.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if scores.shape != ranks.shape:
+        raise ValueError(f"Scores and ranks need one shape, got {tuple(scores.shape)} and {tuple(ranks.shape)}.")
+    there = ~ranks.isnan()
+    scores = torch.where(there, scores, 0)
+    left = there[:, None] & (ranks[:, None] >= ranks[:, :, None])  # (B, i, j): j was still there when i was chosen
+    left = left | ~there[:, :, None]  # keeps the sums of absent ones finite
+    total = scores[:, None].expand_as(left).masked_fill(~left, -torch.inf).logsumexp(-1)
+    return torch.where(there, total - scores, 0).sum(-1)
+
+
 def ranked_pairs(scores: Tensor, groups: Tensor, *, kind: str = "all", min_gap: float = 0.0) -> tuple[Tensor, Tensor]:
     """Pairs of samples of one prompt, as indices (P,) of the better and (P,) of the worse one.
 

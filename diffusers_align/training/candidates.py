@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..algorithms.spo import resample, step_pairs
-from ..data.prompts import prompts_of_epoch
+from ..data.prompts import Prompt, prompts_of_epoch
 from ..driver import Step
 from ..policy import Policy, noise_seed
 from ..trajectory import Condition, Trajectory
@@ -157,12 +157,22 @@ def sample_pairs(run, policy: Policy, reward, prompts, epoch: int, number: int) 
 
 def _score_candidates(args, policy: Policy, scorer: Scorer, candidates: Candidates, steps: list[int], part: list[int], asked) -> None:
     """Submit the clean samples of all candidates of `steps`, under keys in the order (sample, step, candidate)."""
-    number, condition = args.num_candidates, candidates.trajectory.condition
+    number, condition, levels = args.num_candidates, candidates.trajectory.condition, noise_levels(policy.scheduler, candidates.trajectory)
     for place, k in enumerate(steps):
+        asked_here = [Prompt(asked[i].text, {**asked[i].columns, "noise_level": levels[k]}) for i in part]
         for j in range(number):
             with torch.no_grad():
                 images = policy.decode(candidates.clean[:, k, j], condition).float()
-            scorer.submit([(i * len(steps) + place) * number + j for i in part], images, [asked[i] for i in part])
+            scorer.submit([(i * len(steps) + place) * number + j for i in part], images, asked_here)
+
+
+def noise_levels(scheduler, trajectory: Trajectory) -> list[float]:
+    """The weight of the noise, in [0, 1], in the state after each step: what rewards that want it get as the column `noise_level`."""
+    if trajectory.sigmas.isnan().any():  # a table of noise: diffusion
+        alphas_cumprod = scheduler.alphas_cumprod[trajectory.timesteps[1:].round().long().to(scheduler.alphas_cumprod.device)]
+        return [*(1 - alphas_cumprod.double()).sqrt().tolist(), 0.0]
+    sigmas = 1 - trajectory.sigmas if scheduler.config.invert_sigmas else trajectory.sigmas
+    return [*sigmas[1:].tolist(), 0.0]
 
 
 def _picked(drawn: Tensor, choice: Tensor) -> Tensor:
