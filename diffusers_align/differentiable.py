@@ -7,6 +7,7 @@ part. So there is one roll-out, and the methods are choices of `grad_steps` (`di
   soon as the state does, so a gradient passes such a step along its linear path, $x_{k+1} = A_k x_k + B_k \epsilon_k$.
 * A call inside is checkpointed: its activations are computed again on the way back, so memory does not grow with their number.
 * `detach_input` cuts what the denoiser sees, not what the solver carries on.
+* With `noise_gradient` the initial noise is a leaf of the graph (`diffusers_align.initial_noise`).
 
 A step is a call of `scheduler.step`: a second-order solver takes two for one of `num_inference_steps` (`count_steps` counts them).
 """
@@ -28,6 +29,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from .decoding import light_decoding, replaced
 from .driver import Step
 from .forward_process import ForwardProcess
+from .initial_noise import initial_noise
 from .policy import Policy, _images
 from .schedulers import sde_twin
 from .schedulers.scheduling_utils import SDESchedulerMixin
@@ -64,6 +66,7 @@ class DifferentiableRollout:
         timesteps: of those steps.
         steps: of each gradient step its output with the graph, by solver step.
         stochastic: whether it was drawn from the policy's kernels.
+        noise: (B, *D), the standard normal initial noise, where it was given or asked for; a leaf of the graph if `noise_gradient`.
     """
 
     condition: Condition
@@ -74,6 +77,13 @@ class DifferentiableRollout:
     steps: dict[int, StepOutput]
     stochastic: bool
     _actions: dict[tuple[int, int], Tensor] = field(repr=False)
+    noise: Tensor | None = None
+
+    @property
+    def finals(self) -> list[Tensor]:
+        """The detached final states (B, *D) of the pipeline's scheduler and of the copies it makes."""
+        last = {child: action for (child, _), action in sorted(self._actions.items())}
+        return [last[child] for child in sorted(last)]
 
 
 @contextmanager
@@ -167,6 +177,9 @@ def differentiable_rollout(
     decode: bool = True,
     decode_checkpoint: bool = True,
     frames: list[int] | None = None,
+    noise: Tensor | None = None,
+    noise_gradient: bool = False,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> DifferentiableRollout:
     """Sample one image a prompt with the graph of the chosen denoiser calls.
 
@@ -179,29 +192,49 @@ def differentiable_rollout(
         checkpoint: compute the activations of each gradient step again on the way back.
         decode, decode_checkpoint: whether to decode, and the same for the autoencoder.
         frames: decode these frames of a video only; see `decoding.decode_latents`.
+        noise: (B, *D), standard normal, to start from in the place of the noise that the pipeline draws.
+        noise_gradient: the initial noise, given or drawn, is a leaf that requires a gradient: the result's `noise`.
+        generator: what the call draws with, in the place of the condition's seeds.
 
     Raises:
-        ValueError: no seeds, or a step that the call does not have.
+        ValueError: neither seeds nor a generator, a step that the call does not have, or noise that cannot be replaced.
     """
-    if condition.seeds is None:
+    if condition.seeds is None and generator is None:
         raise ValueError("A differentiable roll-out needs seeds: policy.condition(prompts, seeds=[...]).")
     walk = _Walk(frozenset(grad_steps), stop_step, detach_input, checkpoint)
     if stop_step is not None and any(k > stop_step for k in walk.grad_steps):
         raise ValueError(f"Gradient steps {sorted(walk.grad_steps)} reach beyond stop_step {stop_step}, where the walk ends.")
+    start, own = _Start(noise, noise_gradient), {} if generator is None else {"generator": generator}
     with ExitStack() as stack:
         stack.enter_context(_solver(policy, condition, stochastic))
+        if noise is not None or noise_gradient:
+            stack.enter_context(initial_noise(policy.pipeline, start.put))
         for module in policy.denoisers.values():
             stack.enter_context(replaced(module, "forward", walk.denoise))
         if decode:
             stack.enter_context(light_decoding(policy, decode_checkpoint, frames))
         stack.enter_context(torch.enable_grad())
         gate = None if stop_step is None else (lambda k: k <= stop_step)
-        output = policy._drive(condition, walk.on_step, needs_denoiser=gate, **({"output_type": "pt"} if decode else {}))
+        output = policy._drive(condition, walk.on_step, needs_denoiser=gate, **own, **({"output_type": "pt"} if decode else {}))
     last = max([*walk.grad_steps, stop_step or 0])
     if last >= walk.k or min(walk.grad_steps, default=0) < 0:
         raise ValueError(f"The call took {walk.k} solver steps, 0 to {walk.k - 1}; it has no step {last}. count_steps(policy, condition) counts them.")
     images = _images(output) if decode else None
-    return DifferentiableRollout(condition, images, walk.final[0], walk.states, walk.timesteps, walk.steps, stochastic, walk.actions)
+    return DifferentiableRollout(condition, images, walk.final[0], walk.states, walk.timesteps, walk.steps, stochastic, walk.actions, start.noise)
+
+
+class _Start:
+    """What a roll-out starts from."""
+
+    def __init__(self, noise: Tensor | None, gradient: bool):
+        self.noise, self.gradient = noise, gradient
+
+    def put(self, drawn: Tensor) -> Tensor:
+        if self.noise is not None and self.noise.shape != drawn.shape:
+            raise ValueError(f"The pipeline starts from noise of shape {tuple(drawn.shape)}, got {tuple(self.noise.shape)}.")
+        noise = drawn if self.noise is None else self.noise
+        self.noise = noise.detach().requires_grad_() if self.gradient else noise
+        return self.noise.to(drawn)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from diffusers_align.algorithms.linear_dpo import linear_dpo_loss
 from diffusers_align.algorithms.mapo import mapo_loss
 from diffusers_align.algorithms.mix_grpo import window_at
 from diffusers_align.algorithms.mv_grpo import mv_grpo_loss
+from diffusers_align.algorithms.noise_optimization import ascend, settings
 from diffusers_align.algorithms.particle_steering import initial_weights, log_evidence, reweight
 from diffusers_align.algorithms.particle_steering import resample as resample_particles
 from diffusers_align.algorithms.preference_flow_matching import COUPLINGS, couple, interpolate, pfm_loss, transport
@@ -963,3 +964,18 @@ def test_guidance_raises_the_reward_of_the_ode(name):
 
 def test_mean_guidance_lands_on_the_optimum_by_a_newton_step():
     assert guided_reward(Guidance(mean=1.0), 0.5) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("optimizer, options", [("sgd", {"max_grad_norm": 10.0, "learning_rate": 0.02}), ("adam", {"learning_rate": 0.05}), ("lbfgs", {})])
+def test_noise_optimisation_finds_the_noise_whose_ode_ends_at_the_target(optimizer, options):
+    flow, starts = Flow(), torch.ones(PROMPTS, D, dtype=torch.float64)
+    slope = torch.ones((), dtype=torch.float64)
+    for k in range(STEPS):
+        slope = slope * (1 + (SIGMAS[k + 1] - SIGMAS[k]) * flow.w[k].detach())
+
+    def evaluate(target):
+        return lambda z, gradient: (-(slope * z - target).square().sum(1), -2 * slope * (slope * z - target))
+
+    for prompt, target in enumerate(TARGETS):
+        found = ascend(evaluate(target), starts[prompt : prompt + 1], settings(optimizer, num_iterations=600, regularization=0.0, **options))
+        torch.testing.assert_close(found.noise[0], target / slope, rtol=1e-3, atol=1e-3)

@@ -139,12 +139,13 @@ def test_the_stock_solver_of_an_sde_pipeline_is_its_deterministic_one():
 # --- gradients: against a loop by hand -----------------------------------------------------------------------------------
 
 
-def by_hand(it, call):
+def by_hand(it, call, noise=None):
     """Stable Diffusion's loop, with `call(k, unet, x, ...)` for the denoiser; the images."""
     pipe, solver = it.policy.pipeline, copy.deepcopy(it.policy.stock_scheduler)
     positive, negative = (e.detach() for e in pipe.encode_prompt(PROMPTS, "cpu", 1, True))
     solver.set_timesteps(it.family.call["num_inference_steps"])
-    x = randn_tensor((2, 4, 8, 8), [torch.Generator().manual_seed(seed) for seed in SEEDS]) * solver.init_noise_sigma
+    drawn = randn_tensor((2, 4, 8, 8), [torch.Generator().manual_seed(seed) for seed in SEEDS])
+    x = (drawn if noise is None else noise) * solver.init_noise_sigma
     for k, t in enumerate(solver.timesteps):
         doubled = solver.scale_model_input(torch.cat([x] * 2), t)
         uncond, cond = call(k, doubled, t, torch.cat([negative, positive])).chunk(2)
@@ -230,6 +231,73 @@ def test_checkpointing_changes_nothing(family, solver):
     recomputed = it.rollout(range(it.steps()))
     assert torch.equal(plain.images, recomputed.images)
     close(it.gradient(score(recomputed.images).sum()), it.gradient(score(plain.images).sum()), 1e-6)
+
+
+# --- with respect to the initial noise ------------------------------------------------------------------------------------
+
+
+def noise_gradient(it, rollout):
+    return torch.autograd.grad(score(rollout.images).sum(), rollout.noise)[0]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_noises_gradient_is_that_of_a_loop_by_hand(solver):
+    """Of standard normal noise, whatever the solver scales it by."""
+    it = subject("sd15", solver)
+    rollout = it.rollout(range(it.steps()), noise_gradient=True)
+    assert rollout.noise.is_leaf and abs(float(rollout.noise.detach().std()) - 1) < 0.1
+    noise = rollout.noise.detach().clone().requires_grad_()
+    expected = score(by_hand(it, lambda k, x, t, e: it.policy.pipeline.unet(x, t, e).sample, noise)).sum()
+    close(noise_gradient(it, rollout), torch.autograd.grad(expected, noise)[0])
+
+
+@pytest.mark.parametrize(
+    "family, solver, h", [*(("sd15", solver, 1e-4) for solver in SOLVERS), ("sd15_img2img", None, 1e-4), ("sd3", None, 1e-3), ("flux", None, 1e-3)]
+)
+def test_the_noises_gradient_is_the_slope(family, solver, h):
+    """By central differences in float64, as far as solvers compute in it."""
+    it = Subject(family, solver)
+    it.policy.pipeline.to(torch.float64)
+    rollout = it.rollout(range(it.steps()), noise_gradient=True, decode=False)
+    noise, along = rollout.noise.detach(), torch.randn(rollout.noise.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    after, before = (score(it.rollout([], noise=noise + step * along, decode=False).latents.double()).sum() for step in (h, -h))
+    (gradient,) = torch.autograd.grad(score(rollout.latents.double()).sum(), rollout.noise)
+    close((gradient * along).sum()[None], (after - before)[None] / (2 * h), 5e-3)
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux", "wan"])
+def test_the_noise_is_put_where_it_was_drawn(family):
+    it = subject(family)
+    plain, rollout = it.rollout([]), it.rollout([0], noise_gradient=True)
+    assert torch.equal(rollout.images, plain.images) and plain.noise is None
+    again = it.rollout([], noise=rollout.noise.detach())
+    assert torch.equal(again.images, plain.images) and torch.equal(again.finals[0], plain.latents)
+    assert not torch.equal(it.rollout([], noise=-rollout.noise.detach()).images, plain.images)
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    seedless = it.policy.condition(PROMPTS)
+    assert torch.equal(differentiable_rollout(it.policy, seedless, grad_steps=[], generator=generators).images, plain.images)
+    assert "prepare_latents" not in it.policy.pipeline.__dict__
+
+
+def test_noise_that_does_not_fit_is_refused():
+    it = subject("sd15")
+    with pytest.raises(ValueError, match="starts from noise of shape"):
+        it.rollout([], noise=torch.zeros(1, 4, 8, 8))
+    given = it.policy.condition(PROMPTS, seeds=SEEDS, latents=torch.zeros(2, 4, 8, 8))
+    with pytest.raises(ValueError, match="leave `latents` out"):
+        differentiable_rollout(it.policy, given, grad_steps=[], noise_gradient=True)
+
+
+def test_memory_of_the_noises_gradient_does_not_grow_with_the_steps():
+    it = subject("sd3")
+    few, many = (it.policy.condition(PROMPTS, seeds=SEEDS, num_inference_steps=number) for number in (2, 8))
+
+    def kept(condition, number, **options):
+        return saved_bytes(lambda: differentiable_rollout(it.policy, condition, grad_steps=range(number), noise_gradient=True, decode=False, **options))
+
+    latents = it.rollout([]).latents
+    assert kept(many, 8, checkpoint=False) > 3 * kept(few, 2, checkpoint=False) > 30 * kept(few, 2)
+    assert kept(many, 8) - kept(few, 2) <= 8 * 6 * latents.numel() * latents.element_size()
 
 
 def saved_bytes(make):

@@ -16,10 +16,13 @@ SCRIPTS = sorted(path.stem for path in (ROOT / "training_scripts").glob("train_*
 MAX_FUNCTION, MAX_FILE = 60, 330
 
 # What each part of the package may import of the package: dependencies point one way.
-BELOW_POLICY = {"prediction", "driver", "forward_process", "latent_layout", "lora", "prompt_memory", "schedulers", "tape", "trajectory", "transition"}
+BELOW_POLICY = {
+    "prediction", "driver", "forward_process", "initial_noise", "latent_layout", "lora", "prompt_memory", "schedulers", "tape", "trajectory", "transition",
+}  # fmt: skip
 LAYERS = {
     "transition": set(),
     "front_doors": set(),
+    "initial_noise": set(),
     "latent_layout": set(),
     "lora": set(),
     "prompt_memory": set(),
@@ -38,7 +41,7 @@ LAYERS = {
     "differentiable": {"decoding", "policy"} | BELOW_POLICY,
     "gradient_check": {"differentiable", "policy", "trajectory"},
     "rewards": {"embedded"},
-    "pipelines": {"decoding", "policy", "algorithms", "rl", "rewards", "front_doors"} | BELOW_POLICY,
+    "pipelines": {"decoding", "differentiable", "policy", "algorithms", "rl", "rewards", "front_doors"} | BELOW_POLICY,
     "training": {"decoding", "differentiable", "gradient_check", "policy", "algorithms", "rl", "rewards", "data", "embedded", "front_doors"} | BELOW_POLICY,
     "__init__": {"policy", "embedded"} | BELOW_POLICY,
     "__main__": {"front_doors"},
@@ -46,8 +49,8 @@ LAYERS = {
 MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
 FAMILY_FREE = [
     "driver", "prompt_memory", "policy", "prediction", "forward_process", "tape", "trajectory", "transition", "latent_layout", "lora", "schedulers/kernels",
-    "decoding", "differentiable", "gradient_check", "pipelines/adapter_guidance",
-    "pipelines/guided_sampling", "pipelines/noise_grid", "pipelines/reward_guided",
+    "decoding", "differentiable", "gradient_check", "initial_noise", "pipelines/adapter_guidance", "pipelines/guided_sampling", "pipelines/noise_grid",
+    "pipelines/noise_optimization", "pipelines/reward_guided",
 ]  # fmt: skip
 
 

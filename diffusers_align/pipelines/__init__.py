@@ -6,6 +6,7 @@
 | `particle_steering` | `ParticleSteeringPipeline` | particles that compete on the way; SVDD |
 | `reward_guided` | `RewardGuidedPipeline` | the reward's gradient guides each step |
 | `adapter_guidance` | `AdapterGuidancePipeline` | mixes the model with and without its LoRA |
+| `noise_optimization` | `NoiseOptimizationPipeline` | the reward's gradient moves the initial noise |
 | `preference_flow` | `PreferenceFlowPipeline` | carries finished samples to preferred ones; trained, and not around another |
 
 `path` gives diffusers the file, `push` puts it into a repository of its own:
@@ -21,6 +22,7 @@ from ..front_doors import front_door
 from .adapter_guidance import AdapterGuidancePipeline
 from .base import WrappedPipeline
 from .best_of_n import BestOfNPipeline
+from .noise_optimization import NoiseOptimizationPipeline
 from .particle_steering import ParticleSteeringPipeline
 from .preference_flow import PreferenceFlowPipeline
 from .reward_guided import RewardGuidedPipeline
@@ -46,12 +48,6 @@ def push(name: str, repo_id: str, *, token: str | None = None, private: bool | N
 
 
 __all__ = [
-    "AdapterGuidancePipeline",
-    "BestOfNPipeline",
-    "ParticleSteeringPipeline",
-    "PreferenceFlowPipeline",
-    "RewardGuidedPipeline",
-    "WrappedPipeline",
-    "path",
-    "push",
-]
+    "AdapterGuidancePipeline", "BestOfNPipeline", "NoiseOptimizationPipeline", "ParticleSteeringPipeline", "PreferenceFlowPipeline",
+    "RewardGuidedPipeline", "WrappedPipeline", "path", "push",
+]  # fmt: skip
