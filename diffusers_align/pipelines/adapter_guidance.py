@@ -68,8 +68,7 @@ class AdapterGuidancePipeline(WrappedPipeline):
         if adapter_scale is not None and guider is not None:
             raise ValueError("Give adapter_scale or guider: classifier-free guidance's guidance_scale is the adapter's scale.")
         call = {**arguments, "prompt": prompt} if "prompt" in inspect.signature(type(self.pipeline).__call__).parameters else arguments
-        rule = self._rule(1.0 if adapter_scale is None else adapter_scale, guider, call)
-        mixture = _Mixture(rule)
+        mixture = _Mixture(self._rule(1.0 if adapter_scale is None else adapter_scale, guider, call))
         with ExitStack() as stack:
             bar = stack.enter_context(self.pipeline.progress_bar(total=1))
             for name, module in adapted.items():
@@ -78,15 +77,15 @@ class AdapterGuidancePipeline(WrappedPipeline):
         return self.extended(output, denoiser_calls=mixture.calls)
 
     def _rule(self, adapter_scale: float | str | Schedule, guider, call: dict[str, Any]) -> _Interpolation | _Guided:
-        if guider is None and not callable(adapter_scale) and not isinstance(adapter_scale, str):
-            return _Interpolation(lambda fraction: float(adapter_scale), 1)
-        if guider is None:
-            weight = adapter_scale if callable(adapter_scale) else schedule(adapter_scale)
-        else:
+        if guider is not None:
             _check_guider(guider)
+        elif not callable(adapter_scale) and not isinstance(adapter_scale, str):
+            return _Interpolation(lambda fraction: float(adapter_scale), num_steps=1)
         step = first_step(self.pipeline, call, self._memory)
         timesteps = step.scheduler.timesteps[position(step.scheduler, step.timestep) :]
-        return _Interpolation(weight, len(timesteps)) if guider is None else _Guided(guider, timesteps)
+        if guider is not None:
+            return _Guided(guider, timesteps)
+        return _Interpolation(adapter_scale if callable(adapter_scale) else schedule(adapter_scale), len(timesteps))
 
 
 def schedule(name: str) -> Schedule:
