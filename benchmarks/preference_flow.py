@@ -5,8 +5,8 @@
     python benchmarks/preference_flow.py --task variations
 
 Pairs come from the embedded mini-sd under the task's reward: the better with the worse of eight images of each prompt; or, in `variations`, an image
-with the best of four variations of it (image to image). `train_pfm.py` learns from them with the recipe `pfm_<task>_mini_sd.yaml`. Then fresh images
-of held-out prompts, mini-sd's and, unseen by the flow, mini-sd3's, are carried over: win rates over the originals, under the pairs' reward and others.
+with the best of four variations of it (image to image). `train_pfm.py` learns from them with the recipe `pfm_<task>_mini_sd.yaml`, carries fresh images of
+held-out prompts over, and prints the win rates over the originals.
 """
 
 import argparse
@@ -16,15 +16,12 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 
 from diffusers_align import embedded
 from diffusers_align.data import load_prompts
-from diffusers_align.pipelines.preference_flow import PreferenceFlowPipeline
 from diffusers_align.rewards import load_reward
 from diffusers_align.training.pictures import to_pil
-from diffusers_align.training.preference_flow import Transported, describe
 
 ROOT = Path(__file__).parent.parent
 TASKS = {
@@ -32,21 +29,12 @@ TASKS = {
     "scene_score": ("mini_train", "mini_heldout", "scene_score"),
     "variations": ("mini_train", "mini_heldout", "scene_score"),
 }
-CALLS = {"mini-sd": {}, "mini-sd3": {"max_sequence_length": 1}}
-# How a pass goes; without a step, what the autoencoder does alone
-WAYS = {"strength 0.5": {"strength": 0.5}, "1 pass": {}, "2 passes": {"iterations": 2}}
 
 
-def load(model):
-    pipeline = DiffusionPipeline.from_pretrained(embedded.path(model))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def sample(pipeline, prompts, number, seed, **call):
+def sample(pipeline, prompts, number, seed):
     """`number` images of each prompt: [(Prompt, (3, H, W))], prompt after prompt."""
     jobs = [prompt for prompt in prompts for _ in range(number)]
-    return list(zip(jobs, in_batches(pipeline, [prompt.text for prompt in jobs], seed, **call)))
+    return list(zip(jobs, in_batches(pipeline, [prompt.text for prompt in jobs], seed)))
 
 
 def in_batches(pipeline, texts, seed, images=None, **call):
@@ -77,7 +65,8 @@ def write(folder, rows, samples):
 def make_data(task, folder):
     """`folder/pairs`, and `folder/outputs`, fresh samples of the held-out prompts."""
     train, held_out, reward = TASKS[task]
-    pipeline, reward = load("mini-sd"), load_reward(reward)
+    pipeline, reward = DiffusionPipeline.from_pretrained(embedded.path("mini-sd")), load_reward(reward)
+    pipeline.set_progress_bar_config(disable=True)
     pairs, samples = (variations if task == "variations" else better_and_worse)(pipeline, load_prompts(train), reward)
     rows = [
         {"prompt": samples[worse][0].text, "image_0_file_name": f"{better:05d}.png", "image_1_file_name": f"{worse:05d}.png", "label_0": 1}
@@ -110,29 +99,6 @@ def variations(pipeline, prompts, reward, number=2, tries=4, strength=0.5):
     return pairs, samples + edited
 
 
-@torch.no_grad()
-def report(task):
-    """Prints the rewards and win rates of the trained flow: the pairs' reward, and mini-clip's cosine, which took no part."""
-    flow = PreferenceFlowPipeline.from_pretrained(recipe(task)["output_dir"])
-    flow.set_progress_bar_config(disable=True)
-    rewards = {name: load_reward(name) for name in dict.fromkeys([TASKS[task][2], "scene_score"])}
-    rewards["clip_score"] = load_reward("clip_score", model=embedded.path("mini-clip"))
-    for model in CALLS:
-        outputs = sample(load(model), load_prompts(TASKS[task][1]), 4, seed=10**6, **CALLS[model])
-        prompts, before = [prompt.text for prompt, _ in outputs], torch.stack([image for _, image in outputs])
-        ways = {"autoencoder alone": flow.decode(flow.encode(before))}
-        ways |= {name: flow(before, prompts, output_type="pt", **call).images for name, call in WAYS.items()}
-        for way, after in ways.items():
-            carried = [(prompt, image) for (prompt, _), image in zip(outputs, after)]
-            found = {name: (scores(reward, outputs), scores(reward, carried)) for name, reward in rewards.items()}
-            for name, value in describe(Transported(prompts, list(before), list(after), found)).items():
-                print(f"{model}, {way}, {name}: {value}", flush=True)
-
-
-def recipe(task):
-    return yaml.safe_load((ROOT / "training_scripts" / "recipes" / f"pfm_{task}_mini_sd.yaml").read_text())
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=list(TASKS), default="likes_blue")
@@ -144,7 +110,6 @@ def main():
     script = ROOT / "training_scripts" / "train_pfm.py"
     sys.argv = [str(script), "--config", str(script.parent / "recipes" / f"pfm_{args.task}_mini_sd.yaml"), *rest]
     runpy.run_path(str(script), run_name="__main__")
-    report(args.task)
 
 
 if __name__ == "__main__":

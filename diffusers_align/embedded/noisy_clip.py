@@ -19,6 +19,10 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from .noisy_trunk import NoisyTrunk
 
+# log(sigma / alpha) below which 98% of the noise levels of the training lie. Beyond, where a diffusion sampler starts, the embedding is not
+# learnt, and its gradient, which sigma^2 / alpha magnifies most there, would throw samples off.
+MAX_LEVEL = 2.5
+
 
 class NoisyCLIP(NoisyTrunk):
     """The image tower: embeddings of noised latents (B, 4, 16, 16) in the space of a CLIP's text embeddings."""
@@ -51,9 +55,9 @@ class NoisyCLIPScore(nn.Module):
         self.float().eval().requires_grad_(False)
 
     def forward(self, latents: Tensor, prompts: list[str], alpha: Tensor, sigma: Tensor) -> Tensor:
-        """tau <f(x_t), g(prompt)>, (B,), differentiable in the latents (B, 4, 16, 16)."""
-        text = self.text_tower(prompts).to(latents.device)
-        return self.image_tower.logit_scale.exp() * (self.image_tower(latents, alpha, sigma) * text).sum(-1)
+        """tau <f(x_t), g(prompt)>, (B,), differentiable in the latents (B, 4, 16, 16); 0 for states noisier than `MAX_LEVEL`, without gradient."""
+        cosine = (self.image_tower(latents, alpha, sigma) * self.text_tower(prompts).to(latents.device)).sum(-1)
+        return self.image_tower.logit_scale.exp() * cosine * ((sigma / alpha).log() <= MAX_LEVEL)
 
 
 class TextTower(nn.Module):
