@@ -13,7 +13,7 @@ be on a scale on which a difference of 1 means something, as logits of a prefere
 
 Against the official code (RockeyCoss/SPO, 27a8642): k = 4, delta = 0.3 (SD 1.5) or k = 2, delta = 0.4 (SDXL), from solver step 4 of 20 on, clip 0.1 of
 either side (`clip="official"`); the default holds one side only, as D3PO's does. Any score of a predicted clean image will do; the official one is a
-preference model that was trained on noised images.
+preference model that was trained on predictions from noised images (`train_reward.py --step_aware`).
 
 Logged: `kept`, the share of states whose pair is kept; `score_gap`, mean best minus worst; `accuracy`, `margin`, `clip_fraction` as for D3PO.
 """

@@ -66,8 +66,8 @@ def examples_of(rows: list[dict], kind: str) -> list[Example]:
 def noised_examples(args, accelerator, policy: Policy, rows: list[dict], kind: str, number: int) -> list[Example]:
     """The rows' images as a model sees them: noised, and the clean samples that one call of the denoiser predicts (without guidance).
 
-    `number` times for each row, at timesteps in equal strata over the training range; images of a row share noise and timestep, as SPO's
-    candidates share theirs. Kept in memory in 8 bits. Of a video, the first frame: an image stands still in it.
+    `number` times for each row, at timesteps in equal strata over the training range; images of a row share noise and timestep. Kept in
+    memory in 8 bits. Of a video, the first frame: an image stands still in it.
     """
     own = {"cache_dir": None, "random_crop": False, "random_flip": False, "timestep_scheme": "uniform", "error_weighting": "native"}
     run = Namespace(args=Namespace(**vars(args) | own), accelerator=accelerator)
