@@ -110,8 +110,9 @@ def measure(model: str, call: dict, repeats: int, work: Path) -> dict[str, dict[
             cache = work / f"cache-{part}-{repeat}"
             for mode in MODES:  # cold fills what warm reads
                 session = Session(model, call, data, work / "run", None if mode == "no cache" else cache)
-                if mode != "cold":
-                    getattr(session, part)(0)  # shapes are learned, and the files are in the system's own cache
+                getattr(session, part)(0)  # whatever is found out once
+                for file in cache.rglob("*.safetensors") if mode == "cold" else ():
+                    file.unlink()
                 start = time.process_time()
                 getattr(session, part)(1)
                 if repeat:
