@@ -11,7 +11,6 @@ in the model's own parametrisation, with timesteps uniform over the training ran
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ..data import load_preferences
 from ..policy import Policy, noise_seed
-from .noised_images import LatentImages, Noising, Position, predict
+from .noised_images import LatentImages, Noising, Position, as_they_are, predict
 from .offline import pairs_of
 
 
@@ -38,8 +37,7 @@ class HeldOutPairs:
     """
 
     def __init__(self, run, source: str, num_draws: int = 8, split: str = "train"):
-        own = {"random_crop": False, "random_flip": False, "timestep_scheme": "uniform", "error_weighting": "native"}
-        self.run = Namespace(args=Namespace(**{"cache_dir": None, **vars(run.args), **own}), accelerator=run.accelerator)
+        self.run = as_they_are(run.args, run.accelerator)
         self.rows, report = load_preferences(source, "pair", split=split, progress=run.accelerator.is_main_process)
         self.num_draws = num_draws
         run.print(f"Held-out pairs: {report}")

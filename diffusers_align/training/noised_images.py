@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,6 +24,12 @@ class Position:
     row: int
     seed: int
     epoch: int
+
+
+def as_they_are(args, accelerator) -> Namespace:
+    """What `LatentImages`, `Noising` and `predict` want of a run, for measuring: no augmentation, timesteps uniform over the training range."""
+    own = {"random_crop": False, "random_flip": False, "timestep_scheme": "uniform", "error_weighting": "native"}
+    return Namespace(args=Namespace(**{"cache_dir": None, **vars(args), **own}), accelerator=accelerator)
 
 
 def disk_cache(args, policy: Policy, *about: str) -> TensorCache | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from ..data.augment import to_tensor
 from ..policy import Policy, noise_seed
 from ..rewards.learned import RewardModel
 from ..rl.preferences import pair_loss, plackett_luce_loss
-from .noised_images import LatentImages, Noising, Position, predict
+from .noised_images import LatentImages, Noising, Position, as_they_are, predict
 
 TARGET = {"pair": "label_0", "binary": "label", "scored": "reward", "ranked": "ranks"}
 NOISE_BINS = 4
@@ -69,8 +68,7 @@ def noised_examples(args, accelerator, policy: Policy, rows: list[dict], kind: s
     `number` times for each row, at timesteps in equal strata over the training range; images of a row share noise and timestep. Kept in
     memory in 8 bits. Of a video, the first frame: an image stands still in it.
     """
-    own = {"cache_dir": None, "random_crop": False, "random_flip": False, "timestep_scheme": "uniform", "error_weighting": "native"}
-    run = Namespace(args=Namespace(**vars(args) | own), accelerator=accelerator)
+    run = as_they_are(args, accelerator)
     latents, noising = LatentImages(run, policy), Noising(run, policy)
     found = [[Example(e.prompt, [], e.target, e.weight) for e in examples_of(rows, kind)] for _ in range(number)]
     jobs = [(row, image) for row in range(len(rows)) for image in images_of(rows[row], kind)]
