@@ -1,4 +1,4 @@
-"""Reward against compute without training: guidance, best-of-n, particle steering and SVDD on the embedded models.
+"""Reward against compute without training: guidance, noise optimisation, best-of-n, particle steering and SVDD on the embedded models.
 
     python benchmarks/inference_time.py --models mini-sd3 mini-sd
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from diffusers_align import embedded
 from diffusers_align.data import load_prompts
 from diffusers_align.driver import denoisers
 from diffusers_align.pipelines.best_of_n import BestOfNPipeline
+from diffusers_align.pipelines.noise_optimization import NoiseOptimizationPipeline
 from diffusers_align.pipelines.particle_steering import ParticleSteeringPipeline
 from diffusers_align.pipelines.reward_guided import RewardGuidedPipeline
 from diffusers_align.rewards import load_reward
@@ -33,7 +35,7 @@ from diffusers_align.training.pictures import comparison
 CALL = {"mini-sd3": {"max_sequence_length": 1}, "mini-sd": {}}
 STRENGTHS = {"dps": (10, 40), "mpgd": (0.05, 0.2), "freedom": (0.2, 2), "tfg": (4, 16), "flowchef": (4, 16), "universal": (2, 8)}
 LAMBDA = 50.0  # of the tilt that particles follow
-FAMILIES = {"best-of-n": "tab:blue", "guidance": "tab:orange", "steering": "tab:green"}
+FAMILIES = {"best-of-n": "tab:blue", "guidance": "tab:orange", "noise": "tab:red", "steering": "tab:green"}
 Method = tuple[str, type, dict]
 
 
@@ -44,6 +46,8 @@ def methods() -> dict[str, Method]:
     found["zero-order, 2 x 4"] = ("best-of-n", BestOfNPipeline, {"num_candidates": 4, "rounds": 2, "search": "zero_order"})
     for preset, scales in STRENGTHS.items():
         found |= {f"{preset}, {scale:g}": ("guidance", RewardGuidedPipeline, {"preset": preset, "reward_scale": scale}) for scale in scales}
+    for name, optimizer, number in (("ReNO", "sgd", 10), ("D-Flow", "lbfgs", 5)):
+        found[f"{name}, {number} iterations"] = ("noise", NoiseOptimizationPipeline, {"optimizer": optimizer, "num_iterations": number})
     steered = {"reward_scale": LAMBDA, "batch_size": 32}
     found["SDE twin, 1 particle"] = ("steering", ParticleSteeringPipeline, {**steered, "num_particles": 1})
     for n in (4, 8):
@@ -88,7 +92,7 @@ class Result:
     heldout: Tensor
 
 
-def measure(model: str, prompts: list[str], steps: int, guidance_scale: float) -> dict[str, Result]:
+def measure(model: str, prompts: list[str], steps: int, guidance_scale: float, only: str) -> dict[str, Result]:
     stock = DiffusionPipeline.from_pretrained(embedded.path(model))
     stock.set_progress_bar_config(disable=True)
     (denoiser,) = denoisers(stock).values()
@@ -97,6 +101,8 @@ def measure(model: str, prompts: list[str], steps: int, guidance_scale: float) -
     call = {"num_inference_steps": steps, "guidance_scale": guidance_scale, "output_type": "pt", **CALL[model]}
     results = {}
     for name, (family, cls, arguments) in methods().items():
+        if not re.match(f"stock|{only}", name):
+            continue
         before, started = (calls.forward, calls.backward, decodes.forward), time.process_time()
         generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
         images = torch.as_tensor(cls(stock, reward=guided)(prompts, generator=generators, **call, **arguments).images)
@@ -191,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CALL), default=["mini-sd3"])
     parser.add_argument("--number", type=int, default=24, help="prompts, spread over the list; one image each")
+    parser.add_argument("--only", default="", help="methods whose names begin so (a regular expression), for rows without pictures")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--output", type=Path, default=Path("docs/inference_time.png"))
@@ -201,7 +208,9 @@ def main() -> None:
     prompts, found = texts[:: max(1, len(texts) // args.number)][: args.number], {}
     for model in args.models:
         print(f"\n{model}\n\n{HEADER}")
-        found[model] = measure(model, prompts, args.steps, args.guidance_scale)
+        found[model] = measure(model, prompts, args.steps, args.guidance_scale, args.only)
+    if args.only:
+        return
     plot(found, args.output)
     pictures(next(iter(found.values())), prompts, args.output.with_name(f"{args.output.stem}_samples.png"))
 

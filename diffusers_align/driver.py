@@ -93,8 +93,8 @@ class Step:
 class _Session:
     """The schedulers of one run (the pipeline's own and its copies) and how far each has come."""
 
-    def __init__(self, on_step: Callable[[Step], Tensor | None], timesteps: Tensor | None):
-        self.on_step, self.timesteps = on_step, timesteps
+    def __init__(self, on_step: Callable[[Step], Tensor | None], timesteps: Tensor | None, begin_index: int | None):
+        self.on_step, self.timesteps, self.begin_index = on_step, timesteps, begin_index
         self.schedulers: list[Any] = []
         self.taken: list[int] = []
 
@@ -127,6 +127,8 @@ def _hooked_class(cls: type, session: _Session) -> type:
         if session.timesteps is not None:
             # In the schedule's own dtype: some pipelines index their noise table with it.
             self.timesteps = session.timesteps.to(self.timesteps)
+        if session.begin_index is not None and hasattr(self, "set_begin_index"):
+            self.set_begin_index(session.begin_index)
 
     def __deepcopy__(self, memo):
         if hasattr(cls, "__deepcopy__"):
@@ -240,6 +242,7 @@ def drive(
     *,
     gradients: bool = False,
     timesteps: Tensor | None = None,
+    begin_index: int | None = None,
     needs_denoiser: Callable[[int], bool] | None = None,
     memory: PromptMemory | None = None,
 ):
@@ -249,12 +252,13 @@ def drive(
         on_step: gets a `Step`. What it returns (B, *D) becomes the next state; None lets the scheduler's own step stand.
         gradients: run the undecorated `__call__` with autograd on (diffusers wraps it in `torch.no_grad`).
         timesteps: stand in for the scheduler's own after `set_timesteps`; rows of (N, B) give each sample its own time.
+        begin_index: the solver's position at the first of them, where they repeat and it could not tell.
         needs_denoiser: of solver step k, whether its denoiser calls must be real. None: all are.
         memory: remembers encoded prompts across calls.
 
     Everything is restored when it returns or raises.
     """
-    session = _Session(on_step, timesteps)
+    session = _Session(on_step, timesteps, begin_index)
     with ExitStack() as stack:
         stack.enter_context(_hooked(pipeline.scheduler, session))
         stack.enter_context(_quiet(pipeline))

@@ -50,7 +50,7 @@ MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|
 FAMILY_FREE = [
     "driver", "prompt_memory", "policy", "prediction", "forward_process", "tape", "trajectory", "transition", "latent_layout", "lora", "schedulers/kernels",
     "decoding", "differentiable", "gradient_check", "initial_noise", "pipelines/adapter_guidance", "pipelines/guided_sampling", "pipelines/noise_grid",
-    "pipelines/noise_optimization", "pipelines/reward_guided",
+    "pipelines/noise_optimization", "pipelines/recurrence", "pipelines/reward_guided",
 ]  # fmt: skip
 
 

@@ -67,7 +67,7 @@ class Guidance:
         variance: of the gradient with respect to x_t through the denoiser (TFG's rho).
         mean: of the gradient with respect to the clean estimate (TFG's mu), `iterations` times a step.
         draws, smoothing: log-mean-exp over so many copies of the clean estimate with noise of smoothing * sigma / sqrt(alpha^2 + sigma^2).
-        recurrence: how often each guided step is made; between the times the state is noised again.
+        recurrence: how often each guided step is made, a predictor with its corrector; between the times the state is noised again.
         norm: of each sample's gradient: `none`; `unit`, length 1; `rms`, root mean square sigma; `dps`, over twice the root of |s|.
         variance_entry: `output`, as a velocity with a schedule of `VELOCITY_SCHEDULES`, `score` being the exact conversion; or `state`,
             added after the step, with a schedule of `STEP_SCHEDULES` of mean 1 over the steps.

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -23,6 +22,7 @@ from ..driver import Step, denoisers, drive
 from ..prompt_memory import PromptMemory
 from .base import copied
 from .noise_grid import NoiseGrid, check_scale, noise_grid
+from .recurrence import put_back, reads_state, restarted, run_time_state, whole_steps
 
 # A state without signal says nothing of its clean sample: h_t is constant there, and the conversions divide by alpha.
 NO_SIGNAL = 1e-3
@@ -77,7 +77,9 @@ def guided_sample(
         timesteps = walk.repeat(pipeline, call, memory) if guidance.recurrence > 1 and scale != 0 else None
         if through_denoiser:
             stack.enter_context(_differentiable_start(pipeline))
-        output = drive(pipeline, walk.on_step, call, gradients=through_denoiser, timesteps=timesteps, memory=memory)
+        output = drive(
+            pipeline, walk.on_step, call, gradients=through_denoiser, timesteps=timesteps, begin_index=None if timesteps is None else 0, memory=memory
+        )  # fmt: skip
     if walk.values and not walk.moved:
         raise GuidanceError("The reward's gradient was exactly 0 at every guided step: it rounds, saturates, or does not look at the images.")
     return GuidedSample(output, walk.final, torch.stack(walk.values, 1) if walk.values else None)
@@ -90,8 +92,10 @@ class _Walk:
         self.objective, self.guidance, self.scale = objective, guidance, scale
         self.seeds, self.micro_batch_size, self.on_progress = seeds, micro_batch_size, on_progress
         self.grid: NoiseGrid | None = None
-        self.k = self.repeats = 0
-        self.expected: list[float] | None = None
+        self.order: list[int] = []
+        self.starts: set[int] = set()
+        self.times: Tensor | None = None
+        self.solver: dict[str, Any] | None = None
         self.generators: list[torch.Generator] | None = None
         self.values: list[Tensor] = []
         self.moved = False
@@ -116,21 +120,18 @@ class _Walk:
     def repeat(self, pipeline, call: dict[str, Any], memory: PromptMemory | None) -> Tensor:
         """The timesteps with those of guided steps repeated, found by a call that ends at its first step."""
         step = first_step(pipeline, call, memory)
-        if not isinstance(step.scheduler, (DDIMScheduler, FlowMatchEulerDiscreteScheduler)):
-            raise GuidanceError(
-                f"{type(step.scheduler).__name__} keeps a memory of its steps, so they cannot be repeated. Set recurrence=1, or give the pipeline a DDIM or "
-                "a FlowMatchEuler scheduler."
-            )
         self._begin(step)
-        times = step.scheduler.timesteps[self.grid.first :]
-        counts = torch.tensor([self.guidance.recurrence if self._is_guided(k) else 1 for k in range(len(times))])
-        repeated = times.repeat_interleave(counts.to(times.device))
-        self.expected = [float(t) for t in repeated]
-        return repeated
+        units = whole_steps(self.grid.levels)
+        self.starts = {unit[0] for unit in units if self._is_guided(unit[0])}
+        self.order = [k for unit in units for _ in range(self.guidance.recurrence if unit[0] in self.starts else 1) for k in unit]
+        self.times = step.scheduler.timesteps
+        return self.times[[self.grid.first + k for k in self.order]]
 
     # --- steps -----------------------------------------------------------------------------------------------------
 
     def on_step(self, step: Step) -> Tensor | None:
+        if step.child != 0 and self.times is not None:
+            raise GuidanceError("The pipeline walks a second scheduler beside the guided one, which would not repeat steps with it; set recurrence=1.")
         if step.child != 0 or self.scale == 0:
             drawn = step.run().prev_sample
             if step.child == 0:
@@ -139,29 +140,43 @@ class _Walk:
             return None
         if step.k == 0:
             self._begin(step)
-        self._rewind(step)
-        k, state, output = self.k, step.sample.detach(), step.model_output.detach()
-        again = self._is_guided(k) and self.repeats + 1 < self.guidance.recurrence
-        self.final = self._guided_step(step, state, output) if self._is_guided(k) else step.run(sample=state, model_output=output).prev_sample
-        self.k, self.repeats = (k, self.repeats + 1) if again else (k + 1, 0)
-        if again:
-            back = renoised(self.final.float() / self.grid.scales[k + 1], *self.grid.levels[k : k + 2], self._draw(state))
-            self.final = (back * self.grid.scales[k]).to(state.dtype)
-        self.on_progress(step.k + 1, len(self.expected or self.grid.scales[1:]))
-        needs_graph = torch.is_grad_enabled() and self.k < len(self.grid) and self._is_guided(self.k)
+        k, after = self._position(step)
+        state, output = step.sample.detach(), step.model_output.detach()
+        self._remember(step, k, state, output)
+        self.final = self._guided_step(step, k, state, output) if self._is_guided(k) else step.run(sample=state, model_output=output).prev_sample
+        if after <= k:
+            back = renoised(self.final.float() / self.grid.scales[k + 1], self.grid.levels[after], self.grid.levels[k + 1], self._draw(state))
+            self.final = (back * self.grid.scales[after]).to(state.dtype)
+            put_back(step.scheduler, restarted(self.fresh, self.solver))
+        self.on_progress(step.k + 1, len(self.order or self.grid.scales[1:]))
+        needs_graph = torch.is_grad_enabled() and after < len(self.grid) and self._is_guided(after)
         return self.final.detach().requires_grad_(needs_graph)
 
-    def _rewind(self, step: Step) -> None:
-        """Keep the solver's own count in step with repeated timesteps."""
-        if self.expected is None:
-            return
-        if step.k >= len(self.expected) or float(step.timestep) != self.expected[step.k]:
+    def _position(self, step: Step) -> tuple[int, int]:
+        """The solver step of this place of the walk, and that of the next."""
+        if self.times is None:
+            return step.k, step.k + 1
+        if step.k >= len(self.order) or float(step.timestep) != float(self.times[self.grid.first + self.order[step.k]]):
             raise GuidanceError(f"The pipeline shortens its schedule (strength below 1), so steps cannot be repeated at step {step.k}; set recurrence=1.")
-        if hasattr(step.scheduler, "_step_index"):
-            step.scheduler._step_index = self.grid.first + self.k
+        if step.k == 0:
+            # The pipeline has its list; the solver reads its own place off the schedule without repeats.
+            step.scheduler.timesteps = self.times.clone()
+            self.fresh = run_time_state(step.scheduler)
+        return self.order[step.k], (self.order[step.k + 1] if step.k + 1 < len(self.order) else len(self.grid))
 
-    def _guided_step(self, step: Step, state: Tensor, output: Tensor) -> Tensor:
-        grid, k = self.grid, self.k
+    def _remember(self, step: Step, k: int, state: Tensor, output: Tensor) -> None:
+        """Keep the solver's state at the beginning of what is going to be repeated."""
+        if k not in self.starts or self.order.index(k) != step.k:
+            return
+        self.solver = run_time_state(step.scheduler)
+        if self.grid.levels[k + 1].sigma > 0 and not reads_state(step, state, output):
+            raise GuidanceError(
+                f"{type(step.scheduler).__name__} takes solver step {k} from an earlier state than the one it is given, so the step cannot be repeated: "
+                "set recurrence=1, or give the pipeline a DDIM, Euler, Heun, DPM-Solver++ multistep or FlowMatchEuler scheduler."
+            )
+
+    def _guided_step(self, step: Step, k: int, state: Tensor, output: Tensor) -> Tensor:
+        grid = self.grid
         if output.shape != state.shape:
             raise GuidanceError(f"The model's output {tuple(output.shape)} is not shaped like the state {tuple(state.shape)}: it predicts a variance too.")
         check_scale(grid, k, step.scheduler, step.timestep)
@@ -172,7 +187,7 @@ class _Walk:
 
         shift = guide(
             self.guidance, lambda x: self._evaluate(x, level), state.float() / grid.scales[k], clean(state, output), tuple(grid.levels[k : k + 2]),
-            scale=self.scale, weights=(self.weights["variance"][k], self.weights["mean"][k]), pull_back=lambda g: self._pull_back(step, clean, g),
+            scale=self.scale, weights=(self.weights["variance"][k], self.weights["mean"][k]), pull_back=lambda g: self._pull_back(step, k, clean, g),
             draw=lambda: self._draw(state),
         )  # fmt: skip
         self.values.append(shift.value.detach())
@@ -184,13 +199,13 @@ class _Walk:
         self._check_finite(result, k, state, output)
         return result
 
-    def _pull_back(self, step: Step, clean: Callable[[Tensor, Tensor], Tensor], gradient: Tensor) -> Tensor:
+    def _pull_back(self, step: Step, k: int, clean: Callable[[Tensor, Tensor], Tensor], gradient: Tensor) -> Tensor:
         if not step.sample.requires_grad or not step.model_output.requires_grad:
-            where = "the state of its first step has no graph; begin later (start > 0)" if self.k == 0 else "the denoiser's output has none"
-            raise GuidanceError(f"The pipeline cuts the graph at solver step {self.k}: {where}, or use a preset without it (mpgd, flowchef).")
+            where = "the state of its first step has no graph; begin later (start > 0)" if k == 0 else "the denoiser's output has none"
+            raise GuidanceError(f"The pipeline cuts the graph at solver step {k}: {where}, or use a preset without it (mpgd, flowchef).")
         with torch.enable_grad():
             (found,) = torch.autograd.grad(clean(step.sample, step.model_output), step.sample, gradient, allow_unused=True)
-        return found.float() * self.grid.scales[self.k]
+        return found.float() * self.grid.scales[k]
 
     def _evaluate(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """s (B,) and its gradient (B, *D), in micro-batches."""
