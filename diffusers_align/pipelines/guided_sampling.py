@@ -169,7 +169,9 @@ class _Walk:
         if k not in self.starts or self.order.index(k) != step.k:
             return
         self.solver = run_time_state(step.scheduler)
-        if self.grid.levels[k + 1].sigma > 0 and not reads_state(step, state, output):
+        alpha, sigma = self.grid.levels[k]
+        slope = {"sample": 0.0, "v_prediction": alpha / sigma}.get(self.grid.prediction, 1 / sigma) * self.grid.sign / self.grid.scales[k]
+        if self.grid.levels[k + 1].sigma > 0 and not reads_state(step, state, output, slope):
             raise GuidanceError(
                 f"{type(step.scheduler).__name__} takes solver step {k} from an earlier state than the one it is given, so the step cannot be repeated: "
                 "set recurrence=1, or give the pipeline a DDIM, Euler, Heun, DPM-Solver++ multistep or FlowMatchEuler scheduler."

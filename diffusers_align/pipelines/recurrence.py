@@ -48,12 +48,15 @@ def restarted(first: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return {**first, "_step_index": now["_step_index"]} if "_step_index" in now else now
 
 
-def reads_state(step: Step, state: Tensor, output: Tensor) -> bool:
-    """Whether the solver goes on from the state that it is given, found by two trials with equal draws; it is left as it was."""
+def reads_state(step: Step, state: Tensor, output: Tensor, slope: float) -> bool:
+    """Whether the solver goes on from the state that it is given, found by two trials with equal draws; it is left as it was.
+
+    `slope` is the output's change that keeps the clean estimate where the state changes by 1.
+    """
     before, results = run_time_state(step.scheduler), []
     for offset in (0.0, 1.0):
         draws = {"generator": copied(step.generator)} if step.generator is not None else {}
         with torch.random.fork_rng():
-            results.append(step.run(sample=state + offset, model_output=output, **draws).prev_sample.float())
+            results.append(step.run(sample=state + offset, model_output=output + slope * offset, **draws).prev_sample.float())
         put_back(step.scheduler, before)
     return bool((results[1] - results[0]).abs().mean() > 1e-4)
