@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -77,13 +77,14 @@ class DifferentiableRollout:
     steps: dict[int, StepOutput]
     stochastic: bool
     _actions: dict[tuple[int, int], Tensor] = field(repr=False)
+    _call: Callable = field(repr=False)
     noise: Tensor | None = None
 
     @property
     def finals(self) -> list[Tensor]:
         """The detached final states (B, *D) of the pipeline's scheduler and of the copies it makes."""
         last = {child: action for (child, _), action in sorted(self._actions.items())}
-        return [last[child] for child in sorted(last)]
+        return [last[child].detach() for child in sorted(last)]
 
 
 @contextmanager
@@ -122,6 +123,10 @@ class _Walk:
         if self.k not in self.grad_steps:
             with torch.no_grad():
                 return forward(*args, **kwargs)
+        return self.call(forward, *args, **kwargs)
+
+    def call(self, forward: Callable, *args: Any, **kwargs: Any):
+        """With the graph, as the roll-out has it."""
         if self.detach_input:
             args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         call = partial(forward, *args, **kwargs)
@@ -143,7 +148,7 @@ class _Walk:
         return self.final[step.child]
 
     def _next(self, step: Step) -> None:
-        self.actions[step.child, step.k] = self.final[step.child].detach()
+        self.actions[step.child, step.k] = self.final[step.child]
         if step.child == 0:
             self.k = step.k + 1
 
@@ -220,7 +225,7 @@ def differentiable_rollout(
     if last >= walk.k or min(walk.grad_steps, default=0) < 0:
         raise ValueError(f"The call took {walk.k} solver steps, 0 to {walk.k - 1}; it has no step {last}. count_steps(policy, condition) counts them.")
     images = _images(output) if decode else None
-    return DifferentiableRollout(condition, images, walk.final[0], walk.states, walk.timesteps, walk.steps, stochastic, walk.actions, start.noise)
+    return DifferentiableRollout(condition, images, walk.final[0], walk.states, walk.timesteps, walk.steps, stochastic, walk.actions, walk.call, start.noise)
 
 
 class _Start:
@@ -253,22 +258,35 @@ def count_steps(policy: Policy, condition: Condition, *, stochastic: bool = Fals
     return taken[0]
 
 
-@torch.no_grad()
-def outputs_along(policy: Policy, rollout: DifferentiableRollout) -> dict[int, StepOutput]:
-    """The gradient steps' outputs under the current weights, at the recorded states, without gradient: within `policy.reference()`
-    those of the pretrained model, to hold the policy near it."""
+def outputs_along(policy: Policy, rollout: DifferentiableRollout, *, reference: bool = False) -> dict[int, StepOutput]:
+    """The gradient steps' outputs under the current weights, or with `reference` the pretrained model's, at the roll-out's states.
+
+    With autograd on they have the graph of these states: how the two models differ at x_k depends on the steps before by both. It
+    is recomputed on the way back where the roll-out's is, and there is none at the first gradient step, whose state is constant.
+    """
     found: dict[int, StepOutput] = {}
+    context = policy.reference if reference else nullcontext
+
+    def denoise(forward: Callable, *args: Any, **kwargs: Any):
+        def of_model(*args: Any, **kwargs: Any):
+            with context():  # again on the way back, when the caller's has ended
+                return forward(*args, **kwargs)
+
+        return rollout._call(of_model, *args, **kwargs)
 
     def force(step: Step) -> Tensor:
         action = rollout._actions[step.child, step.k].to(step.sample.device)
         if step.child == 0 and step.k in rollout.steps:
-            step.run(**({"prev_sample": action} if rollout.stochastic else {}))
+            step.run(**({"prev_sample": action.detach()} if rollout.stochastic else {}))
             found[step.k] = _step_output(step, step.output.prev_sample)
         else:
             step.skip()
         return action
 
-    with _solver(policy, rollout.condition, rollout.stochastic):
+    with ExitStack() as stack:
+        stack.enter_context(_solver(policy, rollout.condition, rollout.stochastic))
+        for module in policy.denoisers.values():
+            stack.enter_context(replaced(module, "forward", denoise))
         policy._drive(rollout.condition, force, needs_denoiser=lambda k: k in rollout.steps)
     return found
 

@@ -243,6 +243,27 @@ def test_the_distance_to_the_reference(family):
     assert logged["kl"] == [pytest.approx(kl.mean().item())]
 
 
+@pytest.mark.parametrize("family, stochastic", [("sd15", False), ("sd15", True), ("sd3", False)])
+def test_the_distance_has_its_whole_gradient(family, stochastic):
+    """Over several steps, against a finite difference: each state depends on the weights, and both models on the state."""
+    policy = tiny.__wrapped__(family)
+    policy.pipeline.to(torch.float64)
+    parameters = policy.trainable_parameters()
+
+    def distance():
+        rollout = differentiable_rollout(policy, conditioned(policy), grad_steps=range(4), stochastic=stochastic, decode=False)
+        return shared.distance_to_reference(policy, rollout).sum()
+
+    found = torch.autograd.grad(distance(), parameters, allow_unused=True)
+    norm = sum(g.square().sum() for g in found if g is not None).sqrt()
+    sides = []
+    for epsilon in (1e-4, -2e-4):
+        for parameter, g in zip(parameters, found):
+            parameter.data += 0 if g is None else epsilon * g / norm
+        sides.append(distance().item())
+    assert (sides[0] - sides[1]) / 2e-4 == pytest.approx(float(norm), rel=1e-3)
+
+
 @pytest.mark.parametrize("family", ["sd15", "sd3"])
 def test_renoised_images_are_those_of_the_last_step(family, monkeypatch):
     """Noised by what the last step denoised, a sample is its own image."""

@@ -11,7 +11,8 @@ $$ \text{LV:}\quad \frac{1}{n+1} \sum_{j=0}^{n} \nabla_\theta\, r(x_0^{(j)}),
 \qquad x_0^{(j)} = \hat x_0(\alpha_1\,\mathrm{sg}(x_0) + \sigma_1 \epsilon_j; \theta) $$
 
 DRaFT+ adds a penalty for leaving the pretrained model (`deviation`): the exact KL of Gaussian steps, and the squared difference of the
-models' outputs where a step is deterministic.
+models' outputs where a step is deterministic. NeMo trains one step, whose state is constant; over several, a state
+depends on the steps before, and so does the difference there, by both models.
 
 There is no official code. The paper maximises the reward as it is, without hinge or penalty, with DDIM of 50 steps, eta 0, guidance
 7.5 inside the graph, LoRA and checkpointing; it also scales the LoRA at inference, between the two models. It prints no table of
@@ -62,7 +63,7 @@ def deviation(
     """How far one step left the pretrained model's, (B,).
 
     Args:
-        output, ref_output: (B, *D), the models' outputs at the same state, the second without gradient: their mean squared difference.
+        output, ref_output: (B, *D), the models' outputs at the same state: their mean squared difference.
         transition, ref_transition: the step's kernels, where it is stochastic: then their KL divided by `per_dim`.
         per_dim: number of dimensions; 1 for the KL in nats.
     """

@@ -174,9 +174,8 @@ def reward_loss(rewards: Tensor, args: argparse.Namespace) -> Tensor:
 
 def distance_to_reference(policy: Policy, rollout: DifferentiableRollout) -> Tensor:
     """Mean over the gradient steps of `draft.deviation`, (B,): nats per dimension where a step is stochastic, the mean squared
-    difference of the models' outputs where it is not."""
-    with policy.reference():
-        reference = outputs_along(policy, rollout)
+    difference of the models' outputs where it is not. Its gradient is the whole one, through the states to the steps before."""
+    reference = outputs_along(policy, rollout, reference=True)
     found = [
         deviation(step.model_output.float(), reference[k].model_output.float(), step.transition, reference[k].transition, per_dim=rollout.latents[0].numel())
         for k, step in rollout.steps.items()
