@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint as checkpointed
 
@@ -41,29 +42,46 @@ def decode_latents(policy: Policy, latents: Tensor, condition: Condition | None 
     Raises:
         ValueError: `frames` where the autoencoder decodes no videos, or beyond the video's end.
     """
-    with light_decoding(policy, checkpoint, frames):
+    with light_decoding(policy.pipeline, checkpoint, frames):
         return policy.decode(latents, condition)
 
 
 @contextmanager
-def light_decoding(policy: Policy, checkpoint: bool, frames: list[int] | None) -> Iterator[None]:
-    """Context: the pipeline's tail decodes as `decode_latents` does."""
-    vae = getattr(policy.pipeline, "vae", None)
+def light_decoding(pipeline, checkpoint: bool = False, frames: list[int] | None = None) -> Iterator[None]:
+    """Context: the pipeline's tail decodes as `decode_latents` does, and has a way back also where the pipeline casts its autoencoder
+    from half precision for the decoding, and to it again before anybody asks for gradients."""
+    vae = getattr(pipeline, "vae", None)
     if vae is None and frames is None:
         yield
         return
+    is_cast = getattr(vae, "dtype", None) == torch.float16 and getattr(vae.config, "force_upcast", False)
 
     def decode(original: Callable, z: Tensor, *args: Any, **kwargs: Any):
         if frames is not None:
             z = z[:, :, : _latent_frames(lambda x: original(x, *args, **kwargs), z, frames)]
-        call = partial(original, z, *args, **kwargs)
+        call = partial(_with_these_weights(vae, original) if is_cast else original, z, *args, **kwargs)
         output = checkpointed(call, use_reentrant=False) if checkpoint else call()
         return output if frames is None else pytree.tree_map_only(Tensor, lambda video: video[:, :, frames], output)
 
     if vae is None:
-        raise ValueError(f"{type(policy.pipeline).__name__} has no component `vae`, so its frames cannot be decoded one by one; leave `frames` out.")
+        raise ValueError(f"{type(pipeline).__name__} has no component `vae`, so its frames cannot be decoded one by one; leave `frames` out.")
     with replaced(vae, "decode", decode):
         yield
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: nn.Module, decode: Callable):
+        super().__init__()
+        self.vae, self.decode = vae, decode
+
+    def forward(self, *args: Any, **kwargs: Any):
+        return self.decode(*args, **kwargs)
+
+
+def _with_these_weights(vae: nn.Module, decode: Callable) -> Callable:
+    """`decode` with the autoencoder's weights as they are now, whatever `vae.to` has made of them on the way back."""
+    weights = {f"vae.{name}": tensor.detach() for name, tensor in (*vae.named_parameters(), *vae.named_buffers())}
+    return lambda *args, **kwargs: functional_call(_Decoder(vae, decode), weights, args, kwargs)
 
 
 @torch.no_grad()

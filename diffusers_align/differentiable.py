@@ -217,7 +217,7 @@ def differentiable_rollout(
         for module in policy.denoisers.values():
             stack.enter_context(replaced(module, "forward", walk.denoise))
         if decode:
-            stack.enter_context(light_decoding(policy, decode_checkpoint, frames))
+            stack.enter_context(light_decoding(policy.pipeline, decode_checkpoint, frames))
         stack.enter_context(torch.enable_grad())
         gate = None if stop_step is None else (lambda k: k <= stop_step)
         output = policy._drive(condition, walk.on_step, needs_denoiser=gate, **own, **({"output_type": "pt"} if decode else {}))

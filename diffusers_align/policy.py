@@ -272,7 +272,8 @@ class Policy:
 
     def decode(self, latents: Tensor, condition: Condition | None = None) -> Tensor:
         """Latents in the pipeline's layout to images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], by the pipeline's own
-        tail. Differentiable if autograd is on (values beyond [0, 1] are clamped and pass no gradient)."""
+        tail. Differentiable if autograd is on (values beyond [0, 1] are clamped and pass no gradient); `decoding.decode_latents` is so
+        also where the pipeline casts its autoencoder to another precision for the decoding."""
         condition = condition or self.condition([""] * len(latents), seeds=list(range(len(latents))))
 
         def put(step: Step) -> Tensor:

@@ -500,6 +500,20 @@ def test_decoding_with_a_checkpoint_is_decoding(family):
     close(*gradients, 1e-6)
 
 
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_an_autoencoder_that_is_cast_for_the_decoding_has_a_way_back(checkpoint):
+    """Its weights are in half precision before and after."""
+    gradients = []
+    for dtype in (torch.float32, torch.float16):
+        policy = Policy(FAMILIES["sdxl"].build().to(dtype), **FAMILIES["sdxl"].call)
+        assert policy.pipeline.vae.config.force_upcast
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        images = decode_latents(policy, latents, policy.condition(["a cat"], seeds=[1]), checkpoint=checkpoint)
+        assert policy.pipeline.vae.dtype == dtype
+        gradients.append(torch.autograd.grad(score(images.float()).sum(), latents)[0].float())
+    close(*gradients, 2e-2)
+
+
 # --- what cuts a gradient ------------------------------------------------------------------------------------------------
 
 

@@ -422,3 +422,10 @@ def test_classifier_guidance_raises_what_it_is_told_to(models, classifier, solve
 def test_a_state_without_signal_is_not_guided(models):
     output = run(models, "flow", "energy", 1.0)
     assert output.guided_values.shape == (2, 3)  # of 4 steps: the first starts at sigma 1
+
+
+@pytest.mark.parametrize("name", ["mpgd", "dps"])
+def test_an_autoencoder_that_is_cast_for_the_decoding_is_guided_through(name):
+    pipeline, call = FAMILIES["sdxl"].build().to(torch.float16), {**FAMILIES["sdxl"].call, "num_inference_steps": 2, "output_type": "pt"}
+    guided = RewardGuidedPipeline(pipeline, reward=redness)("a fox", preset=name, reward_scale=0.1, generator=seeds(0)[0], **call)
+    assert guided.guided_values.isfinite().all() and pipeline.vae.dtype == torch.float16

@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from ..decoding import light_decoding
 from ..driver import Step, drive
 from ..policy import Policy
 from ..prompt_memory import PromptMemory
@@ -138,7 +139,8 @@ class WrappedPipeline(DiffusionPipeline):
         call = {**condition.kwargs, "generator": generator, **overrides}
         if "prompt" in inspect.signature(type(self.pipeline).__call__).parameters:
             call["prompt"] = list(condition.prompts)
-        return drive(self.pipeline, on_step, call, gradients=gradients, needs_denoiser=needs_denoiser, memory=self._memory)
+        with light_decoding(self.pipeline) if gradients else nullcontext():
+            return drive(self.pipeline, on_step, call, gradients=gradients, needs_denoiser=needs_denoiser, memory=self._memory)
 
     @torch.no_grad()
     def sample(self, condition: Condition, generator: Generators) -> list[Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..algorithms.adjoint_matching import lean_adjoints, smoothed_gradient, terminal_adjoint
 from ..data.prompts import Prompt
+from ..decoding import decode_latents
 from ..forward_process import ForwardProcess
 from ..policy import Policy, noise_seed
 from ..rewards import score
@@ -118,7 +119,7 @@ def reward_gradient(policy: Policy, latents: Tensor, condition: Condition, rewar
     """
     x = latents.detach().float().requires_grad_()
     with torch.enable_grad():
-        rewards = reward(policy.decode(x.to(latents.dtype), condition).float())
+        rewards = reward(decode_latents(policy, x.to(latents.dtype), condition, checkpoint=False).float())
     if not rewards.requires_grad:
         raise ValueError("The reward has no gradient: it leaves torch (for NumPy or PIL), detaches, or runs under no_grad. Adjoint Matching needs one that is.")
     scored = ~rewards.isnan()
