@@ -168,6 +168,18 @@ def test_the_first_candidate_is_the_stock_pipelines_sample(name, pipes):
             torch.testing.assert_close(one.rewards[:, 0], brightness(expected, None))
 
 
+def test_another_text_encoder_makes_other_images():
+    """And an empty prompt is one."""
+    pipe, call = FAMILIES["sd15"].build(), {**FAMILIES["sd15"].call, "output_type": "pt"}
+    best = BestOfNPipeline(pipe, brightness)
+    for _ in range(2):
+        for prompt in ("", "a"):
+            assert torch.equal(best(prompt, num_candidates=1, generator=g(), **call).images, pipe(prompt, generator=g(), **call).images)
+        with torch.no_grad():
+            for parameter in pipe.text_encoder.parameters():
+                parameter.mul_(0.5)
+
+
 def test_the_output_is_the_stock_one(pipes):
     pipe, call = pipes("sd15")
     best = BestOfNPipeline(pipe, brightness)

@@ -327,6 +327,19 @@ def test_the_pipeline_refuses_what_does_not_fit(text):
 def test_the_number_of_prompts_is_checked(pixel_flow):
     with pytest.raises(ValueError, match="2 images need as many prompts, or one for all, got 3"):
         run_flow(pixel_flow, prompt=["a", "b", "c"])
+    assert torch.equal(run_flow(pixel_flow, prompt=["a"]), run_flow(pixel_flow, prompt="a"))
+
+
+def test_images_that_would_be_misread_are_refused(pixel_flow):
+    small = torch.rand(3, 16, 32)
+    with pytest.raises(ValueError, match=r"2 sizes .*\(16, 32\), \(32, 32\).*height and width"):
+        pixel_flow([IMAGES[0], small])
+    with pytest.raises(ValueError, match="2 sizes"):
+        pixel_flow([to_pil(IMAGES[0]), to_pil(small)])
+    assert len(pixel_flow([to_pil(IMAGES[0]), to_pil(small)], height=32, width=32, num_inference_steps=1).images) == 2
+    for wrong in (IMAGES * 2 - 1, (IMAGES * 255).byte(), (IMAGES * 255).byte().permute(0, 2, 3, 1).numpy(), IMAGES * torch.nan):
+        with pytest.raises(ValueError, match=r"in \[0, 1\], got"):
+            pixel_flow(wrong)
 
 
 @pytest.mark.parametrize("how", ["class", "front door", "by name in its own folder"])

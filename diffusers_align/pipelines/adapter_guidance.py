@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from .. import lora
 from ..decoding import replaced
 from ..driver import Step, denoisers, drive
+from ..prompt_memory import PromptMemory
 from .base import WrappedPipeline
 from .guided_sampling import first_step
 from .noise_grid import position
@@ -68,20 +69,21 @@ class AdapterGuidancePipeline(WrappedPipeline):
         if adapter_scale is not None and guider is not None:
             raise ValueError("Give adapter_scale or guider: classifier-free guidance's guidance_scale is the adapter's scale.")
         call = {**arguments, "prompt": prompt} if "prompt" in inspect.signature(type(self.pipeline).__call__).parameters else arguments
-        mixture = _Mixture(self._rule(1.0 if adapter_scale is None else adapter_scale, guider, call))
+        memory = PromptMemory()  # of this call: text encoders may change
+        mixture = _Mixture(self._rule(1.0 if adapter_scale is None else adapter_scale, guider, call, memory))
         with ExitStack() as stack:
             bar = stack.enter_context(self.pipeline.progress_bar(total=1))
             for name, module in adapted.items():
                 stack.enter_context(replaced(module, "forward", partial(mixture.denoise, name, module)))
-            output = drive(self.pipeline, partial(mixture.on_step, bar), call, memory=self._memory)
+            output = drive(self.pipeline, partial(mixture.on_step, bar), call, memory=memory)
         return self.extended(output, denoiser_calls=mixture.calls)
 
-    def _rule(self, adapter_scale: float | str | Schedule, guider, call: dict[str, Any]) -> _Interpolation | _Guided:
+    def _rule(self, adapter_scale: float | str | Schedule, guider, call: dict[str, Any], memory: PromptMemory) -> _Interpolation | _Guided:
         if guider is not None:
             _check_guider(guider)
         elif not callable(adapter_scale) and not isinstance(adapter_scale, str):
             return _Interpolation(lambda fraction: float(adapter_scale), num_steps=1)
-        step = first_step(self.pipeline, call, self._memory)
+        step = first_step(self.pipeline, call, memory)
         timesteps = step.scheduler.timesteps[position(step.scheduler, step.timestep) :]
         if guider is not None:
             return _Guided(guider, timesteps)

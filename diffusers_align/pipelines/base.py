@@ -113,15 +113,17 @@ class WrappedPipeline(DiffusionPipeline):
     # --- calls of the stock pipeline -------------------------------------------------------------------------------
 
     def condition(self, prompt: str | list[str] | None, arguments: dict[str, Any]) -> tuple[Condition, Generators]:
-        """The stock call's arguments, a row for each of its outputs, and its generators.
+        """The stock call's arguments, a row for each of its outputs, and its generators. A call begins with it, and remembers its own encoded
+        prompts alone: text encoders may have changed since the last (LoRA, training).
 
         Raises:
             ValueError: no prompt, or an argument that the stock call lacks.
         """
+        self.__dict__["_memory"] = PromptMemory()
         accepted = inspect.signature(type(self.pipeline).__call__).parameters
         if unknown := sorted(set(arguments) - set(accepted)):
             raise ValueError(f"Neither {type(self).__name__} nor {type(self.pipeline).__name__} takes {', '.join(unknown)}.")
-        if prompt is None or len(prompt) == 0:
+        if prompt is None or prompt == []:
             raise ValueError("Give prompt: rewards judge images against it (embeddings in its place say nothing to them).")
         if "generator" not in accepted:
             raise ValueError(f"{type(self.pipeline).__name__}'s call takes no generator, so its samples have no seeds.")

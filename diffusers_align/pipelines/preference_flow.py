@@ -4,6 +4,7 @@ The images may come from anywhere, a closed API included: nothing but them and t
 `algorithms/preference_flow_matching.py`; `training_scripts/train_pfm.py` trains the vector field.
 """
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel, UNet2DModel
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
@@ -15,6 +16,8 @@ from ..algorithms.preference_flow_matching import transport
 
 # The vector field's time, 0 to 1, in the units of diffusers' time embeddings.
 TIME_SCALE = 1000.0
+# By how much images may leave [0, 1].
+ROUNDING = 1e-3
 
 
 class PreferenceFlowPipeline(DiffusionPipeline):
@@ -115,7 +118,8 @@ class PreferenceFlowPipeline(DiffusionPipeline):
         """Carry images to what is preferred. Nothing is drawn at random.
 
         Args:
-            image: one or several: PIL images, arrays (B, H, W, 3) or tensors (B, 3, H, W) in [0, 1]. Several must have one size.
+            image: one or several: PIL images, arrays (B, H, W, 3) or tensors (B, 3, H, W) in [0, 1]. Several must have one size, unless
+                height and width are given.
             prompt: what the images were made from: one for all, or one each. Nothing (the empty prompt) if absent.
             num_inference_steps: solver steps of a pass.
             iterations: passes; each starts at the result of the one before.
@@ -126,10 +130,13 @@ class PreferenceFlowPipeline(DiffusionPipeline):
             output_type: `pil`, `np`, `pt`, or `latent` for the result in the space of the flow.
 
         Raises:
-            ValueError: a number of prompts that is neither 1 nor that of the images; an unknown solver, a strength outside [0, 1].
+            ValueError: images of several sizes, or tensors and arrays beyond [0, 1]; a number of prompts that is neither 1 nor that of the images;
+                an unknown solver, a strength outside [0, 1].
         """
+        _check_images(image, height is not None and width is not None)
         images = self.image_processor.preprocess(image, height, width).to(self._execution_device)
-        prompts = [prompt or ""] * len(images) if prompt is None or isinstance(prompt, str) else list(prompt)
+        prompts = [prompt or ""] if prompt is None or isinstance(prompt, str) else list(prompt)
+        prompts = prompts * len(images) if len(prompts) == 1 else prompts
         if len(prompts) != len(images):
             raise ValueError(f"{len(images)} images need as many prompts, or one for all, got {len(prompts)}.")
         embeds, size = self.encode_prompt(prompts), images.shape[-2:]
@@ -150,6 +157,20 @@ class PreferenceFlowPipeline(DiffusionPipeline):
 
 def _shift(vae) -> float:
     return getattr(vae.config, "shift_factor", None) or 0.0
+
+
+def _check_images(image: PipelineImageInput, resized: bool) -> None:
+    """Refuse what preprocessing would resize or read as another range without a word."""
+    parts = image if isinstance(image, (list, tuple)) else [image]
+    sizes = {part.shape[-2:] if isinstance(part, Tensor) else part.shape[-3:-1] if isinstance(part, np.ndarray) else part.size[::-1] for part in parts}
+    if len(sizes) > 1 and not resized:
+        raise ValueError(f"The images have {len(sizes)} sizes {sorted(tuple(size) for size in sizes)}: give height and width, or call with one size at a time.")
+    for part in (torch.as_tensor(part) for part in parts if isinstance(part, (Tensor, np.ndarray))):
+        low, high = part.min().item(), part.max().item()
+        if not part.is_floating_point() or not -ROUNDING <= low <= high <= 1 + ROUNDING:
+            raise ValueError(
+                f"Tensors and arrays must be floating point in [0, 1], got {part.dtype} from {low:g} to {high:g}: divide bytes by 255, map [-1, 1] by x / 2 + 0.5."
+            )
 
 
 def _padded(images: Tensor, multiple: int) -> Tensor:
