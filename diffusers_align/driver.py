@@ -17,6 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from accelerate.hooks import CpuOffload
 from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -235,6 +236,18 @@ def _quiet(pipeline) -> Iterator[None]:
         pipeline._progress_bar_config = before
 
 
+def _refuse_offloading(pipeline) -> None:
+    """Weights that move from device to device, as one module after another is called, are not there on the way back."""
+    for name, component in pipeline.components.items():
+        for module in component.modules() if isinstance(component, nn.Module) else ():
+            hook = getattr(module, "_hf_hook", None)
+            if any(isinstance(h, CpuOffload) or getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
+                raise ValueError(
+                    f"The pipeline's {name} is offloaded, and its weights would be elsewhere when a gradient comes back. Gradients need them in place: "
+                    "load the pipeline without offloading and move it, pipe.to(device); where none is wanted, call under torch.no_grad()."
+                )
+
+
 def drive(
     pipeline,
     on_step: Callable[[Step], Tensor | None],
@@ -257,7 +270,12 @@ def drive(
         memory: remembers encoded prompts across calls.
 
     Everything is restored when it returns or raises.
+
+    Raises:
+        ValueError: gradients through an offloaded component.
     """
+    if gradients:
+        _refuse_offloading(pipeline)
     session = _Session(on_step, timesteps, begin_index)
     with ExitStack() as stack:
         stack.enter_context(_hooked(pipeline.scheduler, session))

@@ -2,6 +2,7 @@
 
 import copy
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -12,7 +13,7 @@ from diffusers_align import embedded
 from diffusers_align.algorithms.guidance import Guidance
 from diffusers_align.embedded.noisy_classifier import CLASSES, NoisySceneClassifier
 from diffusers_align.embedded.teaching import make_scenes
-from diffusers_align.pipelines import RewardGuidedPipeline, path
+from diffusers_align.pipelines import NoiseOptimizationPipeline, ParticleSteeringPipeline, RewardGuidedPipeline, path
 from diffusers_align.pipelines.guided_sampling import GuidanceError
 from diffusers_align.pipelines.noise_grid import noise_grid
 
@@ -429,3 +430,17 @@ def test_an_autoencoder_that_is_cast_for_the_decoding_is_guided_through(name):
     pipeline, call = FAMILIES["sdxl"].build().to(torch.float16), {**FAMILIES["sdxl"].call, "num_inference_steps": 2, "output_type": "pt"}
     guided = RewardGuidedPipeline(pipeline, reward=redness)("a fox", preset=name, reward_scale=0.1, generator=seeds(0)[0], **call)
     assert guided.guided_values.isfinite().all() and pipeline.vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize("offload", [lambda pipe: accelerate.cpu_offload_with_hook(pipe.vae, "cpu"), lambda pipe: accelerate.cpu_offload(pipe.unet, "cpu")])
+def test_offloaded_weights_have_no_way_back(offload):
+    """By the whole model or by layer; without gradients the pipelines run."""
+    pipeline, call = FAMILIES["sd15"].build(), {**FAMILIES["sd15"].call, "num_inference_steps": 2, "output_type": "pt"}
+    offload(pipeline)
+    for guided, options in (
+        (RewardGuidedPipeline, {"preset": "mpgd"}), (RewardGuidedPipeline, {"preset": "dps"}), (ParticleSteeringPipeline, {"gradient": True}),
+        (NoiseOptimizationPipeline, {}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="is offloaded"):
+            guided(pipeline, reward=redness)("a fox", **options, **call)
+    assert ParticleSteeringPipeline(pipeline, reward=redness)("a fox", **call).rewards.isfinite().all()
