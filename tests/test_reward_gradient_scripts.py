@@ -4,6 +4,7 @@ import argparse
 import functools
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -14,7 +15,9 @@ from tiny_pipelines import FAMILIES
 from diffusers_align import Policy, embedded
 from diffusers_align.data.prompts import Prompt
 from diffusers_align.differentiable import differentiable_rollout
+from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.gradient_check import GradientError
+from diffusers_align.training import renoised_samples
 from diffusers_align.training import reward_gradients as shared
 from diffusers_align.training.run import Run
 
@@ -269,11 +272,11 @@ def test_renoised_images_are_those_of_the_last_step(family, monkeypatch):
     """Noised by what the last step denoised, a sample is its own image."""
     policy = tiny(family)
     rollout = differentiable_rollout(policy, conditioned(policy), grad_steps=[3], stop_step=3)
-    forward, t = shared.ForwardProcess(policy.scheduler), torch.full((2,), rollout.timesteps[3])
+    forward, t = ForwardProcess(policy.scheduler), torch.full((2,), rollout.timesteps[3])
     alpha, sigma = (level(t).reshape(-1, 1, 1, 1) for level in (forward.alpha, forward.sigma))
-    other = next(shared.renoised_images(policy, rollout, 1))
-    monkeypatch.setattr(shared, "drawn_noise", lambda rollout, name: (rollout.states[3] - alpha * rollout.latents.detach()) / sigma)
-    images = next(shared.renoised_images(policy, rollout, 1))
+    other = next(renoised_samples.renoised_images(policy, rollout, 1))
+    monkeypatch.setattr(renoised_samples, "drawn_noise", lambda rollout, name: (rollout.states[3] - alpha * rollout.latents.detach()) / sigma)
+    images = next(renoised_samples.renoised_images(policy, rollout, 1))
     torch.testing.assert_close(images, rollout.images, rtol=0, atol=1e-3)
     assert not torch.allclose(other, images, atol=1e-2) and other.requires_grad
 
@@ -283,14 +286,46 @@ def test_a_perfect_model_is_aligned(family, monkeypatch):
     """It gives the sample back on both branches."""
     policy = tiny(family)
     rollout = differentiable_rollout(policy, conditioned(policy), grad_steps=[])
-    steps = shared.alignable_steps(policy, rollout)
+    steps = renoised_samples.alignable_steps(policy, rollout)
     assert steps == ([1, 2, 3] if family == "sd15" else [2, 3])
-    forward, noise = shared.ForwardProcess(policy.scheduler), shared.drawn_noise(rollout, "aligned")
-    denoised, inverted = shared.aligned_images(policy, rollout, 3)
+    forward, noise = ForwardProcess(policy.scheduler), renoised_samples.drawn_noise(rollout, "aligned")
+    denoised, inverted = renoised_samples.aligned_images(policy, rollout, 3)
     assert not torch.allclose(denoised, rollout.images, atol=1e-2) and not torch.equal(denoised, inverted)
     monkeypatch.setattr(policy, "predict", lambda x, t, condition, guidance: forward.target(rollout.latents, noise, t))
-    for images in shared.aligned_images(policy, rollout, 3):
+    for images in renoised_samples.aligned_images(policy, rollout, 3):
         torch.testing.assert_close(images, rollout.images, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["EulerDiscreteScheduler", "HeunDiscreteScheduler"])
+def test_solvers_between_the_rows_of_the_noise_table_are_renoised_at_rows(solver):
+    pipeline = FAMILIES["sd15"].build()
+    pipeline.scheduler = getattr(diffusers, solver).from_config(pipeline.scheduler.config, timestep_spacing="linspace")
+    policy = Policy(pipeline, **{**FAMILIES["sd15"].call, "num_inference_steps": 5})
+    policy.add_lora(rank=2)
+    rollout = differentiable_rollout(policy, conditioned(policy), grad_steps=[], decode=False)
+    assert any(t != round(t) for t in rollout.timesteps)
+    assert renoised_samples.noising_times(policy, rollout).tolist() == [999, 749, 500, 250, 0]
+    for k in renoised_samples.alignable_steps(policy, rollout):
+        assert all(images.requires_grad for images in renoised_samples.aligned_images(policy, rollout, k))
+    assert next(renoised_samples.renoised_images(policy, rollout, 1)).requires_grad
+
+
+@pytest.mark.parametrize("images_of", [renoised_samples.renoised_images, renoised_samples.aligned_images])
+def test_renoised_samples_are_recomputed_on_the_way_back_or_not(images_of):
+    """To the same gradient."""
+    policy, calls, gradients = tiny("sd3"), [], []
+    rollout = differentiable_rollout(policy, conditioned(policy), grad_steps=[], decode=False)
+    modules = {policy.pipeline.transformer.pos_embed, policy.pipeline.vae.decoder}
+    handles = [module.register_forward_pre_hook(lambda module, _: calls.append(module)) for module in modules]
+    for again in (False, True):
+        images = list(images_of(policy, rollout, 2, checkpoint=again, decode_checkpoint=again))
+        calls.clear()
+        found = torch.autograd.grad(sum(image.sum() for image in images), policy.trainable_parameters(), allow_unused=True)
+        gradients.append(torch.cat([g.flatten() for g in found if g is not None]))
+        assert set(calls) == (modules if again else set())
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(*gradients)
 
 
 def test_relative_rewards_read_the_words():

@@ -11,7 +11,7 @@ import torch
 
 from diffusers_align.algorithms import draft, drtune, srpo
 from diffusers_align.differentiable import differentiable_rollout
-from diffusers_align.training import arguments
+from diffusers_align.training import arguments, renoised_samples
 from diffusers_align.training import reward_gradients as shared
 from diffusers_align.training.pretraining import Pretraining
 from diffusers_align.training.report import Report
@@ -58,8 +58,8 @@ def choices(args, num_steps, generator):
 def scored_loss(args, policy, report, batch, rollout, k, logged):
     """The loss (B,) of a roll-out's rewards; `k` is SRPO's step."""
     if args.method == "srpo":
-        denoised, inverted = shared.aligned_images(policy, rollout, k)
-        words, number = (args.wanted_words, args.unwanted_words), len(rollout.timesteps)
+        denoised, inverted = renoised_samples.aligned_images(policy, rollout, k, **shared.checkpoint_options(args))
+        words, number = (args.wanted_words, args.unwanted_words), len(renoised_samples.noising_times(policy, rollout))
         rewards = shared.relative_rewards(report, batch, denoised, words, float(srpo.discounts(number)[k]), args)
         penalty = shared.relative_rewards(report, batch, inverted, words[::-1], float(srpo.discounts(number, inversion=True)[k]), args)
         logged["penalty"] += shared.finite(penalty)
@@ -68,7 +68,8 @@ def scored_loss(args, policy, report, batch, rollout, k, logged):
         rewards = batch.reward(rollout.images.float())
         losses = [shared.reward_loss(rewards, args)]
         if args.method == "draft_lv":
-            losses += [shared.reward_loss(batch.reward(images), args) for images in shared.renoised_images(policy, rollout, args.num_renoised)]
+            again = renoised_samples.renoised_images(policy, rollout, args.num_renoised, **shared.checkpoint_options(args))
+            losses += [shared.reward_loss(batch.reward(images), args) for images in again]
         loss = torch.stack(losses).mean(0)
     logged["reward"] += shared.finite(rewards)
     return loss
@@ -106,7 +107,7 @@ def main(argv=None):
                 with run.accelerator.autocast():
                     # 1 differentiable roll-out
                     rollout = differentiable_rollout(policy, batch.condition, **shared.rollout_options(args), **chosen)
-                    levels = shared.alignable_steps(policy, rollout) if args.method == "srpo" else [0]
+                    levels = renoised_samples.alignable_steps(policy, rollout) if args.method == "srpo" else [0]
 
                     # 2 reward and loss
                     loss = scored_loss(args, policy, report, batch, rollout, levels[int(drawn * len(levels))], logged)

@@ -169,7 +169,7 @@ def _check_images(image: PipelineImageInput, resized: bool) -> None:
         low, high = part.min().item(), part.max().item()
         if not part.is_floating_point() or not -ROUNDING <= low <= high <= 1 + ROUNDING:
             raise ValueError(
-                f"Tensors and arrays must be floating point in [0, 1], got {part.dtype} from {low:g} to {high:g}: divide bytes by 255, map [-1, 1] by x / 2 + 0.5."
+                f"Tensors and arrays must be floats in [0, 1], got {part.dtype} from {low:g} to {high:g}: divide bytes by 255, map [-1, 1] by x / 2 + 0.5."
             )
 
 

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from ..algorithms.continuous_adjoint import adjoint_gradient
-from ..algorithms.draft import deviation, renoised
-from ..algorithms.srpo import recovered_sample
+from ..algorithms.draft import deviation
 from ..data.prompts import Prompt, prompts_of_epoch
 from ..decoding import decode_latents
 from ..differentiable import DifferentiableRollout, count_steps, differentiable_rollout, outputs_along, solver_step
-from ..forward_process import ForwardProcess
 from ..gradient_check import check_gradient
 from ..policy import Policy, noise_seed
 from ..rl.reward_maps import distance, hinge, shortfall
@@ -70,7 +68,12 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 def rollout_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of every `differentiable_rollout`."""
-    return {"stochastic": args.stochastic, "checkpoint": args.checkpoint_steps, "decode_checkpoint": args.checkpoint_decoder}
+    return {"stochastic": args.stochastic, **checkpoint_options(args)}
+
+
+def checkpoint_options(args: argparse.Namespace) -> dict[str, bool]:
+    """What is computed again on the way back."""
+    return {"checkpoint": args.checkpoint_steps, "decode_checkpoint": args.checkpoint_decoder}
 
 
 # --- before training -----------------------------------------------------------------------------------------------------
@@ -229,49 +232,6 @@ class GradientClip:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.norms = list(state["norms"])
-
-
-# --- one-step images of finished samples ---------------------------------------------------------------------------------
-
-
-def drawn_noise(rollout: DifferentiableRollout, name: str) -> Tensor:
-    """Standard normal (B, *D), of each sample's own seed."""
-    shape, device = rollout.latents.shape[1:], rollout.latents.device
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(noise_seed(seed, name))) for seed in rollout.condition.seeds]).to(device)
-
-
-def renoised_images(policy: Policy, rollout: DifferentiableRollout, number: int) -> Iterator[Tensor]:
-    """`number` times the images of the samples noised to the last solver step's level and denoised again (DRaFT-LV)."""
-    forward, t = ForwardProcess(policy.scheduler), torch.full((len(rollout.latents),), rollout.timesteps[-1], device=rollout.latents.device)
-    alpha, sigma = (level(t).reshape(-1, *[1] * (rollout.latents.ndim - 1)) for level in (forward.alpha, forward.sigma))
-    for j in range(number):
-        x = renoised(rollout.latents, drawn_noise(rollout, f"renoised {j}"), alpha=alpha, sigma=sigma).to(rollout.latents.dtype)
-        clean = forward.to_x0(policy.predict(x, t, rollout.condition, guidance=True), x, t)
-        yield decode_latents(policy, clean.to(x.dtype), rollout.condition).float()
-
-
-def alignable_steps(policy: Policy, rollout: DifferentiableRollout) -> list[int]:
-    """The solver steps between whose noise level and each neighbour's a sample can be recovered.
-
-    Raises:
-        ValueError: there is none.
-    """
-    levels = ForwardProcess(policy.scheduler).flow_time(torch.tensor(rollout.timesteps)).tolist()
-    if not (steps := [k for k in range(1, len(levels)) if levels[k - 1] < 1]):
-        raise ValueError("SRPO needs a step that follows one below pure noise: raise --num_inference_steps to 3 or more.")
-    return steps
-
-
-def aligned_images(policy: Policy, rollout: DifferentiableRollout, k: int) -> tuple[Tensor, Tensor]:
-    """The samples noised to solver step k, and what one model call makes of them (SRPO): a step denoised, and a step inverted."""
-    forward, x0, noise = ForwardProcess(policy.scheduler), rollout.latents.detach(), drawn_noise(rollout, "aligned")
-    levels = [*forward.flow_time(torch.tensor(rollout.timesteps)).tolist(), 0.0]
-    t = torch.full((len(x0),), rollout.timesteps[k], device=x0.device)
-    x = forward.add_noise(x0, noise, t)
-    velocity = forward.to_velocity(policy.predict(x, t, rollout.condition, guidance=True), x, t)
-    recovered = (recovered_sample(x0, noise, velocity, sigma=levels[k], sigma_next=levels[after]) for after in (k + 1, k - 1))
-    denoised, inverted = (decode_latents(policy, clean.to(x0.dtype), rollout.condition).float() for clean in recovered)
-    return denoised, inverted
 
 
 def relative_rewards(report, batch: Batch, images: Tensor, words: tuple[str, str], discount: float, args: argparse.Namespace) -> Tensor:
