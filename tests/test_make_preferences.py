@@ -1,7 +1,10 @@
 """`make_preferences.py`: data sets that load, that say what the reward says, and that an interrupted run completes."""
 
+import contextlib
 import importlib.util
 import json
+import threading
+import types
 
 import pytest
 import torch
@@ -98,6 +101,54 @@ def test_an_interrupted_run_goes_on_and_another_reward_draws_nothing(made, task,
         make(folder, task, "--seed", "7")
 
 
+def test_images_belong_to_their_prompts_and_to_the_loras_weights(tmp_path):
+    def check(*texts):
+        script.check_settings(args, [types.SimpleNamespace(text=text) for text in texts], tmp_path / "lora.safetensors", tmp_path)
+
+    script = load()
+    args = script.parse_args(["--pretrained_model_name_or_path=m", "--prompts=p", "--reward=r", "--lora=lora.safetensors", f"--output_dir={tmp_path}"])
+    (tmp_path / "lora.safetensors").write_bytes(b"one")
+    for texts in (["a", "b"], ["a", "b", "c"], ["a"], ["a", "b", "c", "d"]):
+        check(*texts)
+    with pytest.raises(ValueError, match="prompt 3 was 'c', now 'x'"):
+        check("a", "b", "x")
+    (tmp_path / "lora.safetensors").write_bytes(b"two")
+    with pytest.raises(ValueError, match="lora_weights was '"):
+        check("a", "b")
+
+
+def test_processes_share_out_one_list_of_images(tmp_path):
+    """The second process starts when the first waits for it: by then it must not have drawn."""
+    script, barrier, waiting = load(), threading.Barrier(2, timeout=60), threading.Event()
+    policy = types.SimpleNamespace(
+        rollout=lambda prompts, **_: types.SimpleNamespace(final=torch.zeros(len(prompts), 3, 4, 4), condition=None), decode=lambda final, _: final
+    )
+
+    class Process:
+        num_processes, is_main_process, autocast = 2, False, contextlib.nullcontext
+
+        def __init__(self, index):
+            self.process_index = index
+
+        def wait_for_everyone(self):
+            waiting.set()
+            barrier.wait()
+
+    def work(index):
+        if index == 1:
+            waiting.wait(60)
+        script.sample(args, policy, Process(index), [types.SimpleNamespace(text="a")], jobs, tmp_path)
+
+    args, jobs = types.SimpleNamespace(batch_size=1, seed=0, same_latent=False, deterministic=True, save_trajectories=False), [(0, i) for i in range(6)]
+    (tmp_path / "images").mkdir()
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(list((tmp_path / "images").glob("*.png"))) == 6
+
+
 def test_trajectories_belong_to_their_images(task, tmp_path):
     folder = make(tmp_path, task, "--save_trajectories", "--same_latent", "--noise_level", "0.3", "--num_prompts", "1", "--no-deterministic")
     first, second = (Trajectory.load(folder / "trajectories" / f"00000_0{i}.safetensors") for i in (0, 1))
@@ -112,6 +163,11 @@ def test_images_without_a_score_are_in_no_set(task, tmp_path):
     scored = rows_of(folder / "scored", "scored")
     assert len(scored) == 6 and not any("dog" in row["prompt"] for row in scored)
     assert len(rows_of(folder / "pairs", "pair")) == len(rows_of(folder / "ranked", "ranked")) == 2
+    files = {path: path.read_text() for path in folder.rglob("metadata.jsonl")}
+    (task / "unsure.py").write_text("def unsure(images, prompts, **columns):\n    return images.mean((1, 2, 3)) * float('nan')\n")
+    with pytest.raises(ValueError, match="'unsure' has no score for 9 of 9 samples"):
+        make(folder, task, "--invalid_rewards", "mask", "--reward", f"{task / 'unsure.py'}:unsure")
+    assert {path: path.read_text() for path in folder.rglob("metadata.jsonl")} == files, "nothing was written"
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from diffusers_align.data.conversions import (
     winners,
 )
 from diffusers_align.data.schemas import SCHEMAS
+from diffusers_align.data.sources import _parquet_files
 
 torch.set_num_threads(1)
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -173,6 +174,50 @@ def test_folders_of_metadata_files_and_their_splits(folder):
     (folder / "test").mkdir()
     write(folder / "test" / "metadata.jsonl", [{"prompt": "q", "chosen": "../blue.png", "rejected": "../red.png"}])
     assert [shown(row) for row in load_preferences(str(folder), "pair", split="test")[0]] == [("q", BLUE, RED, 1.0, 1.0)]
+    for source, there in ((folder, "test, train"), (folder / "metadata.csv", "train")):
+        with pytest.raises(ValueError, match=f"has no split 'dev', only {there}: choose one of these"):
+            load_preferences(str(source), "pair", split="dev")
+    (folder / "metadata.csv").rename(folder / "test.csv")
+    assert load_preferences(str(folder / "test.csv"), "pair", split="test")[1].kept == 1
+    with pytest.raises(ValueError, match="has no split 'train', only test"):
+        load_preferences(str(folder), "pair")
+
+
+@pytest.mark.parametrize(
+    "files, found",
+    [
+        (["data/train-00000-of-00002", "data/train-00001-of-00002", "data/test-00000-of-00001"], {"train": [1, 2], "test": [0]}),
+        (["data/test/0000", "data/train/0000"], {"train": [1], "test": [0], "validation": "test|train, test"}),
+        (["validation-0-of-1", "validation_unique-0-of-1"], {"validation": [0], "validation_unique": [1], "train": "validation"}),
+        (["test_pairs", "train_pairs", "training"], {"train": [1], "test": [0]}),
+        (["0000", "trained"], {"train": [0, 1], "test": "train"}),
+        (["b/held_out"], {"held_out": [0], "train": [0]}),
+    ],
+)
+def test_parquet_files_of_a_split_are_known_by_their_names(tmp_path, files, found):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{file}.parquet").touch()
+    paths = sorted(tmp_path.rglob("*.parquet"))
+    for split, expected in found.items():
+        if isinstance(expected, str):
+            with pytest.raises(ValueError, match=f"has no split '{split}', only ({expected}): choose"):
+                _parquet_files(tmp_path, split)
+        else:
+            assert _parquet_files(tmp_path, split) == [paths[i] for i in expected]
+
+
+def test_files_that_cannot_be_parsed_are_named(folder):
+    for name, content, message in (
+        ("cp1252.csv", b"prompt,chosen,rejected\ncaf\xe9,red.png,green.png\n", "is not in UTF-8"),
+        ("cut.json", b'[{"prompt": "p"', "is not valid JSON"),
+        ("words.jsonl", b"red.png\ngreen.png\n", "has no row of named fields; the first is 'red.png'"),
+        ("semicolons.csv", b"prompt;chosen;rejected\np;red.png;green.png\n", "fields are to be separated by commas"),
+        ("long.csv", b"prompt,chosen,rejected\n" + b"x" * 200_000 + b",red.png,green.png\n", "cannot be read as CSV"),
+    ):
+        (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} .*{message}"):
+            load_preferences(str(folder / name), "pair")
 
 
 def test_winner_and_loser_folders(folder):
@@ -187,6 +232,17 @@ def test_winner_and_loser_folders(folder):
     assert [row["prompt"] for row in loaded] == ["first", "second"]
     assert [color(loaded[0][name]) for name in ("image_0", "image_1")] == [RED, GREEN]
     assert report.bad == [(3, "no image_1")]
+    for name in ("w/b.png", "l/d.tif"):
+        Image.new("RGB", (8, 8), RED).save(folder / name)
+    (folder / "l" / "a.txt").write_text("another")
+    (folder / "l" / ".hidden").touch()
+    with pytest.raises(ValueError, match="No rows are left") as error:
+        load_preferences(str(folder), "pair")
+    reasons = re.findall(r"row (\d): (.*)", str(error.value))
+    assert [number for number, _ in reasons] == ["1", "2", "3", "4"]
+    beginnings = "different captions: w/a.txt, l/a.txt", "w holds several images of one name: b.jpg, b.png", "no image_1", "l/d.tif is neither"
+    for (_, reason), expected in zip(reasons, beginnings):
+        assert reason.startswith(expected)
 
 
 def test_sets_of_the_datasets_library(folder, monkeypatch):
@@ -217,7 +273,7 @@ def test_sets_of_the_datasets_library(folder, monkeypatch):
         rows, report = load_preferences(str(folder / name), kind)
         assert [shown(row) for row in rows] == [expected]
         assert report.bad[0][0] == 2 and report.bad[0][1].startswith(f"{broken} cannot be read: UnidentifiedImageError")
-    with pytest.raises(ValueError, match="has no split 'validation'. It has train: choose one with --split"):
+    with pytest.raises(ValueError, match="has no split 'validation', only train: choose one"):
         load_preferences(str(folder / "saved"), "pair", split="validation")
 
     def load_dataset(name, split):
@@ -397,6 +453,32 @@ def test_bad_rows_of_other_kinds(folder, kind, row, reason):
 def test_how_thoroughly_images_are_checked(broken):
     file = write(broken / "data.jsonl", [pair(), pair(b="cut.png"), pair(b="text.png")])
     assert [len(load_preferences(file, "pair", verify=how)[0]) for how in ("full", "header", "none")] == [1, 2, 3]
+
+
+def test_sixteen_bits_are_scaled_and_float_pixels_refused(folder):
+    grey = torch.tensor([[0, 128, 255]], dtype=torch.int32)
+    deep = Image.fromarray((257 * grey).numpy().astype("uint16"))
+    deep.save(folder / "deep.png")
+    for source in (folder / "deep.png", deep):
+        assert [LazyImage(source).open().getpixel((x, 0)) for x in range(3)] == [(v, v, v) for v in grey[0].tolist()]
+    Image.fromarray((grey / 255).numpy()).save(folder / "float.tif")
+    for verify in ("full", "header"):
+        _, report = load_preferences(write(folder / "data.jsonl", [pair(), pair(a="deep.png"), pair(b="float.tif")]), "pair", verify=verify)
+        assert report.bad == [(3, "image_1 cannot be read: its pixels (mode F) have no known range: save it with 8 or 16 bits a channel")]
+    with pytest.raises(ValueError, match="no known range"):
+        LazyImage(folder / "float.tif").open()
+
+
+def test_the_content_of_a_palette_image_is_its_colors():
+    one, two = (Image.new("RGB", (8, 8), rgb).convert("P", palette=Image.Palette.ADAPTIVE) for rgb in (RED, GREEN))
+    assert one.tobytes() == two.tobytes()
+    assert len({LazyImage(image).content_hash() for image in (one, one.copy(), two)}) == 2
+
+
+def test_certain_labels_may_be_spelled_out(folder):
+    rows = [pair(label=True), pair(label="False"), pair(label=False), pair(label="0.25")]
+    for name in ("data.csv", "data.jsonl"):
+        assert [row["label_0"] for row in load_preferences(write(folder / name, rows), "pair", bad_rows="error")[0]] == [1, 0, 0, 0.25]
 
 
 def test_csv_rows_with_too_many_fields_are_bad(folder):

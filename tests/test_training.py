@@ -233,6 +233,17 @@ def test_metrics_leave_out_masked_samples(run):
     assert not any(math.isnan(value) for value in metrics.values())
 
 
+def test_metrics_take_in_what_any_process_has_logged(monkeypatch):
+    """This process saw no undesirable image, the other one no desirable one."""
+    theirs = {"ratio_error": [0.5], "clip_fraction": [0.0], "approx_kl": [0.0], "gain_undesirable": [4.0], "loss": [3.0]}
+    monkeypatch.setattr("diffusers_align.training.run.gather_object", lambda own: own + [theirs])
+    one = SimpleNamespace(lr_scheduler=SimpleNamespace(get_last_lr=lambda: [0.1]))
+    diagnostics = [[{"ratio_error": 0.25, "clip_fraction": 0.5, "approx_kl": 1.0}]]
+    metrics = Run.epoch_metrics(one, None, diagnostics, [2.0, math.inf], {"gain_desirable": [1.0, 3.0], "loss": [1.0, 2.0], "none": []})
+    expected = {"ratio_error": 0.5, "clip_fraction": 0.25, "approx_kl": 0.5, "gain_desirable": 2.0, "gain_undesirable": 4.0, "loss": 2.0}
+    assert metrics == {**expected, "grad_norm": 2.0, "lr": 0.1}
+
+
 # --- moving average and checkpoints ------------------------------------------------------------------------------------
 
 

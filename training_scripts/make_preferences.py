@@ -9,6 +9,7 @@ image first. An interrupted run goes on where it stopped; with another `--reward
 """
 
 import argparse
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
+from diffusers_align import lora as lora_files
 from diffusers_align.data import load_prompts
 from diffusers_align.data.augment import to_tensor
 from diffusers_align.data.conversions import scored_to_binary, scored_to_pairs, scored_to_ranked
@@ -31,10 +33,10 @@ from diffusers_align.training.loading import call_arguments, load_pipeline
 from diffusers_align.training.pictures import grid, to_pil
 from diffusers_align.training.scoring import Scorer, gather_scores
 
-# What an image depends on: a folder holds images of one such setting.
+# What an image depends on besides its prompt and the LoRA's weights: a folder holds images of one such setting.
 SAMPLING = (
     "pretrained_model_name_or_path", "revision", "variant", "mixed_precision", "lora", "num_inference_steps", "guidance_scale", "height", "width",
-    "call_kwargs", "seed", "prompts", "prompt_column", "deterministic", "same_latent", "save_trajectories", "sde_type", "noise_level", "eta",
+    "call_kwargs", "seed", "deterministic", "same_latent", "save_trajectories", "sde_type", "noise_level", "eta",
 )  # fmt: skip
 
 
@@ -96,19 +98,28 @@ def add_data(group):
     group.add_argument("--output_dir", help="images, data sets and the contact sheet")
 
 
-def check_settings(args, folder):
-    """Write what the images depend on; images of other settings would not be comparable.
+def check_settings(args, prompts, lora, folder):
+    """Write what the images depend on, the prompts' texts and the LoRA's weights included; images of other settings would not be comparable.
+
+    Prompts may be added after those that are there.
 
     Raises:
         ValueError: the folder holds images of other settings.
     """
-    settings = {name: getattr(args, name) for name in SAMPLING}
-    file = folder / "sampling.json"
-    before = json.loads(file.read_text()) if file.is_file() else settings
-    if changed := [name for name in SAMPLING if before.get(name) != settings[name]]:
-        listed = ", ".join(f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in changed)
+    settings, texts, file = {name: getattr(args, name) for name in SAMPLING}, [prompt.text for prompt in prompts], folder / "sampling.json"
+    settings["lora_weights"] = hash_of(lora) if lora else None
+    before = json.loads(file.read_text()) if file.is_file() else {**settings, "prompts": texts}
+    changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in settings.items() if before.get(name) != value]
+    changed += [f"prompt {i} was {old!r}, now {new!r}" for i, (old, new) in enumerate(zip(before["prompts"], texts), 1) if old != new]
+    if changed:
+        listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise ValueError(f"{folder} holds images of other settings: {listed}. Choose another --output_dir, or repeat the settings to go on.")
-    file.write_text(json.dumps(settings, indent=1) + "\n")
+    file.write_text(json.dumps({**settings, "prompts": max(before["prompts"], texts, key=len)}, indent=1) + "\n")
+
+
+def hash_of(lora):
+    """SHA-256 of a LoRA's weights, by which one that was trained again under the same name is another."""
+    return hashlib.sha256((lora / lora_files.WEIGHTS if lora.is_dir() else lora).read_bytes()).hexdigest()
 
 
 def file_name(job):
@@ -126,6 +137,7 @@ def replaced(path, write):
 def sample(args, policy, accelerator, prompts, jobs, folder):
     """Draw the images of `jobs` that are not there yet; an image appears after its trajectory, so that what is there is complete."""
     missing = [job for job in jobs if not (folder / "images" / f"{file_name(job)}.png").is_file()]
+    accelerator.wait_for_everyone()  # all share out the same list: none may draw before the last has made its own
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(total=len(mine), desc="sampling", unit="image", disable=not accelerator.is_main_process)
     for start in range(0, len(mine), args.batch_size):
@@ -199,7 +211,7 @@ def main(argv=None):
 
     # 1 sample
     if accelerator.is_main_process:
-        check_settings(args, folder)
+        check_settings(args, prompts, lora, folder)
         for name in ("images", "trajectories")[: 1 + args.save_trajectories]:
             (folder / name).mkdir(exist_ok=True)
     accelerator.wait_for_everyone()

@@ -13,7 +13,7 @@ from diffusers_align.algorithms.d3po import CLIPS, d3po_metrics
 from diffusers_align.algorithms.spo import spo_loss
 from diffusers_align.training import arguments
 from diffusers_align.training.candidates import sample_pairs
-from diffusers_align.training.preferences import add_noise_arguments, noise_fields, of_all_processes
+from diffusers_align.training.preferences import add_noise_arguments, noise_fields
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 
@@ -92,7 +92,7 @@ def main(argv=None):
             for b in chunk:
                 accumulate(run, policy, samples, b, 1 / kept, logged)
             norms.append(run.optimizer_step())
-        run.log(run.epoch_metrics(samples, [], norms, of_all_processes(logged)))
+        run.log(run.epoch_metrics(samples, [], norms, logged))
         report.validate(epoch)
     report.finish()
 

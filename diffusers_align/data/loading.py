@@ -89,6 +89,8 @@ class _Scan:
 
     def row(self, number: int) -> dict:
         raw = self.table.rows[number]
+        if isinstance(raw, BadRow):
+            raise raw
         if not isinstance(raw, dict):
             raise BadRow(f"not a row of named fields: {str(raw).strip()[:80]!r}")
         fields = self.schema.read(renamed(raw, self.names))

@@ -56,8 +56,12 @@ class LazyImage:
 
         Raises:
             OSError: the file is missing, truncated or no image.
+            BadRow: its pixels have no known range.
         """
         image = ImageOps.exif_transpose(_decoder(self._load()))
+        _check_range(image)
+        if image.mode.startswith("I"):  # of 16 bits, which `convert` would cut off at 255
+            image = image.convert("I").point(lambda value: value * (255 / 65535) + 0.5).convert("L")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -67,19 +71,23 @@ class LazyImage:
         """Decode the image (`verify="full"`), or read its header only (`"header"`).
 
         Raises:
-            BadRow: that cannot be done.
+            BadRow: that cannot be done, or the pixels have no known range.
         """
         try:
             with _decoder(self._load()) as image:
+                _check_range(image)
                 if verify == "full":
                     image.load()
+        except BadRow:
+            raise
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more on broken files
             raise BadRow(f"{type(error).__name__}: {error}") from error
 
     def content_hash(self) -> str:
-        """SHA-256 of the image's file, or of a PIL image's pixels: the same image has the same key wherever it lies."""
+        """SHA-256 of the image's file, or of a PIL image's pixels in RGB: the same image has the same key wherever it lies."""
         value = self._load()
         if isinstance(value, Image.Image):
+            value = self.open()
             value = f"{value.mode}{value.size}".encode() + value.tobytes()
         return hashlib.sha256(value.read_bytes() if isinstance(value, Path) else value).hexdigest()
 
@@ -93,6 +101,12 @@ class LazyImage:
 
 def _decoder(value: Path | bytes | Image.Image) -> Image.Image:
     return value.copy() if isinstance(value, Image.Image) else Image.open(io.BytesIO(value) if isinstance(value, bytes) else value)
+
+
+def _check_range(image: Image.Image) -> None:
+    """Raises BadRow where it is not known what the largest pixel means: float images, and integers of 32 bits."""
+    if image.mode == "F" or image.mode == "I" and image.format != "PNG":  # as 16-bit PNG files come in some versions of Pillow
+        raise BadRow(f"its pixels (mode {image.mode}) have no known range: save it with 8 or 16 bits a channel")
 
 
 def canonical(kind: str, fields: dict) -> dict:
@@ -110,7 +124,7 @@ def canonical(kind: str, fields: dict) -> dict:
     elif kind == "pair":
         weight = 1 if fields.get("weight") in (None, "") else fields["weight"]
         row |= {"image_0": fields.get("image_0"), "image_1": fields.get("image_1")}
-        row |= {"label_0": _number(_labelled(fields, "label_0"), "label_0", 0, 1), "weight": _number(weight, "weight", 0)}
+        row |= {"label_0": _probability(_labelled(fields, "label_0"), "label_0"), "weight": _number(weight, "weight", 0)}
     else:
         row["image"] = fields.get("image")
         if kind == "binary":
@@ -149,6 +163,12 @@ def _number(value: object, name: str, low: float = -math.inf, high: float = math
     if not math.isfinite(number) or not low <= number <= high:
         raise BadRow(f"{name} is {number:g}" + (f", outside [{low:g}, {high:g}]" if math.isfinite(number) else ""))
     return number
+
+
+def _probability(value: object, name: str) -> float:
+    """A number in [0, 1]; true and false, also where a .csv file spells them out, are 1 and 0."""
+    certain = str(value).strip().lower() in TRUE | FALSE
+    return float(boolean(value, name)) if certain else _number(value, name, 0, 1)
 
 
 def boolean(value: object, name: str) -> bool:

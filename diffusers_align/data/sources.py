@@ -5,19 +5,25 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .records import BadRow
+
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+WHOLE = "train"  # the split that data without splits goes by, as in `datasets`
+SPLITS = (WHOLE, "validation", "valid", "val", "dev", "test", "eval")
+SHARD = re.compile(r"-\d+-of-\d+$")
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows by number, their columns, and the folder that relative paths start from. A row that is no dict is broken."""
+    """Rows by number, their columns, and the folder that relative paths start from. A row that is no dict is broken; a `BadRow` says how."""
 
     rows: Sequence[Any]
     columns: list[str]
@@ -32,7 +38,9 @@ def open_table(source: str, split: str) -> Table:
     """
     path = Path(source)
     if path.is_file():
-        return _open_file(path, split)
+        if split not in (WHOLE, path.stem):
+            raise _no_split(path, split, [WHOLE])
+        return _open_file(path)
     if path.is_dir():
         return _open_folder(path, split)
     if path.suffix in FILE_SUFFIXES or path.is_absolute() or source.startswith("."):
@@ -44,22 +52,40 @@ def open_table(source: str, split: str) -> Table:
     return _from_datasets(dataset, Path("."))
 
 
-def _open_file(path: Path, split: str) -> Table:
+def _no_split(source: Path, split: str, there: Sequence[str]) -> ValueError:
+    return ValueError(f"{source} has no split {split!r}, only {', '.join(there)}: choose one of these.")
+
+
+def _open_file(path: Path) -> Table:
     if path.suffix == ".parquet":
         return _open_parquet([path], path.parent)
     if path.suffix not in FILE_SUFFIXES:
         raise ValueError(f"{path} is no {', '.join(FILE_SUFFIXES)} file.")
+    try:
+        rows = _rows(path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}): save it in that encoding.") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): repair it, or call it .jsonl if each line is an object of its own.") from error
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read as CSV ({error}): repair it, or save it as .jsonl.") from error
+    columns = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
+    if rows and not columns:
+        raise ValueError(f"{path} has no row of named fields; the first is {str(rows[0]).strip()[:60]!r}. Each row of it is to be a JSON object.")
+    if path.suffix == ".csv" and len(columns) == 1 and re.search(r"[;\t|]", columns[0]):
+        raise ValueError(f"{path} has one column, {columns[0]!r}: its fields are to be separated by commas. Save it so, or as .jsonl.")
+    return Table(rows, columns, path.parent)
+
+
+def _rows(path: Path) -> list[Any]:
     # utf-8-sig: spreadsheet programs put a byte order mark before the first column's name
     with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
-            rows = [row if None not in row else "more fields than columns" for row in csv.DictReader(file)]
-        elif path.suffix == ".json":
+            return [row if None not in row else BadRow("more fields than columns") for row in csv.DictReader(file)]
+        if path.suffix == ".json":
             rows = json.load(file)
-            rows = rows if isinstance(rows, list) else [rows]
-        else:
-            rows = [_json_line(line) for line in file if line.strip()]
-    columns = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
-    return Table(rows, columns, path.parent)
+            return rows if isinstance(rows, list) else [rows]
+        return [_json_line(line) for line in file if line.strip()]
 
 
 def _json_line(line: str) -> Any:
@@ -72,35 +98,78 @@ def _json_line(line: str) -> Any:
 def _open_folder(folder: Path, split: str) -> Table:
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         saved = _datasets().load_from_disk(str(folder))
-        if isinstance(saved, dict):
-            if split not in saved:
-                raise ValueError(f"{folder} has no split {split!r}. It has {', '.join(saved)}: choose one with --split.")
-            saved = saved[split]
-        return _from_datasets(saved, folder)
-    for place in (folder / split, folder):
-        for name in METADATA:
-            if (place / name).is_file():
-                return _open_file(place / name, split)
-        if (place / "w").is_dir() and (place / "l").is_dir():
-            return _open_winners_and_losers(place)
-    if files := sorted(folder.rglob(f"{split}*.parquet")) or sorted(folder.rglob("*.parquet")):
+        saved = saved if isinstance(saved, dict) else {WHOLE: saved, str(saved.split or WHOLE): saved}
+        if split not in saved:
+            raise _no_split(folder, split, list(saved))
+        return _from_datasets(saved[split], folder)
+    found = {place.name: data for place in sorted(folder.iterdir()) if place.is_dir() and (data := _data_in(place))}
+    if WHOLE not in found and (data := _data_in(folder)):
+        found[WHOLE] = data
+    if split in found:
+        return _open_winners_and_losers(found[split]) if found[split].is_dir() else _open_file(found[split])
+    if files := _parquet_files(folder, split):
         return _open_parquet(files, folder)
+    if found:
+        raise _no_split(folder, split, list(found))
     raise ValueError(
         f"{folder} holds no preference data that is known. Put one of {', '.join(METADATA)} beside the images, or the images into "
         f"'w' and 'l' with a .txt of the same name for each caption, or point to a file or a folder of `save_to_disk`."
     )
 
 
+def _data_in(place: Path) -> Path | None:
+    """The metadata file in a folder, or the folder itself where it holds winners and losers."""
+    files = [place / name for name in METADATA if (place / name).is_file()]
+    return files[0] if files else place if (place / "w").is_dir() and (place / "l").is_dir() else None
+
+
+def _parquet_files(folder: Path, split: str) -> list[Path]:
+    """Those whose own name, or that of a folder above them, is the split, or else begins with it; all for `WHOLE` where none names a split.
+
+    Raises:
+        ValueError: there are some, of other splits.
+    """
+    files = sorted(folder.rglob("*.parquet"))
+    names = {file: [SHARD.sub("", part) for part in (*file.relative_to(folder).parent.parts, file.stem)] for file in files}
+
+    def begins(file: Path, word: str) -> bool:
+        return any(re.match(rf"{re.escape(word)}(?![^\W_])", name) for name in names[file])
+
+    if found := [file for file in files if split in names[file]] or [file for file in files if begins(file, split)]:
+        return found
+    there = [known for known in SPLITS if any(begins(file, known) for file in files)]
+    if files and (there or split != WHOLE):
+        raise _no_split(folder, split, there or [WHOLE])
+    return files
+
+
 def _open_winners_and_losers(folder: Path) -> Table:
     """Images of equal names in `w` and `l`; the caption in a .txt of that name beside either, or above both."""
-    found = {side: {path.stem: path for path in sorted((folder / side).iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES} for side in "wl"}
-    rows = []
-    for stem in sorted(found["w"] | found["l"]):
-        texts = [place / f"{stem}.txt" for place in (folder / "w", folder / "l", folder)]
-        prompt = next((path.read_text(encoding="utf-8-sig").strip() for path in texts if path.is_file()), None)
-        images = {name: found[side].get(stem) for side, name in (("w", "chosen"), ("l", "rejected"))}
-        rows.append({"prompt": prompt} | {name: str(path.relative_to(folder)) if path else None for name, path in images.items()})
-    return Table(rows, ["prompt", "chosen", "rejected"], folder)
+    found: dict[str, dict[str, list[Path]]] = {"w": {}, "l": {}}
+    strange: list[Any] = []
+    for side, images in found.items():
+        for path in sorted((folder / side).iterdir()):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                images.setdefault(path.stem, []).append(path)
+            elif path.suffix != ".txt" and not path.name.startswith("."):
+                strange.append(BadRow(f"{side}/{path.name} is neither an image ({', '.join(IMAGE_SUFFIXES)}) nor a caption (.txt)"))
+    rows = [_winner_and_loser(folder, stem, *(images.get(stem, []) for images in found.values())) for stem in sorted(found["w"] | found["l"])]
+    return Table(rows + strange, ["prompt", "chosen", "rejected"], folder)
+
+
+def _winner_and_loser(folder: Path, stem: str, winners: list[Path], losers: list[Path]) -> dict | BadRow:
+    for images in (winners, losers):
+        if len(images) > 1:
+            return BadRow(f"{images[0].parent.name} holds several images of one name: {', '.join(path.name for path in images)}")
+    texts = [path for place in (folder / "w", folder / "l", folder) if (path := place / f"{stem}.txt").is_file()]
+    try:
+        captions = {path.read_text(encoding="utf-8-sig").strip() for path in texts}
+    except UnicodeDecodeError as error:
+        return BadRow(f"a caption {stem}.txt is not in UTF-8 ({error})")
+    if len(captions) > 1:
+        return BadRow(f"different captions: {', '.join(str(path.relative_to(folder)) for path in texts)}")
+    images = {"chosen": winners, "rejected": losers}
+    return {"prompt": next(iter(captions), None)} | {name: str(paths[0].relative_to(folder)) if paths else None for name, paths in images.items()}
 
 
 def _datasets():

@@ -60,15 +60,6 @@ def descend(run, policy: Policy, samples: Samples, steps: list[int], coefficient
             policy.replay(trajectory, on_step, steps)
 
 
-def of_all_processes(logged: dict[str, list[float]]) -> dict[str, list[float]]:
-    """The numbers that any process logged: one without a pair has logged none of some name."""
-    merged: dict[str, list[float]] = defaultdict(list)
-    for part in gather_object([dict(logged)]):
-        for name, values in part.items():
-            merged[name] += values
-    return merged
-
-
 class StoredTrajectories:
     """What `make_preferences.py --save_trajectories` wrote: trajectories with rewards, to learn from without sampling.
 

@@ -199,17 +199,17 @@ class Run:
 
     def epoch_metrics(self, samples, diagnostics: list[list[dict]], norms: list[float], others: dict[str, list[float]]) -> dict[str, float]:
         """Reward metrics of `samples` (None: there are none); `ratio_error` before the first update, clipping after the last, if there are
-        ratios; means of `others`."""
+        ratios; means of `others` over whatever any process has logged of a name: one may have seen nothing of its kind."""
         metrics = samples.metrics() if samples is not None else {}
+        own = {name: list(values) for name, values in others.items()}
         if diagnostics:
             first, last = diagnostics[0], diagnostics[-1]
-            metrics |= {"ratio_error": max(d["ratio_error"] for d in first)}
-            metrics |= {name: sum(d[name] for d in last) / len(last) for name in ("clip_fraction", "approx_kl")}
-        metrics |= {name: sum(values) / len(values) for name, values in others.items() if values}
-        gathered = gather_object([metrics])
-        for name in metrics.keys() & {"ratio_error", "clip_fraction", "approx_kl", *others}:
-            values = [row[name] for row in gathered]
-            metrics[name] = max(values) if name == "ratio_error" else sum(values) / len(values)
+            means = {name: [sum(d[name] for d in last) / len(last)] for name in ("clip_fraction", "approx_kl")}
+            own = {"ratio_error": [max(d["ratio_error"] for d in first)], **means, **own}
+        gathered = gather_object([own])
+        for name in dict.fromkeys(name for part in gathered for name in part):
+            if values := [value for part in gathered for value in part.get(name, ())]:
+                metrics[name] = max(values) if name == "ratio_error" else sum(values) / len(values)
         # A loss scaler's first steps overflow, by design.
         finite = [norm for norm in norms if math.isfinite(norm)] or [0.0]
         return {**metrics, "grad_norm": sum(finite) / len(finite), "lr": self.lr_scheduler.get_last_lr()[0]}
