@@ -2,7 +2,8 @@
 
 In memory a batch's result is one entry, whatever its arguments are. A store keeps an entry a prompt, so that batches made up anew, as in
 each epoch, are put together from prompts that were encoded before. How a pipeline's result for several prompts is made of
-the results for each is found by a comparison, once; where it cannot be (sequences padded to the batch's longest), the batch is one entry.
+the results for each is found by a comparison, once; where it cannot be (sequences padded to the batch's longest), the batch is encoded at each
+use and not stored: batches that are made up anew would fill the store and never be met again.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ class PromptMemory:
                 return _joined([self._entry(encode, row) for row in rows], *example)
             except _NotByRows:  # of different lengths
                 pass
+        if any(_texts(value) and len(value) > 1 for value in (*call[0], *call[1].values())):
+            return encode(*call[0], **call[1])
         return self._entry(encode, call)
 
     def _example(self, encode: Callable, call: Call) -> tuple[Any, Any] | None:

@@ -124,12 +124,16 @@ def test_d3po_learns_from_stored_trajectories(task, tmp_path):
     # The fresh LoRA is the model that drew them, under the noise that drew them: each gain is exactly 0, each pair a tie.
     first = rows(out)[0]
     assert first["pairs"] == 2 and first["grad_norm"] > 0
-    with pytest.raises(ValueError, match="are of mini-sd3, not of mini-sd"):
-        StoredTrajectories(str(folder), "mini-sd", 2)
+    with pytest.raises(ValueError, match="are of pretrained_model_name_or_path 'mini-sd3' and not 'mini-sd', variant None and not 'fp16': train"):
+        StoredTrajectories(str(folder), "mini-sd", 2, variant="fp16")
     with pytest.raises(ValueError, match="lower --group_size"):
         StoredTrajectories(str(folder), "mini-sd3", 3)
     with pytest.raises(ValueError, match="holds no trajectories"):
         StoredTrajectories(str(task), "mini-sd3", 2)
+    settings = json.loads((folder / "sampling.json").read_text())
+    (folder / "sampling.json").write_text(json.dumps({**settings, "lora": "my-lora"}))
+    with pytest.raises(ValueError, match="of lora 'my-lora' and not None: .*draw new ones without"):
+        StoredTrajectories(str(folder), "mini-sd3", 2)
 
 
 # SPO

@@ -401,6 +401,22 @@ def test_evaluation_is_repeatable_and_depends_on_no_other_lora(evaluated, task, 
     assert again["seeds"] == before["seeds"] and again["models"]["b"]["kl"] == {} and again["models"]["b"]["diversity"] == {}
 
 
+def test_every_process_makes_as_many_calls_on_held_out_pairs(task, monkeypatch):
+    """Five pairs, one at a time, on two processes: three each, with one pair twice, and the same errors as on one."""
+    pairs, policy = held_out(task, "pairs")
+    expected, calls, found, predict, rollouts, rollout = pairs.errors(policy), [], [], Policy.predict, [], Policy.rollout
+    monkeypatch.setattr(Policy, "predict", lambda *args, **more: calls.append(1) or predict(*args, **more))
+    monkeypatch.setattr(Policy, "rollout", lambda *args, **more: rollouts.append(1) or rollout(*args, **more))
+    monkeypatch.setattr("diffusers_align.training.held_out_pairs.gather_object", lambda own: found.extend(own) or found)
+    pairs.run.args.train_batch_size = 1
+    for rank in range(2):
+        pairs.run.accelerator = Namespace(process_index=rank, num_processes=2, autocast=Accelerator().autocast)
+        errors = pairs.errors(policy)
+        assert len(calls) == 12 * (rank + 1), "three pairs of two images at two timesteps"
+    torch.testing.assert_close(errors, expected, rtol=1e-4, atol=1e-6)
+    assert not rollouts, "the size of the latents is found once"
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(evaluated, task, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

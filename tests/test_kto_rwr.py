@@ -258,6 +258,7 @@ def test_describe_balance():
     assert "lambda_d 2.91 gives 1" in describe_balance(237_530, 690_538)
     assert "4/3" not in describe_balance(237_530, 690_538, lambda_d=3.5)
     assert "one class alone" in describe_balance(10, 0)
+    assert describe_balance(10, 10, lambda_u=0.0).endswith("of which the undesirable weigh nothing")
 
 
 # --- reward-weighted regression --------------------------------------------------------------------------------------------
@@ -304,6 +305,8 @@ def test_raw_weights_are_the_rewards():
     assert_equal(reward_weights(tensor(0, 0.2, NAN, 1), kind="raw"), [0, 0.2, 0, 1])
     with pytest.raises(ValueError, match="rescale the rewards"):
         reward_weights(tensor(0.5, 1.2), kind="raw")
+    with pytest.raises(ValueError, match="all 0: nothing would be learned"):
+        reward_weights(tensor(0, NAN, 0), kind="raw")
 
 
 @pytest.mark.parametrize("scope", ["global", "prompt"])

@@ -134,7 +134,14 @@ def test_training_starts_at_the_reference_exactly(task, tmp_path, name, two_pass
 
 
 def test_held_out_pairs_are_judged_at_validations(task, tmp_path, capsys):
-    flags = {"eval_dataset_name": task / "pair.jsonl", "validation_epochs": 1, "num_epochs": 2, "learning_rate": 1e-2, "timestep_scheme": "uniform"}
+    own = [json.loads(line) for line in (task / "pair.jsonl").read_text().splitlines()]
+    renamed = [{"prompt": row["prompt"], "left": row["image_0"], "image_1": row["image_1"], "label_0": 1} for row in own]
+    (task / "elsewhere" / "test").mkdir(parents=True)
+    for name in ("named.jsonl", "elsewhere/test/metadata.jsonl"):
+        write(task / name, renamed)
+    flags = {"dataset_name": task / "named.jsonl", "column_map": "image_0=left", "image_root": task}
+    flags |= {"eval_dataset_name": task / "elsewhere", "eval_dataset_split": "test"}
+    flags |= {"validation_epochs": 1, "num_epochs": 2, "learning_rate": 1e-2, "timestep_scheme": "uniform"}
     train("dpo", tmp_path / "run", task, num_samples_per_epoch=8, train_batch_size=4, **flags)
     found = re.findall(r"implicit accuracy on 6 held-out pairs: (\S+) \[\S+ \S+\], margin (\S+)", capsys.readouterr().out)
     assert len(found) == 2 and float(found[-1][0]) > 0.5 and float(found[-1][1]) > float(found[0][1])
@@ -184,6 +191,20 @@ def test_winner_loser_and_reference_see_one_noise_time_and_caption(task, tmp_pat
         assert all(torch.equal(call[1], ref_w[1]) and call[2] == ref_w[2] and call[4] is False for call in (ref_l, own_w, own_l))
     prompts = [prompt for call in (seen[0], seen[4]) for prompt in call[2]]
     assert "" in prompts and set(prompts) & set(CAPTIONS)
+
+
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_no_gradient_goes_into_the_reference(task, tmp_path, decay):
+    run, policy, found, examples = prepared(tmp_path, task)
+    sides, _, _ = pair_at(examples, found, policy)
+    reference = offline.Reference(run, policy, decay)
+    reference(*sides)
+    errors, ref_errors = [offline.measure(run, policy, side).error for side in sides], [side.ref_error for side in sides]
+    assert all(error.requires_grad for error in errors) and not any(error.requires_grad for error in ref_errors)
+    diffusion_dpo_loss(*errors, *ref_errors, beta=5000.0).sum().backward()
+    trained = {id(parameter) for parameter in policy.trainable_parameters()}
+    parameters = [parameter for module in policy.denoisers.values() for parameter in module.parameters()]
+    assert trained and all((parameter.grad is not None) == (id(parameter) in trained) for parameter in parameters)
 
 
 def test_adapters_are_on_again_after_an_error_in_the_reference(task, tmp_path, monkeypatch):
@@ -305,9 +326,56 @@ def test_mismatched_images_get_the_next_ones_captions(task, tmp_path):
     captions = side.condition.prompts + other.condition.prompts
     assert [prompt for own in turned for prompt in own.condition.prompts] == captions[1:] + captions[:1]
     assert turned[0].x_t is side.x_t
-    single = offline.Noised(side.x_t[:1], side.t[:1], side.condition.select([0]), side.target[:1], side.weight[:1])
-    with pytest.raises(ValueError, match="has no other's caption"):
-        load_script("kto").with_others_captions(policy, [single])
+
+    def captioned(*prompts):
+        return [offline.Noised(side.x_t, side.t, policy.condition(list(prompts)), side.target, side.weight)]
+
+    (turned,) = load_script("kto").with_others_captions(policy, captioned("a", "a", "b", "a"))
+    assert list(turned.condition.prompts) == ["b", "b", "a", "b"], "nobody keeps a caption of his own"
+    with pytest.raises(ValueError, match="one caption .'a'. has no other's"):
+        load_script("kto").with_others_captions(policy, captioned("a", "a", "a", "a"))
+
+
+def test_kto_finds_a_class_that_is_missing_before_it_loads_a_model(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(Run, "load_policy", lambda *_: pytest.fail("the model was loaded"))
+    liked = write(task / "liked.jsonl", [{"prompt": "a cat", "image": "0w.png", "label": True}])
+    with pytest.raises(ValueError, match="There are no undesirable rows, but gamma=0.5"):
+        train("kto", tmp_path / "run", task, dataset_name=liked, gamma=0.5)
+
+
+@pytest.mark.parametrize("name, flags", [("dpo", ["--loss", "mapo"]), ("dpo", ["--loss", "linear", "--linear_eta", "0"]), ("dspo", ["--dspo_beta", "0.8"])])
+def test_a_soft_label_weighs_a_pair_and_its_opposite(name, flags):
+    """Without a label of their own these losses take p as the two pairs of `ties="keep"`; a certain one changes nothing, and a tie has no direction."""
+    script, numbers = load_script(name), torch.rand(6, 3, generator=torch.Generator().manual_seed(0))
+    args = script.parse_args(["--pretrained_model_name_or_path=m", "--dataset_name=d", "--output_dir=o", "--beta=2", *flags])
+
+    def loss(winner, loser, labels):
+        labels = torch.tensor(labels)
+        if name == "dspo":
+            sides = [offline.Measured(numbers[side], numbers[4 + side], None) for side in (winner, loser)]
+            return script.pair_loss(args, *sides, [numbers[2 + winner], numbers[2 + loser]], labels)
+        return script.pair_loss(args, [numbers[winner], numbers[loser]], [numbers[2 + winner], numbers[2 + loser]], labels)
+
+    own, opposite = loss(0, 1, [1.0] * 3), loss(1, 0, [1.0] * 3)
+    found = loss(0, 1, [1.0, 0.8, 0.5])
+    assert found[0] == own[0] and not torch.allclose(own, opposite)
+    torch.testing.assert_close(found[1:], torch.tensor([0.8, 0.5]) * own[1:] + torch.tensor([0.2, 0.5]) * opposite[1:])
+
+
+def test_linear_dpo_has_its_recipes_reference_and_floor():
+    script = load_script("dpo")
+
+    def parse(*flags):
+        return script.parse_args(["--pretrained_model_name_or_path=m", "--dataset_name=d", "--output_dir=o", *flags])
+
+    assert [parse(*flags).reference_decay for flags in ([], ["--loss=linear"], ["--loss=linear", "--reference_decay=0"])] == [None, 0.99, 0]
+    errors, ref_errors, labels = [torch.tensor([0.1]), torch.tensor([0.5])], [torch.tensor([0.3]), torch.tensor([0.3])], torch.ones(1)
+    for eta in (0.2, 0.3):  # far beyond the reference, the weight is the floor
+        args = parse("--loss=linear", "--beta=100", f"--linear_eta={eta}")
+        assert script.pair_loss(args, errors, ref_errors, labels).item() == pytest.approx(eta * (0.1 - 0.5))
+        assert script.pair_metrics(args, errors, ref_errors, labels)["linear_weight"] == pytest.approx(eta)
+    loss = script.pair_loss(parse("--loss=ipo", "--beta=1", "--ipo_tau=0.25"), errors, ref_errors, labels)
+    assert loss.item() == pytest.approx((0.2 - 2) ** 2), "the logit is 0.2, its aim 1 / (2 tau)"
 
 
 def test_rwr_pretrains_besides_and_refuses_a_collapse(task, tmp_path):
@@ -390,15 +458,20 @@ def test_ties_bad_rows_and_max_rows(task, tmp_path, capsys):
         ("dpo", ["--column_map", "prompt"], "'prompt' is not NAME=COLUMN"),
         ("dpo", ["--loss", "mapo", "--sft_weight", "1"], "--loss mapo has neither"),
         ("dpo", ["--loss", "mapo", "--reference_decay", "0.9"], "--loss mapo has no reference"),
+        ("dpo", ["--beta", "-1"], "--beta must be positive, got -1"),
+        ("dpo", ["--linear_eta", "0.6"], "--linear_eta must lie in [0, 0.5], got 0.6"),
+        ("dspo", ["--dspo_beta", "-1"], "--dspo_beta must not be negative, got -1"),
+        ("kto", ["--beta", "0"], "--beta must be positive, got 0"),
+        ("kto", ["--lambda_u", "-1"], "--lambda_u must not be negative, got -1"),
+        ("d3po", ["--num_train_timesteps", "0"], "--num_train_timesteps must be at least 1, got 0"),
         ("dpo", ["--safeguard_mu", "1.5"], "--safeguard_mu must lie in [0, 1], got 1.5"),
-        ("dspo", ["--ties", "soft"], "--ties soft needs a loss with soft labels"),
         ("kto", ["--gamma", "8"], "--gamma must lie in [0, 1], got 8.0"),
         ("rwr", ["--beta_pretrain", "1"], "--beta_pretrain and --pretraining_dataset go together"),
         ("rwr", [], "--dataset_name is required"),
     ],
 )
 def test_flags_that_make_no_sense_are_named(name, flags, message, capsys):
-    data = ["--dataset_name", "data"] if flags else []
+    data = ["--trajectories", "data"] if name == "d3po" else ["--dataset_name", "data"] if flags else []
     with pytest.raises(SystemExit) as exit:
         load_script(name).parse_args(["--pretrained_model_name_or_path", "mini-sd", "--output_dir", "out", *data, *flags])
     assert exit.value.code == 2 and message in " ".join(capsys.readouterr().err.split())

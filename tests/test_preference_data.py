@@ -506,6 +506,7 @@ def test_rankings_of_one_image_are_left_out(folder):
         ({"bad_rows": "fix"}, "bad_rows must be one of skip, error"),
         ({"verify": "some"}, "verify must be one of full, header, none"),
         ({"weighting": "x"}, "weighting must be one of row, prompt"),
+        ({"max_rows": 0}, "max_rows must be at least 1, or None for all, got 0"),
     ],
 )
 def test_unknown_options(folder, options, error):

@@ -92,16 +92,21 @@ def test_rows_are_joined_only_where_the_pipeline_does_so(tmp_path, name):
     with PromptMemory(store=TensorCache(tmp_path, name)).installed(pipeline):
         again = pipeline.encode_prompt(PROMPTS)
     torch.testing.assert_close(again, found, rtol=0, atol=0)
-    assert len(pipeline.asked) == asked
+    assert pipeline.asked[asked:] == ([] if by_rows else [PROMPTS])
 
 
-def test_prompts_of_unequal_lengths_are_one_entry(tmp_path):
+def test_prompts_of_unequal_lengths_are_not_stored_by_batches(tmp_path):
     pipeline = Encoder(padded)
     texts = [*PROMPTS, "dog", "cat"]
     lengths = {text: 2 + int(vector(text)[0, 0] > 0) for text in texts}
     assert len(set(lengths.values())) == 2, "the texts were chosen so"
-    with PromptMemory(store=TensorCache(tmp_path, "model")).installed(pipeline):
-        torch.testing.assert_close(pipeline.encode_prompt(PROMPTS), padded([vector(text) for text in PROMPTS]))
+    store, entries = TensorCache(tmp_path, "model"), []
+    with PromptMemory(size=1, store=store).installed(pipeline):
+        for epoch in range(3):
+            for batch in ([texts[i], texts[j], texts[j]] for i in range(5) for j in range(5) if (i + j + epoch) % 2):
+                torch.testing.assert_close(pipeline.encode_prompt(batch), padded([vector(text) for text in batch]))
+            entries.append(store.size()[0])
+    assert entries == [6, 6, 6], "the five texts, and what the pipeline makes of two"
 
 
 def test_the_device_is_no_part_of_the_key_and_objects_stay_in_memory(tmp_path):

@@ -40,6 +40,9 @@ def parse_args(argv=None):
         parser.error("--prompts and --reward are required, or --trajectories of make_preferences.py")
     if args.trajectories and noise_fields(args):
         parser.error(f"--trajectories come with the noise that they were drawn with: leave out --{', --'.join(noise_fields(args))}")
+    if args.num_train_timesteps is not None and args.num_train_timesteps < 1:
+        parser.error(f"--num_train_timesteps must be at least 1, got {args.num_train_timesteps}; all steps with noise if absent")
+    arguments.check_positive(parser, args, "beta")
     if args.group_size < 2 or args.num_updates_per_epoch < 1:
         parser.error(f"a pair needs --group_size 2 or more and --num_updates_per_epoch 1 or more, got {args.group_size} and {args.num_updates_per_epoch}")
     return args
@@ -68,7 +71,8 @@ def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "D3PO")
     run.batches(args.num_prompts_per_epoch * args.group_size)
-    stored = StoredTrajectories(args.trajectories, args.pretrained_model_name_or_path, args.group_size) if args.trajectories else None
+    model = {"model": args.pretrained_model_name_or_path, "revision": args.revision, "variant": args.variant}
+    stored = StoredTrajectories(args.trajectories, group_size=args.group_size, **model) if args.trajectories else None
     report = Report(run, [{"prompt": prompt.text} for prompt in stored.prompts] if stored else None)
     policy = run.load_policy(**(stored.noise if stored else noise_fields(args)))
     run.load_optimizer(args.num_epochs * args.num_updates_per_epoch)

@@ -27,11 +27,19 @@ def parse_args(argv=None):
     group.add_argument("--dspo_beta", type=float, default=0.001, help="weight of the reward's score, for score; 0 is fine-tuning on winners")
     args = arguments.parse(parser, argv, data_arguments.REQUIRED)
     data_arguments.check(parser, args)
-    if args.ties == "soft":
-        parser.error("--ties soft needs a loss with soft labels, which DSPO is not: choose drop or keep")
+    arguments.check_positive(parser, args, "beta")
+    if args.dspo_beta < 0:
+        parser.error(f"--dspo_beta must not be negative, got {args.dspo_beta:g}")
     if args.beta is None:
         args.beta = BETA[args.objective]
     return args
+
+
+def pair_loss(args, winner, loser, ref_errors, labels):
+    """The loss of each pair, (B,). DSPO knows no labels: one of p is the pair and its opposite, weighted p and 1 - p."""
+    options = {"beta": args.beta, "dspo_beta": args.dspo_beta, "objective": args.objective}
+    loss = dspo_loss(winner.error, loser.error, *ref_errors, winner.distance, **options)
+    return labels * loss + (1 - labels) * dspo_loss(loser.error, winner.error, *ref_errors[::-1], loser.distance, **options)
 
 
 def main(argv=None):
@@ -52,7 +60,7 @@ def main(argv=None):
             for b in chunk:
                 # 1 pairs, with the same noise for both
                 places = examples.positions(epoch, b)
-                condition, (images, _, weights) = examples.condition(places), offline.pairs_of(rows, places, policy.device)
+                condition, (images, labels, weights) = examples.condition(places), offline.pairs_of(rows, places, policy.device)
                 sides = [examples.noised(side, places, condition) for side in images]
                 run.explain_once(describe_beta(args.beta, sides[0].x_t[0].numel()))
 
@@ -62,11 +70,10 @@ def main(argv=None):
 
                 # 3 loss and update
                 def loss(winner, loser):
-                    options = {"beta": args.beta, "dspo_beta": args.dspo_beta, "objective": args.objective}
-                    return weights * dspo_loss(winner.error, loser.error, *ref_errors, winner.distance, **options)
+                    return weights * pair_loss(args, winner, loser, ref_errors, labels)
 
                 value, found = offline.descend(run, policy, loss, sides, weight, args.two_pass)
-                metrics = preference_metrics(*(own.error for own in found), *ref_errors, beta=args.beta)
+                metrics = preference_metrics(*(own.error for own in found), *ref_errors, beta=args.beta, label=labels)
                 metrics |= {"loss": value.mean().item(), "ref_distance": found[0].distance.mean().item()}
                 metrics["dspo_coefficient"] = args.dspo_beta * metrics["gradient_weight"]
                 for name, number in metrics.items():

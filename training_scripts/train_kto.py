@@ -35,6 +35,10 @@ def parse_args(argv=None):
     group.add_argument("--lambda_u", type=float, default=1.0, help="weight of undesirable images")
     args = arguments.parse(parser, argv, data_arguments.REQUIRED)
     data_arguments.check(parser, args)
+    arguments.check_positive(parser, args, "beta")
+    for name in ("lambda_d", "lambda_u"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} must not be negative, got {getattr(args, name):g}")
     for name in ("gamma", "reference_point_decay"):
         if not 0 <= getattr(args, name) <= 1:
             parser.error(f"--{name} must lie in [0, 1], got {getattr(args, name)}")
@@ -42,12 +46,21 @@ def parse_args(argv=None):
 
 
 def balanced(run, rows):
-    """How to draw rows: of either class by its share. Says how the classes weigh in the data and in training."""
+    """How to draw rows: of either class by its share. Says how the classes weigh in the data and in training.
+
+    Raises:
+        ValueError: a class is empty that training asks for.
+    """
     args, classes = run.args, [[i for i, row in enumerate(rows) if row["label"] is kind] for kind in (True, False)]
     run.print(f"data: {describe_balance(*map(len, classes))}")
     drawn = round(args.gamma * args.num_samples_per_epoch)
     run.print(f"an epoch: {describe_balance(drawn, args.num_samples_per_epoch - drawn, args.lambda_d, args.lambda_u)}")
-    return lambda step, size, seed, rank, world: balanced_batch_of(step, size, *classes, seed, rank, world, gamma=args.gamma)
+
+    def draw(step, size, seed, rank=0, world=1):
+        return balanced_batch_of(step, size, *classes, seed, rank, world, gamma=args.gamma)
+
+    draw(0, 1, args.seed)  # raises now what it would raise after the model is loaded and evaluated
+    return draw
 
 
 @torch.no_grad()
@@ -58,11 +71,13 @@ def gains(run, policy, reference, sides):
 
 
 def with_others_captions(policy, sides):
-    """The same noised images, each under the caption of the next of the optimizer step."""
+    """The same noised images, each under the caption of the next of the optimizer step that has another one."""
     prompts = [prompt for side in sides for prompt in side.condition.prompts]
-    if len(prompts) < 2:
-        raise ValueError("An optimizer step of one image has no other's caption: raise --train_batch_size, or choose another --reference_point.")
-    turned = iter(prompts[1:] + prompts[:1])
+    if len(set(prompts)) < 2:
+        raise ValueError(
+            f"An optimizer step whose images have one caption ({prompts[0]!r}) has no other's: raise --train_batch_size, or choose another --reference_point."
+        )
+    turned = iter([next(other for other in prompts[i:] + prompts[:i] if other != own) for i, own in enumerate(prompts)])
     return [replace(side, condition=policy.condition([next(turned) for _ in side.condition.prompts])) for side in sides]
 
 
@@ -71,9 +86,10 @@ def main(argv=None):
     run = Run(args, "Diffusion-KTO")
     num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
     rows = offline.load_rows(run, "binary")
+    draw = balanced(run, rows)
     report = Report(run, rows)
     policy = offline.load_policy(run, batches_a_step)
-    examples, reference = offline.Examples(run, policy, rows, draw=balanced(run, rows)), offline.Reference(run, policy)
+    examples, reference = offline.Examples(run, policy, rows, draw=draw), offline.Reference(run, policy)
     args.beta = args.beta if args.beta is not None else BETA[examples.noising.forward.is_flow]
     point_of = ReferencePoint(args.reference_point, decay=args.reference_point_decay, clamp=args.clamp)
     run.accelerator.register_for_checkpointing(point_of)

@@ -32,6 +32,7 @@ def parse_args(argv=None):
     group.add_argument("--clip_range", type=float, default=0.1, help="of the ratio per dimension (official)")
     add_noise_arguments(parser.add_argument_group("noise of the candidates"))
     args = arguments.parse(parser, argv)
+    arguments.check_positive(parser, args, "beta")
     if args.num_candidates < 2:
         parser.error(f"a pair needs --num_candidates 2 or more, got {args.num_candidates}")
     if not 0 <= args.threshold < 1:

@@ -107,6 +107,8 @@ def sampled_steps(steps: Sequence[int], number: int, *, seed: int) -> list[int]:
     Raises:
         ValueError: there are not so many steps.
     """
+    if not len(steps):
+        raise ValueError("No step has noise, so none has a log-probability to learn from: raise the noise, or widen the window of steps that have it.")
     if not 0 < number <= len(steps):
         raise ValueError(f"{number} steps cannot be drawn from {len(steps)} stochastic ones; choose 1 to {len(steps)}.")
     return sorted(random.Random(f"{seed}/steps").sample(list(steps), number))

@@ -80,12 +80,18 @@ def diffusion_dpo_loss(
 
 
 @torch.no_grad()
-def preference_metrics(error_w: Tensor, error_l: Tensor, ref_error_w: Tensor, ref_error_l: Tensor, *, beta: float | Tensor) -> dict[str, float]:
-    """The logged numbers of the page above, over the pairs (B,)."""
+def preference_metrics(
+    error_w: Tensor, error_l: Tensor, ref_error_w: Tensor, ref_error_l: Tensor, *, beta: float | Tensor, label: Tensor | None = None
+) -> dict[str, float]:
+    """The logged numbers of the page above, over the pairs (B,).
+
+    Args:
+        label: (B,), as for the loss. A pair at 1/2 has no winner, so accuracy and margin leave it out; without other pairs there are none.
+    """
     logit = preference_logit(error_w, error_l, ref_error_w, ref_error_l, beta=beta).double()
-    return {
-        "accuracy": float((0.5 * (logit.sign() + 1)).mean()),
-        "margin": float(logit.mean()),
+    decided = logit if label is None else logit[label != 0.5]
+    judged = {"accuracy": float((0.5 * (decided.sign() + 1)).mean()), "margin": float(decided.mean())} if len(decided) else {}
+    return judged | {
         "gradient_weight": float(torch.sigmoid(-logit).mean()),
         "error_w": float(error_w.mean()),
         "error_l": float(error_l.mean()),

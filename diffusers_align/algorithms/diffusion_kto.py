@@ -185,6 +185,8 @@ def describe_balance(desirable: int, undesirable: int, lambda_d: float = 1.0, la
     text = f"{desirable} desirable and {undesirable} undesirable images"
     if not desirable or not undesirable:
         return text + "; one class alone only moves the model towards its images, or away from them"
+    if not lambda_d or not lambda_u:
+        return text + f", of which the {'desirable' if not lambda_d else 'undesirable'} weigh nothing"
     balance = lambda_d * desirable / (lambda_u * undesirable)
     text += f", weighing {balance:.3g} to 1"
     if 1 <= balance <= 4 / 3:

@@ -61,7 +61,7 @@ def reward_weights(
 
     Raises:
         ValueError: an unknown kind or scope, a parameter out of its range, no groups, no reward that could be scored, raw
-            rewards outside [0, 1], or an effective sample size below 1 %.
+            rewards outside [0, 1] or all 0, or an effective sample size below 1 %.
     """
     _check(kind, scope, groups, temperature, top_k, top_q)
     scored = ~rewards.isnan()
@@ -71,6 +71,8 @@ def reward_weights(
     if kind == "raw":
         if bool((own < 0).any() or (own > 1).any()):
             raise ValueError(f"Raw weights must lie in [0, 1], got {own.min():g} to {own.max():g}: rescale the rewards, or choose softmax.")
+        if not bool(own.any()):
+            raise ValueError("Raw weights are all 0: nothing would be learned. Rescale the rewards, or choose softmax.")
         return torch.zeros_like(rewards, dtype=torch.float64).masked_scatter(scored, own)
     of_scope: dict[str, Callable[[Tensor], Tensor]] = {
         "softmax": lambda r: (r / temperature).softmax(0),

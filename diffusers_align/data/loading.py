@@ -163,6 +163,8 @@ def load_preferences(
     """
     _check_options(kind=(kind, KINDS), ties=(ties, ("drop", "soft", "keep")), bad_rows=(bad_rows, ("skip", "error")))
     _check_options(verify=(verify, ("full", "header", "none")), weighting=(weighting, ("row", "prompt")))
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1, or None for all, got {max_rows}.")
     table = open_table(source, split)
     if not len(table.rows):
         raise ValueError(f"{source} has no rows.")

@@ -220,6 +220,13 @@ def _check_trackers(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"--report_to {name}: not installed. Run `pip install {name}`, or pass --report_to none.")
 
 
+def check_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
+    """Exit with a message where one of these flags is given and not above 0."""
+    for name in names:
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name} must be positive, got {getattr(args, name):g}")
+
+
 def json_object(text: str) -> dict:
     """The type of a flag that holds a JSON object."""
     value = json.loads(text)

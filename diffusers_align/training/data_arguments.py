@@ -18,7 +18,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--column_map", help="its columns, where they have other names: prompt=caption,image_0=left")
     group.add_argument("--image_root", help="folder of relative image paths; the file's own if absent")
     group.add_argument("--num_samples_per_epoch", type=int, default=1024, help="rows an epoch: the stretch between two lines of the log")
-    group.add_argument("--eval_dataset_name", help="held-out pairs, for the implicit accuracy at each validation; none if absent")
+    group.add_argument("--eval_dataset_name", help="held-out pairs, read as the data set is, for the implicit accuracy at each validation; none if absent")
+    group.add_argument("--eval_dataset_split", default="train", help="their split")
     add_image_arguments(parser)
 
 
@@ -27,6 +28,7 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     flag = argparse.BooleanOptionalAction
     group = parser.add_argument_group("images")
     group.add_argument("--bad_rows", choices=["skip", "error"], default="skip", help="broken rows: report and leave out, or stop")
+    group.add_argument("--verify", choices=["full", "header", "none"], default="full", help="decode each image before training, read its header, or neither")
     group.add_argument("--max_rows", type=int, help="read the first so many rows only")
     group.add_argument("--random_crop", action=flag, default=False, help="crop at random, both images of a pair alike; centred otherwise")
     group.add_argument("--random_flip", action=flag, default=False, help="mirror at random, both images of a pair alike")
@@ -41,6 +43,7 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of scripts that learn from pairs."""
     group = parser.add_argument_group("pairs")
     group.add_argument("--ties", choices=["drop", "soft", "keep"], default="drop", help="pairs without a winner: leave out, label 1/2, or one of each label")
+    group.add_argument("--pair_weighting", choices=["row", "prompt"], default="row", help="weights as the rows have them, or summing to 1 for each prompt")
     group.add_argument("--two_pass", action="store_true", help="errors first, then gradients side by side: the same update with half the memory")
 
 

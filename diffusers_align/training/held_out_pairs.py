@@ -31,15 +31,16 @@ class HeldOutPairs:
         run: of it only the flags and the accelerator are needed.
         source: whatever `load_preferences` takes. Pairs without a winner are left out.
         num_draws: noise and timesteps of a pair, in equal strata.
+        reading: other arguments of `load_preferences`.
 
     Raises:
         ValueError: there are no such pairs.
     """
 
-    def __init__(self, run, source: str, num_draws: int = 8, split: str = "train"):
+    def __init__(self, run, source: str, num_draws: int = 8, split: str = "train", **reading: Any):
         self.run = as_they_are(run.args, run.accelerator)
-        self.rows, report = load_preferences(source, "pair", split=split, progress=run.accelerator.is_main_process)
-        self.num_draws = num_draws
+        self.rows, report = load_preferences(source, "pair", split=split, progress=run.accelerator.is_main_process, **reading)
+        self.num_draws, self.latents = num_draws, None
         run.print(f"Held-out pairs: {report}")
 
     def __len__(self) -> int:
@@ -47,18 +48,23 @@ class HeldOutPairs:
 
     @torch.no_grad()
     def errors(self, policy: Policy, on_pairs: Callable[[int], Any] = lambda number: None) -> Tensor:
-        """Of winner and loser of each pair, (P, 2) float64, shared among the processes; the same noise for every policy."""
+        """Of winner and loser of each pair, (P, 2) float64; the same noise for every policy.
+
+        Every process takes an equal share, some of them a pair again: with a sharded denoiser, one without a batch would leave the others waiting.
+        """
         args, accelerator, found = self.run.args, self.run.accelerator, []
-        latents, noising = LatentImages(self.run, policy), Noising(self.run, policy)
-        mine = list(range(len(self.rows)))[accelerator.process_index :: accelerator.num_processes]
+        if self.latents is None or self.latents.policy is not policy:  # a roll-out finds their size
+            self.latents = LatentImages(self.run, policy)
+        latents, noising, number, processes = self.latents, Noising(self.run, policy), len(self.rows), accelerator.num_processes
+        mine = [i % number for i in range(accelerator.process_index, -(-number // processes) * processes, processes)]
         for start in range(0, len(mine), args.train_batch_size):
             places = [Position(row, noise_seed(args.seed, "held-out pairs", row), 0) for row in mine[start : start + args.train_batch_size]]
             images, _, _ = pairs_of(self.rows, places, policy.device)
             condition = policy.condition([self.rows[place.row]["prompt"] for place in places])
             means = [self._error(policy, noising.draws(latents(side, places, condition), places, condition, self.num_draws)) for side in images]
             found += zip((place.row for place in places), torch.stack(means, 1).cpu())
-            on_pairs(len(places) * accelerator.num_processes)
-        return torch.stack([values for _, values in sorted(gather_object(found), key=lambda pair: pair[0])])
+            on_pairs(len(places) * processes)
+        return torch.stack([values for _, values in sorted(dict(gather_object(found)).items())])
 
     def _error(self, policy: Policy, draws) -> Tensor:
         return torch.stack([side.error(predict(self.run, policy, side)).double() for side in draws]).mean(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +20,25 @@ from .noised_images import LatentImages, Noised, Noising, Position, disk_cache, 
 
 def load_rows(run, kind: str) -> list[dict]:
     """The data set's rows of that kind, after saying what was read and left out."""
-    args = run.args
+    args, pairs = run.args, {}
+    if kind == "pair":
+        pairs = {"ties": args.ties, "weighting": args.pair_weighting}
+    return _loaded(run, args.dataset_name, kind, split=args.dataset_split, **reading_options(args), **pairs)
+
+
+def reading_options(args) -> dict[str, Any]:
+    """How the flags have a data set's rows read: arguments of `load_preferences`, for the held-out pairs as for the others."""
     columns = parse_column_map(args.column_map) if args.column_map else None
-    options = {"split": args.dataset_split, "image_root": args.image_root, "column_map": columns, "ties": getattr(args, "ties", "drop")}
-    return _loaded(run, args.dataset_name, kind, **options)
+    return {"column_map": columns, "image_root": args.image_root, "bad_rows": args.bad_rows, "verify": args.verify}
 
 
 def load_captioned(run, source: str) -> list[dict]:
     """The rows of a second data set, of images with captions in columns of a known layout."""
-    return _loaded(run, source, "captioned")
+    return _loaded(run, source, "captioned", bad_rows=run.args.bad_rows, verify=run.args.verify)
 
 
 def _loaded(run, source: str, kind: str, **options) -> list[dict]:
-    rows, report = load_preferences(source, kind, bad_rows=run.args.bad_rows, max_rows=run.args.max_rows, progress=run.is_main, **options)
+    rows, report = load_preferences(source, kind, max_rows=run.args.max_rows, progress=run.is_main, **options)
     run.print(report)
     return rows
 

@@ -67,24 +67,26 @@ class StoredTrajectories:
         folder: its output folder.
         model: the pipeline that is trained, by the name that the folder was made with.
         group_size: images a prompt, the first so many; prompts with fewer are left out.
+        revision, variant: of the pipeline.
 
     Attributes:
         prompts: those that have so many.
         noise: the fields of the SDE scheduler that drew them.
 
     Raises:
-        ValueError: the folder holds no trajectories, those of another model, or of no prompt enough.
+        ValueError: the folder holds no trajectories, those of another model or of one with a LoRA, or of no prompt enough.
     """
 
-    def __init__(self, folder: str, model: str, group_size: int):
+    def __init__(self, folder: str, model: str, group_size: int, revision: str | None = None, variant: str | None = None):
         self.folder = Path(folder)
         files = [self.folder / "sampling.json", self.folder / "scored" / "metadata.jsonl"]
         if not all(file.is_file() for file in files) or not (self.folder / "trajectories").is_dir():
             raise ValueError(f"{folder} holds no trajectories: give an --output_dir of make_preferences.py --save_trajectories.")
         settings = json.loads(files[0].read_text())
-        if settings["pretrained_model_name_or_path"] != model:
+        wanted = {"pretrained_model_name_or_path": model, "revision": revision, "variant": variant, "lora": None}
+        if other := [f"{name} {settings.get(name)!r} and not {value!r}" for name, value in wanted.items() if settings.get(name) != value]:
             raise ValueError(
-                f"The trajectories of {folder} are of {settings['pretrained_model_name_or_path']}, not of {model}: train the model that drew them."
+                f"The trajectories of {folder} are of {', '.join(other)}: train the model that drew them; with a LoRA in it, draw new ones without."
             )
         self.noise = {name: settings[name] for name in NOISE_FIELDS if settings.get(name) is not None}
         groups: dict[str, list[dict]] = defaultdict(list)

@@ -8,6 +8,7 @@ from ..rewards.loading import model_option
 from . import hub
 from .early_stop import EarlyStop
 from .held_out_pairs import HeldOutPairs, margins
+from .offline import reading_options
 from .pictures import before_and_after, grid
 from .sampling import Evaluation, evaluate, paired_gain
 from .statistics import mean_and_error, win_rate
@@ -39,7 +40,7 @@ class Report:
             self.prompts = [Prompt(text) for text in dict.fromkeys(row["prompt"] for row in rows)]
         self.held_out = load_prompts(args.eval_prompts, args.prompt_column) if args.eval_prompts else self.prompts
         held_out_pairs = getattr(args, "eval_dataset_name", None)
-        self.pairs = HeldOutPairs(run, held_out_pairs) if held_out_pairs else None
+        self.pairs = HeldOutPairs(run, held_out_pairs, split=args.eval_dataset_split, **reading_options(args)) if held_out_pairs else None
         self.before: Evaluation | None = None
         self.early_stop = run.early_stop = EarlyStop.of_run(run, self.held_out)
 
