@@ -52,7 +52,8 @@ def reward_weights(
             and `top_q`, the best number or share alone, ties at the border by equal parts; `exp_clipped`,
             min(exp((r - mean) / temperature), max_weight) (AWR, https://arxiv.org/abs/1910.00177); `raw`, r itself, which must
             lie in [0, 1], and not normalised (https://arxiv.org/abs/2302.12192).
-        scope: `global`, or `prompt`: prompts then weigh alike however good their samples are, each by its number of samples.
+        scope: `global`, or `prompt`: prompts then weigh alike however good their samples are, each by its number of samples. Where the
+            samples of a prompt are a group, as in Flow-GRPO's fine-tuning script, that is its softmax over the group.
         temperature: DIVIDES; towards 0 the best sample alone, towards infinity plain fine-tuning. 1 is our choice: rewards
             have a scale of their own; 5 is DDPO's, whose code multiplies by 0.2.
         top_k, top_q: 1, best of n; 0.1, DDPO's 90th percentile.
