@@ -378,6 +378,15 @@ def test_linear_dpo_has_its_recipes_reference_and_floor():
     assert loss.item() == pytest.approx((0.2 - 2) ** 2), "the logit is 0.2, its aim 1 / (2 tau)"
 
 
+def test_inversion_draws_no_noise_of_the_timesteps_stream(task, tmp_path, monkeypatch):
+    run, policy, found, examples = prepared(tmp_path, task, inversion_steps=2, **MINI_SD)
+    script, places, seeds = load_script("dpo"), examples.positions(0, 0), []
+    monkeypatch.setattr(script, "invert", lambda x0, *_, generator: seeds.extend(g.initial_seed() for g in generator) or x0)
+    condition = examples.condition(places)
+    script.inverted(run, policy, examples.noising, examples.latents(offline.pairs_of(found, places, policy.device)[0][0], places, condition), places, condition)
+    assert len(set(seeds)) == 4 and not set(seeds) & {place.seed for place in places}
+
+
 def test_rwr_pretrains_besides_and_refuses_a_collapse(task, tmp_path):
     flags = {"beta_pretrain": 0.5, "pretraining_dataset": task / "captioned.jsonl", "scope": "prompt", "weights": "rank"}
     (only,) = rows(train("rwr", tmp_path / "run", task, gradient_accumulation_steps=2, **flags))
@@ -447,6 +456,20 @@ def test_ties_bad_rows_and_max_rows(task, tmp_path, capsys):
     assert len(found) == 4 and all(row["label_0"] != 0.5 for row in found)
     with pytest.raises(ValueError, match="flawed.jsonl, row 3: image_1: no file"):
         prepared(tmp_path / "error", task, dataset_name=source, bad_rows="error")
+
+
+def test_how_images_are_checked_and_pairs_weigh(task, tmp_path):
+    pairs = [json.loads(line) for line in (task / "pair.jsonl").read_text().splitlines()]
+    (task / "cut.png").write_bytes((task / "0w.png").read_bytes()[:200])
+    pairs[1]["image_1"] = "cut.png"
+    data = {"dataset_name": write(task / "checked.jsonl", pairs), "image_root": task, "column_map": None, "dataset_split": "train", "max_rows": None}
+    flags = load_script("dpo").parse_args(["--pretrained_model_name_or_path=m", "--dataset_name=d", "--output_dir=o"])
+
+    def weights(**given):
+        return [row["weight"] for row in offline.load_rows(make_run(tmp_path, **{**vars(flags), **data, **given}), "pair")]
+
+    assert weights() == [1] * 5 and weights(verify="header") == [1] * 6
+    assert weights(pair_weighting="prompt") == [0.5, 1, 0.5, 1, 1], "a cat is there twice"
 
 
 @pytest.mark.parametrize(

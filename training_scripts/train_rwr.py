@@ -22,7 +22,12 @@ def parse_args(argv=None):
     data_arguments.add_data_arguments(parser)
     group = parser.add_argument_group("reward-weighted regression")
     group.add_argument("--weights", choices=KINDS, default="softmax", help="how rewards become weights")
-    group.add_argument("--scope", choices=["global", "prompt"], default="global", help="weigh images against all others, or those of their prompt (of their group, where a group is a prompt's samples)")
+    group.add_argument(
+        "--scope",
+        choices=["global", "prompt"],
+        default="global",
+        help="weigh images against all others, or those of their prompt (of their group, where a group is a prompt's samples)",
+    )
     group.add_argument("--temperature", type=float, default=1.0, help="divides the rewards (or ranks): small is greedy")
     group.add_argument("--top_k", type=int, default=1, help="train on so many best alone, for top_k")
     group.add_argument("--top_q", type=float, default=0.1, help="train on this best share alone, for top_q")
