@@ -398,6 +398,24 @@ def test_svdd_goes_on_with_the_best_candidate(pipes):
     one = steer("a", method="svdd", num_particles=1, returned="all", **(options | {"generator": g()}))
     alone = steer("a", num_particles=1, returned="all", **(options | {"generator": g()}))
     assert torch.equal(stacked(one), stacked(alone))
+    assert greedy.log_evidence is None
+    last = {"method": "svdd", "num_particles": 6, "returned": "sample", **options}
+    cold = [steer("a", alpha=1e-9, **(last | {"generator": g(i)})) for i in range(3)]
+    assert all(int(found.chosen) == int(found.rewards.argmax()) for found in cold)
+    assert any(int(steer("a", alpha=1e9, **(last | {"generator": g(i)})).chosen) != int(found.rewards.argmax()) for i, found in enumerate(cold))
+
+
+@pytest.mark.parametrize("output_type", ["pt", "np", "pil", "latent"])
+def test_returned_particles_are_decoded_in_batches(output_type, pipes):
+    pipe, call = pipes("sd15")
+    decoded, decode = [], pipe.vae.decode
+    options = {"num_particles": 3, "returned": "all", "output_type": output_type, **call}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipe.vae, "decode", lambda z, *a, **k: decoded.append(len(z)) or decode(z, *a, **k), raising=False)
+        parts = ParticleSteeringPipeline(pipe, brightness)(["a", "b"], batch_size=2, generator=g(), **options)
+        whole = ParticleSteeringPipeline(pipe, brightness)(["a", "b"], batch_size=2, return_dict=False, generator=g(), **options)
+    assert max(decoded) == 2 and len(parts.images) == len(whole[0]) == 6
+    assert type(parts.images) is type(whole[0]) and parts.nsfw_content_detected is whole[1] is None
 
 
 def test_the_pipeline_is_left_as_it_was():
@@ -461,6 +479,7 @@ def test_samplers_without_noise_cannot_be_steered(pipes):
         ("start <= end", {"start": 0.9, "end": 0.1}),
         ("alpha must not", {"alpha": -1.0}),
         ("gradient=True is for", {"method": "svdd", "gradient": True}),
+        ("sde_twin.pipe.scheduler, eta=0.3", {"eta": 0.3}),
         ("callback_on_step_end would see", {"callback_on_step_end": lambda *a: {}}),
     ],
 )

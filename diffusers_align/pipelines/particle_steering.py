@@ -19,6 +19,7 @@ from ..rewards import InvalidReward
 from ..trajectory import Condition
 from ..transition import GaussianTransition
 from .base import Generators, Judge, WrappedPipeline
+from .outputs import merged
 from .particles import Particles, Walk
 
 METHODS, RETURNS = ("smc", "svdd"), ("best", "sample", "all")
@@ -125,14 +126,14 @@ class ParticleSteeringPipeline(WrappedPipeline):
             gradient: propose along the reward's gradient through the denoiser and the autoencoder (twisted, TDS), at every step.
             alpha: temperature of SVDD; 0 takes the best.
             returned: `best`, of each output's particles the one of the largest reward; `sample`, one drawn by weight, a fair draw of the
-                tilt; `all` of them.
+                tilt, or for SVDD one chosen at temperature alpha, as at each step; `all` of them.
             batch_size: particles a call, in memory; all if absent. The particles of one prompt may be spread over calls.
             scheduler: an SDE scheduler, in the place of the SDE twin.
             columns: other arguments of the reward, a list for each with an entry a prompt.
             on_invalid: a particle without a reward (NaN): "error", or "mask" to give it the weight 0.
 
         Returns:
-            The stock output with `rewards` (P, N), `log_weights` (P, N) (zero for SVDD), `log_evidence` (P,), `ess` (P, weighings) and
+            The stock output with `rewards` (P, N), `log_weights` (P, N) (zero for SVDD), `log_evidence` (P,) (None for SVDD), `ess` (P, weighings) and
             `chosen` (P,), or None for `all`.
 
         Raises:
@@ -141,7 +142,7 @@ class ParticleSteeringPipeline(WrappedPipeline):
         steering = Steering(
             method, num_particles, potential, reward_scale, resampler, ess_threshold, resample_every, start, end, gradient, alpha, returned,
         )  # fmt: skip
-        _refuse_callbacks(kwargs)
+        _refuse_arguments(kwargs)
         condition, generator = self.condition(prompt, kwargs)
         judge = self.judge(reward, condition, columns, on_invalid)
         with self.as_policy(scheduler):
@@ -155,8 +156,10 @@ class ParticleSteeringPipeline(WrappedPipeline):
         with self.progress_bar(total=len(walk.stochastic_steps)) as bar:
             final = run(bar.update)
         rows, chosen = run.returned()
-        output = self.finish([x[rows] for x in final.states], walk.condition.select(rows), walk.fresh(rows), **options)
-        found = {"rewards": run.rewards, "log_weights": run.weights.log_weight, "log_evidence": smc.log_evidence(run.weights)}
+        parts = [rows[i : i + walk.batch_size] for i in range(0, len(rows), walk.batch_size)]
+        output = merged([self.finish([x[part] for x in final.states], walk.condition.select(part), walk.fresh(part), **options) for part in parts])
+        evidence = smc.log_evidence(run.weights) if steering.method == "smc" else None
+        found = {"rewards": run.rewards, "log_weights": run.weights.log_weight, "log_evidence": evidence}
         return self.extended(output, **found, ess=torch.stack(run.ess, 1), chosen=chosen)
 
 
@@ -254,7 +257,10 @@ class _Run:
             chosen = best(self.rewards)
         else:
             uniforms = torch.stack([torch.rand(number, generator=g, dtype=torch.float64) for g in self.choices])
-            chosen = smc.ancestors(self.weights.log_weight, uniforms, "multinomial")[:, 0]
+            if self.steering.method == "svdd":
+                chosen = choose(self.rewards, uniforms[:, 0], alpha=self.steering.alpha)
+            else:
+                chosen = smc.ancestors(self.weights.log_weight, uniforms, "multinomial")[:, 0]
         return (chosen + number * torch.arange(self.groups)).tolist(), chosen
 
 
@@ -269,6 +275,8 @@ def _seeds(generator: Generators, groups: int, number: int) -> list[int]:
     return [noise_seed(base, "particle", i) for base in bases for i in range(number)]
 
 
-def _refuse_callbacks(kwargs: dict[str, Any]) -> None:
+def _refuse_arguments(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("eta") is not None:
+        raise ValueError(f"The noise of particles is the SDE scheduler's: pass scheduler=sde_twin(pipe.scheduler, eta={kwargs['eta']}) in the place of eta.")
     if given := [name for name in ("callback_on_step_end", "callback") if kwargs.get(name) is not None]:
         raise ValueError(f"Particles leave and resume calls of the stock pipeline, so that {given[0]} would see some steps twice: leave it out.")
