@@ -168,6 +168,17 @@ def test_mean_guidance_descends_a_quadratic_as_it_must(iterations):
         torch.testing.assert_close(shift.state, state * distance, rtol=1e-12, atol=1e-12)
 
 
+def test_variance_guidance_is_of_the_state_before_or_after_the_step():
+    """TFG's x' = Step(x) + Delta / sqrt(abar / abar'), of the same sign and shape as DPS's."""
+    evaluate, pull = evaluating(lambda x: -(x**2).sum(1) / 2), {"pull_back": lambda gradient: 3 * gradient}
+    x0, levels = numbers(2, 4), (Level(0.6, 0.8), Level(0.75, 0.66))
+    for entry, factor in (("state", 1.0), ("renoised", 1.25)):
+        shift = guide(Guidance(variance=0.1, variance_entry=entry, variance_schedule="constant"), evaluate, x0, x0, levels, scale=2.0, **pull)
+        torch.testing.assert_close(shift.state, -0.6 * factor * x0, rtol=1e-12, atol=1e-12)
+        assert not shift.clean.any()
+    assert preset("tfg").variance_entry == "renoised" and {preset(name).variance_entry for name in ("dps", "lgd_mc", "freedom")} == {"state"}
+
+
 def test_blending_differentiates_both_ways_to_the_state():
     level, weight = Level(0.8, 0.6), numbers(3, 3, seed=4)
     x_t = numbers(2, 3).requires_grad_()

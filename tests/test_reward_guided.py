@@ -10,10 +10,10 @@ from diffusers import DiffusionPipeline
 from tiny_pipelines import FAMILIES
 
 from diffusers_align import embedded
-from diffusers_align.algorithms.guidance import Guidance
+from diffusers_align.algorithms.guidance import Guidance, guide
 from diffusers_align.embedded.noisy_classifier import CLASSES, NoisySceneClassifier
 from diffusers_align.embedded.teaching import make_scenes
-from diffusers_align.pipelines import NoiseOptimizationPipeline, ParticleSteeringPipeline, RewardGuidedPipeline, path
+from diffusers_align.pipelines import NoiseOptimizationPipeline, ParticleSteeringPipeline, RewardGuidedPipeline, guided_sampling, path
 from diffusers_align.pipelines.guided_sampling import GuidanceError
 from diffusers_align.pipelines.noise_grid import noise_grid
 
@@ -423,6 +423,25 @@ def test_classifier_guidance_raises_what_it_is_told_to(models, classifier, solve
 def test_a_state_without_signal_is_not_guided(models):
     output = run(models, "flow", "energy", 1.0)
     assert output.guided_values.shape == (2, 3)  # of 4 steps: the first starts at sigma 1
+
+
+@pytest.mark.parametrize(
+    "solver, options",
+    [("ddim", {"start": 0.5, "stop": 0.6}), ("flow", {"num_inference_steps": 1}), ("flow", {"stop": 0.25}), ("flow", {"stop": 0.25, "recurrence": 2})],
+)
+def test_a_window_without_a_step_to_guide_is_refused(models, solver, options):
+    with pytest.raises(GuidanceError, match="No step is guided"):
+        run(models, solver, "dps", 1.0, **options)
+    assert "guided_values" not in run(models, solver, "dps", 0.0, **options)
+
+
+def test_strengths_are_those_of_the_steps_really_guided(models):
+    """Of mean 1 over them: the first of a flow starts from pure noise, and takes no part."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guided_sampling, "guide", lambda *args, weights, **options: found.append(weights) or guide(*args, weights=weights, **options))
+        run(models, "flow", "tfg", 1.0)
+    assert [sum(column) for column in zip(*found)] == pytest.approx([len(found)] * 2) and len(found) == 3
 
 
 @pytest.mark.parametrize("name", ["mpgd", "dps"])

@@ -37,7 +37,7 @@ Returned beside the samples: `rewards`, of the finished samples; `guided_values`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -69,8 +69,8 @@ class Guidance:
         draws, smoothing: log-mean-exp over so many copies of the clean estimate with noise of smoothing * sigma / sqrt(alpha^2 + sigma^2).
         recurrence: how often each guided step is made, a predictor with its corrector; between the times the state is noised again.
         norm: of each sample's gradient: `none`; `unit`, length 1; `rms`, root mean square sigma; `dps`, over twice the root of |s|.
-        variance_entry: `output`, as a velocity with a schedule of `VELOCITY_SCHEDULES`, `score` being the exact conversion; or `state`,
-            added after the step, with a schedule of `STEP_SCHEDULES` of mean 1 over the steps.
+        variance_entry: `output`, as a velocity with a schedule of `VELOCITY_SCHEDULES`, `score` being the exact conversion; `state`, added after
+            the step, with a schedule of `STEP_SCHEDULES` of mean 1 over the guided steps; `renoised`, alpha' / alpha of that (TFG).
         mean_entry: `output`, the model's output is that of the shifted clean estimate; `renoised`, alpha' of the shift is added after
             the step (TFG); `state`, all of it (FlowChef). The schedule is of `STEP_SCHEDULES`.
         blend: evaluate s at sigma x0 + (1 - sigma) x_t, as CLIP guidance does.
@@ -99,7 +99,7 @@ class Guidance:
     def __post_init__(self):
         velocities = VELOCITY_SCHEDULES if self.variance_entry == "output" else STEP_SCHEDULES
         for name, known in {
-            "norm": NORMS, "variance_entry": ENTRIES[:2], "mean_entry": ENTRIES, "variance_schedule": velocities, "mean_schedule": STEP_SCHEDULES,
+            "norm": NORMS, "variance_entry": ENTRIES, "mean_entry": ENTRIES, "variance_schedule": velocities, "mean_schedule": STEP_SCHEDULES,
         }.items():  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}.")
@@ -124,7 +124,7 @@ PRESETS = {
     "mpgd": Guidance(mean=1.0, norm="rms"),
     "universal": Guidance(variance=1.0, mean=1.0, iterations=3, recurrence=2),
     "tfg": Guidance(
-        variance=1.0, mean=1.0, draws=4, smoothing=0.01, variance_entry="state", variance_schedule="increase",
+        variance=1.0, mean=1.0, draws=4, smoothing=0.01, variance_entry="renoised", variance_schedule="increase",
         mean_entry="renoised", mean_schedule="increase",
     ),
     "flowchef": Guidance(mean=1.0, mean_entry="state"),
@@ -190,7 +190,7 @@ def renoised(x_next: Tensor, level: Level, level_next: Level, noise: Tensor) -> 
 # --- the engine --------------------------------------------------------------------------------------------------------
 
 
-def step_weights(levels: list[Level], schedule: str, guided: range) -> list[float]:
+def step_weights(levels: list[Level], schedule: str, guided: Sequence[int]) -> list[float]:
     """Weights of the steps, (K,): of mean 1 over those that are `guided`, 0 elsewhere. `levels` are K + 1, from noise to data.
 
     `increase` goes with $(\\alpha_k/\\alpha_{k+1})^2$, `decrease` with what that lacks to 1, as in the official code of TFG.
@@ -276,8 +276,9 @@ def guide(
     value, gradient = gradient_at(seen * x0 + (1 - seen) * x_t)
     if guidance.variance:
         through = normalised(pull_back(seen * gradient) + (1 - seen) * gradient, guidance.norm, value, level.sigma)
-        if guidance.variance_entry == "state":
-            state = state + scale * guidance.variance * weights[0] * through
+        if guidance.variance_entry != "output":
+            factor = level_next.alpha / level.alpha if guidance.variance_entry == "renoised" else 1.0
+            state = state + factor * scale * guidance.variance * weights[0] * through
         else:
             clean = clean + scale * guidance.variance * clean_change(through, level, guidance.variance_schedule)
     if guidance.mean:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -108,14 +109,20 @@ class _Walk:
             self.grid = noise_grid(step.scheduler, step.timestep)
         number = len(self.grid)
         window = range(round(self.guidance.start * number), round(self.guidance.stop * number))
-        self.guided = window if self.scale != 0 else range(0)
+        self.guided = [k for k in window if self.grid.levels[k].alpha > NO_SIGNAL]
+        if not self.guided:
+            raise GuidanceError(
+                f"No step is guided: of {number}, those from {self.guidance.start:g} to {self.guidance.stop:g} of the way are none, or start from pure "
+                "noise. Take more steps, or widen the window (start, stop)."
+            )
+        weights = partial(step_weights, self.grid.levels, guided=self.guided)
         self.weights = {
-            "variance": step_weights(self.grid.levels, self.guidance.variance_schedule, window) if self.guidance.variance_entry == "state" else [1.0] * number,
-            "mean": step_weights(self.grid.levels, self.guidance.mean_schedule, window),
+            "variance": [1.0] * number if self.guidance.variance_entry == "output" else weights(self.guidance.variance_schedule),
+            "mean": weights(self.guidance.mean_schedule),
         }
 
     def _is_guided(self, k: int) -> bool:
-        return k in self.guided and self.grid.levels[k].alpha > NO_SIGNAL
+        return k in self.guided
 
     def repeat(self, pipeline, call: dict[str, Any], memory: PromptMemory | None) -> Tensor:
         """The timesteps with those of guided steps repeated, found by a call that ends at its first step."""
