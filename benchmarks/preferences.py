@@ -24,7 +24,7 @@ RUNS = {
     "Diffusion-DPO": ("train_dpo", "dpo_mini_sd3", "pairs", [PLAIN]),
     "DPO, safeguard": ("train_dpo", "dpo_mini_sd3", "pairs", []),
     "MaPO": ("train_dpo", "dpo_mini_sd3", "pairs", [PLAIN, "--loss", "mapo", "--beta", "0.1"]),
-    "Linear-DPO": ("train_dpo", "dpo_mini_sd3", "pairs", [PLAIN, "--loss", "linear", "--beta", "200", "--reference_decay", "0.99"]),
+    "Linear-DPO": ("train_dpo", "dpo_mini_sd3", "pairs", [PLAIN, "--loss", "linear", "--beta", "200", "--linear_eta", "0.001", "--reference_decay", "0.99"]),
     "InPO": ("train_dpo", "dpo_mini_sd3", "pairs", [PLAIN, "--inversion_steps", "2"]),
     "DSPO": ("train_dspo", "dspo_mini_sd3", "pairs", []),
     "Diffusion-KTO": ("train_kto", "kto_mini_sd3", "binary", []),

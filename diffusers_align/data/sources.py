@@ -71,7 +71,7 @@ def _open_file(path: Path) -> Table:
         raise ValueError(f"{path} cannot be read as CSV ({error}): repair it, or save it as .jsonl.") from error
     columns = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
     if rows and not columns:
-        raise ValueError(f"{path} has no row of named fields; the first is {str(rows[0]).strip()[:60]!r}. Each row of it is to be a JSON object.")
+        raise ValueError(f"{path} has no row of named fields; the first is {str(rows[0]).strip()[:60]!r}. Rows are JSON objects, or lines under a header.")
     if path.suffix == ".csv" and len(columns) == 1 and re.search(r"[;\t|]", columns[0]):
         raise ValueError(f"{path} has one column, {columns[0]!r}: its fields are to be separated by commas. Save it so, or as .jsonl.")
     return Table(rows, columns, path.parent)
