@@ -168,6 +168,15 @@ def test_the_first_candidate_is_the_stock_pipelines_sample(name, pipes):
             torch.testing.assert_close(one.rewards[:, 0], brightness(expected, None))
 
 
+@pytest.mark.parametrize("negative", [{}, {"negative_prompt": ["a cat", "red"]}])
+def test_the_first_candidates_are_the_stock_pipelines_several_a_prompt(negative):
+    pipe = DiffusionPipeline.from_pretrained(embedded.path("mini-sd3"))
+    call = {"num_images_per_prompt": 2, "num_inference_steps": 2, "max_sequence_length": 1, "output_type": "pt", **negative}
+    prompts = ["two dogs on a blue background", "a cat on a red background"]
+    one = BestOfNPipeline(pipe, brightness)(prompts, num_candidates=1, generator=g(), **call)
+    assert torch.equal(one.images, pipe(prompts, generator=g(), **call).images) and one.rewards.shape == (4, 1)
+
+
 def test_another_text_encoder_makes_other_images():
     """And an empty prompt is one."""
     pipe, call = FAMILIES["sd15"].build(), {**FAMILIES["sd15"].call, "output_type": "pt"}

@@ -289,8 +289,6 @@ def test_reward_maps():
     assert shortfall(r).tolist() == [2.0, -1.0, -4.0]
     assert refl.refl_loss(r).tolist() == pytest.approx([3e-3, 0, 0])
     assert alignprop.alignprop_loss(r).tolist() == pytest.approx([-0.01, 0.02, 0.05])
-    assert vader.aesthetic_hps_loss(r, torch.zeros(3)).tolist() == pytest.approx([(1.5 * 11 + 1) / 2, (1.5 * 8 + 1) / 2, (1.5 * 5 + 1) / 2])
-    assert vader.mean_over_frames(torch.tensor([1.0, 3.0, 5.0, 7.0]), 2).tolist() == [2.0, 6.0]
 
 
 def test_rewards_that_could_not_be_scored_are_left_out():

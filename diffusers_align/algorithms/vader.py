@@ -20,9 +20,6 @@ Logged: `reward`, over the decoded frames; `truncation`, steps with gradient.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
-from ..rl.reward_maps import distance
 
 OFFICIAL_STEPS = 50
 BACKPROP_MODES = ("last", "random", "specific")
@@ -61,13 +58,3 @@ def frame_indices(num_frames: int, generator: torch.Generator | None = None, *, 
     if mode == "ends":
         return sorted({0, num_frames // 2, num_frames - 1})
     return list(range(0, num_frames, 2 if mode == "alternate" else 1))
-
-
-def mean_over_frames(reward: Tensor, num_frames: int) -> Tensor:
-    """Rewards (B * F,) of a batch's frames, video by video, to (B,)."""
-    return reward.reshape(-1, num_frames).mean(1)
-
-
-def aesthetic_hps_loss(aesthetic: Tensor, hps: Tensor, *, target: float = 10.0) -> Tensor:
-    """The official mixture (1.5 |target - aesthetic| + |1 - hps|) / 2, (B,)."""
-    return (1.5 * distance(aesthetic, target=target) + distance(hps, target=1.0)) / 2

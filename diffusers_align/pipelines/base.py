@@ -129,7 +129,7 @@ class WrappedPipeline(DiffusionPipeline):
             raise ValueError(f"{type(self.pipeline).__name__}'s call takes no generator, so its samples have no seeds.")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         kwargs = {name: value for name, value in arguments.items() if name not in ("generator", "output_type", "return_dict", *_PER_PROMPT)}
-        copies = max((arguments.get(name) or 1 for name in _PER_PROMPT), default=1)
+        copies = max(copies_asked(arguments).values(), default=1)
         rows = [i for i in range(len(prompts)) for _ in range(copies)]
         generator = arguments.get("generator")
         if isinstance(generator, list) and len(generator) != len(rows):
@@ -145,7 +145,7 @@ class WrappedPipeline(DiffusionPipeline):
             return drive(self.pipeline, on_step, call, gradients=gradients, needs_denoiser=needs_denoiser, memory=self._memory)
 
     @torch.no_grad()
-    def sample(self, condition: Condition, generator: Generators) -> list[Tensor]:
+    def sample(self, condition: Condition, generator: Generators, **overrides: Any) -> list[Tensor]:
         """The stock pipeline's own samples: the final states (B, *D) of its scheduler and of the copies it makes."""
         final: dict[int, Tensor] = {}
 
@@ -153,7 +153,7 @@ class WrappedPipeline(DiffusionPipeline):
             final[step.child] = step.run().prev_sample
 
         # Open gates learn what a later call with closed ones must return.
-        self.drive(condition, generator, keep, needs_denoiser=lambda k: True, output_type="latent")
+        self.drive(condition, generator, keep, needs_denoiser=lambda k: True, output_type="latent", **overrides)
         return [final[child] for child in sorted(final)]
 
     def finish(self, final: list[Tensor], condition: Condition, generator: Generators, **overrides: Any):
@@ -281,6 +281,11 @@ for _cls in DiffusionPipeline.__mro__[-2::-1]:
         _of_an_instance = inspect.isfunction(_member) or isinstance(_member, property)
         if _of_an_instance and not _name.startswith("__") and _name not in vars(WrappedPipeline):
             setattr(WrappedPipeline, _name, _inside(_name, _member))
+
+
+def copies_asked(arguments: dict[str, Any]) -> dict[str, int]:
+    """The argument of a stock call that asks for several outputs of each prompt, if it has one."""
+    return {name: arguments[name] for name in _PER_PROMPT if arguments.get(name)}
 
 
 def copied(generator: Generators) -> Generators:

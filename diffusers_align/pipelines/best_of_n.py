@@ -14,7 +14,7 @@ from torch import Tensor
 from ..algorithms.best_of_n import best, neighbour
 from ..policy import noise_seed
 from ..trajectory import Condition
-from .base import Generators, Judge, WrappedPipeline, copied
+from .base import Generators, Judge, WrappedPipeline, copied, copies_asked
 
 SEARCHES = ("random", "zero_order")
 
@@ -65,7 +65,7 @@ class BestOfNPipeline(WrappedPipeline):
         condition, generator = self.condition(prompt, kwargs)
         judge, start = self.judge(reward, condition, columns, on_invalid), copied(generator)
         with self.progress_bar(total=rounds * num_candidates) as bar:
-            found = self._first(condition, generator, judge, start)
+            found = self._first(condition, generator, judge, start, copies_asked(kwargs))
             bar.update()
             bases = _bases(generator, len(condition))
             for number in range(rounds):
@@ -93,11 +93,11 @@ class BestOfNPipeline(WrappedPipeline):
             if not hasattr(stock, "prepare_latents") or "strength" in inspect.signature(stock.__call__).parameters:
                 raise ValueError(f"{stock.__name__} does not start from noise alone, so noise has no neighbours there; use search='random'.")
 
-    def _first(self, condition: Condition, generator: Generators, judge: Judge, start: Generators) -> _Found:
-        """The stock pipeline's own samples."""
-        with self._near(None, 1.0) as noise:
-            states = self.sample(condition, generator)
+    def _first(self, condition: Condition, generator: Generators, judge: Judge, start: Generators, copies: dict[str, int]) -> _Found:
+        """The stock pipeline's own samples, by the call as it was made: prompts that it repeats once they are encoded round otherwise."""
         rows = list(range(len(condition)))
+        with self._near(None, 1.0) as noise:
+            states = self.sample(condition.select(rows[:: max(copies.values(), default=1)]), generator, **copies)
         rewards = judge(self.decode(states, condition, copied(start)), rows)
         return _Found(states, noise[0] if noise else None, rewards[:, None], [None] * len(rows))
 

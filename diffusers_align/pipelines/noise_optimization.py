@@ -57,7 +57,7 @@ class NoiseOptimizationPipeline(WrappedPipeline):
             reward: a name or a callable (images, prompts, **columns) -> (B,), with a gradient; in the place of the pipeline's.
             optimizer: `sgd` (ReNO), `adam` (DNO) or `lbfgs` (D-Flow), with its paper's settings (`algorithms.noise_optimization.SETTINGS`).
             num_iterations, learning_rate, max_grad_norm, regularizer, regularization: in the place of those settings. With 0 iterations this is
-                the stock call, bit for bit, given the same generators.
+                the stock call, bit for bit, given the same generators and one output a prompt.
             reward_scale: lambda, by which the reward is multiplied against the regulariser.
             grad_steps: the solver steps whose denoiser calls take part in the gradient, all by default; the others are as constants.
             batch_size: samples optimised at once; all by default, and always 1 for `lbfgs`.
