@@ -14,9 +14,8 @@ A step is a call of `scheduler.step`: a second-order solver takes two for one of
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,7 +31,7 @@ from .forward_process import ForwardProcess
 from .initial_noise import initial_noise
 from .policy import Policy, _images
 from .schedulers import sde_twin
-from .schedulers.scheduling_utils import SDESchedulerMixin
+from .stock import stock_solver
 from .trajectory import Condition
 from .transition import GaussianTransition
 
@@ -85,22 +84,6 @@ class DifferentiableRollout:
         """The detached final states (B, *D) of the pipeline's scheduler and of the copies it makes."""
         last = {child: action for (child, _), action in sorted(self._actions.items())}
         return [last[child].detach() for child in sorted(last)]
-
-
-@contextmanager
-def stock_solver(policy: Policy) -> Iterator[None]:
-    """Within, the pipeline walks a fresh copy of the scheduler that it came with, in the place of its SDE twin.
-
-    A pipeline that came with an SDE scheduler walks that one's deterministic steps.
-    """
-    twin, solver = policy.pipeline.scheduler, copy.deepcopy(policy.stock_scheduler)
-    if isinstance(solver, SDESchedulerMixin):
-        solver.deterministic = True
-    policy.pipeline.scheduler = solver
-    try:
-        yield
-    finally:
-        policy.pipeline.scheduler = twin
 
 
 def _solver(policy: Policy, condition: Condition, stochastic: bool):

@@ -22,7 +22,7 @@ from .latent_layout import LatentLayout
 from .prediction import Prediction
 from .prompt_memory import PromptMemory, Store
 from .schedulers import sde_twin
-from .schedulers.scheduling_utils import SDESchedulerMixin
+from .schedulers.scheduling_utils import SDESchedulerMixin, put_in_place
 from .tape import Tape, check_state
 from .trajectory import Condition, Trajectory
 from .transition import GaussianTransition
@@ -52,8 +52,7 @@ class Policy:
         self.pipeline, self.call_kwargs = pipeline, call_kwargs
         if scheduler is not None and not isinstance(scheduler, SDESchedulerMixin):
             raise TypeError(f"{type(scheduler).__name__} returns no log-probabilities; pass sde_twin(scheduler) or leave it out.")
-        self.stock_scheduler = pipeline.scheduler
-        pipeline.scheduler = scheduler if scheduler is not None else sde_twin(pipeline.scheduler)
+        self.stock_scheduler = put_in_place(pipeline, scheduler if scheduler is not None else sde_twin(pipeline.scheduler))
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()

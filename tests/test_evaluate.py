@@ -18,12 +18,12 @@ from tiny_pipelines import FAMILIES
 from diffusers_align import Policy, embedded
 from diffusers_align.front_doors import front_door
 from diffusers_align.lora import WEIGHTS
-from diffusers_align.rewards.base import RewardTimeout
+from diffusers_align.rewards.base import InvalidReward, RewardTimeout
 from diffusers_align.training.comparison import table, without_nan
 from diffusers_align.training.costs import Cost, Meter
 from diffusers_align.training.evaluation import Session, diversities, find_lora, load_rewards, lora_loaded, path_kl
 from diffusers_align.training.held_out_pairs import HeldOutPairs, margins
-from diffusers_align.training.pictures import comparison
+from diffusers_align.training.report import judged_on
 from diffusers_align.training.sampling import paired_gain
 from diffusers_align.training.statistics import diversity, mean_and_error, pairwise_cosine, pairwise_rms, wilson_interval, win_rate
 
@@ -338,9 +338,8 @@ def restored(value):
 
 def test_the_picture_has_a_row_a_model(evaluated):
     with Image.open(evaluated[0] / "evaluation.png") as picture:
-        assert picture.size == (4 * 128, 3 * (128 + 14))
-        cells = [picture.crop((0, row * 142, 128, row * 142 + 128)).tobytes() for row in range(3)]
-    assert len(set(cells)) == 3
+        captions, cells = json.loads(picture.info["captions"]), [picture.crop(box).tobytes() for box in json.loads(picture.info["cells"])]
+    assert captions == evaluated[1]["prompts"][:4] and len(cells) == 3 * 4 == len(set(cells)), "an image a model and prompt, none of them blank or twice"
 
 
 def held_out(task, name):
@@ -371,14 +370,6 @@ def test_implicit_accuracy_is_measured_against_the_adapters_off(evaluated, task)
         reference = turned.errors(policy)
     torch.testing.assert_close(margins(turned.errors(policy), reference), -torch.tensor(values, dtype=torch.float64), rtol=1e-3, atol=1e-6)
     assert "implicit accuracy on held-out pairs" in (evaluated[0] / "evaluation.md").read_text()
-
-
-def test_the_comparison_repeats_its_rows_for_more_columns():
-    models = {"base": [torch.zeros(3, 8, 8)] * 5, "a": [torch.full((3, 8, 8), 0.5)] * 5, "b": [torch.full((3, 8, 8), 1.0)] * 5}
-    sheet = comparison(models, list("vwxyz"), columns=4, cell=16)
-    assert sheet.size == (4 * 16, 6 * 30)
-    assert [sheet.getpixel((8, row * 30 + 8))[0] for row in range(6)] == [0, 128, 255] * 2
-    assert [sheet.getpixel((24, row * 30 + 8))[0] for row in range(6)] == [0, 128, 255, 255, 255, 255]
 
 
 def test_scales_are_models_of_their_own(evaluated, task, tmp_path):
@@ -451,6 +442,45 @@ def test_errors_come_before_the_pipeline_is_loaded(task, tmp_path, monkeypatch, 
         module.main(arguments(task, tmp_path / "eval", **flags))
 
 
+def test_a_reward_without_a_single_score_stays_in_the_table_and_ends_in_an_error(task, tmp_path):
+    (tmp_path / "rewards.py").write_text("def none(images, prompts, **columns):\n    return [float('nan')] * len(prompts)\n")
+    flags = {"reward": ("background_color", f"{tmp_path / 'rewards.py'}:none"), "lora": (task / "a",), "kl_samples": 0, "num_inference_steps": 1}
+    with pytest.raises(InvalidReward, match="Reward 'none' scored none of 6 evaluation images.*--invalid_rewards mask"):
+        script().main(arguments(task, tmp_path / "eval", **flags))
+    text = (tmp_path / "eval" / "evaluation.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| **none**"))
+    assert row.count("no score (6 of 6 images without)") == 2 and "| **background_color** | -0" in text
+
+
+def test_a_run_is_told_before_training_that_a_reward_has_no_score(tmp_path):
+    task = write_task(tmp_path)
+    with (task / "rewards.py").open("a") as file:
+        file.write("\n\ndef none(images, prompts, **columns):\n    return [float('nan')] * len(prompts)\n")
+    with pytest.raises(InvalidReward, match="rewards.py:none' scored none of 4"):
+        run_script("flow_grpo", tmp_path / "run", task, eval_reward=f"{task / 'rewards.py'}:none")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "judged, expected",
+    [("ab", "held-out prompts"), ("xy", "the training prompts"), ("aaxb", "3 prompts, 1 of them trained on,")],
+)
+def test_only_held_out_prompts_are_called_so(judged, expected):
+    assert judged_on(iter(judged), {"x", "y", "z"}) == expected
+
+
+@pytest.mark.parametrize("eval_prompts, expected", [(False, "the training prompts"), (True, "held-out prompts")])
+def test_the_run_and_its_card_say_what_it_was_judged_on(tmp_path, capsys, eval_prompts, expected):
+    task = write_task(tmp_path)
+    (task / "others.txt").write_text("a whale\n")
+    out = run_script("flow_grpo", tmp_path / "run", task, **({"eval_prompts": task / "others.txt"} if eval_prompts else {}))
+    said = capsys.readouterr().out
+    assert f"Evaluation: 4 images of {expected}, by the pipeline's own FlowMatchEulerDiscreteScheduler." in said
+    assert f":brightness on {expected}: " in said and ("held-out" in said) == eval_prompts
+    card = (out / "README.md").read_text()
+    assert f"Results on {expected}, by the pipeline's own FlowMatchEulerDiscreteScheduler, at equal seeds" in card and ("held-out" in card) == eval_prompts
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -500,14 +530,15 @@ def test_costs_of_a_run_by_hand_and_over_a_resume(tmp_path):
     flags = {"num_prompts_per_epoch": 2, "group_size": 2}
     out = run_script("flow_grpo", tmp_path / "run", task, validation_epochs=1, **flags)
     cost = Cost.read(out)
-    # 4 samples of 3 steps without guidance; replay and reference of the first two; evaluation and validation do not count
-    assert (cost.images, cost.denoiser_evaluations, cost.denoiser_evaluations_with_gradients) == (4, 4 * 3 + 2 * 4 * 2, 4 * 2)
+    # 4 samples of 3 steps without guidance; replay and reference of the first two; one call of a batch of two, from which calls whose outcome
+    # is known learn their shape; evaluation and validation do not count
+    assert (cost.images, cost.denoiser_evaluations, cost.denoiser_evaluations_with_gradients) == (4, 4 * 3 + 2 * 4 * 2 + 2, 4 * 2)
     assert 0 < cost.seconds < 600 and Cost.read(out / "checkpoint-1") == cost
     assert "images" not in (out / "metrics.jsonl").read_text()
 
     run_script("flow_grpo", out, task, num_epochs=2, resume_from_checkpoint="latest", **flags)
     total = Cost.read(out)
-    assert (total.images, total.denoiser_evaluations, total.denoiser_evaluations_with_gradients) == (8, 56, 16)
+    assert (total.images, total.denoiser_evaluations, total.denoiser_evaluations_with_gradients) == (8, 60, 16)
     assert total.seconds > cost.seconds and Cost.read(out / "checkpoint-1") == cost
 
 

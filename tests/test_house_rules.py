@@ -38,18 +38,20 @@ LAYERS = {
     "forward_process": {"schedulers"},
     "policy": BELOW_POLICY,
     "decoding": {"policy", "trajectory"},
-    "differentiable": {"decoding", "policy"} | BELOW_POLICY,
+    "stock": {"policy", "schedulers", "trajectory"},
+    "differentiable": {"decoding", "policy", "stock"} | BELOW_POLICY,
     "gradient_check": {"differentiable", "policy", "trajectory"},
     "rewards": {"embedded"},
     "pipelines": {"decoding", "differentiable", "policy", "algorithms", "rl", "rewards", "front_doors"} | BELOW_POLICY,
-    "training": {"decoding", "differentiable", "gradient_check", "policy", "algorithms", "rl", "rewards", "data", "embedded", "front_doors"} | BELOW_POLICY,
+    "training": {"decoding", "differentiable", "gradient_check", "policy", "algorithms", "rl", "rewards", "data", "embedded", "front_doors", "stock"}
+    | BELOW_POLICY,
     "__init__": {"policy", "embedded"} | BELOW_POLICY,
     "__main__": {"front_doors"},
 }
 MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
 FAMILY_FREE = [
     "driver", "prompt_memory", "policy", "prediction", "forward_process", "tape", "trajectory", "transition", "latent_layout", "lora", "schedulers/kernels",
-    "decoding", "differentiable", "gradient_check", "initial_noise", "pipelines/adapter_guidance", "pipelines/guided_sampling", "pipelines/noise_grid",
+    "decoding", "differentiable", "gradient_check", "initial_noise", "stock", "pipelines/adapter_guidance", "pipelines/guided_sampling", "pipelines/noise_grid",
     "pipelines/noise_optimization", "pipelines/recurrence", "pipelines/reward_guided",
 ]  # fmt: skip
 

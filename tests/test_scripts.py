@@ -58,7 +58,7 @@ COMMON = {
     "rank": 4,
     "learning_rate": 3e-3,
     "num_eval_samples": 4,
-    "num_validation_images": 4,
+    "num_validation_images": 3,
     "checkpointing_epochs": 1,
 }
 SCRIPTS = {
@@ -186,12 +186,22 @@ def test_metrics(finished, name):
         assert metrics[0]["kl"] < metrics[-1]["kl"] and metrics[0]["zero_std"] == 0.0
 
 
+def check_sheet(sheet, rows):
+    """Each validation image has a cell (before and after: two), and no cell is blank or another one's copy."""
+    number = COMMON["num_validation_images"]
+    cells = [sheet.crop(box) for box in json.loads(sheet.info["cells"])]
+    assert len(cells) == rows * number and len(json.loads(sheet.info["captions"])) == number
+    assert len({cell.tobytes() for cell in cells}) == len(cells) and all(len(cell.convert("L").getcolors()) > 3 for cell in cells)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_files(finished, name):
     folder = finished(name)
     for picture in ("reward_curve.png", "before_after.png", "samples/epoch-0002.png", "samples/epoch-0004.png"):
         with Image.open(folder / picture) as image:
             assert image.format == "PNG" and min(image.size) > 100 and len(image.convert("L").getcolors()) > 10
+            if picture != "reward_curve.png":
+                check_sheet(image, 2 if picture == "before_after.png" else 1)
     assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     assert not list(folder.rglob(".*")), "nothing half-written is left"
 

@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 
 from diffusers_align import Policy, embedded
 from diffusers_align.data.prompts import Prompt
 from diffusers_align.policy import noise_seed
 from diffusers_align.training import arguments
-from diffusers_align.training.pictures import before_and_after, grid, reward_curve, to_pil
 from diffusers_align.training.run import Run
 from diffusers_align.training.sampling import paired_gain, sample_epoch
 
@@ -101,40 +99,6 @@ def test_an_output_folder_that_cannot_be_written_is_found_at_once(tmp_path):
     with pytest.raises(OSError, match="Cannot write to --output_dir .*Choose another folder"):
         arguments.check_output_dir(str(tmp_path / "file" / "out"))
     assert arguments.check_output_dir(str(tmp_path / "a" / "b")).is_dir() and not any((tmp_path / "a" / "b").iterdir())
-
-
-# --- pictures ----------------------------------------------------------------------------------------------------------
-
-
-def test_to_pil_rounds_clamps_and_takes_the_middle_frame():
-    image = torch.tensor([-1.0, 0.5, 2.0])[:, None, None].expand(3, 4, 6)
-    assert to_pil(image).size == (6, 4) and to_pil(image).getpixel((0, 0)) == (0, 128, 255)
-    video = torch.stack([torch.full((3, 4, 4), value) for value in (0.0, 1.0, 0.0)])
-    assert to_pil(video).getpixel((0, 0)) == (255, 255, 255)
-
-
-@pytest.mark.parametrize("number, rows", [(1, 1), (8, 1), (9, 2)])
-def test_grid_size(number, rows):
-    sheet = grid([torch.zeros(3, 16, 16)] * number, ["a caption that is much too long for its cell"] * number, columns=8, cell=32)
-    assert sheet.size == (8 * 32, rows * (32 + 14))
-    assert sheet.getpixel((5, 5)) == (0, 0, 0) and (number == 8 or sheet.getpixel((8 * 32 - 1, rows * 46 - 20)) == (255, 255, 255))
-
-
-def test_before_and_after_pairs_rows():
-    before, after = [torch.zeros(3, 8, 8)] * 5, [torch.full((3, 8, 8), 0.5)] * 5
-    sheet = before_and_after(before, after, list("abcde"), columns=4, cell=16)
-    assert sheet.size == (4 * 16, 4 * 30)
-    column = [sheet.getpixel((8, row * 30 + 8))[0] for row in range(4)]
-    assert column == [0, 128, 0, 128]
-    assert [sheet.getpixel((24, row * 30 + 8))[0] for row in range(4)] == [0, 128, 255, 255]
-
-
-@pytest.mark.parametrize("kl", [False, True])
-def test_reward_curve(tmp_path, kl):
-    history = [{"epoch": e, "reward": e / 10, "reward_se": 0.1, **({"kl": 0.01 * e} if kl else {})} for e in range(3)]
-    reward_curve(history, tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as picture:
-        assert picture.height > (400 if kl else 300) and len(picture.convert("L").getcolors()) > 10
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------------

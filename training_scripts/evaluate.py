@@ -28,8 +28,8 @@ from diffusers_align.training.costs import Cost
 from diffusers_align.training.evaluation import Session, diversities, find_lora, load_rewards, lora_loaded, sampled_kl
 from diffusers_align.training.held_out_pairs import HeldOutPairs, margins
 from diffusers_align.training.loading import call_arguments, load_pipeline
-from diffusers_align.training.pictures import comparison
-from diffusers_align.training.sampling import evaluate
+from diffusers_align.training.pictures import comparison, save
+from diffusers_align.training.sampling import described_solver, evaluate
 
 BASE = "base"
 
@@ -66,7 +66,8 @@ def add_models(group):
     group.add_argument("--lora", nargs="+", help="folders of runs or checkpoints, .safetensors files, or Hub names; each is compared with the base")
     group.add_argument("--lora_names", nargs="+", help="what to call them; after their folders if absent")
     group.add_argument("--lora_scale", type=float, nargs="+", help="compare each LoRA at these shares of its own strength (DRaFT): 0.5 1; as it is if absent")
-    group.add_argument("--num_inference_steps", type=int, help="solver steps, along the ODE; the pipeline's default if absent")
+    group.add_argument("--num_inference_steps", type=int, help="solver steps; the pipeline's default if absent")
+    group.add_argument("--eval_scheduler", choices=["stock", "twin"], default="stock", help="the pipeline's own solver, or the SDE twin's ODE")
     group.add_argument("--guidance_scale", type=float, help="classifier-free guidance; the pipeline's default if absent")
     group.add_argument("--height", type=int, help="pixels; the pipeline's default if absent")
     group.add_argument("--width", type=int, help="pixels; the pipeline's default if absent")
@@ -123,7 +124,7 @@ def no_kl(number):
     return {"nats": torch.zeros(number), "nats_per_dimension": torch.zeros(number)}
 
 
-def page(args, noise, numbers):
+def page(args, solver, noise, numbers):
     """The table with what is needed to read it."""
     kl = (
         f"KL: mean of {args.kl_samples} trajectories with noise ({', '.join(f'{k} {v}' for k, v in noise.items() if v is not None)})."
@@ -133,7 +134,7 @@ def page(args, noise, numbers):
     pairs = f"\nImplicit accuracy: on the pairs of `{args.pairs}`, against the base, whose own is 1/2 by construction; margin in errors." if args.pairs else ""
     return f"""# {args.pretrained_model_name_or_path} and LoRAs of it
 
-{args.num_samples} images a model for the prompts of `{args.prompts}`, at equal seeds (from {args.seed}), along the ODE. Mean ± standard error.
+{args.num_samples} images a model for the prompts of `{args.prompts}`, at equal seeds (from {args.seed}), by {solver}. Mean ± standard error.
 Gain: paired, over the base. Win rate: over the base, ties half, with Wilson's 95 % interval. {kl}{pairs}
 
 {numbers}
@@ -181,13 +182,16 @@ def main(argv=None):
     if session.accelerator.is_main_process:
         base = evaluations[BASE]
         noise = {name: scheduler.config[name] for name in SDE_FIELDS[type(scheduler).__name__]}
-        content = {"settings": vars(args), "kl_noise": noise, "prompts": base.prompts, "seeds": base.seeds, "models": models}
+        content = {"settings": vars(args), "solver": base.solver, "kl_noise": noise, "prompts": base.prompts, "seeds": base.seeds, "models": models}
         (out / "evaluation.json").write_text(json.dumps(without_nan(content), indent=1) + "\n")
-        (out / "evaluation.md").write_text(page(args, noise, table(models, list(rewards))))
-        comparison({name: e.images for name, e in evaluations.items()}, base.prompts[: args.num_grid_images], args.num_grid_images).save(out / "evaluation.png")
+        (out / "evaluation.md").write_text(page(args, described_solver(args, base.solver), noise, table(models, list(rewards))), encoding="utf-8")
+        captions = base.prompts[: len(base.images)]
+        save(comparison({name: e.images for name, e in evaluations.items()}, captions, args.num_grid_images), out / "evaluation.png")
         print(table(models, list(rewards)))
         print(f"Table, numbers and picture: {out}")
     session.accelerator.end_training()
+    for evaluation in evaluations.values() if args.invalid_rewards == "error" else ():
+        evaluation.check_scored(rewards)
 
 
 if __name__ == "__main__":

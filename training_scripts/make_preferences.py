@@ -30,7 +30,7 @@ from diffusers_align.schedulers import sde_twin
 from diffusers_align.training import arguments
 from diffusers_align.training.evaluation import Session, find_lora, lora_loaded
 from diffusers_align.training.loading import call_arguments, load_pipeline
-from diffusers_align.training.pictures import grid, to_pil
+from diffusers_align.training.pictures import grid, save, to_pil
 from diffusers_align.training.scoring import Scorer, gather_scores
 
 # What an image depends on besides its prompt and the LoRA's weights: a folder holds images of one such setting.
@@ -230,7 +230,7 @@ def main(argv=None):
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             replaced(folder / name / "metadata.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
             print(f"{folder / name}: {len(rows)} rows")
-        contact_sheet(args, prompts, jobs, rewards, folder).save(folder / "contact_sheet.png")
+        save(contact_sheet(args, prompts, jobs, rewards, folder), folder / "contact_sheet.png")
         valid = rewards[~rewards.isnan()]
         print(f"{args.reward}: {valid.mean():.4f} on average, from {valid.min():.4f} to {valid.max():.4f}. Contact sheet: {folder / 'contact_sheet.png'}")
     accelerator.end_training()

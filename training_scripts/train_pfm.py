@@ -18,10 +18,12 @@ from diffusers_align.data import Prompt, batch_of, load_preferences, load_prompt
 from diffusers_align.pipelines.preference_flow import PreferenceFlowPipeline
 from diffusers_align.policy import noise_seed
 from diffusers_align.rewards import load_reward
+from diffusers_align.rewards.base import listed
 from diffusers_align.rewards.loading import model_option
 from diffusers_align.training import arguments, hub, preference_flow
 from diffusers_align.training.loading import DTYPES
-from diffusers_align.training.pictures import grid
+from diffusers_align.training.pictures import grid, save
+from diffusers_align.training.report import judged_on
 from diffusers_align.training.run import Run
 
 REQUIRED = ("data", "reward", "output_dir")
@@ -116,7 +118,10 @@ def load_data(args):
         outputs = [(row["prompt"], row["image"]) for row in outputs]
     else:
         outputs = [(row["prompt"], row[name]) for row in held_out or rows for name in ("image_0", "image_1")]
-    return rows, held_out, [(fields.get(text, Prompt(text)), image) for text, image in outputs[: args.num_eval_samples]]
+    outputs = outputs[: args.num_eval_samples]
+    if unknown := sorted({text for text, _ in outputs} - set(fields)) if args.prompts else []:
+        print(f"{len(unknown)} of the outputs' prompts are not in --prompts {args.prompts}, so the reward gets their text alone: {listed(unknown)}")
+    return rows, held_out, [(fields.get(text, Prompt(text)), image) for text, image in outputs]
 
 
 def batch_loss(run, flow, pairs, target, index, t, noise=None):
@@ -197,6 +202,8 @@ def main(argv=None):
     run.meter.watch([flow.vector_field])
     run.load_optimizer(args.num_epochs * steps_of_epoch(run, pairs))
     run.resume()
+    judged = judged_on((prompt.text for prompt, _ in outputs), {row["prompt"] for row in rows})
+    run.print(f"The flow is judged by {len(outputs)} outputs of {judged}.")
     call = {name: getattr(args, name) for name in ("num_inference_steps", "solver", "iterations", "strength")}
     if args.push_to_hub and run.is_main:
         hub.create(run)
@@ -207,19 +214,20 @@ def main(argv=None):
             with run.averaged(), run.meter.paused():
                 metrics |= {"eval_loss": held_out_loss(run, flow, held_out)} if held_out else {}
                 shown = preference_flow.transport_outputs(run, flow, outputs[: args.num_validation_images], {}, **call)
-            if run.is_main:
+            if run.is_main and shown.after:
                 (run.output_dir / "samples").mkdir(exist_ok=True)
-                grid(shown.after, shown.prompts).save(run.output_dir / "samples" / f"epoch-{epoch + 1:04d}.png")
+                save(grid(shown.after, shown.prompts), run.output_dir / "samples" / f"epoch-{epoch + 1:04d}.png")
         run.log(metrics)
 
     with run.averaged():
         transported = preference_flow.transport_outputs(run, flow, outputs, rewards, **call)
-        for name, value in preference_flow.describe(transported).items():
+        for name, value in preference_flow.describe(transported, rewards).items():
             run.print(f"{name}: {value}")
         if run.is_main:
-            preference_flow.save(run, flow, transported)
+            preference_flow.save(run, flow, transported, rewards, judged)
     run.print(f"Pipeline, pictures and model card: {run.output_dir}")
     run.accelerator.end_training()
+    transported.check_scored(rewards)
 
 
 if __name__ == "__main__":

@@ -40,10 +40,12 @@ class SDESchedulerMixin:
     Runtime state lives in plain attributes, never in the config:
         generator: draws the noise where the pipeline passes none (flow-matching pipelines never do); a list seeds each sample.
         deterministic: True turns every step into the parent's own, bit for bit (evaluation, completions).
+        replaced: the scheduler that it took the place of in a pipeline, if it did.
     """
 
     generator: Generator = None
     deterministic: bool = False
+    replaced = None
     tuple_length: int  # of the stock step with return_dict=False
 
     def transition(self, model_output: Tensor, timestep, sample: Tensor) -> GaussianTransition:
@@ -85,6 +87,17 @@ class SDESchedulerMixin:
     def _get_compatibles(cls):
         """diffusers looks names up in its own namespace only; we are compatible with ourselves and with our stock parents."""
         return [c for c in cls.__mro__ if hasattr(c, "from_config") and c.__name__.endswith("Scheduler")]
+
+
+def put_in_place(pipeline, scheduler: SDESchedulerMixin):
+    """Give `pipeline` the scheduler, and return the one that the pipeline came with.
+
+    A second policy on the same pipeline finds the first one's twin there, which remembers whose place it took.
+    """
+    stock = getattr(pipeline.scheduler, "replaced", None) or pipeline.scheduler
+    pipeline.scheduler = scheduler
+    scheduler.replaced = stock if stock is not scheduler else None
+    return stock
 
 
 def _fork(generator: Generator) -> Generator:

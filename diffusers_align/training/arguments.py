@@ -61,7 +61,10 @@ def _add_model(group) -> None:
     group.add_argument("--lora_alpha", type=int, help="scale of the LoRA; twice the rank if absent")
     group.add_argument("--lora_layers", help="comma-separated modules that get a LoRA; the attention projections if absent")
     group.add_argument("--num_inference_steps", type=int, default=10, help="solver steps of training rollouts")
-    group.add_argument("--eval_num_inference_steps", type=int, help="solver steps of evaluation, which walks the ODE; as in training if absent")
+    group.add_argument("--eval_num_inference_steps", type=int, help="solver steps of evaluation; as in training if absent")
+    group.add_argument(
+        "--eval_scheduler", choices=["stock", "twin"], default="stock", help="evaluate with the pipeline's own solver, or along the SDE twin's ODE"
+    )
     group.add_argument("--guidance_scale", type=float, help="classifier-free guidance of rollouts, replays and evaluation; the pipeline's default if absent")
     group.add_argument("--eval_guidance_scale", type=float, help="guidance of evaluation and pictures; as in training if absent")
     group.add_argument("--height", type=int, help="pixels; the pipeline's default if absent")

@@ -61,18 +61,19 @@ def _reward(values: Tensor, base: Tensor | None) -> Entry:
 
 
 def table(models: dict[str, Entry], rewards: list[str]) -> str:
-    """Markdown: a column a model, a row a number. `rewards` are given with a win rate, their components without."""
+    """Markdown: a column a model, a row a number. `rewards` are given with a win rate and in any case, their components where there is a score."""
     rows: list[tuple[str, list[str]]] = []
 
-    def add(label: str, cell, *path: str) -> None:
+    def add(label: str, cell, *path: str, always: bool = False) -> None:
         found = [_at(entry, *path) for entry in models.values()]
-        if any(value is not None and cell(value) != NOTHING for value in found):
+        if always or any(value is not None and cell(value) != NOTHING for value in found):
             rows.append((label, ["" if value is None else cell(value) for value in found]))
 
     for name in sorted({name for entry in models.values() for name in entry["rewards"]}, key=lambda name: (_owner(name, rewards), name)):
-        add(f"**{name}**" if name in rewards else name, _mean_left_out, "rewards", name)
+        asked = name in rewards
+        add(f"**{name}**" if asked else name, _mean_or_none if asked else _mean_left_out, "rewards", name, always=asked)
         add(f"{name}: gain", _signed, "rewards", name, "gain")
-        if name in rewards:
+        if asked:
             add(f"{name}: win rate", _wins, "rewards", name, "win_rate")
     for name, label in DIVERSITY.items():
         add(label, _plain, "diversity", name)
@@ -105,6 +106,10 @@ def _plain(value: Entry) -> str:
 def _mean_left_out(value: Entry) -> str:
     left_out = 0 if math.isnan(value["mean"]) else value["left_out"]
     return _plain(value) + (f" ({left_out} without)" if left_out else "")
+
+
+def _mean_or_none(value: Entry) -> str:
+    return f"no score ({value['left_out']} of {len(value['values'])} images without)" if math.isnan(value["mean"]) else _mean_left_out(value)
 
 
 def _signed(value: Entry) -> str:

@@ -12,8 +12,9 @@ from .. import __version__, embedded
 IGNORED = ["checkpoint-*", ".*", "logs/**"]
 
 
-def write_model_card(run, results: dict[str, tuple[float, float]], pictures: list[str], note: str = "") -> Path:
-    """Write `README.md`: how to load the LoRA, results as (mean, s.e.), pictures, a note on the training, the command and the configuration."""
+def write_model_card(run, results: dict[str, tuple[float, float]], pictures: list[str], note: str = "", judged_on: str = "held-out prompts") -> Path:
+    """Write `README.md`: how to load the LoRA, results as (mean, s.e.) on what was judged, pictures, a note on the training, the command and the
+    configuration."""
     args, name = run.args, run.args.pretrained_model_name_or_path
     base = f'embedded.path("{name}")' if name in embedded.NAMES else f'"{name}"'
     imports = "from diffusers import DiffusionPipeline" + ("\n\nfrom diffusers_align import embedded" if name in embedded.NAMES else "")
@@ -23,7 +24,7 @@ def write_model_card(run, results: dict[str, tuple[float, float]], pictures: lis
     }  # fmt: skip
     config = {key: value for key, value in sorted(vars(args).items()) if key not in ("hub_token", "config", "trackers", "command") and value is not None}
     rows = "\n".join(f"| {key} | {mean:.4f} ± {error:.4f} |" for key, (mean, error) in results.items())
-    caption = f"Results on held-out prompts at equal seeds (mean ± standard error, {args.num_eval_samples} images):"
+    caption = f"Results on {judged_on} at equal seeds (mean ± standard error, {args.num_eval_samples} images):"
     table = f"{caption}\n\n| | |\n|---|---|\n{rows}\n\n" if results else ""
     story = f"{note}\n\n" if note else ""
     shown = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in pictures)

@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 from torch import Tensor
+
+from .lettering import LINE, width_of, wrapped, write
+
+MOST_LINES = 4
+MARGIN = 2
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] to a PIL image; of a video (F, 3, H, W) the middle frame."""
+    """(3, H, W) in [0, 1] to a PIL image; of a video (F, 3, H, W) the middle frame. What is not finite comes out magenta: no picture has it by chance."""
     if image.ndim == 4:
         image = image[len(image) // 2]
-    return Image.fromarray(image.detach().float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+    pixels = image.detach().float().cpu()
+    broken = ~pixels.isfinite().all(0)
+    pixels = pixels.nan_to_num(0.0).clamp(0, 1)
+    pixels[:, broken] = torch.tensor([1.0, 0.0, 1.0])[:, None]
+    return Image.fromarray(pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
 
 
 def grid(images: list[Tensor], captions: list[str], columns: int = 8, cell: int = 128) -> Image.Image:
-    """Images in rows, each above its caption."""
-    label = 14
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * cell, rows * (cell + label)), "white")
+    """Images in rows, each above its caption. The whole captions are in the picture's metadata (`save`).
+
+    Args:
+        columns: at most; fewer where there are fewer images.
+        cell: width of a column, pixels. Images keep their proportions.
+
+    Raises:
+        ValueError: no image, or not a caption for each.
+    """
+    _check(len(images), len(captions))
+    columns = _columns(len(images), columns)
+    lines = [wrapped(caption, cell - 2 * MARGIN, MOST_LINES) for caption in captions]
+    height, label = _height(images, cell), _label(lines)
+    sheet = _sheet(columns * cell, math.ceil(len(images) / columns) * (height + label), captions)
     draw = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        x, y = (i % columns) * cell, (i // columns) * (cell + label)
-        picture = to_pil(image)
-        method = Image.Resampling.NEAREST if max(picture.size) < cell else Image.Resampling.LANCZOS
-        sheet.paste(picture.resize((cell, cell), method), (x, y))
-        draw.text((x + 2, y + cell + 1), _fitting(draw, caption, cell - 4), fill="black")
+    for i, image in enumerate(images):
+        x, y = (i % columns) * cell, (i // columns) * (height + label)
+        _paste(sheet, image, x, y, cell, height)
+        write(draw, x + MARGIN, y + height, lines[i])
     return sheet
 
 
@@ -37,21 +56,76 @@ def before_and_after(before: list[Tensor], after: list[Tensor], captions: list[s
 
 
 def comparison(models: dict[str, list[Tensor]], captions: list[str], columns: int = 8, cell: int = 128) -> Image.Image:
-    """A row a model, at equal prompts and seeds in each column; as many such blocks as the captions need."""
-    images, labels = [], []
-    for start in range(0, len(captions), columns):
-        part = slice(start, start + columns)
-        for name, samples in models.items():
-            missing = columns - len(samples[part])
-            images += [*samples[part], *[torch.ones_like(samples[0])] * missing]
-            labels += [*(f"{name}: {caption}" for caption in captions[part]), *[""] * missing]
-    return grid(images, labels, columns, cell)
+    """A row a model under the captions, at equal prompts and seeds in each column; as many such blocks as the captions need.
+
+    The models' names stand on the left.
+
+    Raises:
+        ValueError: no image, or a model without an image for each caption.
+    """
+    for images in models.values():
+        _check(len(images), len(captions))
+    columns = _columns(len(captions), columns)
+    names = {name: wrapped(name, cell - 2 * MARGIN, MOST_LINES) for name in models}
+    left = math.ceil(max(width_of(line) for lines in names.values() for line in lines)) + 3 * MARGIN
+    lines = [wrapped(caption, cell - 2 * MARGIN, MOST_LINES) for caption in captions]
+    height, label = _height([image for images in models.values() for image in images], cell), _label(lines)
+    block = label + len(models) * height
+    sheet = _sheet(left + columns * cell, math.ceil(len(captions) / columns) * block, captions)
+    draw = ImageDraw.Draw(sheet)
+    for i in range(len(captions)):
+        x, y = left + (i % columns) * cell, (i // columns) * block
+        write(draw, x + MARGIN, y, lines[i])
+        for row, (name, images) in enumerate(models.items()):
+            top = y + label + row * height
+            _paste(sheet, images[i], x, top, cell, height)
+            if i % columns == 0:
+                write(draw, MARGIN, top + MARGIN, names[name])
+    return sheet
 
 
-def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    while text and draw.textlength(text) > width:
-        text = text[:-1]
-    return text
+def save(sheet: Image.Image, path: Path) -> None:
+    """As PNG, with what the sheet knows of itself as text chunks in JSON: `captions`, whole, and `cells`, the box of each image."""
+    chunks = PngImagePlugin.PngInfo()
+    for name, text in sheet.info.items():
+        chunks.add_itxt(name, text)
+    sheet.save(path, format="PNG", pnginfo=chunks)
+
+
+def _check(images: int, captions: int) -> None:
+    if not images or images != captions:
+        raise ValueError(f"A sheet needs images and a caption for each, got {images} images and {captions} captions.")
+
+
+def _columns(number: int, most: int) -> int:
+    """Columns that fill as few rows as `most` would, evenly."""
+    return math.ceil(number / math.ceil(number / most))
+
+
+def _label(lines: list[list[str]]) -> int:
+    return max(map(len, lines)) * LINE + MARGIN
+
+
+def _height(images: list[Tensor], cell: int) -> int:
+    """Of a cell that holds the tallest of the images, at most twice as high as wide."""
+    return min(2 * cell, max(round(cell * image.shape[-2] / image.shape[-1]) for image in images))
+
+
+def _sheet(width: int, height: int, captions: list[str]) -> Image.Image:
+    sheet = Image.new("RGB", (width, height), "white")
+    sheet.info |= {"captions": json.dumps(captions, ensure_ascii=False), "cells": "[]"}
+    return sheet
+
+
+def _paste(sheet: Image.Image, image: Tensor, x: int, y: int, width: int, height: int) -> None:
+    """In the middle of its cell, as large as it fits."""
+    picture = to_pil(image)
+    scale = min(width / picture.width, height / picture.height)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    picture = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+    left, top = x + (width - size[0]) // 2, y + (height - size[1]) // 2
+    sheet.paste(picture, (left, top))
+    sheet.info["cells"] = json.dumps([*json.loads(sheet.info["cells"]), [left, top, left + size[0], top + size[1]]])
 
 
 def reward_curve(history: list[dict[str, float]], path: Path) -> None:

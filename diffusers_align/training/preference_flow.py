@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from torch import Tensor
 from .. import __version__
 from ..data import LazyImage, Prompt
 from ..front_doors import front_door
+from ..rewards import InvalidReward
 from . import hub
 from .pictures import before_and_after
+from .pictures import save as save_picture
 from .scoring import Scorer, columns_of
 from .statistics import WinRate, mean_and_error, win_rate
 
@@ -91,6 +94,16 @@ class Transported:
     after: list[Tensor]
     rewards: dict[str, tuple[Tensor, Tensor]]
 
+    def check_scored(self, names: Iterable[str]) -> None:
+        """Raise an InvalidReward if one of the rewards `names` scored not one output on both sides."""
+        for name in names:
+            before, after = self.rewards[name]
+            if (before + after).isnan().all():
+                raise InvalidReward(
+                    f"Reward {name!r} scored none of {len(self.prompts)} outputs, so nothing says what the flow does. A reward that needs other fields of a "
+                    "prompt than its text finds them in --prompts, looked up by the text."
+                )
+
     def win_rates(self) -> dict[str, WinRate]:
         """Of transported over original images."""
         return {name: win_rate(after, before) for name, (before, after) in self.rewards.items()}
@@ -121,11 +134,13 @@ def transport_outputs(run, pipeline, outputs: list[tuple[Prompt, LazyImage]], re
     return Transported([outputs[i][0].text for i, *_ in rows], [row[1] for row in rows], [row[2] for row in rows], by_name)
 
 
-def describe(transported: Transported) -> dict[str, str]:
+def describe(transported: Transported, asked: Iterable[str]) -> dict[str, str]:
     """The rewards before and after and the win rate, as a line each; none of a component that no prompt asks for (all NaN)."""
     lines = {}
     for name, rate in transported.win_rates().items():
         if rate.wins + rate.ties + rate.losses == 0:
+            if name in asked:
+                lines[name] = f"no score for any of {len(transported.prompts)} outputs"
             continue
         (old, old_error), (new, new_error) = (mean_and_error(values) for values in transported.rewards[name])
         gain, error = mean_and_error(transported.rewards[name][1] - transported.rewards[name][0])
@@ -135,25 +150,27 @@ def describe(transported: Transported) -> dict[str, str]:
     return lines
 
 
-def save(run, pipeline, transported: Transported) -> None:
+def save(run, pipeline, transported: Transported, asked: Iterable[str], judged: str) -> None:
     """The pipeline with the file that loads it, the picture, and the model card, in the output folder; uploaded if asked for."""
     args, folder = run.args, run.output_dir
     pipeline.save_pretrained(folder)
     shutil.copy(front_door("pipelines", "preference_flow"), folder)
     number = args.num_validation_images
-    before_and_after(transported.before[:number], transported.after[:number], transported.prompts[:number]).save(folder / "before_after.png")
-    (folder / "README.md").write_text(_card(run, describe(transported)), encoding="utf-8")
+    shown = [values[:number] for values in (transported.before, transported.after, transported.prompts)]
+    if number:
+        save_picture(before_and_after(*shown), folder / "before_after.png")
+    (folder / "README.md").write_text(_card(run, describe(transported, asked), judged), encoding="utf-8")
     if args.push_to_hub:
         run.print(f"Pushed to {hub.push(run)}.")
 
 
-def _card(run, results: dict[str, str]) -> str:
+def _card(run, results: dict[str, str], judged: str) -> str:
     args = run.args
     repo = args.hub_model_id or run.output_dir.name
     front = {"library_name": "diffusers", "license": "other", "tags": ["diffusers", "diffusers-align", "preference-flow-matching", "image-to-image"]}
     config = {key: value for key, value in sorted(vars(args).items()) if key not in ("hub_token", "config", "trackers", "command") and value is not None}
     rows = "\n".join(f"| {name} | {value} |" for name, value in results.items())
-    pictures = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in ("before_after.png", "reward_curve.png"))
+    pictures = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in ("before_after.png", "reward_curve.png") if (run.output_dir / p).is_file())
     call = f"num_inference_steps={args.num_inference_steps}, iterations={args.iterations}, strength={args.strength:g}, solver={args.solver!r}"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False).strip()}
@@ -170,7 +187,7 @@ pipe = PreferenceFlowPipeline.from_pretrained("{repo}")
 images = pipe(images, prompts, {call}).images
 ```
 
-Outputs of held-out prompts before and after the flow (mean ± standard error; 95 % interval of the win rate):
+Outputs of {judged} before and after the flow (mean ± standard error; 95 % interval of the win rate):
 
 | | |
 |---|---|

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from tqdm.auto import tqdm
+
 from ..data.prompts import Prompt, load_prompts
 from ..rewards import load_reward
 from ..rewards.loading import model_option
@@ -9,13 +13,13 @@ from . import hub
 from .early_stop import EarlyStop
 from .held_out_pairs import HeldOutPairs, margins
 from .offline import reading_options
-from .pictures import before_and_after, grid
-from .sampling import Evaluation, evaluate, paired_gain
+from .pictures import before_and_after, grid, save
+from .sampling import Evaluation, described_solver, evaluate, paired_gain
 from .statistics import mean_and_error, win_rate
 
 
 class Report:
-    """Evaluates the run's policy at fixed held-out prompts and seeds, before and after, and writes what the user takes home.
+    """Evaluates the run's policy at fixed prompts and seeds, before and after, and writes what the user takes home.
 
     Made before the pipeline is loaded: a reward or a prompt file that does not exist is found at once.
 
@@ -26,6 +30,8 @@ class Report:
     Attributes:
         reward: the reward that is trained on, or measured; None if there is none.
         prompts: the training prompts.
+        judged: the prompts of the evaluation: `--eval_prompts`, or the training ones.
+        judged_on: what those are, in words: held-out prompts only if none of them is trained on.
     """
 
     def __init__(self, run, rows: list[dict] | None = None):
@@ -38,17 +44,22 @@ class Report:
             self.prompts = load_prompts(args.prompts, args.prompt_column)
         else:
             self.prompts = [Prompt(text) for text in dict.fromkeys(row["prompt"] for row in rows)]
-        self.held_out = load_prompts(args.eval_prompts, args.prompt_column) if args.eval_prompts else self.prompts
+        self.judged = load_prompts(args.eval_prompts, args.prompt_column) if args.eval_prompts else self.prompts
+        trained = {prompt.text for prompt in self.prompts} if rows is None else {row["prompt"] for row in rows}
+        self.judged_on = judged_on([prompt.text for prompt in self.judged[: args.num_eval_samples]], trained)
         held_out_pairs = getattr(args, "eval_dataset_name", None)
         self.pairs = HeldOutPairs(run, held_out_pairs, split=args.eval_dataset_split, **reading_options(args)) if held_out_pairs else None
+        same = held_out_pairs and (held_out_pairs, args.eval_dataset_split) == (args.dataset_name, args.dataset_split)
+        self._pairs_are = "training" if same else "held-out"
         self.before: Evaluation | None = None
-        self.early_stop = run.early_stop = EarlyStop.of_run(run, self.held_out)
+        self.early_stop = run.early_stop = EarlyStop.of_run(run, self.judged)
 
     def _evaluate(self, look: int | None = None) -> Evaluation:
         """Of the weights that are in place; `look` shows it to the early stop, as what so many epochs have led to."""
         args = self.run.args
         keep = args.num_validation_images if look is None or args.early_stop_diversity is None else args.num_eval_samples
-        found = evaluate(self.run, self.run.policy, self.rewards, self.held_out, args.num_eval_samples, keep)
+        with tqdm(total=args.num_eval_samples, desc="evaluation", unit="image", disable=not self.run.is_main, leave=False) as bar:
+            found = evaluate(self.run, self.run.policy, self.rewards, self.judged, args.num_eval_samples, keep, bar.update)
         if look is not None:
             self.early_stop.look(look, found)
         del found.images[args.num_validation_images :]
@@ -56,14 +67,18 @@ class Report:
 
     def start(self) -> None:
         """Make the repository if the run will be pushed; evaluate the pretrained model."""
-        if self.run.args.push_to_hub and self.run.is_main:
+        args = self.run.args
+        if args.push_to_hub and self.run.is_main:
             hub.create(self.run)
         first = self.early_stop is not None and self.early_stop.seen is None
         with self.run.policy.reference():
             self.before = self._evaluate(look=0 if first else None)
             self.reference_errors = self.pairs.errors(self.run.policy) if self.pairs else None
         if self.rewards:
-            self.run.print(f"before: {_summary(self.before, self.run.args.reward)}")
+            self.run.print(f"Evaluation: {args.num_eval_samples} images of {self.judged_on}, by {described_solver(args, self.before.solver)}.")
+            self.run.print(f"before: {_summary(self.before, args.reward, self.rewards)}")
+        if args.invalid_rewards == "error":
+            self.before.check_scored(self.rewards)
 
     def _preferred(self) -> dict[str, float]:
         """Implicit accuracy and margin on the held-out pairs, if there are any."""
@@ -72,7 +87,7 @@ class Report:
         found = margins(self.pairs.errors(self.run.policy), self.reference_errors)
         rate, (margin, error) = win_rate(found, 0 * found), mean_and_error(found)
         self.run.print(
-            f"implicit accuracy on {len(found)} held-out pairs: {rate.rate:.3f} [{rate.low:.3f}, {rate.high:.3f}], margin {margin:.3g} ± {error:.2g}"
+            f"implicit accuracy on {len(found)} {self._pairs_are} pairs: {rate.rate:.3f} [{rate.low:.3f}, {rate.high:.3f}], margin {margin:.3g} ± {error:.2g}"
         )
         return {"implicit_accuracy": rate.rate, "implicit_margin": margin}
 
@@ -87,16 +102,16 @@ class Report:
                 now = self._evaluate(look=epoch + 1)
             else:
                 rewards = {"reward": self.reward} if self.reward else {}
-                now = evaluate(run, run.policy, rewards, self.held_out, args.num_validation_images, args.num_validation_images)
+                now = evaluate(run, run.policy, rewards, self.judged, args.num_validation_images, args.num_validation_images)
             found = {name: mean_and_error(values)[0] for name, values in now.rewards.items()} | self._preferred()
         if self.early_stop is not None and self.early_stop.variety is not None:
             found["diversity"] = self.early_stop.variety
         run.accelerator.log({f"validation/{name}": value for name, value in found.items()}, step=epoch)
-        if run.is_main:
+        if run.is_main and now.images:
             folder = run.output_dir / "samples"
             folder.mkdir(exist_ok=True)
             picture = grid(now.images, now.prompts[: len(now.images)])
-            picture.save(folder / f"epoch-{epoch + 1:04d}.png")
+            save(picture, folder / f"epoch-{epoch + 1:04d}.png")
             self._track(picture, epoch)
 
     def _track(self, picture, step: int) -> None:
@@ -133,27 +148,42 @@ class Report:
             results[f"{name}, before"], results[f"{name}, after"] = mean_and_error(values), mean_and_error(after.rewards[name])
             results[f"{name}, paired gain"] = gains[name] = paired_gain(values, after.rewards[name])
         if run.is_main:
-            before_and_after(self.before.images, after.images, self.before.prompts).save(run.output_dir / "before_after.png")
+            if after.images:
+                captions = after.prompts[: len(after.images)]
+                save(before_and_after(self.before.images, after.images, captions), run.output_dir / "before_after.png")
             pictures = [name for name in ("before_after.png", "reward_curve.png") if (run.output_dir / name).is_file()]
-            hub.write_model_card(run, results, pictures, self.early_stop.summary() if self.early_stop is not None else "")
+            note = self.early_stop.summary() if self.early_stop is not None else ""
+            hub.write_model_card(run, results, pictures, note, judged_on=f"{self.judged_on}, by {described_solver(args, after.solver)},")
             if args.push_to_hub:
                 run.print(f"Pushed to {hub.push(run)}.")
         if self.early_stop is not None:
             run.print(self.early_stop.summary())
         if self.rewards:
-            run.print(f"after:  {_summary(after, args.reward)}")
+            run.print(f"after:  {_summary(after, args.reward, self.rewards)}")
         for name, (gain, error) in gains.items():
-            run.print(f"gain in {args.reward if name == 'reward' else name} on held-out prompts: {gain:+.4f} ± {error:.4f} (paired, s.e.)")
+            run.print(f"gain in {args.reward if name == 'reward' else name} on {self.judged_on}: {gain:+.4f} ± {error:.4f} (paired, s.e.)")
         run.print(f"LoRA, pictures and model card: {run.output_dir}")
         run.accelerator.end_training()
         return gains
 
 
-def _summary(evaluation: Evaluation, reward: str) -> str:
+def judged_on(judged: Iterable[str], trained: set[str]) -> str:
+    """What an evaluation's prompts are, in words: held-out ones only if none of them is trained on."""
+    prompts = set(judged)
+    known = len(prompts & trained)
+    if known == 0:
+        return "held-out prompts"
+    return "the training prompts" if known == len(prompts) else f"{len(prompts)} prompts, {known} of them trained on,"
+
+
+def _summary(evaluation: Evaluation, reward: str, asked: Iterable[str]) -> str:
     """The rewards' means on one line; the one that is trained on by its own name."""
-    means = {name: mean_and_error(values) for name, values in evaluation.rewards.items()}
-    return ", ".join(
-        f"{reward + name.removeprefix('reward') if name.startswith('reward') else name} {mean:.4f} ± {error:.4f}"
-        for name, (mean, error) in means.items()
-        if mean == mean
-    )
+    parts = []
+    for name, values in evaluation.rewards.items():
+        mean, error = mean_and_error(values)
+        shown = reward + name.removeprefix("reward") if name.startswith("reward") else name
+        if mean == mean:
+            parts.append(f"{shown} {mean:.4f} ± {error:.4f}")
+        elif name in asked:  # the parts of a sum and of the scene score may not apply to any of the prompts
+            parts.append(f"{shown} without a score")
+    return ", ".join(parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..data.prompts import Prompt, prompts_of_epoch
 from ..policy import Policy, noise_seed
-from ..trajectory import Trajectory
+from ..rewards import InvalidReward
+from ..stock import stock_images
+from ..trajectory import Condition, Trajectory
 from .scoring import Scorer, columns_of, gather_scores
 from .statistics import mean_and_error
 
@@ -120,18 +122,36 @@ def score_again(run, reward, samples: Samples, images_of: Callable[[int], Tensor
 
 @dataclass
 class Evaluation:
-    """Deterministic samples at fixed prompts and seeds, with their rewards by name, (N,) each."""
+    """Samples at fixed prompts and seeds, with their rewards by name, (N,) each, NaN where there is no score.
+
+    Attributes:
+        solver: the class of the scheduler that they were drawn with.
+    """
 
     prompts: list[str]
     seeds: list[int]
     images: list[Tensor]
     rewards: dict[str, Tensor]
+    solver: str = ""
+
+    def check_scored(self, names: Iterable[str]) -> None:
+        """Raise an InvalidReward if one of the rewards `names` scored not one image: a number that was asked for must not be missing unsaid."""
+        for name in names:
+            values = self.rewards.get(name)
+            if values is None or values.isnan().all():
+                raise InvalidReward(
+                    f"Reward {name!r} scored none of {len(self.prompts)} evaluation images, so there is no number for it. Repair the reward, give it the "
+                    "fields that it needs beside the prompts, or leave it out; --invalid_rewards mask goes on without it."
+                )
 
 
 def evaluate(
     run, policy: Policy, rewards: dict[str, Any], prompts: list[Prompt], number: int, keep_images: int, on_images: Callable[[int], Any] = lambda number: None
 ) -> Evaluation:
-    """Sample `number` images along the ODE, prompt after prompt, seed after seed, and score them with each of `rewards`.
+    """Sample `number` images as users of the pipeline will, prompt after prompt, seed after seed, and score them with each of `rewards`.
+
+    The solver is the one that the pipeline came with, outside autocast; with `--eval_scheduler twin` the ODE of the SDE scheduler that training
+    walks. The two are other samplers: the same weights can differ by more than a training gains.
 
     Every process takes an equal share, some of them a sample again: with a sharded denoiser, one without a batch would leave the
     others waiting. All get the whole result (images: the first `keep_images`). `on_images(n)` is called after n more of all.
@@ -145,10 +165,8 @@ def evaluate(
     scorers = {name: Scorer(reward, on_nan="mask", on_failure=args.invalid_rewards, timeout=args.reward_timeout) for name, reward in rewards.items()}
     for start in range(0, len(mine), args.train_batch_size):
         part = mine[start : start + args.train_batch_size]
-        with accelerator.autocast():
-            trajectory = policy.rollout([p.text for _, p, _ in part], seeds=[seed for _, _, seed in part], deterministic=True, **call)
-        with torch.no_grad():
-            images = policy.decode(trajectory.final, trajectory.condition).float().cpu()
+        condition = policy.condition([p.text for _, p, _ in part], seeds=[seed for _, _, seed in part], **call)
+        images = evaluation_images(run, policy, condition).float().cpu()
         scored = {name: scorer(images.to(accelerator.device), [p for _, p, _ in part]) for name, scorer in scorers.items()}
         for j, (i, _, _) in enumerate(part):
             flat = {f"{name}/{key}" if key != "reward" else name: value for name in rewards for key, value in scored[name][j].items()}
@@ -158,7 +176,28 @@ def evaluate(
     for failure in [failure for scorer in scorers.values() for failure in scorer.failures]:
         run.print(f"Left out of the evaluation: {failure}")
     texts, seeds = [prompt.text for _, prompt, _ in jobs], [seed for _, _, seed in jobs]
-    return Evaluation(texts, seeds, [image for _, image, _ in rows[:keep_images]], columns_of([row for _, _, row in rows]))
+    images, columns = [image for _, image, _ in rows[:keep_images]], columns_of([row for _, _, row in rows])
+    return Evaluation(texts, seeds, images, columns, type(evaluation_scheduler(args, policy)).__name__)
+
+
+def evaluation_scheduler(args, policy: Policy):
+    """The scheduler that `--eval_scheduler` asks for."""
+    return policy.stock_scheduler if args.eval_scheduler == "stock" else policy.scheduler
+
+
+def described_solver(args, name: str) -> str:
+    """What the images of an evaluation were drawn with, in words."""
+    return f"the pipeline's own {name}" if args.eval_scheduler == "stock" else f"the ODE of {name}"
+
+
+def evaluation_images(run, policy: Policy, condition: Condition) -> Tensor:
+    """Images of a condition with seeds, by the solver that `--eval_scheduler` asks for."""
+    if run.args.eval_scheduler == "stock":
+        return stock_images(policy, condition)
+    with run.accelerator.autocast():
+        trajectory = policy.rollout(condition, deterministic=True)
+    with torch.no_grad():
+        return policy.decode(trajectory.final, trajectory.condition)
 
 
 def paired_gain(before: Tensor, after: Tensor) -> tuple[float, float]:

@@ -1,0 +1,43 @@
+"""The pipeline as its users have it: with the solver that it came with, in the place of the policy's SDE twin."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .policy import Policy, _images
+from .schedulers.scheduling_utils import SDESchedulerMixin
+from .trajectory import Condition
+
+
+@contextmanager
+def stock_solver(policy: Policy) -> Iterator[None]:
+    """Within, the pipeline walks a fresh copy of the scheduler that it came with, in the place of its SDE twin.
+
+    A pipeline that came with an SDE scheduler walks that one's deterministic steps.
+    """
+    twin, solver = policy.pipeline.scheduler, copy.deepcopy(policy.stock_scheduler)
+    if isinstance(solver, SDESchedulerMixin):
+        solver.deterministic = True
+    policy.pipeline.scheduler = solver
+    try:
+        yield
+    finally:
+        policy.pipeline.scheduler = twin
+
+
+@torch.no_grad()
+def stock_images(policy: Policy, condition: Condition) -> Tensor:
+    """What the pipeline's own call returns for this condition: images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1].
+
+    Raises:
+        ValueError: the condition has no seeds, so nobody could draw these images again.
+    """
+    if condition.seeds is None:
+        raise ValueError("Images for a comparison need seeds: give condition(prompts, seeds=[...]) one for each prompt.")
+    with stock_solver(policy):
+        return _images(policy._drive(condition, lambda step: None, output_type="pt"))

@@ -1,0 +1,149 @@
+"""Sheets of images by their content: a cell an image, none blank, whole captions; and the curve."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from diffusers_align.training import lettering
+from diffusers_align.training.lettering import ELLIPSIS, font_of, readable, width_of, wrapped
+from diffusers_align.training.pictures import before_and_after, comparison, grid, reward_curve, save, to_pil
+
+WHITE = (255, 255, 255)
+
+
+def shades(number, size=(8, 8), start=10):
+    """Images of one colour each, no two alike and none white."""
+    return [torch.full((3, *size), (start + i) / 255) for i in range(number)]
+
+
+def cells_of(sheet):
+    """The images in the sheet, by their boxes."""
+    return [sheet.crop(box) for box in json.loads(sheet.info["cells"])]
+
+
+def blanks_of(sheet):
+    """Where nothing was pasted: the whole sheet with its cells painted over."""
+    rest = sheet.copy()
+    for box in json.loads(sheet.info["cells"]):
+        ImageDraw.Draw(rest).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=(1, 2, 3))
+    return rest
+
+
+def middle(cell):
+    return cell.getpixel((cell.width // 2, cell.height // 2))[0]
+
+
+# --- one image -----------------------------------------------------------------------------------------------------------
+
+
+def test_to_pil_rounds_clamps_and_takes_the_middle_frame():
+    image = torch.tensor([-1.0, 0.5, 2.0])[:, None, None].expand(3, 4, 6)
+    assert to_pil(image).size == (6, 4) and to_pil(image).getpixel((0, 0)) == (0, 128, 255)
+    video = torch.stack([torch.full((3, 4, 4), value) for value in (0.0, 1.0, 0.0)])
+    assert to_pil(video).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_what_is_not_finite_is_shown():
+    image = torch.zeros(3, 2, 2)
+    image[1, 0, 1] = float("nan")
+    assert to_pil(image).getpixel((1, 0)) == (255, 0, 255) and to_pil(image).getpixel((0, 0)) == (0, 0, 0)
+    assert image[1, 0, 1].isnan(), "the image itself is left alone"
+
+
+# --- sheets --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, columns", [(1, 1), (3, 3), (8, 8), (9, 5), (16, 8), (17, 6)])
+def test_a_grid_has_a_cell_for_each_image_and_no_empty_row_or_column(number, columns):
+    sheet = grid(shades(number), ["a caption"] * number, columns=8, cell=32)
+    assert [middle(cell) for cell in cells_of(sheet)] == [10 + i for i in range(number)]
+    rows = -(-number // columns)
+    assert sheet.width == columns * 32 and rows * columns - number < columns
+    rest = blanks_of(sheet)
+    for left in range(0, sheet.width, 32):
+        assert any(color == (1, 2, 3) for _, color in rest.crop((left, 0, left + 32, sheet.height)).getcolors(10**6)), "no column without an image"
+
+
+@pytest.mark.parametrize("number, most", [(5, 4), (8, 8), (16, 8), (1, 8)])
+def test_before_and_after_shows_each_image_once_before_and_once_after(number, most):
+    sheet = before_and_after(shades(number), shades(number, start=100), [f"prompt {i}" for i in range(number)], columns=most, cell=32)
+    found = [middle(cell) for cell in cells_of(sheet)]
+    assert found == [shade for i in range(number) for shade in (10 + i, 100 + i)]
+    boxes = json.loads(sheet.info["cells"])
+    assert all(boxes[2 * i][0] == boxes[2 * i + 1][0] and boxes[2 * i][1] < boxes[2 * i + 1][1] for i in range(number)), "above each other"
+
+
+@pytest.mark.parametrize("number, captions", [(2, 5), (5, 2), (0, 0), (0, 3)])
+def test_images_without_captions_and_captions_without_images_are_refused(number, captions):
+    said = f"got {number} images and {captions} captions"
+    with pytest.raises(ValueError, match=said):
+        grid(shades(number), ["x"] * captions)
+    with pytest.raises(ValueError, match=said):
+        before_and_after(shades(number), shades(number), ["x"] * captions)
+
+
+def test_a_comparison_names_its_models_on_the_left_and_not_in_the_captions():
+    models = {"base": shades(5), "a": shades(5, start=60), "b": shades(5, start=120)}
+    sheet = comparison(models, list("vwxyz"), columns=4, cell=32)
+    assert [middle(cell) for cell in cells_of(sheet)] == [start + i for i in range(5) for start in (10, 60, 120)]
+    assert json.loads(sheet.info["captions"]) == list("vwxyz")
+    left = json.loads(sheet.info["cells"])[0][0]
+    margin = sheet.crop((0, 0, left, sheet.height)).convert("L").getextrema()
+    assert left >= width_of("base") and margin[0] < 128, "the names are written there"
+
+
+@pytest.mark.parametrize("size, shown", [((8, 16), (32, 16)), ((16, 8), (32, 64)), ((8, 8), (32, 32)), ((8, 64), (32, 4)), ((64, 8), (8, 64))])
+def test_images_keep_their_proportions(size, shown):
+    cell = cells_of(grid(shades(1, size), ["x"], cell=32))[0]
+    assert cell.size == shown and middle(cell) == 10
+
+
+# --- captions --------------------------------------------------------------------------------------------------------------
+
+
+def test_captions_are_wrapped_between_words_and_lose_nothing():
+    text = "a panda on a blue background beside two lemons"
+    lines = wrapped(text, 90, most=10)
+    assert len(lines) > 1 and " ".join(lines) == text and all(width_of(line) <= 90 for line in lines)
+
+
+def test_captions_that_are_too_long_end_in_an_ellipsis_and_stand_whole_in_the_file(tmp_path):
+    text = "word " * 60
+    lines = wrapped(text, 90, most=3)
+    assert len(lines) == 3 and lines[-1].endswith(ELLIPSIS) and width_of(lines[-1]) <= 90
+    save(grid(shades(1), [text], cell=94), tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as picture:
+        assert json.loads(picture.info["captions"]) == [text] and len(json.loads(picture.info["cells"])) == 1
+
+
+def test_a_word_wider_than_its_cell_is_broken():
+    lines = wrapped("x" * 50, 60, most=10)
+    assert "".join(lines) == "x" * 50 and all(width_of(line) <= 60 for line in lines)
+
+
+@pytest.mark.parametrize("text, shown", [("a\nb\tc", "a b c"), ("", ""), ("Æß Ω Ж", "Æß Ω Ж"), ("zero\u200bwidth", "zerowidth")])
+def test_what_can_be_drawn_stays(text, shown):
+    assert readable(text) == shown
+
+
+def test_what_no_font_has_is_spelled_out(monkeypatch):
+    monkeypatch.setattr(lettering, "_system_fonts", lambda: ())
+    font_of.cache_clear()
+    try:
+        assert readable("猫 in a hat") == "U+732B in a hat" and readable("a 🦊\ufe0f!") == "a :fox face: !"
+        assert "U+732B" in wrapped("猫" * 3, 200, most=4)[0]
+    finally:
+        font_of.cache_clear()
+
+
+# --- curve -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kl", [False, True])
+def test_reward_curve(tmp_path, kl):
+    history = [{"epoch": e, "reward": e / 10, "reward_se": 0.1, **({"kl": 0.01 * e} if kl else {})} for e in range(3)]
+    reward_curve(history, tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert picture.height > (400 if kl else 300) and len(picture.convert("L").getcolors()) > 10
