@@ -4,9 +4,10 @@ from diffusers import SchedulerMixin  # pipelines that name our schedulers look 
 from diffusers.pipelines import pipeline_loading_utils as _loading
 
 from . import embedded
+from .condition import Condition
 from .policy import Policy, noise_seed
 from .schedulers import DDIMSDEScheduler, FlowMatchSDEScheduler, apply_recipe, sde_twin
-from .trajectory import Condition, Trajectory
+from .trajectory import Trajectory
 from .transition import GaussianTransition
 
 __version__ = "0.1.0"

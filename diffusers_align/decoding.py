@@ -13,8 +13,8 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+from .condition import Condition
 from .policy import Policy
-from .trajectory import Condition
 
 
 @contextmanager

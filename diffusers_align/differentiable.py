@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+from .condition import Condition
 from .decoding import light_decoding, replaced
 from .driver import Step
 from .forward_process import ForwardProcess
@@ -32,7 +33,6 @@ from .initial_noise import initial_noise
 from .policy import Policy, _images
 from .schedulers import sde_twin
 from .stock import stock_solver
-from .trajectory import Condition
 from .transition import GaussianTransition
 
 

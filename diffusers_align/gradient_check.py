@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .condition import Condition
 from .differentiable import DifferentiableRollout, count_steps, differentiable_rollout
 from .policy import Policy
-from .trajectory import Condition
 
 
 class GradientError(ValueError):

@@ -6,34 +6,27 @@ scheduler replaced by an SDE scheduler that has the same noise table.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from . import lora
-from .driver import Step, denoisers, drive, encoded_prompt
+from .calls import Calls, noise_seed, seeded
+from .condition import Condition
+from .driver import Step
 from .latent_layout import LatentLayout
 from .prediction import Prediction
-from .prompt_memory import PromptMemory, Store
 from .schedulers import sde_twin
 from .schedulers.scheduling_utils import SDESchedulerMixin, put_in_place
 from .tape import Tape, check_state
-from .trajectory import Condition, Trajectory
+from .trajectory import Trajectory
 from .transition import GaussianTransition
 
 
-def noise_seed(*key: Any) -> int:
-    """A seed from any key, such as (seed, epoch, prompt, sample): results then depend on neither batch size nor processes."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
-
-
-class Policy:
+class Policy(Calls):
     """Wraps a pipeline. Its parameters are frozen and in evaluation mode; `add_lora` adds what can be trained.
 
     Args:
@@ -49,108 +42,52 @@ class Policy:
     """
 
     def __init__(self, pipeline, scheduler: SDESchedulerMixin | None = None, **call_kwargs: Any):
-        self.pipeline, self.call_kwargs = pipeline, call_kwargs
+        super().__init__(pipeline, call_kwargs)
         if scheduler is not None and not isinstance(scheduler, SDESchedulerMixin):
             raise TypeError(f"{type(scheduler).__name__} returns no log-probabilities; pass sde_twin(scheduler) or leave it out.")
         self.stock_scheduler = put_in_place(pipeline, scheduler if scheduler is not None else sde_twin(pipeline.scheduler))
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
-        self._parameters = inspect.signature(type(pipeline).__call__).parameters
         self.lockstep = False
-        self._memory = PromptMemory()
         self._layout: LatentLayout | None = None
         self._prediction = Prediction(self)
-
-    @property
-    def scheduler(self) -> SDESchedulerMixin:
-        return self.pipeline.scheduler
-
-    @property
-    def denoisers(self) -> dict[str, nn.Module]:
-        """The networks that are trained, by component name."""
-        return denoisers(self.pipeline)
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.denoisers.values())).device
-
-    # --- conditions ------------------------------------------------------------------------------------------------
-
-    def condition(self, prompts: list[str], *, seeds: list[int] | None = None, step_seeds: list[int] | None = None, **call_kwargs: Any) -> Condition:
-        """The call for these prompts. They are encoded at first use and remembered for replays.
-
-        Raises:
-            ValueError: no prompts, a number of seeds that is not theirs, or an argument that the pipeline's call lacks.
-        """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise ValueError("No prompts: give at least one.")
-        for given in (seeds, step_seeds):
-            if given is not None and len(given) != len(prompts):
-                raise ValueError(f"{len(prompts)} prompts need as many seeds, got {len(given)}.")
-        kwargs = {**self.call_kwargs, **call_kwargs}
-        if unknown := sorted(set(kwargs) - set(self._parameters)):
-            raise ValueError(f"{type(self.pipeline).__name__}'s call has no {', '.join(unknown)}; it takes {', '.join(self._parameters)}.")
-        return Condition(prompts, kwargs, seeds, step_seeds)
-
-    def remember_prompts(self, batches: int, store: Store | None = None) -> None:
-        """Keep the encoded prompts of that many batches (32 at first; fewer than a loop visits in turn are none at all), and of all in `store`."""
-        self._memory.size, self._memory.store = batches, store
-
-    def prompt_features(self, condition: Condition) -> Tensor:
-        """One vector a sample, (B, E) float32: the pipeline's encoded prompt, averaged over its tokens.
-
-        Each prompt is encoded by itself: padded to a batch's longest, it would depend on the others. Where guidance makes the
-        pipeline return the negative prompt in the same tensor, that is averaged in.
-
-        Raises:
-            ValueError: the pipeline has no `encode_prompt`.
-        """
-        encoded = [encoded_prompt(self.pipeline, self._call(condition.select([i]))) for i in range(len(condition))]
-        return torch.stack([_pooled(e) for e in encoded])
-
-    def _call(self, condition: Condition, **overrides: Any) -> dict[str, Any]:
-        call = {**condition.kwargs}
-        if "prompt" in self._parameters:
-            call["prompt"] = list(condition.prompts)
-        if "generator" in self._parameters and condition.seeds is not None:
-            call["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in condition.seeds]
-        if "output_type" in self._parameters:
-            call["output_type"] = "latent"
-        return {**call, **overrides}
-
-    def _drive(self, condition: Condition, on_step, *, needs_denoiser=None, timesteps=None, **overrides: Any):
-        return drive(
-            self.pipeline, on_step, self._call(condition, **overrides), gradients=torch.is_grad_enabled(),
-            timesteps=timesteps, needs_denoiser=needs_denoiser, memory=self._memory,
-        )  # fmt: skip
 
     # --- trajectories ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def rollout(
         self,
-        prompts: list[str] | Condition,
+        prompts: str | list[str] | Condition | None = None,
         *,
         seeds: list[int] | None = None,
         step_seeds: list[int] | None = None,
         generator: torch.Generator | None = None,
         deterministic: bool = False,
+        per_sample: dict[str, Any] | None = None,
         **call_kwargs: Any,
     ) -> Trajectory:
         """Sample one trajectory a prompt.
 
         Args:
-            seeds: one integer a sample, which fixes its initial noise and every draw; taken from `generator` (or torch's
+            prompts: or a condition, which has its own seeds and arguments.
+            seeds: one whole number a sample, from 0 on, which fixes its initial noise and every draw; taken from `generator` (or torch's
                 global one) if absent.
             step_seeds: seeds of the steps' noise alone, for samples that share their initial noise.
             deterministic: walk the ODE; no step has a log-probability then.
+            per_sample, call_kwargs: as of `condition`.
+
+        Raises:
+            ValueError: what `condition` raises; arguments beside a condition; a generator beside seeds.
         """
-        condition = prompts if isinstance(prompts, Condition) else self.condition(prompts, seeds=seeds, step_seeds=step_seeds, **call_kwargs)
-        if condition.seeds is None:
-            drawn = torch.randint(2**62, (len(condition),), generator=generator, device=generator.device if generator else "cpu")
-            condition = Condition(condition.prompts, condition.kwargs, drawn.tolist(), condition.step_seeds)
+        if isinstance(prompts, Condition):
+            given = {"seeds": seeds, "step_seeds": step_seeds, "per_sample": per_sample, **call_kwargs}
+            if ignored := [name for name, value in given.items() if value is not None or name in call_kwargs]:
+                raise ValueError(f"A condition has its own arguments: leave out {', '.join(ignored)}, or make another one with policy.condition(...).")
+            condition = prompts
+        else:
+            condition = self.condition(prompts, seeds=seeds, step_seeds=step_seeds, per_sample=per_sample, **call_kwargs)
+        condition = seeded(condition, generator)
         tape = Tape()
         with self._noise(condition.step_seeds or condition.seeds, deterministic):
             self._drive(condition, tape.record)
@@ -273,7 +210,7 @@ class Policy:
         """Latents in the pipeline's layout to images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], by the pipeline's own
         tail. Differentiable if autograd is on (values beyond [0, 1] are clamped and pass no gradient); `decoding.decode_latents` is so
         also where the pipeline casts its autoencoder to another precision for the decoding."""
-        condition = condition or self.condition([""] * len(latents), seeds=list(range(len(latents))))
+        condition = condition or self._any_condition(len(latents))
 
         def put(step: Step) -> Tensor:
             step.skip()
@@ -289,7 +226,7 @@ class Policy:
             ValueError: the pipeline's tail is not an affine map and a permutation before `vae.decode`.
         """
         if self._layout is None or self._layout.image_shape != images.shape[1:]:
-            single = condition.select([0]) if condition else self.condition([""], seeds=[0])
+            single = condition.select([0]) if condition else self._any_condition(1)
             self._layout = LatentLayout.find(self, single, images[:1])
         return self._layout.encode(images)
 
@@ -318,11 +255,3 @@ class Policy:
 def _images(output) -> Tensor:
     images = output[0]
     return torch.stack(list(images)) if isinstance(images, (list, tuple)) else images
-
-
-def _pooled(encoded) -> Tensor:
-    """The mean (E,) over all rows of the first sequence of vectors (..., E) in what `encode_prompt` returned."""
-    sequences = [x for x in pytree.tree_leaves(encoded) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1]
-    if not sequences:
-        raise ValueError("encode_prompt returned no sequence of vectors, so the prompts have no features; do without them (--no-value_baseline).")
-    return sequences[0].detach().float().flatten(0, -2).mean(0)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .condition import Condition
 from .driver import Step
-from .trajectory import Condition
 
 
 class Prediction:
@@ -83,7 +83,8 @@ class Prediction:
 
     def _guidance_off(self, condition: Condition) -> dict[str, Any]:
         """Arguments that switch classifier-free guidance off: found by trying which give one denoiser row a sample."""
-        key = tuple(str(condition.kwargs.get(name)) for name in ("true_cfg_scale", "guidance_scale", "negative_prompt"))
+        negative = sorted(name for name in condition.per_sample if name.startswith("negative_"))
+        key = (*(str(condition.kwargs.get(name)) for name in ("true_cfg_scale", "guidance_scale", "negative_prompt")), *negative)
         if key not in self._unguided:
             single = condition.select([0])
             tries = [{}, *({name: value} for name in ("true_cfg_scale", "guidance_scale") for value in (1.0, 0.0) if name in self.policy._parameters)]

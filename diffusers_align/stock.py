@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .condition import Condition
 from .policy import Policy, _images
 from .schedulers.scheduling_utils import SDESchedulerMixin
-from .trajectory import Condition
 
 
 @contextmanager

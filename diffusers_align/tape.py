@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .condition import Condition
 from .driver import Step
-from .trajectory import Condition, Trajectory
+from .trajectory import Trajectory
 
 
 class Tape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Condition:
-    """The arguments of a pipeline call for B samples, one prompt each.
-
-    Attributes:
-        prompts: B strings.
-        kwargs: the call's other arguments. Lists and tensors of length B belong to the samples one by one.
-        seeds: B integers; each fixes its sample's initial noise, whatever the batch.
-        step_seeds: B integers for the noise of the steps; derived from `seeds` if absent.
-    """
-
-    prompts: list[str]
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    seeds: list[int] | None = None
-    step_seeds: list[int] | None = None
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def select(self, index: list[int]) -> Condition:
-        """The condition of the samples `index`."""
-
-        def pick(value):
-            if isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(self):
-                return value[index]
-            if isinstance(value, list) and len(value) == len(self):
-                return [value[i] for i in index]
-            return value
-
-        # Schedules are lists whose length may happen to be B.
-        kwargs = {name: value if name in ("sigmas", "timesteps") else pick(value) for name, value in self.kwargs.items()}
-        return Condition([self.prompts[i] for i in index], kwargs, pick(self.seeds), pick(self.step_seeds))
+from .condition import Condition, positions
 
 
 @dataclass(frozen=True)
@@ -95,7 +63,7 @@ class Trajectory:
 
     def select(self, index: list[int] | slice) -> Trajectory:
         """The trajectory of some of the samples, for micro-batches."""
-        index = list(range(len(self)))[index] if isinstance(index, slice) else list(index)
+        index = list(range(len(self)))[index] if isinstance(index, slice) else positions(index)
         fields = {name: getattr(self, name)[index] for name in ("states", "actions", "log_probs")}
         return replace(self, **fields, condition=self.condition.select(index), children=tuple(c.select(index) for c in self.children))
 
@@ -104,14 +72,15 @@ class Trajectory:
         """One trajectory of all samples of `parts`, which must share their call's arguments and schedule.
 
         Raises:
-            ValueError: the schedules or the arguments differ.
+            ValueError: no parts, or the schedules or the arguments differ.
         """
+        if not parts:
+            raise ValueError("No trajectories to join: give at least one.")
         first = parts[0]
         if any(not torch.equal(p.timesteps, first.timesteps) or not torch.equal(p.stochastic, first.stochastic) for p in parts):
             raise ValueError("Trajectories with different schedules cannot be joined; roll them out with the same call arguments.")
         fields = {name: torch.cat([getattr(p, name) for p in parts]) for name in ("states", "actions", "log_probs")}
-        seeds = [None if getattr(first.condition, n) is None else [s for p in parts for s in getattr(p.condition, n)] for n in ("seeds", "step_seeds")]
-        condition = Condition([c for p in parts for c in p.condition.prompts], _joined_kwargs(parts), *seeds)
+        condition = Condition.cat([p.condition for p in parts])
         children = tuple(Trajectory.cat([p.children[i] for p in parts]) for i in range(len(first.children)))
         return replace(first, **fields, condition=condition, children=children)
 
@@ -124,20 +93,13 @@ class Trajectory:
         """Write to a safetensors file. Tensors of the condition travel along.
 
         Raises:
-            TypeError: a call argument is neither a tensor nor JSON (a PIL image, say); the message names it.
+            TypeError: a call argument holds what is neither a tensor nor JSON (a PIL image, say); the message names it.
         """
-        tensors, call = self._tensors(""), {}
-        for name, value in self.condition.kwargs.items():
-            if isinstance(value, Tensor):
-                tensors[f"condition.{name}"] = value.clone(memory_format=torch.contiguous_format)
-            else:
-                call[name] = value
-        try:
-            own = {"prompts": self.condition.prompts, "seeds": self.condition.seeds, "step_seeds": self.condition.step_seeds}
-            meta = json.dumps({**own, "kwargs": call, "children": len(self.children)})
-        except TypeError as error:
-            raise TypeError(f"Cannot save a trajectory whose call arguments {sorted(call)} are not all JSON or tensors: {error}") from error
-        save_file(tensors, path, {"trajectory": meta})
+        tensors, condition = self._tensors(""), self.condition
+        arguments = {"kwargs": condition.kwargs, "per_sample": condition.per_sample}
+        call = {kind: {name: _packed(name, value, f"condition.{kind}.{name}", tensors) for name, value in own.items()} for kind, own in arguments.items()}
+        meta = {"prompts": condition.prompts, "seeds": condition.seeds, "step_seeds": condition.step_seeds, **call, "children": len(self.children)}
+        save_file(tensors, path, {"trajectory": json.dumps(meta)})
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Trajectory:
@@ -145,8 +107,8 @@ class Trajectory:
         with safe_open(path, "pt", device=str(device)) as file:
             meta = json.loads(file.metadata()["trajectory"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        kwargs = meta["kwargs"] | {name.removeprefix("condition."): t for name, t in tensors.items() if name.startswith("condition.")}
-        condition = Condition(meta["prompts"], kwargs, meta["seeds"], meta["step_seeds"])
+        call = [{name: _unpacked(value, tensors) for name, value in meta[kind].items()} for kind in ("kwargs", "per_sample")]
+        condition = Condition(meta["prompts"], call[0], meta["seeds"], meta["step_seeds"], call[1])
         parts = [cls(**{n: tensors[f"{prefix}{n}"] for n in _FIELDS}, condition=condition) for prefix in ["", *(f"child{i}." for i in range(meta["children"]))]]
         return replace(parts[0], children=tuple(parts[1:]))
 
@@ -157,19 +119,25 @@ class Trajectory:
         return own
 
 
+_TENSOR = "tensor of this file"
 _FIELDS = ("states", "actions", "timesteps", "sigmas", "stochastic", "log_probs")
 
 
-def _joined_kwargs(parts: list[Trajectory]) -> dict[str, Any]:
-    joined = {}
-    for name, value in parts[0].condition.kwargs.items():
-        values = [p.condition.kwargs[name] for p in parts]
-        of_samples = name not in ("sigmas", "timesteps") and all(hasattr(v, "__len__") and len(v) == len(p) for v, p in zip(values, parts))
-        if of_samples and isinstance(value, Tensor):
-            value = torch.cat(values)
-        elif of_samples and isinstance(value, list):
-            value = [item for v in values for item in v]
-        elif any(not (torch.equal(v, value) if isinstance(value, Tensor) else v == value) for v in values):
-            raise ValueError(f"Trajectories made with different {name} cannot be joined.")
-        joined[name] = value
-    return joined
+def _packed(name: str, value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    """The value as JSON. Its tensors go into `tensors`, with their names there in their places."""
+    if isinstance(value, Tensor):
+        tensors[key] = value.clone(memory_format=torch.contiguous_format)
+        return {_TENSOR: key}
+    if isinstance(value, (list, tuple)):
+        return [_packed(name, part, f"{key}.{i}", tensors) for i, part in enumerate(value)]
+    if isinstance(value, dict) and all(isinstance(part, str) for part in value):
+        return {part: _packed(name, own, f"{key}.{part}", tensors) for part, own in value.items()}
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(f"Cannot save a trajectory whose call argument {name} is neither a tensor nor JSON: {type(value).__name__} is not JSON serializable.")
+
+
+def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        return tensors[value[_TENSOR]] if set(value) == {_TENSOR} else {name: _unpacked(own, tensors) for name, own in value.items()}
+    return [_unpacked(part, tensors) for part in value] if isinstance(value, list) else value

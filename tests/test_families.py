@@ -110,8 +110,8 @@ def test_the_same_seeds_give_the_same_trajectory(subject):
 
 def test_a_sample_depends_on_neither_its_batch_nor_its_neighbours(subject):
     picture = subject.family.call.get("image")
-    pictures = {} if picture is None else {"image": torch.cat([picture, picture.flip(-1)])}
-    together = subject.policy.rollout(PROMPTS, seeds=SEEDS, **pictures)
+    pictures = None if picture is None else {"image": torch.cat([picture, picture.flip(-1)])}
+    together = subject.policy.rollout(PROMPTS, seeds=SEEDS, per_sample=pictures)
     alone = subject.policy.rollout(together.condition.select([1]))
     assert relative_error(alone.final, together.final[1:]) <= 1e-3
     assert relative_error(alone.final, together.final[:1]) > 1e-2

@@ -17,7 +17,8 @@ MAX_FUNCTION, MAX_FILE = 60, 330
 
 # What each part of the package may import of the package: dependencies point one way.
 BELOW_POLICY = {
-    "prediction", "driver", "forward_process", "initial_noise", "latent_layout", "lora", "prompt_memory", "schedulers", "tape", "trajectory", "transition",
+    "calls", "condition", "prediction", "driver", "forward_process", "initial_noise", "latent_layout", "lora", "prompt_memory", "schedulers", "tape",
+    "trajectory", "transition",
 }  # fmt: skip
 LAYERS = {
     "transition": set(),
@@ -31,16 +32,18 @@ LAYERS = {
     "rl": {"transition"},
     "algorithms": {"rl", "transition"},
     "schedulers": {"transition", "front_doors"},
-    "trajectory": {"transition"},
+    "condition": set(),
+    "calls": {"condition", "driver", "prompt_memory", "schedulers"},
+    "trajectory": {"condition", "transition"},
     "driver": {"prompt_memory", "schedulers", "trajectory", "transition"},
-    "tape": {"driver", "trajectory"},
-    "prediction": {"driver", "trajectory"},
+    "tape": {"condition", "driver", "trajectory"},
+    "prediction": {"condition", "driver"},
     "forward_process": {"schedulers"},
     "policy": BELOW_POLICY,
-    "decoding": {"policy", "trajectory"},
-    "stock": {"policy", "schedulers", "trajectory"},
+    "decoding": {"condition", "policy"},
+    "stock": {"condition", "policy", "schedulers"},
     "differentiable": {"decoding", "policy", "stock"} | BELOW_POLICY,
-    "gradient_check": {"differentiable", "policy", "trajectory"},
+    "gradient_check": {"condition", "differentiable", "policy", "trajectory"},
     "rewards": {"embedded"},
     "pipelines": {"decoding", "differentiable", "policy", "algorithms", "rl", "rewards", "front_doors"} | BELOW_POLICY,
     "training": {"decoding", "differentiable", "gradient_check", "policy", "algorithms", "rl", "rewards", "data", "embedded", "front_doors", "stock"}
@@ -50,9 +53,9 @@ LAYERS = {
 }
 MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
 FAMILY_FREE = [
-    "driver", "prompt_memory", "policy", "prediction", "forward_process", "tape", "trajectory", "transition", "latent_layout", "lora", "schedulers/kernels",
-    "decoding", "differentiable", "gradient_check", "initial_noise", "stock", "pipelines/adapter_guidance", "pipelines/guided_sampling", "pipelines/noise_grid",
-    "pipelines/noise_optimization", "pipelines/recurrence", "pipelines/reward_guided",
+    "calls", "condition", "driver", "prompt_memory", "policy", "prediction", "forward_process", "tape", "trajectory", "transition", "latent_layout", "lora",
+    "schedulers/kernels", "decoding", "differentiable", "gradient_check", "initial_noise", "stock", "pipelines/adapter_guidance", "pipelines/guided_sampling",
+    "pipelines/noise_grid", "pipelines/noise_optimization", "pipelines/recurrence", "pipelines/reward_guided",
 ]  # fmt: skip
 
 

@@ -37,6 +37,10 @@ def assert_same_value(actual, expected):
     if isinstance(expected, torch.Tensor):
         assert actual.dtype == expected.dtype and actual.shape == expected.shape
         assert torch.equal(actual.isnan(), expected.isnan()) and torch.equal(actual.nan_to_num(), expected.nan_to_num())
+    elif isinstance(expected, list):
+        assert isinstance(actual, list) and len(actual) == len(expected)
+        for one, other in zip(actual, expected):
+            assert_same_value(one, other)
     else:
         assert type(actual) is type(expected) and actual == expected
 
@@ -45,9 +49,11 @@ def assert_same(actual: Trajectory, expected: Trajectory):
     for name in TENSORS:
         assert_same_value(getattr(actual, name), getattr(expected, name))
     assert actual.condition.prompts == expected.condition.prompts and actual.condition.seeds == expected.condition.seeds
-    assert actual.condition.kwargs.keys() == expected.condition.kwargs.keys()
-    for name, value in expected.condition.kwargs.items():
-        assert_same_value(actual.condition.kwargs[name], value)
+    for kind in ("kwargs", "per_sample"):
+        mine, theirs = getattr(actual.condition, kind), getattr(expected.condition, kind)
+        assert mine.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert_same_value(mine[name], value)
     assert len(actual.children) == len(expected.children)
     for mine, theirs in zip(actual.children, expected.children):
         assert_same(mine, theirs)
@@ -67,8 +73,8 @@ def test_select_picks_the_samples_and_what_belongs_to_them():
     assert torch.equal(part.states, whole.states[[3, 1]]) and torch.equal(part.actions, whole.actions[[3, 1]])
     assert torch.equal(part.log_probs[:, :2], whole.log_probs[[3, 1], :2])
     assert torch.equal(part.timesteps, whole.timesteps) and torch.equal(part.sigmas, whole.sigmas)
-    assert part.condition.kwargs["prompt_2"] == ["second 3", "second 1"]
-    assert part.condition.kwargs["prompt_embeds"][:, 0].tolist() == [3, 1]
+    assert part.condition.per_sample["prompt_2"] == ["second 3", "second 1"]
+    assert part.condition.per_sample["prompt_embeds"][:, 0].tolist() == [3, 1]
     assert part.condition.kwargs["guidance_scale"] == 4.5 and part.condition.kwargs["negative_prompt"] == "blurry"
     assert torch.equal(part.children[0].states, whole.children[0].states[[3, 1]])
 
@@ -116,7 +122,8 @@ def test_different_schedules_cannot_be_joined():
 
 @pytest.mark.parametrize("children", [0, 2])
 def test_save_and_load_give_back_the_same(tmp_path, children):
-    whole = trajectory(3, children=children, mask=torch.tensor([True, False, True]), guidance_scale_2=None)
+    lengths = [torch.arange(length + 1.0) for length in range(3)]
+    whole = trajectory(3, children=children, mask=torch.tensor([True, False, True]), guidance_scale_2=None, negative_prompt_embeds=lengths)
     whole.save(tmp_path / "trajectory.safetensors")
     assert_same(Trajectory.load(tmp_path / "trajectory.safetensors"), whole)
 

@@ -12,21 +12,24 @@ import inspect
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from torch import Tensor, nn
 
+from ..calls import checked_prompts, unknown_prompts
+from ..condition import Condition, is_embedding
 from ..decoding import light_decoding
 from ..driver import Step, drive
 from ..policy import Policy
 from ..prompt_memory import PromptMemory
 from ..rewards import load_reward, score
-from ..trajectory import Condition
 
+logger = logging.get_logger(__name__)
 Generators = torch.Generator | list[torch.Generator] | None
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
@@ -112,6 +115,26 @@ class WrappedPipeline(DiffusionPipeline):
 
     # --- calls of the stock pipeline -------------------------------------------------------------------------------
 
+    def asked(self, prompt: str | list[str] | None, arguments: dict[str, Any]) -> tuple[Condition, dict[str, Any]]:
+        """The stock call's prompts with what goes with them (shared, and `per_sample` in `arguments`), and its arguments of single outputs
+        (generator, number of copies, initial latents) and of the output's form.
+
+        Raises:
+            ValueError: no prompt, or an argument that the stock call lacks.
+        """
+        accepted = inspect.signature(type(self.pipeline).__call__).parameters
+        arguments, own = {**arguments}, {**(arguments.get("per_sample") or {})}
+        arguments.pop("per_sample", None)
+        if unknown := sorted({*arguments, *own} - set(accepted)):
+            raise ValueError(f"Neither {type(self).__name__} nor {type(self.pipeline).__name__} takes {', '.join(unknown)}.")
+        rest = {name: arguments.pop(name) for name in ("generator", "output_type", "return_dict", "latents", *_PER_PROMPT) if name in arguments}
+        if prompt is None and any(map(is_embedding, {**arguments, **own})):
+            prompt = unknown_prompts(type(self.pipeline).__name__, accepted, arguments, own, None)
+            logger.warning("Embeddings stand in the place of prompts: rewards judge images against empty ones. Give prompt as well where they read it.")
+        if prompt is None or prompt == []:
+            raise ValueError("Give prompt: rewards judge images against it; or prompt_embeds in its place, for rewards that read no prompt.")
+        return Condition(checked_prompts(prompt), arguments, per_sample=own), rest
+
     def condition(self, prompt: str | list[str] | None, arguments: dict[str, Any]) -> tuple[Condition, Generators]:
         """The stock call's arguments, a row for each of its outputs, and its generators. A call begins with it, and remembers its own encoded
         prompts alone: text encoders may have changed since the last (LoRA, training).
@@ -120,27 +143,20 @@ class WrappedPipeline(DiffusionPipeline):
             ValueError: no prompt, or an argument that the stock call lacks.
         """
         self.__dict__["_memory"] = PromptMemory()
-        accepted = inspect.signature(type(self.pipeline).__call__).parameters
-        if unknown := sorted(set(arguments) - set(accepted)):
-            raise ValueError(f"Neither {type(self).__name__} nor {type(self.pipeline).__name__} takes {', '.join(unknown)}.")
-        if prompt is None or prompt == []:
-            raise ValueError("Give prompt: rewards judge images against it (embeddings in its place say nothing to them).")
-        if "generator" not in accepted:
+        asked, rest = self.asked(prompt, arguments)
+        if "generator" not in inspect.signature(type(self.pipeline).__call__).parameters:
             raise ValueError(f"{type(self.pipeline).__name__}'s call takes no generator, so its samples have no seeds.")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        kwargs = {name: value for name, value in arguments.items() if name not in ("generator", "output_type", "return_dict", *_PER_PROMPT)}
-        copies = max(copies_asked(arguments).values(), default=1)
-        rows = [i for i in range(len(prompts)) for _ in range(copies)]
-        generator = arguments.get("generator")
+        copies = max(copies_asked(rest).values(), default=1)
+        rows = [i for i in range(len(asked)) for _ in range(copies)]
+        generator, latents = rest.get("generator"), rest.get("latents")
         if isinstance(generator, list) and len(generator) != len(rows):
             raise ValueError(f"{len(rows)} outputs need as many generators, got {len(generator)}.")
-        return Condition(prompts, kwargs).select(rows), generator
+        condition = asked.select(rows)
+        return condition if latents is None else replace(condition, kwargs={**condition.kwargs, "latents": latents}), generator
 
     def drive(self, condition: Condition, generator: Generators, on_step, *, gradients: bool = False, needs_denoiser=None, **overrides: Any):
         """Call the stock pipeline for the rows of `condition` and hand each scheduler step to `on_step` (`diffusers_align.driver`)."""
-        call = {**condition.kwargs, "generator": generator, **overrides}
-        if "prompt" in inspect.signature(type(self.pipeline).__call__).parameters:
-            call["prompt"] = list(condition.prompts)
+        call = {**condition.arguments(inspect.signature(type(self.pipeline).__call__).parameters), "generator": generator, **overrides}
         with light_decoding(self.pipeline) if gradients else nullcontext():
             return drive(self.pipeline, on_step, call, gradients=gradients, needs_denoiser=needs_denoiser, memory=self._memory)
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..algorithms.best_of_n import best, neighbour
+from ..condition import Condition
 from ..policy import noise_seed
-from ..trajectory import Condition
 from .base import Generators, Judge, WrappedPipeline, copied, copies_asked
 
 SEARCHES = ("random", "zero_order")
@@ -97,7 +97,9 @@ class BestOfNPipeline(WrappedPipeline):
         """The stock pipeline's own samples, by the call as it was made: prompts that it repeats once they are encoded round otherwise."""
         rows = list(range(len(condition)))
         with self._near(None, 1.0) as noise:
-            states = self.sample(condition.select(rows[:: max(copies.values(), default=1)]), generator, **copies)
+            # Initial latents are given for each output, everything else for each prompt.
+            given = {name: condition.per_sample[name] for name in ("latents",) if name in condition.per_sample}
+            states = self.sample(condition.select(rows[:: max(copies.values(), default=1)]), generator, **copies, **given)
         rewards = judge(self.decode(states, condition, copied(start)), rows)
         return _Found(states, noise[0] if noise else None, rewards[:, None], [None] * len(rows))
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..algorithms.noise_optimization import Ascent, NoiseOptimization, ascend, settings
+from ..condition import Condition
 from ..differentiable import DifferentiableRollout, differentiable_rollout
 from ..driver import Step
 from ..initial_noise import initial_noise
 from ..policy import Policy
 from ..schedulers import DDIMSDEScheduler
-from ..trajectory import Condition
 from .base import Generators, Judge, WrappedPipeline, copied
 from .guided_sampling import GuidanceError
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..algorithms import particle_steering as smc
 from ..algorithms.best_of_n import best
 from ..algorithms.svdd import choose
+from ..condition import Condition
 from ..policy import noise_seed
 from ..rewards import InvalidReward
-from ..trajectory import Condition
 from ..transition import GaussianTransition
 from .base import Generators, Judge, WrappedPipeline
 from .outputs import merged

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..condition import Condition
 from ..driver import Step
 from ..policy import noise_seed
-from ..trajectory import Condition
 from ..transition import GaussianTransition
 from .base import Generators, WrappedPipeline
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..algorithms.guidance import Guidance, Level
 from ..algorithms.guidance import preset as find_preset
+from ..condition import Condition
 from ..driver import Step
 from ..policy import noise_seed
-from ..trajectory import Condition
 from .base import Generators, Judge, WrappedPipeline, copied
 from .guided_sampling import Objective, guided_sample
 
@@ -76,7 +76,8 @@ class RewardGuidedPipeline(WrappedPipeline):
             raise ValueError("This preset follows a noise-aware reward: pass reward=, a callable (latents, prompts, alpha, sigma) -> (B,).")
         judge, before = self.judge(reward, condition, columns), copied(generator)
         tail = _Tail.of(self, condition, before)
-        call = {**arguments, "prompt": prompt} if "prompt" in inspect.signature(type(self.pipeline).__call__).parameters else arguments
+        asked, rest = self.asked(prompt, arguments)
+        call = {**asked.arguments(inspect.signature(type(self.pipeline).__call__).parameters), **rest}
         with self.pipeline.progress_bar(total=1) as bar:
             sampled = guided_sample(
                 self.pipeline, call, _noise_aware(judge) if guidance.noisy else _of_images(judge, tail), guidance, scale=float(reward_scale),
@@ -103,7 +104,7 @@ class _Tail(WrappedPipeline):
         tail, parameters = cls(pipeline), inspect.signature(type(pipeline).__call__).parameters
         fixed = "strength" in parameters or {"sigmas", "timesteps", "denoising_start", "denoising_end"} & set(condition.kwargs)
         few = {} if fixed or "num_inference_steps" not in parameters else {"num_inference_steps": 2}
-        quiet = {name: None for name in ("callback_on_step_end", "callback", "latents") if name in condition.kwargs}
+        quiet = {name: None for name in ("callback_on_step_end", "callback", "latents") if name in {**condition.kwargs, **condition.per_sample}}
         overrides = {**few, **quiet, "output_type": "pt", "return_dict": False}
         tail.__dict__.update(_memory=guided._memory, _call=(condition, generator, overrides))
         return tail

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ..algorithms.adjoint_matching import lean_adjoints, smoothed_gradient, terminal_adjoint
+from ..condition import Condition
 from ..data.prompts import Prompt
 from ..decoding import decode_latents
 from ..forward_process import ForwardProcess
 from ..policy import Policy, noise_seed
 from ..rewards import score
-from ..trajectory import Condition, Trajectory
+from ..trajectory import Trajectory
 from ..transition import GaussianTransition
 
 

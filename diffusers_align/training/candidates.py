@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from ..algorithms.spo import resample, step_pairs
+from ..condition import Condition
 from ..data.prompts import Prompt, prompts_of_epoch
 from ..driver import Step
 from ..policy import Policy, noise_seed
-from ..trajectory import Condition, Trajectory
+from ..trajectory import Trajectory
 from ..transition import GaussianTransition
 from .sampling import Samples
 from .scoring import Scorer, gather_scores

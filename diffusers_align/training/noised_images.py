@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..condition import Condition
 from ..data import LazyImage, TensorCache, key_of
 from ..data.augment import Augmentation, draw_augmentations, to_tensor
 from ..forward_process import ForwardProcess
 from ..policy import Policy
 from ..rl.matching import matching_error
-from ..trajectory import Condition
 
 
 @dataclass

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..condition import Condition
 from ..data import LazyImage, batch_of, load_preferences, parse_column_map
 from ..policy import Policy, noise_seed
 from ..rl.matching import error_coefficients
-from ..trajectory import Condition
 from .averages import LaggingWeights
 from .noised_images import LatentImages, Noised, Noising, Position, disk_cache, predict
 

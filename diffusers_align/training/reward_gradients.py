@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ..algorithms.continuous_adjoint import adjoint_gradient
 from ..algorithms.draft import deviation
+from ..condition import Condition
 from ..data.prompts import Prompt, prompts_of_epoch
 from ..decoding import decode_latents
 from ..differentiable import DifferentiableRollout, count_steps, differentiable_rollout, outputs_along, solver_step
 from ..gradient_check import check_gradient
 from ..policy import Policy, noise_seed
 from ..rl.reward_maps import distance, hinge, shortfall
-from ..trajectory import Condition
 from . import pretraining
 from .adjoints import bound_reward
 from .offline import epoch_batches

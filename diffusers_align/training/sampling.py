@@ -11,11 +11,12 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..condition import Condition
 from ..data.prompts import Prompt, prompts_of_epoch
 from ..policy import Policy, noise_seed
 from ..rewards import InvalidReward
 from ..stock import stock_images
-from ..trajectory import Condition, Trajectory
+from ..trajectory import Trajectory
 from .scoring import Scorer, columns_of, gather_scores
 from .statistics import mean_and_error
 

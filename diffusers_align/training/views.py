@@ -12,10 +12,11 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..condition import Condition
 from ..data.prompts import Prompt
 from ..policy import Policy
 from ..rewards.loading import load_callable
-from ..trajectory import Condition, Trajectory
+from ..trajectory import Trajectory
 from .sampling import Samples, score_again
 
 Writer = Callable[[str, Tensor | None], list[str]]
