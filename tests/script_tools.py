@@ -8,7 +8,7 @@ from argparse import Namespace
 
 from test_scripts import COMMON, PROMPTS, REWARDS, assert_same_lora, assert_same_run, rows, script, started
 
-from diffusers_align.training.arguments import TrainingArguments
+from diffusers_align.training.arguments import SamplingArguments
 from diffusers_align.training.run import Run
 
 RECIPES = script("any").parent / "recipes"
@@ -36,7 +36,7 @@ def arguments(out, task, **flags):
 def make_run(folder, **flags):
     """A run without a script, for the library's functions; `flags` join those that every script has."""
     required = {"pretrained_model_name_or_path": "mini-sd3", "prompts": "mini_train", "reward": "jpeg_compressibility", "output_dir": str(folder)}
-    args = TrainingArguments(**required, train_batch_size=2)
+    args = SamplingArguments(**required, train_batch_size=2)
     return Run(Namespace(**{**vars(args), "trackers": [], "command": args.command, **flags}), "Test")
 
 

@@ -15,7 +15,7 @@ RECIPES = sorted((SCRIPTS / "recipes").glob("*.yaml"))
 REQUIRED = ["--pretrained_model_name_or_path", "mini-sd", "--prompts", "mini_train", "--reward", "jpeg", "--output_dir", "out"]
 
 
-class Flags(arguments.TrainingArguments):
+class Flags(arguments.SamplingArguments):
     """a test"""
 
     window: tuple[StepIndex, StepIndex] | None = option(None, "two steps")

@@ -22,7 +22,7 @@ PROMPTS = [Prompt("a cat on a red background"), Prompt("two dogs on a blue backg
 
 
 def parse(*argv, required=REQUIRED):
-    return options.parse(arguments.TrainingArguments, [*required, "--output_dir", "out", *map(str, argv)])
+    return options.parse(arguments.SamplingArguments, [*required, "--output_dir", "out", *map(str, argv)])
 
 
 def brightness(images, prompts, **columns):
