@@ -4,10 +4,11 @@ import importlib.util
 import json
 import subprocess
 import sys
+from argparse import Namespace
 
 from test_scripts import COMMON, PROMPTS, REWARDS, assert_same_lora, assert_same_run, rows, script, started
 
-from diffusers_align.training.arguments import base_parser
+from diffusers_align.training.arguments import SamplingArguments
 from diffusers_align.training.run import Run
 
 RECIPES = script("any").parent / "recipes"
@@ -34,11 +35,9 @@ def arguments(out, task, **flags):
 
 def make_run(folder, **flags):
     """A run without a script, for the library's functions; `flags` join those that every script has."""
-    args = base_parser("Test").parse_args(["--output_dir", str(folder), "--train_batch_size", "2"])
-    for name, value in flags.items():
-        setattr(args, name, value)
-    args.trackers = []
-    return Run(args, "Test")
+    required = {"pretrained_model_name_or_path": "mini-sd3", "prompts": "mini_train", "reward": "jpeg_compressibility", "output_dir": str(folder)}
+    args = SamplingArguments(**required, train_batch_size=2)
+    return Run(Namespace(**{**vars(args), "trackers": [], "command": args.command, **flags}), "Test")
 
 
 def load_script(name):

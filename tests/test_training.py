@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from diffusers_align import Policy, embedded
 from diffusers_align.data.prompts import Prompt
 from diffusers_align.policy import noise_seed
-from diffusers_align.training import arguments
+from diffusers_align.training import arguments, options
 from diffusers_align.training.run import Run
 from diffusers_align.training.sampling import paired_gain, sample_epoch
 
@@ -22,7 +22,7 @@ PROMPTS = [Prompt("a cat on a red background"), Prompt("two dogs on a blue backg
 
 
 def parse(*argv, required=REQUIRED):
-    return arguments.parse(arguments.base_parser("Test"), [*required, "--output_dir", "out", *map(str, argv)])
+    return options.parse(arguments.SamplingArguments, [*required, "--output_dir", "out", *map(str, argv)])
 
 
 def brightness(images, prompts, **columns):

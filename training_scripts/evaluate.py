@@ -7,10 +7,82 @@ Rewards, paired gains, win rates, diversity, the path KL and, with `--pairs`, th
 go to `evaluation.md` and `evaluation.json`, samples to `evaluation.png`.
 """
 
-import argparse
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+from pydantic import model_validator
+
+from diffusers_align.training.arguments import CallArguments, EvalScheduler, PipelineArguments, PrecisionArguments, PromptArguments
+from diffusers_align.training.method_arguments import StrengthArguments
+from diffusers_align.training.options import Count, Positive, Seed, option, parse, required
+
+BASE = "base"
+SAMPLED = {"kl_samples": True}
+
+
+class ModelArguments(PipelineArguments, CallArguments, PrecisionArguments):
+    """model"""
+
+    lora: list[str] = required("folders of runs or checkpoints, .safetensors files, or Hub names; each is compared with the base")
+    lora_names: list[str] | None = option(None, "what to call them; after their folders if absent")
+    lora_scale: list[Annotated[float, Interval(ge=0, le=100)]] | None = option(
+        None, "compare each LoRA at these shares of its own strength (DRaFT): 0.5 1; as it is if absent"
+    )
+    eval_scheduler: EvalScheduler = option("stock", "the pipeline's own solver, or the SDE twin's ODE")
+    batch_size: Count = option(8, "samples at a time, on each process")
+    seed: Seed = option(42, "of the noise: the same for every model")
+
+    @model_validator(mode="after")
+    def _check_loras(self):
+        self.lora_names = self.lora_names or [Path(lora).name for lora in self.lora]
+        if len(self.lora_names) != len(self.lora):
+            raise ValueError(f"--lora_names has {len(self.lora_names)} names for {len(self.lora)} LoRAs")
+        if len({BASE, *self.lora_names}) <= len(self.lora_names):
+            raise ValueError(f"each LoRA needs a name of its own, other than {BASE!r}: got {', '.join(self.lora_names)}; give others with --lora_names")
+        if self.lora_scale and len(set(self.lora_scale)) < len(self.lora_scale):
+            raise ValueError(f"--lora_scale names a scale twice: {' '.join(map(str, self.lora_scale))}")
+        return self
+
+
+class EvaluationArguments(PromptArguments, ModelArguments, StrengthArguments, needs={name: SAMPLED for name in ("sde_type", "noise_level", "eta")}):
+    """rewards and other measures"""
+
+    num_samples: Count | None = option(None, "images a model, prompt after prompt in turn; two a prompt if absent")
+    reward: list[str] = required("built-in rewards, module:function, file.py:function, http://host:port, or sums of them")
+    reward_model: list[str] | None = option(None, "checkpoint of each reward's model, 'default' for its own")
+    invalid_rewards: Literal["error", "mask"] = option("error", "on a reward that raises: stop, or leave its images out")
+    reward_timeout: Positive | None = option(None, "seconds for a batch; none if absent")
+    diversity: bool = option(True, "distance between samples of the same prompt")
+    diversity_model: str | None = option(
+        None, "a CLIP model, such as mini-clip, for distances of image features beside those of pixels", needs={"diversity": True}
+    )
+    kl_samples: Annotated[int, Interval(ge=0, le=10**9)] = option(16, "trajectories of the KL to the base, sampled with noise; 0 leaves it out")
+    pairs: str | None = option(None, "held-out preferences (docs/preference_data.md), for the implicit accuracy; none if absent")
+    pairs_split: str = option("train", "their split", needs={"pairs": True})
+    pair_timesteps: Annotated[int, Interval(ge=1, le=1000)] = option(8, "draws of noise and timestep for a pair, in equal strata", needs={"pairs": True})
+    num_grid_images: Annotated[int, Interval(ge=1, le=10**4)] = option(8, "columns of the picture")
+    output_dir: str = required("where the table, the numbers and the picture go")
+
+    @model_validator(mode="after")
+    def _check_reward_models(self):
+        if self.reward_model and len(self.reward_model) != len(self.reward):
+            raise ValueError(
+                f"--reward_model has {len(self.reward_model)} entries for {len(self.reward)} rewards; write 'default' where a reward keeps its own"
+            )
+        return self
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(EvaluationArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 import json
 from collections import Counter
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -30,71 +102,6 @@ from diffusers_align.training.held_out_pairs import HeldOutPairs, margins
 from diffusers_align.training.loading import call_arguments, load_pipeline
 from diffusers_align.training.pictures import comparison, save
 from diffusers_align.training.sampling import described_solver, evaluate
-
-BASE = "base"
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML recipe: its values replace the defaults, flags on the command line replace its values")
-    add_models(parser.add_argument_group("models"))
-    add_measures(parser.add_argument_group("prompts, rewards and other measures"))
-    required = ("pretrained_model_name_or_path", "lora", "prompts", "reward", "output_dir")
-    args = arguments.parse_with_recipe(parser, argv, required)
-    for name in ("num_inference_steps", "batch_size", "num_samples", "num_grid_images", "pair_timesteps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.kl_samples < 0:
-        parser.error(f"--kl_samples must not be negative, got {args.kl_samples}")
-    args.lora_names = args.lora_names or [Path(lora).name for lora in args.lora]
-    if len(args.lora_names) != len(args.lora):
-        parser.error(f"--lora_names has {len(args.lora_names)} names for {len(args.lora)} LoRAs")
-    if len({BASE, *args.lora_names}) <= len(args.lora_names):
-        parser.error(f"each LoRA needs a name of its own, other than {BASE!r}: got {', '.join(args.lora_names)}; give others with --lora_names")
-    if args.lora_scale and len(set(args.lora_scale)) < len(args.lora_scale):
-        parser.error(f"--lora_scale names a scale twice: {' '.join(map(str, args.lora_scale))}")
-    if args.reward_model and len(args.reward_model) != len(args.reward):
-        parser.error(f"--reward_model has {len(args.reward_model)} entries for {len(args.reward)} rewards; write 'default' where a reward keeps its own")
-    return args
-
-
-def add_models(group):
-    group.add_argument("--pretrained_model_name_or_path", help="a diffusers pipeline: Hub name, folder, or an embedded model (mini-sd, mini-sd3)")
-    group.add_argument("--revision", help="revision of the pipeline on the Hub")
-    group.add_argument("--variant", help="variant of its files, such as fp16")
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="dtype of the weights and of autocast")
-    group.add_argument("--lora", nargs="+", help="folders of runs or checkpoints, .safetensors files, or Hub names; each is compared with the base")
-    group.add_argument("--lora_names", nargs="+", help="what to call them; after their folders if absent")
-    group.add_argument("--lora_scale", type=float, nargs="+", help="compare each LoRA at these shares of its own strength (DRaFT): 0.5 1; as it is if absent")
-    group.add_argument("--num_inference_steps", type=int, help="solver steps; the pipeline's default if absent")
-    group.add_argument("--eval_scheduler", choices=["stock", "twin"], default="stock", help="the pipeline's own solver, or the SDE twin's ODE")
-    group.add_argument("--guidance_scale", type=float, help="classifier-free guidance; the pipeline's default if absent")
-    group.add_argument("--height", type=int, help="pixels; the pipeline's default if absent")
-    group.add_argument("--width", type=int, help="pixels; the pipeline's default if absent")
-    group.add_argument("--call_kwargs", type=arguments.json_object, default={}, help="other arguments of the pipeline's call, as JSON")
-    group.add_argument("--batch_size", type=int, default=8, help="samples at a time, on each process")
-    group.add_argument("--seed", type=int, default=42, help="of the noise: the same for every model")
-
-
-def add_measures(group):
-    group.add_argument("--prompts", help="a .txt, .jsonl or .csv file, or a shipped set")
-    group.add_argument("--prompt_column", default="prompt", help="field of the prompt in .jsonl and .csv files; rewards get the other fields")
-    group.add_argument("--num_samples", type=int, help="images a model, prompt after prompt in turn; two a prompt if absent")
-    group.add_argument("--reward", nargs="+", help="built-in rewards, module:function, file.py:function, http://host:port, or sums of them")
-    group.add_argument("--reward_model", nargs="+", help="checkpoint of each reward's model, 'default' for its own")
-    group.add_argument("--invalid_rewards", choices=["error", "mask"], default="error", help="on a reward that raises: stop, or leave its images out")
-    group.add_argument("--reward_timeout", type=float, help="seconds for a batch; none if absent")
-    group.add_argument("--diversity", action=argparse.BooleanOptionalAction, default=True, help="distance between samples of the same prompt")
-    group.add_argument("--diversity_model", help="a CLIP model, such as mini-clip, for distances of image features beside those of pixels")
-    group.add_argument("--kl_samples", type=int, default=16, help="trajectories of the KL to the base, sampled with noise; 0 leaves it out")
-    group.add_argument("--sde_type", help="noise of the KL's trajectories, flow matching: flow_grpo, dance_grpo, cps, memoryless, memoryless_em")
-    group.add_argument("--noise_level", type=float, help="its strength, flow matching; the scheduler's default if absent")
-    group.add_argument("--eta", type=float, help="its strength, diffusion; the scheduler's default if absent")
-    group.add_argument("--pairs", help="held-out preferences (docs/preference_data.md), for the implicit accuracy; none if absent")
-    group.add_argument("--pairs_split", default="train", help="their split")
-    group.add_argument("--pair_timesteps", type=int, default=8, help="draws of noise and timestep for a pair, in equal strata")
-    group.add_argument("--num_grid_images", type=int, default=8, help="columns of the picture")
-    group.add_argument("--output_dir", help="where the table, the numbers and the picture go")
 
 
 def load_task(args):

@@ -8,7 +8,69 @@ Pairs of a foreign generator teach what that generator draws as well as what is 
 image first. An interrupted run goes on where it stopped; with another `--reward` in the same folder, the images are scored anew and not drawn again.
 """
 
-import argparse
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+from pydantic import model_validator
+
+from diffusers_align.training.arguments import CallArguments, PipelineArguments, PrecisionArguments, PromptArguments
+from diffusers_align.training.method_arguments import StrengthArguments
+from diffusers_align.training.options import Count, NonNegative, Positive, Probability, Real, Seed, option, parse, required
+
+NOISY = {"deterministic": False}
+
+
+class SamplingArguments(
+    PipelineArguments, CallArguments, PrecisionArguments, StrengthArguments, needs={name: NOISY for name in ("sde_type", "noise_level", "eta")}
+):
+    """sampling"""
+
+    lora: str | None = option(None, "of the model to sample from: folder of a run or a checkpoint, .safetensors file, or Hub name")
+    batch_size: Count = option(8, "images at a time, on each process")
+    seed: Seed = option(42, "of the noise, with the prompt's number and the image's")
+    deterministic: bool | None = option(None, "walk the ODE, or draw noise at each step; the ODE if absent, unless trajectories are saved")
+    same_latent: bool = option(False, "the images of a prompt share their initial noise, as D3PO's pairs do")
+    save_trajectories: bool = option(False, "keep all states of each image, unrounded, for train_d3po.py --trajectories")
+
+    @model_validator(mode="after")
+    def _fill_deterministic(self):
+        self.deterministic = not self.save_trajectories if self.deterministic is None else self.deterministic
+        if self.deterministic and (self.save_trajectories or self.same_latent):
+            raise ValueError("without noise in its steps a trajectory has no log-probabilities, and one latent gives one image: use --no-deterministic")
+        return self
+
+
+class PreferenceArguments(PromptArguments, SamplingArguments):
+    """reward and data sets"""
+
+    num_prompts: Count | None = option(None, "the first so many; all if absent")
+    num_images_per_prompt: Annotated[int, Interval(ge=2, le=10**6)] = option(4, "to compare: two or more")
+    reward: str = required("built-in reward, module:function, file.py:function, http://host:port, or a sum of them")
+    reward_model: str | None = option(None, "checkpoint of the reward's model, where it has one; its public one if absent")
+    invalid_rewards: Literal["error", "mask"] = option("error", "on rewards that are NaN or raise: stop, or leave the images out")
+    reward_timeout: Positive | None = option(None, "seconds for a batch; none if absent")
+    pairs: Literal["best_worst", "all"] = option("best_worst", "of the images of a prompt")
+    min_margin: NonNegative = option(0.0, "pairs whose rewards differ by less are left out")
+    binary_quantile: Probability = option(0.5, "an image is desirable from this quantile of all rewards on")
+    binary_threshold: Real | None = option(None, "an image is desirable from this reward on, in the place of the quantile")
+    num_sheet_prompts: Count = option(32, "rows of the contact sheet")
+    output_dir: str = required("images, data sets and the contact sheet")
+
+    @model_validator(mode="after")
+    def _check_threshold(self):
+        if self.binary_threshold is not None and "binary_quantile" in self.model_fields_set:
+            raise ValueError("--binary_threshold takes the place of --binary_quantile: leave out one of them")
+        return self
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(PreferenceArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 import hashlib
 import json
 import os
@@ -38,64 +100,6 @@ SAMPLING = (
     "pretrained_model_name_or_path", "revision", "variant", "mixed_precision", "lora", "num_inference_steps", "guidance_scale", "height", "width",
     "call_kwargs", "seed", "deterministic", "same_latent", "save_trajectories", "sde_type", "noise_level", "eta",
 )  # fmt: skip
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML recipe: its values replace the defaults, flags on the command line replace its values")
-    add_model(parser.add_argument_group("model and sampling"))
-    add_data(parser.add_argument_group("prompts, reward and data sets"))
-    args = arguments.parse_with_recipe(parser, argv, ("pretrained_model_name_or_path", "prompts", "reward", "output_dir"))
-    if args.num_images_per_prompt < 2:
-        parser.error(f"--num_images_per_prompt must be at least 2, or there is nothing to compare, got {args.num_images_per_prompt}")
-    for name in ("num_prompts", "batch_size", "num_inference_steps", "num_sheet_prompts"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.binary_threshold is None and not 0 <= args.binary_quantile <= 1:
-        parser.error(f"--binary_quantile must lie in [0, 1], got {args.binary_quantile}")
-    args.deterministic = not args.save_trajectories if args.deterministic is None else args.deterministic
-    if args.deterministic and (args.save_trajectories or args.same_latent):
-        parser.error("without noise in its steps a trajectory has no log-probabilities, and one latent gives one image: use --no-deterministic")
-    return args
-
-
-def add_model(group):
-    flag = argparse.BooleanOptionalAction
-    group.add_argument("--pretrained_model_name_or_path", help="a diffusers pipeline: Hub name, folder, or an embedded model (mini-sd, mini-sd3)")
-    group.add_argument("--revision", help="revision of the pipeline on the Hub")
-    group.add_argument("--variant", help="variant of its files, such as fp16")
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="dtype of the weights and of autocast")
-    group.add_argument("--lora", help="of the model to sample from: folder of a run or a checkpoint, .safetensors file, or Hub name")
-    group.add_argument("--num_inference_steps", type=int, help="solver steps; the pipeline's default if absent")
-    group.add_argument("--guidance_scale", type=float, help="classifier-free guidance; the pipeline's default if absent")
-    group.add_argument("--height", type=int, help="pixels; the pipeline's default if absent")
-    group.add_argument("--width", type=int, help="pixels; the pipeline's default if absent")
-    group.add_argument("--call_kwargs", type=arguments.json_object, default={}, help="other arguments of the pipeline's call, as JSON")
-    group.add_argument("--batch_size", type=int, default=8, help="images at a time, on each process")
-    group.add_argument("--seed", type=int, default=42, help="of the noise, with the prompt's number and the image's")
-    group.add_argument("--deterministic", action=flag, help="walk the ODE, or draw noise at each step; the ODE if absent, unless trajectories are saved")
-    group.add_argument("--same_latent", action="store_true", help="the images of a prompt share their initial noise, as D3PO's pairs do")
-    group.add_argument("--save_trajectories", action="store_true", help="keep all states of each image, unrounded, for train_d3po.py --trajectories")
-    group.add_argument("--sde_type", help="noise of the steps, flow matching: flow_grpo, dance_grpo, cps, memoryless, memoryless_em")
-    group.add_argument("--noise_level", type=float, help="its strength, flow matching; the scheduler's default if absent")
-    group.add_argument("--eta", type=float, help="its strength, diffusion; the scheduler's default if absent")
-
-
-def add_data(group):
-    group.add_argument("--prompts", help="a .txt, .jsonl or .csv file, or a shipped set; its other fields are kept")
-    group.add_argument("--prompt_column", default="prompt", help="field of the prompt in .jsonl and .csv files; rewards get the other fields")
-    group.add_argument("--num_prompts", type=int, help="the first so many; all if absent")
-    group.add_argument("--num_images_per_prompt", type=int, default=4)
-    group.add_argument("--reward", help="built-in reward, module:function, file.py:function, http://host:port, or a sum of them")
-    group.add_argument("--reward_model", help="checkpoint of the reward's model, where it has one; its public one if absent")
-    group.add_argument("--invalid_rewards", choices=["error", "mask"], default="error", help="on rewards that are NaN or raise: stop, or leave the images out")
-    group.add_argument("--reward_timeout", type=float, help="seconds for a batch; none if absent")
-    group.add_argument("--pairs", choices=["best_worst", "all"], default="best_worst", help="of the images of a prompt")
-    group.add_argument("--min_margin", type=float, default=0.0, help="pairs whose rewards differ by less are left out")
-    group.add_argument("--binary_quantile", type=float, default=0.5, help="an image is desirable from this quantile of all rewards on")
-    group.add_argument("--binary_threshold", type=float, help="an image is desirable from this reward on, in the place of the quantile")
-    group.add_argument("--num_sheet_prompts", type=int, default=32, help="rows of the contact sheet")
-    group.add_argument("--output_dir", help="images, data sets and the contact sheet")
 
 
 def check_settings(args, prompts, lora, folder):

@@ -5,6 +5,50 @@
 The algorithm's page is `diffusers_align/algorithms/adjoint_matching.py` (https://arxiv.org/abs/2409.08861).
 """
 
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+from pydantic import model_validator
+
+from diffusers_align.training.arguments import SamplingArguments
+from diffusers_align.training.method_arguments import PretrainingArguments
+from diffusers_align.training.options import Count, NonNegative, Positive, PositiveShare, StepIndex, option, parse
+
+# The paper's, section 6 and appendix: 40 steps, batches of 40, Adam with these.
+DEFAULTS = {"num_inference_steps": 40, "num_epochs": 1000, "learning_rate": 2e-5, "adam_beta1": 0.95, "adam_weight_decay": 1e-2}
+SMOOTHED = {"smoothing_copies": True}
+
+
+class AdjointMatchingArguments(PretrainingArguments, SamplingArguments, defaults=DEFAULTS):
+    """Adjoint Matching"""
+
+    num_prompts_per_epoch: Count = option(40, "one sample each; together one optimizer step, unless accumulation says less")
+    reward_scale: Positive = option(12500.0, "lambda, nats of KL for a unit of reward; the paper's for ImageReward (100 to 12500)")
+    sde_type: Literal["memoryless", "memoryless_em"] = option("memoryless", "of flow matching: ancestral, or the paper's form")
+    last_steps: StepIndex = option(10, "train the last stochastic steps of a trajectory")
+    random_steps: StepIndex = option(10, "and that many of those before, drawn for each batch")
+    min_std: NonNegative = option(0.01, "train no step with less noise: schedules that end just above 0 have one such step")
+    loss_clip: Positive | None = option(None, "leave out steps of samples whose loss is above that many lambda^2 / K (1.6 in the paper)")
+    cfg: Literal["none", "trajectories", "everywhere"] = option("none", "where --guidance_scale acts in training")
+    smoothing_copies: Annotated[int, Interval(ge=0, le=10**4)] = option(0, "average the reward's gradient over noised copies (official code: 20)")
+    smoothing_std: Positive = option(0.02, "of that noise, in units of the latents", needs=SMOOTHED)
+    smoothing_quantile: PositiveShare = option(0.85, "of the copies' gradient norms, at which the longest are cut", needs=SMOOTHED)
+
+    @model_validator(mode="after")
+    def _check_trained_steps(self):
+        if self.last_steps + self.random_steps < 1:
+            raise ValueError("--last_steps and --random_steps leave no step to train")
+        return self
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(AdjointMatchingArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 import random
 from collections import defaultdict
 from dataclasses import replace
@@ -13,7 +57,7 @@ from diffusers_align.algorithms.adjoint_matching import adjoint_matching_loss, l
 from diffusers_align.differentiable import count_steps
 from diffusers_align.gradient_check import check_gradient
 from diffusers_align.policy import noise_seed
-from diffusers_align.training import arguments, pretraining
+from diffusers_align.training import pretraining
 from diffusers_align.training.adjoints import (
     bound_reward,
     check_chain,
@@ -27,34 +71,6 @@ from diffusers_align.training.adjoints import (
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 from diffusers_align.training.sampling import sample_epoch
-
-
-def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    # The paper's, section 6 and appendix: 40 steps, batches of 40, Adam with these.
-    parser.set_defaults(num_inference_steps=40, num_epochs=1000, learning_rate=2e-5, adam_beta1=0.95, adam_weight_decay=1e-2)
-    group = parser.add_argument_group("Adjoint Matching")
-    group.add_argument("--num_prompts_per_epoch", type=int, default=40, help="one sample each; together one optimizer step, unless accumulation says less")
-    group.add_argument(
-        "--reward_scale", type=float, default=12500.0, help="lambda, nats of KL for a unit of reward; the paper's for ImageReward (100 to 12500)"
-    )
-    group.add_argument("--sde_type", choices=["memoryless", "memoryless_em"], default="memoryless", help="of flow matching: ancestral, or the paper's form")
-    group.add_argument("--last_steps", type=int, default=10, help="train the last stochastic steps of a trajectory")
-    group.add_argument("--random_steps", type=int, default=10, help="and that many of those before, drawn for each batch")
-    group.add_argument("--min_std", type=float, default=0.01, help="train no step with less noise: schedules that end just above 0 have one such step")
-    group.add_argument("--loss_clip", type=float, help="leave out steps of samples whose loss is above that many lambda^2 / K (1.6 in the paper)")
-    group.add_argument("--cfg", choices=["none", "trajectories", "everywhere"], default="none", help="where --guidance_scale acts in training")
-    group.add_argument("--smoothing_copies", type=int, default=0, help="average the reward's gradient over noised copies (official code: 20)")
-    group.add_argument("--smoothing_std", type=float, default=0.02, help="of that noise, in units of the latents")
-    group.add_argument("--smoothing_quantile", type=float, default=0.85, help="of the copies' gradient norms, at which the longest are cut")
-    pretraining.add_arguments(parser)
-    args = arguments.parse(parser, argv)
-    pretraining.check(parser, args)
-    if args.reward_scale <= 0:
-        parser.error(f"--reward_scale must be positive, got {args.reward_scale}")
-    if args.last_steps + args.random_steps < 1:
-        parser.error("--last_steps and --random_steps leave no step to train")
-    return args
 
 
 def check_reward(run, policy, report):

@@ -5,33 +5,48 @@
 The algorithm's page is `diffusers_align/algorithms/alignprop.py` (https://arxiv.org/abs/2310.03739).
 """
 
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+from diffusers_align.training.method_arguments import RewardGradientArguments
+from diffusers_align.training.options import option, parse
+
+# Official (mihirp1998/AlignProp): DDIM of 50 steps, eta 1, guidance 5, LoRA of rank and alpha 4, (1 - HPS) / 100.
+DEFAULTS = {
+    "rank": 4, "lora_alpha": 4, "num_inference_steps": 50, "guidance_scale": 5.0, "learning_rate": 1e-3, "stochastic": True,
+    "reward_map": "shortfall", "reward_scale": 0.01,
+}  # fmt: skip
+
+
+class AlignPropArguments(RewardGradientArguments, defaults=DEFAULTS):
+    """AlignProp"""
+
+    truncation_schedule: Literal["gaussian", "uniform", "fixed"] = option("gaussian", "how the first step with gradient is drawn")
+    truncation_mean: Annotated[float, Interval(ge=0, le=50)] = option(42.0, "in steps of 50", needs={"truncation_schedule": "gaussian"})
+    truncation_std: Annotated[float, Interval(ge=0, le=50)] = option(5.0, "in steps of 50", needs={"truncation_schedule": "gaussian"})
+    truncation_step: Annotated[int, Interval(ge=0, le=49)] = option(49, "in steps of 50", needs={"truncation_schedule": "fixed"})
+
+    def usual_target(self):
+        return 1.0 if self.reward_map == "shortfall" else None
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(AlignPropArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 from collections import defaultdict
 
-from diffusers_align.algorithms.alignprop import STRATEGIES, grad_steps, truncation
+from diffusers_align.algorithms.alignprop import grad_steps, truncation
 from diffusers_align.differentiable import differentiable_rollout
-from diffusers_align.training import arguments
 from diffusers_align.training import reward_gradients as shared
 from diffusers_align.training.pretraining import Pretraining
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
-
-
-def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    shared.add_arguments(parser)
-    # Official (mihirp1998/AlignProp): DDIM of 50 steps, eta 1, guidance 5, LoRA of rank and alpha 4, (1 - HPS) / 100.
-    parser.set_defaults(rank=4, lora_alpha=4, num_inference_steps=50, guidance_scale=5.0, learning_rate=1e-3, stochastic=True)
-    parser.set_defaults(reward_map="shortfall", reward_scale=0.01)
-    group = parser.add_argument_group("AlignProp")
-    group.add_argument("--truncation_schedule", choices=STRATEGIES, default="gaussian", help="how the first step with gradient is drawn")
-    group.add_argument("--truncation_mean", type=float, default=42.0, help="gaussian: in steps of 50")
-    group.add_argument("--truncation_std", type=float, default=5.0, help="gaussian: in steps of 50")
-    group.add_argument("--truncation_step", type=int, default=49, help="fixed: in steps of 50")
-    args = arguments.parse(parser, argv)
-    if args.reward_map == "shortfall" and args.reward_target is None:
-        args.reward_target = 1.0
-    shared.check(parser, args)
-    return args
 
 
 def main(argv=None):

@@ -5,36 +5,50 @@
 The algorithm's page is `diffusers_align/algorithms/advantage_weighted_matching.py` (https://arxiv.org/abs/2509.25050).
 """
 
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+from diffusers_align.training.arguments import SamplingArguments
+from diffusers_align.training.method_arguments import GroupArguments, NoisingArguments
+from diffusers_align.training.options import Decay, NonNegative, Positive, option, parse
+
+DEFAULTS = {"guidance_scale": 1.0, "num_inference_steps": 14, "num_train_timesteps": 6, "timestep_fraction": 0.9, "shared_timesteps": True}
+
+
+class AWMArguments(GroupArguments, NoisingArguments, SamplingArguments, defaults=DEFAULTS):
+    """AWM"""
+
+    weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = option("ghuber", "of the matching error, by its time and size")
+    ghuber_power: Annotated[float, Interval(gt=0, le=10)] = option(0.25, "of the error", needs={"weighting": "ghuber"})
+    clip_range: Positive = option(1.0, "of the ratio; 1 hardly ever clips")
+    kl_beta: NonNegative = option(3e-3, "weight of the squared distance to the pretrained model (official: 1e-3 to 3e-3)")
+    ema_beta: NonNegative = option(1.0, "weight of the squared distance to the policy that lags behind")
+    lag_decay: Decay = option(0.3, "how much that one keeps of itself each epoch, reached at 0.001 an optimizer step")
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(AWMArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 from collections import defaultdict
 
 import torch
 
-from diffusers_align.algorithms.advantage_weighted_matching import WEIGHTINGS, awm_loss, lagging_decay, pseudo_log_prob, unit_advantages
+from diffusers_align.algorithms.advantage_weighted_matching import awm_loss, lagging_decay, pseudo_log_prob, unit_advantages
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.rl import ratio_diagnostics
 from diffusers_align.rl.matching import matching_error
-from diffusers_align.training import arguments
-from diffusers_align.training.advantages import add_group_arguments, advantages_of
+from diffusers_align.training.advantages import advantages_of
 from diffusers_align.training.averages import LaggingWeights
-from diffusers_align.training.noising import add_noising_arguments, noised, num_timesteps
+from diffusers_align.training.noising import noised, num_timesteps
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 from diffusers_align.training.sampling import sample_epoch
-
-
-def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    add_group_arguments(parser)
-    add_noising_arguments(parser)
-    parser.set_defaults(guidance_scale=1.0, num_inference_steps=14, num_train_timesteps=6, timestep_fraction=0.9, shared_timesteps=True)
-    group = parser.add_argument_group("AWM")
-    group.add_argument("--weighting", choices=WEIGHTINGS, default="ghuber", help="of the matching error, by its time and size")
-    group.add_argument("--ghuber_power", type=float, default=0.25)
-    group.add_argument("--clip_range", type=float, default=1.0, help="of the ratio; 1 hardly ever clips")
-    group.add_argument("--kl_beta", type=float, default=3e-3, help="weight of the squared distance to the pretrained model (official: 1e-3 to 3e-3)")
-    group.add_argument("--ema_beta", type=float, default=1.0, help="weight of the squared distance to the policy that lags behind")
-    group.add_argument("--lag_decay", type=float, default=0.3, help="how much that one keeps of itself each epoch, reached at 0.001 an optimizer step")
-    return arguments.parse(parser, argv)
 
 
 def main(argv=None):

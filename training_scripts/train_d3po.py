@@ -6,46 +6,61 @@ The algorithm's page is `diffusers_align/algorithms/d3po.py` (https://arxiv.org/
 makes the pairs. With `--trajectories` those come from a folder that `make_preferences.py --save_trajectories` wrote.
 """
 
-import argparse
-from collections import defaultdict
+from typing import Literal
 
-from diffusers_align.algorithms.d3po import CLIPS, d3po_loss, d3po_metrics, sampled_steps
-from diffusers_align.rl.matching import error_coefficients
-from diffusers_align.rl.preferences import ranked_pairs
-from diffusers_align.training import arguments
-from diffusers_align.training.preferences import StoredTrajectories, add_noise_arguments, descend, log_probs, noise_fields
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
-from diffusers_align.training.sampling import sample_epoch
+from pydantic import model_validator
+
+from diffusers_align.training.arguments import SamplingArguments
+from diffusers_align.training.method_arguments import ClipRange, GroupSize, NoiseArguments
+from diffusers_align.training.options import Count, NonNegative, Positive, Steps, option, parse
+
+DEFAULTS = {"rank": 4, "lora_alpha": 4, "learning_rate": 3e-5, "num_inference_steps": 20, "num_epochs": 400}
+OF_SAMPLING = ("sde_type", "noise_level", "sde_window", "eta", "same_latent", "reward_in_background")
+
+
+class D3POArguments(NoiseArguments, SamplingArguments, defaults=DEFAULTS):
+    """D3PO"""
+
+    prompts: str | None = None
+    reward: str | None = None
+    num_prompts_per_epoch: Count = option(16, "groups an epoch")
+    group_size: GroupSize = option(7, "samples of a prompt; 7 in the official code")
+    same_latent: bool = option(True, "one initial noise a group, as in the official code")
+    pairs: Literal["all", "extremes"] = option("all", "all pairs of a group (official), or its best and worst image")
+    min_margin: NonNegative = option(0.0, "pairs whose rewards differ by no more are left out")
+    trajectories: str | None = option(None, "learn from those of this folder of make_preferences.py, with its rewards, and sample none")
+    beta: Positive = option(0.1, "preference temperature, with log-probabilities per dimension (official)")
+    clip: Literal["one_sided", "official", "none"] = option("one_sided", "what holds steps that went far: see the algorithm's page")
+    clip_range: ClipRange = option(0.1, "of the ratio per dimension (official)", needs={"clip": ("one_sided", "official")})
+    num_updates_per_epoch: Count = option(2, "optimizer steps on an epoch's pairs, each on steps of its own")
+    num_train_timesteps: Steps | None = option(None, "solver steps of an update, drawn anew for each; all with noise if absent")
+
+    @model_validator(mode="after")
+    def _check_trajectories(self):
+        if not self.trajectories and not (self.prompts and self.reward):
+            raise ValueError("--prompts and --reward are required, or --trajectories of make_preferences.py")
+        if self.trajectories and (of_sampling := [name for name in OF_SAMPLING if name in self.model_fields_set]):
+            raise ValueError(f"--trajectories come with the noise that they were drawn with: leave out --{', --'.join(of_sampling)}")
+        return self
 
 
 def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    parser.set_defaults(rank=4, lora_alpha=4, learning_rate=3e-5, num_inference_steps=20, num_epochs=400)
-    group = parser.add_argument_group("D3PO")
-    group.add_argument("--num_prompts_per_epoch", type=int, default=16, help="groups an epoch")
-    group.add_argument("--group_size", type=int, default=7, help="samples of a prompt; 7 in the official code")
-    group.add_argument("--same_latent", action=argparse.BooleanOptionalAction, default=True, help="one initial noise a group, as in the official code")
-    group.add_argument("--pairs", choices=["all", "extremes"], default="all", help="all pairs of a group (official), or its best and worst image")
-    group.add_argument("--min_margin", type=float, default=0.0, help="pairs whose rewards differ by no more are left out")
-    group.add_argument("--trajectories", help="learn from those of this folder of make_preferences.py, with its rewards, and sample none")
-    group.add_argument("--beta", type=float, default=0.1, help="preference temperature, with log-probabilities per dimension (official)")
-    group.add_argument("--clip", choices=CLIPS, default="one_sided", help="what holds steps that went far: see the algorithm's page")
-    group.add_argument("--clip_range", type=float, default=0.1, help="of the ratio per dimension (official)")
-    group.add_argument("--num_updates_per_epoch", type=int, default=2, help="optimizer steps on an epoch's pairs, each on steps of its own")
-    group.add_argument("--num_train_timesteps", type=int, help="solver steps of an update, drawn anew for each; all with noise if absent")
-    add_noise_arguments(parser.add_argument_group("noise of the trajectories"))
-    args = arguments.parse(parser, argv, ("pretrained_model_name_or_path", "output_dir"))
-    if not args.trajectories and not (args.prompts and args.reward):
-        parser.error("--prompts and --reward are required, or --trajectories of make_preferences.py")
-    if args.trajectories and noise_fields(args):
-        parser.error(f"--trajectories come with the noise that they were drawn with: leave out --{', --'.join(noise_fields(args))}")
-    if args.num_train_timesteps is not None and args.num_train_timesteps < 1:
-        parser.error(f"--num_train_timesteps must be at least 1, got {args.num_train_timesteps}; all steps with noise if absent")
-    arguments.check_positive(parser, args, "beta")
-    if args.group_size < 2 or args.num_updates_per_epoch < 1:
-        parser.error(f"a pair needs --group_size 2 or more and --num_updates_per_epoch 1 or more, got {args.group_size} and {args.num_updates_per_epoch}")
-    return args
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(D3POArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
+from collections import defaultdict
+
+from diffusers_align.algorithms.d3po import d3po_loss, d3po_metrics, sampled_steps
+from diffusers_align.rl.matching import error_coefficients
+from diffusers_align.rl.preferences import ranked_pairs
+from diffusers_align.training.preferences import StoredTrajectories, descend, log_probs, noise_fields
+from diffusers_align.training.report import Report
+from diffusers_align.training.run import Run
+from diffusers_align.training.sampling import sample_epoch
 
 
 def update(run, policy, samples, pairs, steps, logged):

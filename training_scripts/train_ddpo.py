@@ -6,41 +6,67 @@ The algorithm's pages are `diffusers_align/algorithms/ddpo.py` and `reinforce.py
 `--update trpo` an epoch is one trust-region step instead of clipped gradient steps (`diffusers_align/rl/trust_region.py`).
 """
 
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+from pydantic import model_validator
+
+from diffusers_align.training.arguments import SamplingArguments
+from diffusers_align.training.method_arguments import Eta
+from diffusers_align.training.options import Count, Positive, PositiveShare, option, parse
+
+BY_GRADIENT, TRPO, TRACKED = {"update": "adamw"}, {"update": "trpo"}, {"per_prompt_stat_tracking": True}
+# A trust-region step has neither learning rate nor clip, and one step is an epoch's.
+OPTIMIZER = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm")
+
+
+class DDPOArguments(
+    SamplingArguments,
+    defaults={"rank": 4, "lora_alpha": 4, "num_inference_steps": 50, "guidance_scale": 5.0},
+    needs={**{name: BY_GRADIENT for name in OPTIMIZER}, "gradient_accumulation_steps": {**BY_GRADIENT, "estimator": "is"}},
+):
+    """DDPO"""
+
+    estimator: Literal["is", "sf"] = option("is", "importance sampling, or the score function (one step an epoch)", needs=BY_GRADIENT)
+    num_samples_per_epoch: Annotated[int, Interval(ge=2, le=10**9)] = option(256, "samples an epoch, each of a prompt; one alone has no advantage")
+    eta: Eta = option(1.0, "noise of the DDIM kernel")
+    timestep_fraction: PositiveShare = option(1.0, "share of the steps that is trained, drawn for each batch", needs=BY_GRADIENT)
+    clip_range: Positive = option(1e-4, "of the ratio per dimension", needs={**BY_GRADIENT, "estimator": "is"})
+    adv_clip_max: Positive = option(5.0, "largest advantage, and smallest but for its sign")
+    per_prompt_stat_tracking: bool = option(True, "compare a reward with the latest of its prompt; otherwise with its batch")
+    per_prompt_stat_buffer_size: Count = option(32, "so many latest rewards of each prompt", needs=TRACKED)
+    per_prompt_stat_min_count: Count = option(16, "with fewer of them, compare with the batch", needs=TRACKED)
+    update: Literal["adamw", "trpo"] = option("adamw", "trpo: one trust-region step an epoch, without learning rate and clip")
+    max_kl: Positive = option(0.05, "KL of a step in nats a trajectory, summed over steps and dimensions", needs=TRPO)
+    cg_iterations: Annotated[int, Interval(ge=1, le=1000)] = option(10, "products with the Fisher matrix; each costs three replays", needs=TRPO)
+    cg_damping: Positive = option(0.1, "added to the Fisher matrix's diagonal", needs=TRPO)
+
+    @model_validator(mode="after")
+    def _check_trust_region(self):
+        if self.update == "trpo" and self.mixed_precision == "fp16":
+            raise ValueError("--update trpo does not scale its gradients, which underflow in fp16: use --mixed_precision bf16")
+        if self.update == "trpo" and self.timestep_fraction < 1:
+            raise ValueError("--update trpo bounds the KL of whole trajectories: leave --timestep_fraction at 1")
+        return self
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(DDPOArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 import random
 
 from diffusers_align.algorithms.ddpo import ddpo_loss
 from diffusers_align.algorithms.reinforce import reinforce_loss
 from diffusers_align.rl import PromptStatistics, batch_advantages, describe_clip, ratio_diagnostics
-from diffusers_align.training import arguments
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 from diffusers_align.training.sampling import sample_epoch
 from diffusers_align.training.trust_region import trust_region_update
-
-
-def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    parser.set_defaults(rank=4, lora_alpha=4, num_inference_steps=50, guidance_scale=5.0)
-    group = parser.add_argument_group("DDPO")
-    group.add_argument("--estimator", choices=["is", "sf"], default="is", help="importance sampling, or the score function (one step an epoch)")
-    group.add_argument("--num_samples_per_epoch", type=int, default=256)
-    group.add_argument("--eta", type=float, default=1.0, help="noise of the DDIM kernel")
-    group.add_argument("--timestep_fraction", type=float, default=1.0, help="share of the steps that is trained, drawn for each batch")
-    group.add_argument("--clip_range", type=float, default=1e-4, help="of the ratio per dimension")
-    group.add_argument("--adv_clip_max", type=float, default=5.0)
-    group.add_argument("--per_prompt_stat_tracking", action=arguments.argparse.BooleanOptionalAction, default=True)
-    group.add_argument("--per_prompt_stat_buffer_size", type=int, default=32)
-    group.add_argument("--per_prompt_stat_min_count", type=int, default=16)
-    group.add_argument("--update", choices=["adamw", "trpo"], default="adamw", help="trpo: one trust-region step an epoch, without learning rate and clip")
-    group.add_argument("--max_kl", type=float, default=0.05, help="trpo: KL of a step in nats a trajectory, summed over steps and dimensions")
-    group.add_argument("--cg_iterations", type=int, default=10, help="trpo: products with the Fisher matrix; each costs three replays")
-    group.add_argument("--cg_damping", type=float, default=0.1, help="trpo: added to the Fisher matrix's diagonal")
-    args = arguments.parse(parser, argv)
-    if args.update == "trpo" and args.mixed_precision == "fp16":
-        parser.error("--update trpo does not scale its gradients, which underflow in fp16: use --mixed_precision bf16")
-    if args.update == "trpo" and args.timestep_fraction < 1:
-        parser.error("--update trpo bounds the KL of whole trajectories: leave --timestep_fraction at 1")
-    return args
 
 
 def trained_steps(trajectory, args, epoch, batch):

@@ -5,39 +5,57 @@
 The algorithm's page is `diffusers_align/algorithms/dense_grpo.py` (https://arxiv.org/abs/2601.20218).
 """
 
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+from pydantic import model_validator
+
+from diffusers_align.training.arguments import SamplingArguments
+from diffusers_align.training.method_arguments import GroupArguments, NoiseLevel, check_window
+from diffusers_align.training.options import NonNegative, Positive, PositiveShare, StepIndex, option, parse
+
+CALIBRATED = {"calibration_rounds": True}
+
+
+class DenseGRPOArguments(GroupArguments, SamplingArguments, defaults={"global_std": False}):
+    """DenseGRPO"""
+
+    psi_init: NoiseLevel = option(0.3, "noise of every step before calibration: psi sqrt(-dt); 0.3 is DanceGRPO's")
+    calibration_rounds: Annotated[int, Interval(ge=0, le=10**4)] = option(20, "rounds of sampling that set psi before training; 0 keeps --psi_init")
+    calibration_tolerance: NonNegative | None = option(
+        None, "psi rises where gains and losses differ by fewer samples (paper: 2); sqrt(samples) if absent", needs=CALIBRATED
+    )
+    calibration_increment: Annotated[float, Interval(gt=0, le=1)] = option(0.01, "by which psi moves in a round: the paper's epsilon_2", needs=CALIBRATED)
+    sde_window: tuple[StepIndex, StepIndex] | None = option(None, "steps with noise; all if absent. Fewer need fewer completions", metavar=("FIRST", "END"))
+    timestep_fraction: PositiveShare = option(0.99, "train the first steps only; 0.99 leaves out the last one")
+    clip_range: Positive = option(1e-4, "of the ratio per dimension")
+    kl_beta: NonNegative = option(0.04, "weight of the KL to the pretrained model; 0 saves its forward pass")
+    kl_form: Literal["official", "gaussian"] = option("official", "official is the exact Gaussian KL times the step's length", needs={"kl_beta": True})
+
+    @model_validator(mode="after")
+    def _check_dense_rewards(self):
+        check_window(self.sde_window, self.num_inference_steps)
+        if self.multi_reward != "sum":
+            raise ValueError(f"--multi_reward {self.multi_reward}: for each step there is only the sum of the rewards; leave it out")
+        return self
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(DenseGRPOArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 from diffusers_align.algorithms.dense_grpo import gain_metrics, step_gains
 from diffusers_align.algorithms.flow_grpo import describe_kl, flow_grpo_loss, kl_penalty
 from diffusers_align.rl import describe_clip, ratio_diagnostics
-from diffusers_align.training import arguments
-from diffusers_align.training.advantages import add_group_arguments, advantages_of
+from diffusers_align.training.advantages import advantages_of
 from diffusers_align.training.credit import NoiseLevels, calibrate_noise, completion_rewards
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 from diffusers_align.training.sampling import sample_epoch
-
-
-def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    add_group_arguments(parser)
-    parser.set_defaults(global_std=False)
-    group = parser.add_argument_group("DenseGRPO")
-    group.add_argument("--psi_init", type=float, default=0.3, help="noise of every step before calibration: psi sqrt(-dt); 0.3 is DanceGRPO's")
-    group.add_argument("--calibration_rounds", type=int, default=20, help="rounds of sampling that set psi before training; 0 keeps --psi_init")
-    group.add_argument(
-        "--calibration_tolerance", type=float, help="psi rises where gains and losses differ by fewer samples (paper: 2); sqrt(samples) if absent"
-    )
-    group.add_argument("--calibration_increment", type=float, default=0.01, help="by which psi moves in a round: the paper's epsilon_2")
-    group.add_argument("--sde_window", type=int, nargs=2, metavar=("FIRST", "END"), help="steps with noise; all if absent. Fewer need fewer completions")
-    group.add_argument("--timestep_fraction", type=float, default=0.99, help="train the first steps only; 0.99 leaves out the last one")
-    group.add_argument("--clip_range", type=float, default=1e-4, help="of the ratio per dimension")
-    group.add_argument("--kl_beta", type=float, default=0.04, help="weight of the KL to the pretrained model; 0 saves its forward pass")
-    group.add_argument("--kl_form", choices=["official", "gaussian"], default="official", help="official is the exact Gaussian KL times the step's length")
-    args = arguments.parse(parser, argv)
-    if args.psi_init <= 0:
-        parser.error(f"--psi_init must be positive, got {args.psi_init}: without noise there is no policy")
-    if args.multi_reward != "sum":
-        parser.error(f"--multi_reward {args.multi_reward}: for each step there is only the sum of the rewards; leave it out")
-    return args
 
 
 def main(argv=None):

@@ -6,6 +6,51 @@ The algorithms' pages are `diffusers_align/algorithms/{diffusion_dpo,mapo,linear
 says what the data may look like, docs/why_is_my_loss_069.md what to expect of the first epochs.
 """
 
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+from pydantic import model_validator
+
+from diffusers_align.training.data_arguments import DataArguments, PairArguments
+from diffusers_align.training.options import Decay, NonNegative, Positive, Probability, StepIndex, option, parse
+
+LINEAR_REFERENCE_DECAY = 0.99  # the official recipes'
+OF_LABELS = {"loss": ("sigmoid", "hinge", "ipo", "dmpo")}
+
+
+class DPOArguments(PairArguments, DataArguments, defaults={"rank": 16, "learning_rate": 1e-5}):
+    """Diffusion-DPO"""
+
+    loss: Literal["sigmoid", "hinge", "ipo", "dmpo", "mapo", "linear"] = option("sigmoid", "DPO's, or a relative's")
+    beta: Positive | None = option(None, "preference temperature; if absent 5000 for diffusion, 2000 for flow matching; linear 100, 1000; mapo 0.1")
+    ipo_tau: Positive = option(0.5, "IPO aims at the logit 1 / (2 tau); 0.5 is our choice, a preference of 73 %", needs={"loss": "ipo"})
+    dmpo_alpha: Annotated[float, Interval(gt=0, lt=0.5)] = option(0.01, "DMPO aims at logit(1 - alpha) (official: 0.01)", needs={"loss": "dmpo"})
+    linear_eta: Annotated[float, Interval(ge=0, le=0.5)] | None = option(
+        None, "Linear-DPO's least weight; if absent 0.001 for diffusion (SD 1.5; SDXL 0), 0.05 for flow matching", needs={"loss": "linear"}
+    )
+    label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = option(0.0, "share of labels that are wrong", needs=OF_LABELS)
+    sft_weight: NonNegative = option(0.0, "adds so much of the winner's own error", needs=OF_LABELS)
+    safeguard_mu: Probability | None = option(None, "Diffusion-SDPO, pair by pair: share of its progress that the winner keeps (SD 1.5 0.9, SDXL 0.6)")
+    inversion_steps: StepIndex = option(0, "InPO: noise by so many steps of DDIM inversion, in the place of random noise")
+    reference_decay: Decay | None = option(None, "the reference follows the model with this decay; 0: it stays. Linear-DPO 0.99, others 0 if absent")
+
+    @model_validator(mode="after")
+    def _check_loss(self):
+        if self.loss == "mapo" and self.reference_decay is not None:
+            raise ValueError("--loss mapo has no reference, so --reference_decay means nothing")
+        if self.loss == "linear" and self.reference_decay is None:
+            self.reference_decay = LINEAR_REFERENCE_DECAY
+        return self
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(DPOArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 from collections import defaultdict
 
 import torch
@@ -16,55 +61,13 @@ from diffusers_align.algorithms.inpo import inversion_times, invert, inverted_no
 from diffusers_align.algorithms.linear_dpo import linear_dpo_loss, linear_weight
 from diffusers_align.algorithms.mapo import mapo_loss, mapo_margin
 from diffusers_align.policy import noise_seed
-from diffusers_align.training import arguments, data_arguments, offline
+from diffusers_align.training import offline
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 
 # Diffusion, flow matching: official codes of Diffusion-DPO and Linear-DPO (SD 1.5, SD3), Flow-Factory's DPO, MaPO's for SDXL.
 BETA = {"mapo": (0.1, 0.1), "linear": (100, 1000), "dpo": (5000, 2000)}
 LINEAR_ETA = (1e-3, 0.05)
-LINEAR_REFERENCE_DECAY = 0.99  # the official recipes'
-
-
-def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    parser.set_defaults(rank=16, learning_rate=1e-5)
-    data_arguments.add_data_arguments(parser)
-    data_arguments.add_pair_arguments(parser)
-    group = parser.add_argument_group("Diffusion-DPO")
-    group.add_argument("--loss", choices=["sigmoid", "hinge", "ipo", "dmpo", "mapo", "linear"], default="sigmoid", help="DPO's, or a relative's")
-    group.add_argument("--beta", type=float, help="preference temperature; if absent 5000 for diffusion, 2000 for flow matching; linear 100, 1000; mapo 0.1")
-    group.add_argument("--ipo_tau", type=float, default=0.5, help="IPO aims at the logit 1 / (2 tau); 0.5 is our choice, a preference of 73 %%")
-    group.add_argument("--dmpo_alpha", type=float, default=0.01, help="DMPO aims at logit(1 - alpha) (official: 0.01)")
-    group.add_argument("--linear_eta", type=float, help="Linear-DPO's least weight; if absent 0.001 for diffusion (SD 1.5; SDXL 0), 0.05 for flow matching")
-    group.add_argument("--label_smoothing", type=float, default=0.0, help="share of labels that are wrong")
-    group.add_argument("--sft_weight", type=float, default=0.0, help="adds so much of the winner's own error")
-    group.add_argument("--safeguard_mu", type=float, help="Diffusion-SDPO, pair by pair: share of its progress that the winner keeps (SD 1.5 0.9, SDXL 0.6)")
-    group.add_argument("--inversion_steps", type=int, default=0, help="InPO: noise by so many steps of DDIM inversion, in the place of random noise")
-    group.add_argument(
-        "--reference_decay", type=float, help="the reference follows the model with this decay; 0: it stays. Linear-DPO 0.99, others 0 if absent"
-    )
-    args = arguments.parse(parser, argv, data_arguments.REQUIRED)
-    data_arguments.check(parser, args)
-    check(parser, args)
-    if args.loss == "linear" and args.reference_decay is None:
-        args.reference_decay = LINEAR_REFERENCE_DECAY
-    return args
-
-
-def check(parser, args):
-    """Exit with a message on values that make no sense."""
-    if args.loss in ("mapo", "linear") and (args.label_smoothing or args.sft_weight):
-        parser.error(f"--loss {args.loss} has neither --label_smoothing nor --sft_weight")
-    if args.loss == "mapo" and args.reference_decay is not None:
-        parser.error("--loss mapo has no reference, so --reference_decay means nothing")
-    arguments.check_positive(parser, args, "beta", "ipo_tau", "dmpo_alpha")
-    for name, high in (("safeguard_mu", 1), ("reference_decay", 1), ("label_smoothing", 0.5), ("linear_eta", 0.5), ("dmpo_alpha", 0.5)):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) <= high:
-            parser.error(f"--{name} must lie in [0, {high:g}], got {getattr(args, name)}")
-    for name in ("inversion_steps", "sft_weight"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} must not be negative, got {getattr(args, name)}")
 
 
 def pair_loss(args, errors, ref_errors, labels):

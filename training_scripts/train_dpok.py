@@ -6,6 +6,55 @@ The algorithm's pages are `diffusers_align/algorithms/dpok.py` and `diffusers_al
 (https://arxiv.org/abs/2305.16381). Flow-matching pipelines work too: their noise is `--sde_type` and `--noise_level`.
 """
 
+from typing import Literal
+
+from pydantic import model_validator
+
+from diffusers_align.training.arguments import LearningRate, SamplingArguments
+from diffusers_align.training.method_arguments import StrengthArguments
+from diffusers_align.training.options import Count, NonNegative, Positive, option, parse
+
+KL_WEIGHT = {"official": 0.01, "paper": 0.05}
+DEFAULTS = {
+    "train_batch_size": 2, "rank": 4, "lora_alpha": 4, "learning_rate": 1e-5, "max_grad_norm": 0.1, "adam_weight_decay": 0.0,
+    "num_inference_steps": 50, "guidance_scale": 7.5,
+}  # fmt: skip
+LEARNED = {"value_baseline": True}
+
+
+class DPOKArguments(StrengthArguments, SamplingArguments, defaults=DEFAULTS):
+    """DPOK"""
+
+    num_samples_per_epoch: Count = option(10, "samples an epoch, each of a prompt")
+    clip_range: Positive = option(1e-4, "of the ratio per dimension")
+    clip_mode: Literal["ppo", "clamp"] = option("ppo", "clamp is the official code's: no gradient beyond the clip on either side")
+    reward_weight: Positive = option(10.0, "of the policy gradient; 10 for a single prompt, 1000 for many")
+    reward_filter: bool = option(False, "train on max(reward, 0)")
+    kl_form: Literal["official", "paper"] = option("official", "error of the model's outputs, or Gaussian KL per dimension", needs={"kl_weight": True})
+    kl_weight: NonNegative | None = option(None, "of the KL to the pretrained model (official: 0.01, paper: 0.05); 0 saves its forward pass")
+    value_baseline: bool = option(True, "a learned baseline; without it, rewards normalised over the batch")
+    value_learning_rate: LearningRate = option(1e-4, "of the baseline", needs=LEARNED)
+    value_batch_size: Count = option(256, "transitions of a minibatch", needs=LEARNED)
+    value_accumulation_steps: Count = option(5, "minibatches of an optimizer step", needs=LEARNED)
+    value_steps: Count = option(1, "optimizer steps an epoch", needs=LEARNED)
+    value_buffer_size: Count = option(1000, "latest transitions kept; at most half are of one epoch", needs=LEARNED)
+
+    @model_validator(mode="after")
+    def _fill_kl_weight(self):
+        self.kl_weight = KL_WEIGHT[self.kl_form] if self.kl_weight is None else self.kl_weight
+        if not self.value_baseline and self.num_samples_per_epoch < 2:
+            raise ValueError("--no-value_baseline compares the samples of an epoch: --num_samples_per_epoch must be 2 or more")
+        return self
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(DPOKArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 import random
 
 import torch
@@ -14,41 +63,11 @@ from accelerate.utils import gather_object
 from diffusers_align.algorithms.dpok import describe_kl, dpok_loss, output_mse, output_weight
 from diffusers_align.rl import batch_advantages, describe_clip, ratio_diagnostics
 from diffusers_align.rl.values import ValueBaseline, explained_variance, value_advantages
-from diffusers_align.training import arguments
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 from diffusers_align.training.sampling import sample_epoch
 
 # The official weight goes with the official form; on Stable Diffusion's 50 steps 0.05 of the paper's form weighs as much.
-KL_WEIGHT = {"official": 0.01, "paper": 0.05}
-
-
-def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    parser.set_defaults(
-        train_batch_size=2, rank=4, lora_alpha=4, learning_rate=1e-5, max_grad_norm=0.1, adam_weight_decay=0.0, num_inference_steps=50, guidance_scale=7.5
-    )
-    flag = arguments.argparse.BooleanOptionalAction
-    group = parser.add_argument_group("DPOK")
-    group.add_argument("--num_samples_per_epoch", type=int, default=10)
-    group.add_argument("--eta", type=float, help="noise of the DDIM kernel; 1 if absent")
-    group.add_argument("--sde_type", help="kernel of a flow-matching pipeline; flow_grpo if absent")
-    group.add_argument("--noise_level", type=float, help="its noise; 0.7 if absent")
-    group.add_argument("--clip_range", type=float, default=1e-4, help="of the ratio per dimension")
-    group.add_argument("--clip_mode", choices=["ppo", "clamp"], default="ppo", help="clamp is the official code's: no gradient beyond the clip on either side")
-    group.add_argument("--reward_weight", type=float, default=10.0, help="of the policy gradient; 10 for a single prompt, 1000 for many")
-    group.add_argument("--reward_filter", action=flag, default=False, help="train on max(reward, 0)")
-    group.add_argument("--kl_form", choices=["official", "paper"], default="official", help="error of the model's outputs, or Gaussian KL per dimension")
-    group.add_argument("--kl_weight", type=float, help="of the KL to the pretrained model (official: 0.01, paper: 0.05); 0 saves its forward pass")
-    group.add_argument("--value_baseline", action=flag, default=True, help="a learned baseline; without it, rewards normalised over the batch")
-    group.add_argument("--value_learning_rate", type=float, default=1e-4)
-    group.add_argument("--value_batch_size", type=int, default=256, help="transitions of a minibatch")
-    group.add_argument("--value_accumulation_steps", type=int, default=5, help="minibatches of an optimizer step")
-    group.add_argument("--value_steps", type=int, default=1, help="optimizer steps an epoch")
-    group.add_argument("--value_buffer_size", type=int, default=1000, help="latest transitions kept; at most half are of one epoch")
-    args = arguments.parse(parser, argv)
-    args.kl_weight = KL_WEIGHT[args.kl_form] if args.kl_weight is None else args.kl_weight
-    return args
 
 
 def make_values(args, device):

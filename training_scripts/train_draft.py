@@ -5,44 +5,73 @@
 The algorithms' pages are `diffusers_align/algorithms/{draft,drtune,srpo}.py`, and `continuous_adjoint.py` for `--adjoint`.
 """
 
+from typing import Annotated, Literal
+
+from pydantic import StringConstraints, model_validator
+
+from diffusers_align.training.method_arguments import RewardGradientArguments
+from diffusers_align.training.options import StepIndex, Steps, option, parse
+
+# The paper prints no table of learning rate, rank and batch: AlignProp's, https://arxiv.org/abs/2310.03739.
+DEFAULTS = {"rank": 4, "lora_alpha": 4, "num_inference_steps": 50, "learning_rate": 1e-3}
+Words = Annotated[str, StringConstraints(min_length=0)]
+SRPO = {"method": "srpo"}
+
+
+class DRaFTArguments(RewardGradientArguments, defaults=DEFAULTS):
+    """DRaFT"""
+
+    method: Literal["draft", "draft_k", "draft_lv", "drtune", "srpo"] = option(
+        "draft_k", "all steps; the last ones; the last one on several noises; spaced; any level"
+    )
+    truncation: Steps = option(1, "number of last steps with gradient", needs={"method": "draft_k"})
+    num_renoised: Steps = option(2, "how often a sample is noised and denoised anew", needs={"method": "draft_lv"})
+    num_trained_steps: Steps = option(5, "evenly spaced steps with gradient", needs={"method": "drtune"})
+    early_stop: StepIndex = option(0, "leave out at most so many of the last steps, drawn", needs={"method": "drtune"})
+    wanted_words: Words = option("Realistic photo of", "what comes before the prompt in the text to move towards", needs=SRPO)
+    unwanted_words: Words = option("CG render of", "and in the text to move away from", needs=SRPO)
+    adjoint: bool = option(False, "gradients step by step from stored states, for one-step solvers", needs={"method": ("draft", "draft_k")})
+
+    @model_validator(mode="after")
+    def _check_method(self):
+        steps = self.num_inference_steps
+        if self.adjoint and (self.method not in ("draft", "draft_k") or self.kl_weight or self.stochastic or self.mixed_precision == "fp16"):
+            raise ValueError("--adjoint is for --method draft and draft_k along an ODE, without --kl_weight, --stochastic and fp16")
+        if self.method == "srpo" and self.kl_weight:
+            raise ValueError("--method srpo trains no step of the roll-out, so there is none to hold with --kl_weight")
+        if self.method == "draft_k" and self.truncation > steps:
+            raise ValueError(f"--truncation must be a whole number from 1 to the {steps} solver steps, got {self.truncation}")
+        if self.method == "drtune" and self.num_trained_steps + self.early_stop > steps:
+            raise ValueError(f"--num_trained_steps {self.num_trained_steps} and --early_stop {self.early_stop} are more than the {steps} solver steps")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_reward_map(cls, values):
+        if values.get("method") == "srpo" and values.get("reward_map", "none") == "none":
+            return {"reward_target": 0.7, **values, "reward_map": "hinge"}  # official, on normalised HPS
+        return values
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(DRaFTArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 from collections import defaultdict
 
 import torch
 
 from diffusers_align.algorithms import draft, drtune, srpo
 from diffusers_align.differentiable import differentiable_rollout
-from diffusers_align.training import arguments, renoised_samples
+from diffusers_align.training import renoised_samples
 from diffusers_align.training import reward_gradients as shared
 from diffusers_align.training.pretraining import Pretraining
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
-
-METHODS = ("draft", "draft_k", "draft_lv", "drtune", "srpo")
-
-
-def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    # The paper prints no table of learning rate, rank and batch: AlignProp's, https://arxiv.org/abs/2310.03739.
-    parser.set_defaults(rank=4, lora_alpha=4, num_inference_steps=50, learning_rate=1e-3)
-    shared.add_arguments(parser)
-    group = parser.add_argument_group("DRaFT")
-    group.add_argument("--method", choices=METHODS, default="draft_k", help="all steps; the last ones; the last one on several noises; spaced; any level")
-    group.add_argument("--truncation", type=int, default=1, help="draft_k: number of last steps with gradient")
-    group.add_argument("--num_renoised", type=int, default=2, help="draft_lv: how often a sample is noised and denoised anew")
-    group.add_argument("--num_trained_steps", type=int, default=5, help="drtune: evenly spaced steps with gradient")
-    group.add_argument("--early_stop", type=int, default=0, help="drtune: leave out at most so many of the last steps, drawn")
-    group.add_argument("--wanted_words", default="Realistic photo of", help="srpo: what comes before the prompt in the text to move towards")
-    group.add_argument("--unwanted_words", default="CG render of", help="srpo: and in the text to move away from")
-    group.add_argument("--adjoint", action="store_true", help="draft, draft_k: gradients step by step from stored states, for one-step solvers")
-    args = arguments.parse(parser, argv)
-    if args.method == "srpo" and args.reward_map == "none":
-        args.reward_map, args.reward_target = "hinge", 0.7  # official, on normalised HPS
-    shared.check(parser, args)
-    if args.adjoint and (args.method not in ("draft", "draft_k") or args.kl_weight or args.stochastic or args.mixed_precision == "fp16"):
-        parser.error("--adjoint is for --method draft and draft_k along an ODE, without --kl_weight, --stochastic and fp16")
-    if args.method == "srpo" and args.kl_weight:
-        parser.error("--method srpo trains no step of the roll-out, so there is none to hold with --kl_weight")
-    return args
 
 
 def choices(args, num_steps, generator):

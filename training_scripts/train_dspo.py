@@ -5,34 +5,44 @@
 The algorithm's page is `diffusers_align/algorithms/dspo.py`; docs/preference_data.md says what the data may look like.
 """
 
-from collections import defaultdict
+from typing import Literal
 
-from diffusers_align.algorithms.diffusion_dpo import describe_beta, preference_metrics
-from diffusers_align.algorithms.dspo import dspo_loss
-from diffusers_align.training import arguments, data_arguments, offline
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
+from pydantic import model_validator
+
+from diffusers_align.training.data_arguments import DataArguments, PairArguments
+from diffusers_align.training.options import NonNegative, Positive, option, parse
 
 BETA = {"score": 0.001, "distance": 1000.0}  # the official code's, for SD 1.5 and for SDXL
 
 
+class DSPOArguments(PairArguments, DataArguments, defaults={"rank": 16, "learning_rate": 1e-5}):
+    """DSPO"""
+
+    objective: Literal["score", "distance"] = option("score", "the paper's and the official code's for SD 1.5, or that code's for SDXL")
+    beta: Positive | None = option(None, "temperature of the implicit reward; 0.001 for score, 1000 for distance if absent")
+    dspo_beta: NonNegative = option(0.001, "weight of the reward's score; 0 is fine-tuning on winners", needs={"objective": "score"})
+
+    @model_validator(mode="after")
+    def _fill_beta(self):
+        self.beta = BETA[self.objective] if self.beta is None else self.beta
+        return self
+
+
 def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    parser.set_defaults(rank=16, learning_rate=1e-5)
-    data_arguments.add_data_arguments(parser)
-    data_arguments.add_pair_arguments(parser)
-    group = parser.add_argument_group("DSPO")
-    group.add_argument("--objective", choices=list(BETA), default="score", help="the paper's and the official code's for SD 1.5, or that code's for SDXL")
-    group.add_argument("--beta", type=float, help="temperature of the implicit reward; 0.001 for score, 1000 for distance if absent")
-    group.add_argument("--dspo_beta", type=float, default=0.001, help="weight of the reward's score, for score; 0 is fine-tuning on winners")
-    args = arguments.parse(parser, argv, data_arguments.REQUIRED)
-    data_arguments.check(parser, args)
-    arguments.check_positive(parser, args, "beta")
-    if args.dspo_beta < 0:
-        parser.error(f"--dspo_beta must not be negative, got {args.dspo_beta:g}")
-    if args.beta is None:
-        args.beta = BETA[args.objective]
-    return args
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(DSPOArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
+from collections import defaultdict
+
+from diffusers_align.algorithms.diffusion_dpo import describe_beta, preference_metrics
+from diffusers_align.algorithms.dspo import dspo_loss
+from diffusers_align.training import offline
+from diffusers_align.training.report import Report
+from diffusers_align.training.run import Run
 
 
 def pair_loss(args, winner, loser, ref_errors, labels):

@@ -6,6 +6,93 @@ The algorithms' pages are `diffusers_align/algorithms/{flow_grpo,flow_cps,dance_
 recipe, `flow_grpo_{dance,mix,guard,cps}_*`: which noise, which window, which samples and steps, which ratio.
 """
 
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+from pydantic import model_validator
+
+from diffusers_align.training.arguments import WITH_STRENGTH, SamplingArguments, SDEType
+from diffusers_align.training.method_arguments import GroupArguments, NoiseLevel
+from diffusers_align.training.options import Count, NonNegative, Positive, PositiveShare, StepIndex, Steps, option, parse
+
+KL_BETA = {"official": 0.04, "gaussian": 0.004}
+CLIP_RANGE = {"flow_grpo": 1e-4, "flow_cps": 1e-5, "grpo_guard": 2e-6}
+NOISE_LEVEL = {"dance_grpo": 0.3, "cps": 0.8}
+
+
+class FlowGRPOArguments(GroupArguments, SamplingArguments):
+    """Flow-GRPO"""
+
+    sde_type: SDEType = option("flow_grpo", "kernel of the noise: the papers'")
+    noise_level: NoiseLevel | None = option(
+        None, "the papers' a or eta; 0.7 for flow_grpo, 0.3 for dance_grpo, 0.8 for cps if absent", needs={"sde_type": WITH_STRENGTH}
+    )
+    sde_window_size: Steps | None = option(None, "that many consecutive SDE steps, ODE elsewhere (Fast, MixGRPO); all steps if absent")
+    sde_window_range: tuple[StepIndex, StepIndex] | None = option(
+        None, "where the window may lie; the first half if absent", metavar=("FIRST", "END"), needs={"sde_window_size": True}
+    )
+    sde_window_strategy: Literal["random", "progressive", "exp_decay"] = option("random", "Fast draws it, MixGRPO slides it", needs={"sde_window_size": True})
+    sde_window_interval: Count = option(
+        25, "epochs that a sliding window stays at a place (MixGRPO)", needs={"sde_window_size": True, "sde_window_strategy": ("progressive", "exp_decay")}
+    )
+    timestep_fraction: PositiveShare = option(0.99, "train the first steps only; 0.99 leaves out the last one")
+    random_timesteps: bool = option(False, "train that share of the steps, without the last, drawn each epoch (DanceGRPO)")
+    best_of_n: Annotated[int, Interval(ge=2, le=10**6)] | None = option(
+        None, "train on that many samples of a group, half the best and half the worst (DanceGRPO); all if absent"
+    )
+    loss: Literal["flow_grpo", "flow_cps", "grpo_guard"] | None = option(
+        None, "the ratio: true, on the CPS code's scale (the default with cps), or GRPO-Guard's"
+    )
+    clip_range: Positive | None = option(None, f"of the ratio per dimension; by the loss if absent: {CLIP_RANGE}")
+    clip_range_high: Positive | None = option(None, "of ratios above 1, where it differs: wider keeps unlikely steps growing (DAPO)")
+    kl_beta: NonNegative | None = option(
+        None, "weight of the KL to the reference (official: 0.04, gaussian: 0.004; with a window or GRPO-Guard 0, which saves a pass)"
+    )
+    kl_form: Literal["official", "gaussian"] = option("official", "official is the exact Gaussian KL times the step's length", needs={"kl_beta": True})
+
+    @model_validator(mode="after")
+    def _fill_loss(self):
+        self.loss = self.loss or ("flow_cps" if self.sde_type == "cps" else "flow_grpo")
+        fast = bool(self.sde_window_size) or self.loss == "grpo_guard"  # the official recipes of both have no KL
+        self.kl_beta = (0.0 if fast else KL_BETA[self.kl_form]) if self.kl_beta is None else self.kl_beta
+        self.clip_range = CLIP_RANGE[self.loss] if self.clip_range is None else self.clip_range
+        self.clip_range_high = self.clip_range if self.clip_range_high is None else self.clip_range_high
+        self.noise_level = NOISE_LEVEL.get(self.sde_type, 0.7) if self.noise_level is None else self.noise_level
+        if self.loss == "flow_cps" and self.sde_type != "cps":
+            raise ValueError(f"--loss flow_cps scales the ratio of --sde_type cps, got --sde_type {self.sde_type}")
+        if self.sde_type == "cps" and self.noise_level > 1:
+            raise ValueError(f"--noise_level of --sde_type cps must be above 0 and at most 1, got {self.noise_level:g}")
+        if self.best_of_n is not None and (self.best_of_n % 2 or self.best_of_n > self.group_size):
+            raise ValueError(f"--best_of_n must be even, at least 2 and at most --group_size {self.group_size}, got {self.best_of_n}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_window(self):
+        """Wherever the window moves, all its steps must be trained: never the last one, whose noise some kernels do not have."""
+        size, end_of_trained = self.sde_window_size, min(trainable(self.num_inference_steps, self), max(1, self.num_inference_steps - 1))
+        if size is None:
+            return self
+        first, end = self.sde_window_range = self.sde_window_range or (0, max(size, self.num_inference_steps // 2))
+        if end - first < size:
+            raise ValueError(f"--sde_window_range {first} {end} has no room for a window of --sde_window_size {size}")
+        if end > end_of_trained:
+            raise ValueError(f"--sde_window_range {first} {end} goes beyond the steps that are trained, 0 to {end_of_trained - 1}: end it at {end_of_trained}")
+        return self
+
+
+def trainable(number, args):
+    """How many of the first solver steps may be trained."""
+    return number - 1 if args.random_timesteps else max(1, int(number * args.timestep_fraction))
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(FlowGRPOArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 import random
 
 import torch
@@ -16,71 +103,12 @@ from diffusers_align.algorithms.flow_grpo import describe_kl, flow_grpo_loss, kl
 from diffusers_align.algorithms.grpo_guard import grpo_guard_loss, guard_log_ratio
 from diffusers_align.algorithms.mix_grpo import window_at
 from diffusers_align.rl import describe_clip, ratio_diagnostics
-from diffusers_align.training import arguments
-from diffusers_align.training.advantages import add_group_arguments, advantages_of
+from diffusers_align.training.advantages import advantages_of
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 from diffusers_align.training.sampling import sample_epoch
 
 # The paper's beta goes with the official form; for ten steps of equal length the exact KL is ten times as large.
-KL_BETA = {"official": 0.04, "gaussian": 0.004}
-CLIP_RANGE = {"flow_grpo": 1e-4, "flow_cps": 1e-5, "grpo_guard": 2e-6}
-NOISE_LEVEL = {"dance_grpo": 0.3, "cps": 0.8}
-
-
-def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    add_group_arguments(parser)
-    group = parser.add_argument_group("Flow-GRPO")
-    group.add_argument("--sde_type", default="flow_grpo", choices=["flow_grpo", "dance_grpo", "cps", "memoryless", "memoryless_em"])
-    group.add_argument("--noise_level", type=float, help="the papers' a or eta; 0.7 for flow_grpo, 0.3 for dance_grpo, 0.8 for cps if absent")
-    group.add_argument("--sde_window_size", type=int, help="that many consecutive SDE steps, ODE elsewhere (Fast, MixGRPO); all steps if absent")
-    group.add_argument("--sde_window_range", type=int, nargs=2, metavar=("FIRST", "END"), help="where the window may lie; the first half if absent")
-    group.add_argument("--sde_window_strategy", choices=["random", "progressive", "exp_decay"], default="random", help="Fast draws it, MixGRPO slides it")
-    group.add_argument("--sde_window_interval", type=int, default=25, help="epochs that a sliding window stays at a place (MixGRPO)")
-    group.add_argument("--timestep_fraction", type=float, default=0.99, help="train the first steps only; 0.99 leaves out the last one")
-    group.add_argument("--random_timesteps", action="store_true", help="train that share of the steps, without the last, drawn each epoch (DanceGRPO)")
-    group.add_argument("--best_of_n", type=int, help="train on that many samples of a group, half the best and half the worst (DanceGRPO); all if absent")
-    group.add_argument("--loss", choices=list(CLIP_RANGE), help="the ratio: true, on the CPS code's scale (the default with cps), or GRPO-Guard's")
-    group.add_argument("--clip_range", type=float, help=f"of the ratio per dimension; by the loss if absent: {CLIP_RANGE}")
-    group.add_argument("--clip_range_high", type=float, help="of ratios above 1, where it differs: wider keeps unlikely steps growing (DAPO)")
-    group.add_argument(
-        "--kl_beta", type=float, help="weight of the KL to the reference (official: 0.04, gaussian: 0.004; with a window or GRPO-Guard 0, which saves a pass)"
-    )
-    group.add_argument("--kl_form", choices=["official", "gaussian"], default="official", help="official is the exact Gaussian KL times the step's length")
-    args = arguments.parse(parser, argv)
-    args.loss = args.loss or ("flow_cps" if args.sde_type == "cps" else "flow_grpo")
-    fast = bool(args.sde_window_size) or args.loss == "grpo_guard"  # the official recipes of both have no KL
-    args.kl_beta = (0.0 if fast else KL_BETA[args.kl_form]) if args.kl_beta is None else args.kl_beta
-    args.clip_range = CLIP_RANGE[args.loss] if args.clip_range is None else args.clip_range
-    args.clip_range_high = args.clip_range if args.clip_range_high is None else args.clip_range_high
-    args.noise_level = NOISE_LEVEL.get(args.sde_type, 0.7) if args.noise_level is None else args.noise_level
-    if args.loss == "flow_cps" and args.sde_type != "cps":
-        parser.error(f"--loss flow_cps scales the ratio of --sde_type cps, got --sde_type {args.sde_type}")
-    if min(args.clip_range, args.clip_range_high) <= 0:
-        parser.error(f"--clip_range and --clip_range_high must be positive, got {args.clip_range:g} and {args.clip_range_high:g}")
-    if args.best_of_n is not None and (args.best_of_n < 2 or args.best_of_n % 2 or args.best_of_n > args.group_size):
-        parser.error(f"--best_of_n must be even, at least 2 and at most --group_size {args.group_size}, got {args.best_of_n}")
-    if not 0 < args.timestep_fraction <= 1:
-        parser.error(f"--timestep_fraction must be above 0 and at most 1, got {args.timestep_fraction}")
-    check_window(parser, args)
-    return args
-
-
-def check_window(parser, args):
-    """Wherever the window moves, all its steps must be trained: never the last one, whose noise some kernels do not have."""
-    size, end_of_trained = args.sde_window_size, min(trainable(args.num_inference_steps, args), max(1, args.num_inference_steps - 1))
-    if size is None:
-        if args.sde_window_range:
-            parser.error("--sde_window_range places a window that has no size: give --sde_window_size too")
-        return
-    first, end = args.sde_window_range = args.sde_window_range or (0, max(size, args.num_inference_steps // 2))
-    if size < 1 or args.sde_window_interval < 1:
-        parser.error(f"--sde_window_size and --sde_window_interval must be at least 1, got {size} and {args.sde_window_interval}")
-    if first < 0 or end - first < size:
-        parser.error(f"--sde_window_range {first} {end} has no room for a window of --sde_window_size {size}")
-    if end > end_of_trained:
-        parser.error(f"--sde_window_range {first} {end} goes beyond the steps that are trained, 0 to {end_of_trained - 1}: end it at {end_of_trained}")
 
 
 def place_window(policy, args, epoch):
@@ -89,11 +117,6 @@ def place_window(policy, args, epoch):
         (first, end), strategy = args.sde_window_range, args.sde_window_strategy
         window = window_at(epoch, size=args.sde_window_size, first=first, end=end, strategy=strategy, interval=args.sde_window_interval, seed=args.seed)
         policy.scheduler.register_to_config(sde_window=list(window))
-
-
-def trainable(number, args):
-    """How many of the first steps may be trained."""
-    return number - 1 if args.random_timesteps else max(1, int(number * args.timestep_fraction))
 
 
 def trained_steps(trajectory, args, epoch):

@@ -6,43 +6,55 @@ The algorithm's page is `diffusers_align/algorithms/diffusion_kto.py`; docs/pref
 Pairs do as well: an image that won at least once is desirable.
 """
 
+from typing import Literal
+
+from pydantic import model_validator
+
+from diffusers_align.training.data_arguments import DataArguments
+from diffusers_align.training.options import Decay, NonNegative, Positive, Probability, option, parse
+
+
+class KTOArguments(DataArguments, defaults={"rank": 16, "learning_rate": 1e-5}):
+    """Diffusion-KTO"""
+
+    beta: Positive | None = option(None, "temperature; 5000 for diffusion, 1000 for flow matching if absent")
+    utility: Literal["kahneman_tversky", "loss_averse", "risk_seeking", "logistic"] = option("kahneman_tversky", "how gains are valued")
+    reference_point: Literal["batch_mean", "class_mean", "mismatched", "ema", "zero"] = option(
+        "batch_mean", "what gains are compared with, over an optimizer step"
+    )
+    reference_point_decay: Decay = option(0.99, "of the running mean", needs={"reference_point": "ema"})
+    clamp: bool = option(True, "a reference point of no less than 0")
+    gamma: Probability = option(0.8, "share of desirable images in training, whatever it is in the data")
+    lambda_d: NonNegative = option(1.0, "weight of desirable images")
+    lambda_u: NonNegative = option(1.0, "weight of undesirable images")
+
+    @model_validator(mode="after")
+    def _check_weights(self):
+        if not self.gamma * self.lambda_d + (1 - self.gamma) * self.lambda_u:
+            raise ValueError("--gamma, --lambda_d and --lambda_u leave no image with a weight")
+        return self
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(KTOArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 from collections import defaultdict
 from dataclasses import replace
 
 import torch
 
-from diffusers_align.algorithms.diffusion_kto import REFERENCE_POINTS, UTILITY_LOSSES, ReferencePoint, describe_balance, kto_loss, kto_metrics
+from diffusers_align.algorithms.diffusion_kto import ReferencePoint, describe_balance, kto_loss, kto_metrics
 from diffusers_align.data import balanced_batch_of
-from diffusers_align.training import arguments, data_arguments, offline
+from diffusers_align.training import offline
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 
 BETA = (5000, 1000)  # diffusion (the paper), flow matching: the logit scale of Diffusion-DPO's 2000
-
-
-def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    parser.set_defaults(rank=16, learning_rate=1e-5)
-    data_arguments.add_data_arguments(parser)
-    group = parser.add_argument_group("Diffusion-KTO")
-    group.add_argument("--beta", type=float, help="temperature; 5000 for diffusion, 1000 for flow matching if absent")
-    group.add_argument("--utility", choices=list(UTILITY_LOSSES), default="kahneman_tversky")
-    group.add_argument("--reference_point", choices=REFERENCE_POINTS, default="batch_mean", help="what gains are compared with, over an optimizer step")
-    group.add_argument("--reference_point_decay", type=float, default=0.99, help="of the running mean, for ema")
-    group.add_argument("--clamp", action=arguments.argparse.BooleanOptionalAction, default=True, help="a reference point of no less than 0")
-    group.add_argument("--gamma", type=float, default=0.8, help="share of desirable images in training, whatever it is in the data")
-    group.add_argument("--lambda_d", type=float, default=1.0, help="weight of desirable images")
-    group.add_argument("--lambda_u", type=float, default=1.0, help="weight of undesirable images")
-    args = arguments.parse(parser, argv, data_arguments.REQUIRED)
-    data_arguments.check(parser, args)
-    arguments.check_positive(parser, args, "beta")
-    for name in ("lambda_d", "lambda_u"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name} must not be negative, got {getattr(args, name):g}")
-    for name in ("gamma", "reference_point_decay"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} must lie in [0, 1], got {getattr(args, name)}")
-    return args
 
 
 def balanced(run, rows):

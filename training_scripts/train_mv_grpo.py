@@ -5,40 +5,56 @@
 The algorithm's page is `diffusers_align/algorithms/mv_grpo.py` (https://arxiv.org/abs/2603.12648).
 """
 
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+from pydantic import model_validator
+
+from diffusers_align.training.arguments import WITH_STRENGTH, SamplingArguments
+from diffusers_align.training.method_arguments import GroupArguments, NoiseLevel, check_window
+from diffusers_align.training.options import NonNegative, Positive, PositiveShare, StepIndex, option, parse, required
+
+
+class MVGRPOArguments(GroupArguments, SamplingArguments, defaults={"global_std": False}):
+    """MV-GRPO"""
+
+    views: str = required(".json or .jsonl file of captions, or a function (prompt, images or None) -> captions: module:function")
+    num_views: Annotated[int, Interval(ge=1, le=1000)] = option(
+        2, "captions beside the prompt, drawn anew for each group and epoch; without any, train_flow_grpo.py is this algorithm"
+    )
+    posterior_views: bool = option(False, "hand the group's images to the function: a captioner, no rewriter")
+    sde_type: Literal["flow_grpo", "dance_grpo", "memoryless", "memoryless_em"] = option("flow_grpo", "kernel of the noise: the papers'")
+    noise_level: NoiseLevel | None = option(None, "the papers' a or eta; 0.7 for flow_grpo, 0.3 for dance_grpo if absent", needs={"sde_type": WITH_STRENGTH})
+    sde_window: tuple[StepIndex, StepIndex] | None = option(None, "steps with noise; all if absent", metavar=("FIRST", "END"))
+    timestep_fraction: PositiveShare = option(0.99, "train the first steps only; 0.99 leaves out the last one")
+    clip_range: Positive = option(1e-4, "of the ratio per dimension")
+    kl_beta: NonNegative = option(0.0, "weight of the Gaussian KL to the pretrained model, under each view")
+
+    @model_validator(mode="after")
+    def _check_views(self):
+        self.noise_level = (0.3 if self.sde_type == "dance_grpo" else 0.7) if self.noise_level is None else self.noise_level
+        check_window(self.sde_window, self.num_inference_steps)
+        if self.multi_reward != "sum":
+            raise ValueError(f"--multi_reward {self.multi_reward}: for each view there is only the sum of the rewards; leave it out")
+        return self
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(MVGRPOArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 from diffusers_align.algorithms.flow_grpo import gaussian_kl
 from diffusers_align.algorithms.mv_grpo import mv_grpo_loss
 from diffusers_align.rl import describe_clip, ratio_diagnostics
-from diffusers_align.training import arguments
-from diffusers_align.training.advantages import add_group_arguments, advantages_of
+from diffusers_align.training.advantages import advantages_of
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 from diffusers_align.training.sampling import sample_epoch
 from diffusers_align.training.views import decoded, load_views, view_conditions, view_log_probs, view_rewards, write_views
-
-
-def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    add_group_arguments(parser)
-    parser.set_defaults(global_std=False)
-    group = parser.add_argument_group("MV-GRPO")
-    group.add_argument("--views", help=".json or .jsonl file of captions, or a function (prompt, images or None) -> captions: module:function")
-    group.add_argument("--num_views", type=int, default=2, help="captions beside the prompt, drawn anew for each group and epoch")
-    group.add_argument("--posterior_views", action="store_true", help="hand the group's images to the function: a captioner, no rewriter")
-    group.add_argument("--sde_type", default="flow_grpo", choices=["flow_grpo", "dance_grpo", "memoryless", "memoryless_em"])
-    group.add_argument("--noise_level", type=float, help="the papers' a or eta; 0.7 for flow_grpo, 0.3 for dance_grpo if absent")
-    group.add_argument("--sde_window", type=int, nargs=2, metavar=("FIRST", "END"), help="steps with noise; all if absent")
-    group.add_argument("--timestep_fraction", type=float, default=0.99, help="train the first steps only; 0.99 leaves out the last one")
-    group.add_argument("--clip_range", type=float, default=1e-4, help="of the ratio per dimension")
-    group.add_argument("--kl_beta", type=float, default=0.0, help="weight of the Gaussian KL to the pretrained model, under each view")
-    args = arguments.parse(parser, argv)
-    args.noise_level = (0.3 if args.sde_type == "dance_grpo" else 0.7) if args.noise_level is None else args.noise_level
-    if not args.views:
-        parser.error("--views is required (on the command line or in the recipe)")
-    if args.num_views < 1:
-        parser.error(f"--num_views must be at least 1, got {args.num_views}; without views, train_flow_grpo.py is this algorithm")
-    if args.multi_reward != "sum":
-        parser.error(f"--multi_reward {args.multi_reward}: for each view there is only the sum of the rewards; leave it out")
-    return args
 
 
 def main(argv=None):

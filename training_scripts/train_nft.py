@@ -5,37 +5,45 @@
 The algorithm's page is `diffusers_align/algorithms/diffusion_nft.py` (https://arxiv.org/abs/2509.16117).
 """
 
+from typing import Literal
+
+from diffusers_align.training.arguments import SamplingArguments
+from diffusers_align.training.method_arguments import GroupArguments, NoisingArguments
+from diffusers_align.training.options import NonNegative, Positive, option, parse
+
+
+# Predictions are without guidance, so the rollouts must be: it would be distilled in.
+class NFTArguments(GroupArguments, NoisingArguments, SamplingArguments, defaults={"guidance_scale": 1.0}):
+    """DiffusionNFT"""
+
+    beta: Positive = option(1.0, "the smaller, the farther from the old policy the optimum (official: 1, or 0.1)")
+    kl_beta: NonNegative = option(1e-4, "weight of the squared distance to the pretrained model; 0 saves its forward pass")
+    adv_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = option("all", "what of the advantages counts")
+    adaptive_weight: bool = option(True, "divide errors by their mean absolute value")
+    decay: Literal["type0", "type1", "type2"] = option("type1", "how fast the old policy follows")
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(NFTArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 from collections import defaultdict
 
 import torch
 
-from diffusers_align.algorithms.diffusion_nft import ADVANTAGE_MODES, nft_loss, old_policy_decay, optimality
+from diffusers_align.algorithms.diffusion_nft import nft_loss, old_policy_decay, optimality
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.rl.matching import matching_error
-from diffusers_align.training import arguments
-from diffusers_align.training.advantages import add_group_arguments, advantages_of
+from diffusers_align.training.advantages import advantages_of
 from diffusers_align.training.averages import LaggingWeights
-from diffusers_align.training.noising import add_noising_arguments, noised, num_timesteps
+from diffusers_align.training.noising import noised, num_timesteps
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 from diffusers_align.training.sampling import sample_epoch
-
-
-def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    add_group_arguments(parser)
-    add_noising_arguments(parser)
-    parser.set_defaults(guidance_scale=1.0)  # predictions are without guidance, so the rollouts must be: it would be distilled in
-    group = parser.add_argument_group("DiffusionNFT")
-    group.add_argument("--beta", type=float, default=1.0, help="the smaller, the farther from the old policy the optimum (official: 1, or 0.1)")
-    group.add_argument("--kl_beta", type=float, default=1e-4, help="weight of the squared distance to the pretrained model; 0 saves its forward pass")
-    group.add_argument("--adv_mode", choices=ADVANTAGE_MODES, default="all", help="what of the advantages counts")
-    group.add_argument("--adaptive_weight", action=arguments.argparse.BooleanOptionalAction, default=True, help="divide errors by their mean absolute value")
-    group.add_argument("--decay", choices=["type0", "type1", "type2"], default="type1", help="how fast the old policy follows")
-    args = arguments.parse(parser, argv)
-    if args.beta <= 0:
-        parser.error(f"--beta must be positive, got {args.beta}")
-    return args
 
 
 def main(argv=None):

@@ -6,6 +6,73 @@ The algorithm's page is `diffusers_align/algorithms/preference_flow_matching.py`
 loaded: only pairs of images, an autoencoder and a text encoder. What comes out is a `PreferenceFlowPipeline`.
 """
 
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Interval
+from pydantic import model_validator
+
+from diffusers_align.training.arguments import PipelineArguments, RewardArguments, RunArguments
+from diffusers_align.training.data_arguments import ColumnArguments
+from diffusers_align.training.options import Count, NonNegative, Pixels, Steps, option, parse, required
+
+# Adam as in the official code; the average is what is judged and saved.
+DEFAULTS = {
+    "learning_rate": 1e-3, "adam_weight_decay": 0.0, "train_batch_size": 64, "gradient_accumulation_steps": 1,
+    "use_ema": True, "ema_decay": 0.99, "ema_interval": 1,
+}  # fmt: skip
+Width = Annotated[int, Interval(ge=1, le=65536)]
+
+
+class FlowDataArguments(ColumnArguments):
+    """data"""
+
+    data: str = required("pairs of images: whatever `load_preferences` reads; rankings and scores become pairs")
+    data_split: str = option("train", "of a Hub set")
+    held_out: Annotated[float, Interval(gt=0, lt=1)] = option(0.1, "share of the prompts whose pairs are not trained on")
+    outputs: str | None = option(None, "fresh outputs of the generator to judge the flow by (prompts and images); the held-out pairs' images if absent")
+    prompts: str | None = option(None, "prompts with the other fields that the reward wants, looked up by prompt")
+    resolution: Pixels | None = option(None, "resize images to this, squared; as they are if absent")
+
+
+class FieldArguments(PipelineArguments):
+    """vector field"""
+
+    pretrained_model_name_or_path: str | None = option(None, "where the autoencoder and the text encoder come from: a pipeline with `vae`, `text_encoder`")
+    pixels: bool = option(False, "a flow of pixels: no autoencoder")
+    sees_prompt: bool = option(True, "condition the flow on the prompt, through the text encoder")
+    block_out_channels: list[Width] = option([64, 128, 256], "widths of the UNet's levels")
+    layers_per_block: Annotated[int, Interval(ge=1, le=100)] = option(2, "of each level")
+    attention_head_dim: Width = option(8, "of its attention")
+
+    @model_validator(mode="after")
+    def _check_parts(self):
+        if not self.pretrained_model_name_or_path and not (self.pixels and not self.sees_prompt):
+            raise ValueError("--pretrained_model_name_or_path is required, for its autoencoder and its text encoder; or use --pixels and --no-sees_prompt")
+        return self
+
+
+class PFMArguments(FlowDataArguments, RewardArguments, FieldArguments, RunArguments, defaults=DEFAULTS):
+    """preference flow matching"""
+
+    shard_denoiser: ClassVar[bool] = False  # of a LoRA's frozen model, and here all is trained
+
+    num_eval_samples: Count = option(256, "outputs to judge by, at most")
+    coupling: Literal["paired", "independent", "ot"] = option("paired", "which winner a loser goes to: its own, or another one of its prompt")
+    sigma: NonNegative = option(0.0, "noise on the points between, in units of the winners' std (0.1 in the official code)")
+    num_inference_steps: Steps = option(10, "solver steps of a pass, in evaluations")
+    solver: Literal["euler", "heun", "rk4"] = option("heun", "of a pass, in evaluations")
+    iterations: Annotated[int, Interval(ge=1, le=1000)] = option(1, "passes, in evaluations")
+    strength: Annotated[float, Interval(gt=0, le=10)] = option(1.0, "how far a pass goes, in evaluations")
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(PFMArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 import math
 
 import torch
@@ -13,62 +80,18 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusers_align import embedded
-from diffusers_align.algorithms.preference_flow_matching import COUPLINGS, SOLVERS, couple, interpolate, pfm_loss
+from diffusers_align.algorithms.preference_flow_matching import couple, interpolate, pfm_loss
 from diffusers_align.data import Prompt, batch_of, load_preferences, load_prompts, parse_column_map
 from diffusers_align.pipelines.preference_flow import PreferenceFlowPipeline
 from diffusers_align.policy import noise_seed
 from diffusers_align.rewards import load_reward
 from diffusers_align.rewards.base import listed
 from diffusers_align.rewards.loading import model_option
-from diffusers_align.training import arguments, hub, preference_flow
+from diffusers_align.training import hub, preference_flow
 from diffusers_align.training.loading import DTYPES
 from diffusers_align.training.pictures import grid, save
 from diffusers_align.training.report import judged_on
 from diffusers_align.training.run import Run
-
-REQUIRED = ("data", "reward", "output_dir")
-
-
-def parse_args(argv=None):
-    parser = arguments.run_parser(__doc__.splitlines()[0])
-    # Adam as in the official code; the average is what is judged and saved
-    parser.set_defaults(learning_rate=1e-3, adam_weight_decay=0.0, train_batch_size=64, gradient_accumulation_steps=1)
-    parser.set_defaults(use_ema=True, ema_decay=0.99, ema_interval=1)
-    boolean = arguments.argparse.BooleanOptionalAction
-    group = parser.add_argument_group("data")
-    group.add_argument("--data", help="pairs of images: whatever `load_preferences` reads; rankings and scores become pairs")
-    group.add_argument("--data_split", default="train", help="of a Hub set")
-    group.add_argument("--column_map", default="", help="prompt=caption,image_0=left,...: where the data's columns have other names")
-    group.add_argument("--held_out", type=float, default=0.1, help="share of the prompts whose pairs are not trained on")
-    group.add_argument("--outputs", help="fresh outputs of the generator to judge the flow by (prompts and images); the held-out pairs' images if absent")
-    group.add_argument("--prompts", help="prompts with the other fields that the reward wants, looked up by prompt")
-    group.add_argument("--resolution", type=int, help="resize images to this, squared; as they are if absent")
-    group = parser.add_argument_group("reward")
-    group.add_argument("--reward", help="judges the flow on held-out prompts; never trained on")
-    group.add_argument("--reward_model", help="checkpoint of the reward's model")
-    group.add_argument("--eval_reward", help="a second reward")
-    group.add_argument("--eval_reward_model", help="checkpoint of the second reward's model")
-    group.add_argument("--num_eval_samples", type=int, default=256, help="outputs to judge by, at most")
-    group = parser.add_argument_group("vector field")
-    group.add_argument("--pretrained_model_name_or_path", help="where the autoencoder and the text encoder come from: a pipeline with `vae`, `text_encoder`")
-    group.add_argument("--revision", help="its revision on the Hub")
-    group.add_argument("--variant", help="of its files, such as fp16")
-    group.add_argument("--pixels", action="store_true", help="a flow of pixels: no autoencoder")
-    group.add_argument("--sees_prompt", action=boolean, default=True, help="condition the flow on the prompt, through the text encoder")
-    group.add_argument("--block_out_channels", type=int, nargs="+", default=[64, 128, 256], help="widths of the UNet's levels")
-    group.add_argument("--layers_per_block", type=int, default=2)
-    group.add_argument("--attention_head_dim", type=int, default=8)
-    group = parser.add_argument_group("preference flow matching")
-    group.add_argument("--coupling", choices=COUPLINGS, default="paired", help="which winner a loser goes to: its own, or another one of its prompt")
-    group.add_argument("--sigma", type=float, default=0.0, help="noise on the points between, in units of the winners' std (0.1 in the official code)")
-    group.add_argument("--num_inference_steps", type=int, default=10, help="solver steps of a pass, in evaluations")
-    group.add_argument("--solver", choices=list(SOLVERS), default="heun")
-    group.add_argument("--iterations", type=int, default=1, help="passes, in evaluations")
-    group.add_argument("--strength", type=float, default=1.0, help="how far a pass goes, in evaluations")
-    args = arguments.parse(parser, argv, REQUIRED)
-    if not args.pretrained_model_name_or_path and not (args.pixels and not args.sees_prompt):
-        parser.error("--pretrained_model_name_or_path is required, for its autoencoder and its text encoder; or use --pixels and --no-sees_prompt")
-    return args
 
 
 def load_flow(args, device):

@@ -6,31 +6,46 @@ The algorithm's page is `diffusers_align/algorithms/refl.py` (https://arxiv.org/
 images, which the official code leaves out, is added by `--pretrain_dataset_name`.
 """
 
+from pydantic import model_validator
+
+from diffusers_align.training.method_arguments import RewardGradientArguments
+from diffusers_align.training.options import Probability, option, parse
+
+# Official (THUDM/ImageReward, ReFL.py): 40 steps without guidance, max(0, 2 - r) / 1000 of a normalised reward.
+DEFAULTS = {"num_inference_steps": 40, "guidance_scale": 1.0, "reward_map": "hinge", "reward_scale": 1e-3, "adam_weight_decay": 1e-2}
+
+
+class ReFLArguments(RewardGradientArguments, defaults=DEFAULTS):
+    """ReFL"""
+
+    window: tuple[Probability, Probability] = option((0.75, 0.975), "where to predict, in fractions of the chain", metavar=("FIRST", "LAST"))
+
+    def usual_target(self):
+        return 2.0 if self.reward_map == "hinge" else None
+
+    @model_validator(mode="after")
+    def _check_order(self):
+        if self.window[0] > self.window[1]:
+            raise ValueError(f"--window must be two fractions in order within [0, 1], got {self.window[0]:g} {self.window[1]:g}")
+        return self
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(ReFLArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 from collections import defaultdict
 
 from diffusers_align.algorithms.refl import middle_step
 from diffusers_align.differentiable import differentiable_rollout
-from diffusers_align.training import arguments
 from diffusers_align.training import reward_gradients as shared
 from diffusers_align.training.pretraining import Pretraining
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
-
-
-def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    shared.add_arguments(parser)
-    # Official (THUDM/ImageReward, ReFL.py): 40 steps without guidance, max(0, 2 - r) / 1000 of a normalised reward.
-    parser.set_defaults(num_inference_steps=40, guidance_scale=1.0, reward_map="hinge", reward_scale=1e-3, adam_weight_decay=1e-2)
-    group = parser.add_argument_group("ReFL")
-    group.add_argument("--window", type=float, nargs=2, default=(0.75, 0.975), metavar=("FIRST", "LAST"), help="where to predict, in fractions of the chain")
-    args = arguments.parse(parser, argv)
-    if args.reward_map == "hinge" and args.reward_target is None:
-        args.reward_target = 2.0
-    shared.check(parser, args)
-    if not 0 <= args.window[0] <= args.window[1] <= 1:
-        parser.error(f"--window must be two fractions in order within [0, 1], got {args.window}")
-    return args
 
 
 def main(argv=None):

@@ -8,7 +8,65 @@ a moment; `--rank` trains its vision tower as well. `--step_aware` makes a rewar
 samples. What is reported and kept in `learned_reward.json` is of prompts that were held out.
 """
 
-import argparse
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Interval
+from pydantic import model_validator
+
+from diffusers_align.training.arguments import LearningRate, PipelineArguments, PrecisionArguments, SizeArguments
+from diffusers_align.training.data_arguments import BadRowArguments, SourceArguments
+from diffusers_align.training.options import Count, Seed, option, parse, required
+
+PREDICTED = {"step_aware": True}
+
+
+class StepAwareArguments(
+    PipelineArguments,
+    SizeArguments,
+    PrecisionArguments,
+    needs={name: PREDICTED for name in ("revision", "variant", "height", "width", "call_kwargs", "mixed_precision")},
+):
+    """step-aware rewards"""
+
+    num_inference_steps: ClassVar[None] = None  # the samples are predicted, not sampled
+    guidance_scale: ClassVar[None] = None
+
+    step_aware: bool = option(False, "learn from clean samples predicted at random noise levels too, and take the level (SPO)")
+    num_noise_levels: Annotated[int, Interval(ge=1, le=1000)] = option(8, "noise levels of each row, in equal strata", needs=PREDICTED)
+    pretrained_model_name_or_path: str | None = option(None, "the pipeline that predicts: the one to be aligned")
+
+    @model_validator(mode="after")
+    def _check_step_aware(self):
+        if self.step_aware != bool(self.pretrained_model_name_or_path):
+            raise ValueError("--step_aware and --pretrained_model_name_or_path go together: the pipeline predicts the clean samples that are judged")
+        return self
+
+
+class RewardModelArguments(SourceArguments, BadRowArguments, StepAwareArguments):
+    """reward model"""
+
+    kind: Literal["pair", "binary", "scored", "ranked"] = option("pair", "what to learn from")
+    ties: Literal["drop", "soft"] = option("soft", "pairs without a winner: labels of one half, or left out")
+    held_out: Annotated[float, Interval(gt=0, lt=1)] = option(0.2, "share of the prompts that is not trained on")
+    model: str = option("openai/clip-vit-large-patch14", "a CLIP model: Hub name, folder, or mini-clip")
+    hidden: Annotated[int, Interval(ge=0, le=65536)] = option(0, "units of the head's hidden layer; 0 is a linear head")
+    rank: Annotated[int, Interval(ge=0, le=4096)] = option(0, "of a LoRA on the vision tower's attention; 0 leaves CLIP frozen")
+    num_epochs: Count = option(100, "over the data")
+    batch_size: Count = option(128, "examples of an optimizer step")
+    learning_rate: LearningRate = option(1e-3, "of AdamW")
+    weight_decay: Annotated[float, Interval(ge=0, le=100)] = option(0.1, "of AdamW")
+    seed: Seed = option(42, "of the split, the order and the noise")
+    output_dir: str = required("the reward: learned_reward.json, head.safetensors and perhaps lora.safetensors")
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(RewardModelArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 
 import torch
 from accelerate import Accelerator
@@ -18,53 +76,7 @@ from diffusers_align.policy import Policy
 from diffusers_align.rewards.learned import RewardModel
 from diffusers_align.training import arguments
 from diffusers_align.training.loading import call_arguments, load_pipeline
-from diffusers_align.training.reward_learning import TARGET, Logits, examples_of, fit, judge, noised_examples, split, targets_of
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML recipe: its values replace the defaults, flags on the command line replace its values")
-    parser.add_argument("--dataset_name", help="a .jsonl, .csv or .parquet file, a folder, or a set of the Hub")
-    parser.add_argument("--dataset_split", default="train")
-    parser.add_argument("--kind", choices=list(TARGET), default="pair", help="what to learn from")
-    parser.add_argument("--column_map", help="its columns, where they have other names: prompt=caption,image_0=left")
-    parser.add_argument("--image_root", help="folder of relative image paths; the file's own if absent")
-    parser.add_argument("--ties", choices=["drop", "soft"], default="soft", help="pairs without a winner: labels of one half, or left out")
-    parser.add_argument("--bad_rows", choices=["skip", "error"], default="skip", help="broken rows: report and leave out, or stop")
-    parser.add_argument("--held_out", type=float, default=0.2, help="share of the prompts that is not trained on")
-    parser.add_argument("--model", default="openai/clip-vit-large-patch14", help="a CLIP model: Hub name, folder, or mini-clip")
-    parser.add_argument("--hidden", type=int, default=0, help="units of the head's hidden layer; 0 is a linear head")
-    parser.add_argument("--rank", type=int, default=0, help="of a LoRA on the vision tower's attention; 0 leaves CLIP frozen")
-    parser.add_argument("--num_epochs", type=int, default=100)
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--weight_decay", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--output_dir", help="the reward: learned_reward.json, head.safetensors and perhaps lora.safetensors")
-    group = parser.add_argument_group("step-aware rewards")
-    group.add_argument("--step_aware", action="store_true", help="learn from clean samples predicted at random noise levels too, and take the level (SPO)")
-    group.add_argument("--num_noise_levels", type=int, default=8, help="noise levels of each row, in equal strata")
-    group.add_argument("--pretrained_model_name_or_path", help="the pipeline that predicts: the one to be aligned")
-    group.add_argument("--revision", help="revision of the pipeline on the Hub")
-    group.add_argument("--variant", help="variant of its files, such as fp16")
-    group.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no", help="dtype of its weights and of autocast")
-    group.add_argument("--height", type=int, help="pixels; the pipeline's default if absent")
-    group.add_argument("--width", type=int, help="pixels; the pipeline's default if absent")
-    group.add_argument("--call_kwargs", type=arguments.json_object, default={}, help="other arguments of the pipeline's call, as JSON")
-    parser.set_defaults(num_inference_steps=None, guidance_scale=None)
-    args = arguments.parse_with_recipe(parser, argv, ("dataset_name", "output_dir"))
-    for name in ("num_epochs", "batch_size", "num_noise_levels"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if not 0 < args.held_out < 1:
-        parser.error(f"--held_out is a share of the prompts, above 0 and below 1, got {args.held_out}")
-    if args.hidden < 0 or args.learning_rate <= 0:
-        parser.error(f"--hidden must not be negative and --learning_rate positive, got {args.hidden} and {args.learning_rate}")
-    if args.rank < 0:
-        parser.error(f"--rank must not be negative, got {args.rank}")
-    if args.step_aware != bool(args.pretrained_model_name_or_path):
-        parser.error("--step_aware and --pretrained_model_name_or_path go together: the pipeline predicts the clean samples that are judged")
-    return args
+from diffusers_align.training.reward_learning import Logits, examples_of, fit, judge, noised_examples, split, targets_of
 
 
 def main(argv=None):

@@ -6,41 +6,53 @@ The algorithm's page is `diffusers_align/algorithms/reward_weighted_regression.p
 look like.
 """
 
+from typing import Literal
+
+from pydantic import model_validator
+
+from diffusers_align.training.data_arguments import DataArguments
+from diffusers_align.training.options import Count, NonNegative, Positive, PositiveShare, option, parse
+
+
+class RWRArguments(DataArguments, defaults={"rank": 16, "learning_rate": 1e-5}):
+    """reward-weighted regression"""
+
+    weights: Literal["softmax", "rank", "top_k", "top_q", "exp_clipped", "raw"] = option("softmax", "how rewards become weights")
+    scope: Literal["global", "prompt"] = option(
+        "global", "weigh images against all others, or those of their prompt (of their group, where a group is a prompt's samples)"
+    )
+    temperature: Positive = option(1.0, "divides the rewards (or ranks): small is greedy", needs={"weights": ("softmax", "rank", "exp_clipped")})
+    top_k: Count = option(1, "train on so many best alone", needs={"weights": "top_k"})
+    top_q: PositiveShare = option(0.1, "train on this best share alone", needs={"weights": "top_q"})
+    max_weight: Positive = option(20.0, "bound of a weight", needs={"weights": "exp_clipped"})
+    force: bool = option(False, "go on where an effective 1 % of the images bears all the weight")
+    beta_kl: NonNegative = option(0.0, "weight of the distance to the pretrained model's answers")
+    beta_pretrain: NonNegative = option(0.0, "weight of plain fine-tuning on --pretraining_dataset")
+    pretraining_dataset: str | None = option(None, "captioned images, real ones as a rule: what --dataset_name may be")
+
+    @model_validator(mode="after")
+    def _check_pretraining(self):
+        if bool(self.beta_pretrain) != bool(self.pretraining_dataset):
+            raise ValueError("--beta_pretrain and --pretraining_dataset go together: the weight of a second data set, and that set")
+        return self
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(RWRArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 from collections import defaultdict
 
 import torch
 
-from diffusers_align.algorithms.reward_weighted_regression import KINDS, reward_weighted_loss, reward_weights, weight_statistics
-from diffusers_align.training import arguments, data_arguments, offline
+from diffusers_align.algorithms.reward_weighted_regression import reward_weighted_loss, reward_weights, weight_statistics
+from diffusers_align.training import offline
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
-
-
-def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    parser.set_defaults(rank=16, learning_rate=1e-5)
-    data_arguments.add_data_arguments(parser)
-    group = parser.add_argument_group("reward-weighted regression")
-    group.add_argument("--weights", choices=KINDS, default="softmax", help="how rewards become weights")
-    group.add_argument(
-        "--scope",
-        choices=["global", "prompt"],
-        default="global",
-        help="weigh images against all others, or those of their prompt (of their group, where a group is a prompt's samples)",
-    )
-    group.add_argument("--temperature", type=float, default=1.0, help="divides the rewards (or ranks): small is greedy")
-    group.add_argument("--top_k", type=int, default=1, help="train on so many best alone, for top_k")
-    group.add_argument("--top_q", type=float, default=0.1, help="train on this best share alone, for top_q")
-    group.add_argument("--max_weight", type=float, default=20.0, help="bound of a weight, for exp_clipped")
-    group.add_argument("--force", action="store_true", help="go on where an effective 1 %% of the images bears all the weight")
-    group.add_argument("--beta_kl", type=float, default=0.0, help="weight of the distance to the pretrained model's answers")
-    group.add_argument("--beta_pretrain", type=float, default=0.0, help="weight of plain fine-tuning on --pretraining_dataset")
-    group.add_argument("--pretraining_dataset", help="captioned images, real ones as a rule: what --dataset_name may be")
-    args = arguments.parse(parser, argv, data_arguments.REQUIRED)
-    data_arguments.check(parser, args)
-    if bool(args.beta_pretrain) != bool(args.pretraining_dataset):
-        parser.error("--beta_pretrain and --pretraining_dataset go together: the weight of a second data set, and that set")
-    return args
 
 
 def weighted(run, rows):

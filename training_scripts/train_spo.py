@@ -7,41 +7,53 @@ the clean image that the model predicts from it at the next timestep; any reward
 that takes the column `noise_level` (`train_reward.py --step_aware`) learns how much of the noise is still in it.
 """
 
-from collections import defaultdict
+from typing import Annotated, Literal
 
-from diffusers_align.algorithms.d3po import CLIPS, d3po_metrics
-from diffusers_align.algorithms.spo import spo_loss
-from diffusers_align.training import arguments
-from diffusers_align.training.candidates import sample_pairs
-from diffusers_align.training.preferences import add_noise_arguments, noise_fields
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
+from annotated_types import Interval
+from pydantic import model_validator
+
+from diffusers_align.training.arguments import SamplingArguments
+from diffusers_align.training.method_arguments import ClipRange, NoiseArguments
+from diffusers_align.training.options import Count, Decay, Positive, StepIndex, option, parse
+
+DEFAULTS = {"rank": 4, "lora_alpha": 4, "learning_rate": 6e-5, "num_inference_steps": 20, "train_batch_size": 10}
+
+
+class SPOArguments(NoiseArguments, SamplingArguments, defaults=DEFAULTS):
+    """SPO"""
+
+    num_samples_per_epoch: Count = option(40, "paths an epoch, each of a prompt")
+    num_candidates: Annotated[int, Interval(ge=2, le=10**4)] = option(4, "k, from each state: 4 for SD 1.5, 2 for SDXL (official)")
+    divert_start_step: StepIndex = option(4, "no pairs before this solver step (official: 4 of 20)")
+    threshold: Decay = option(0.3, "least difference of the pair's softmax probabilities: 0.3 for SD 1.5, 0.4 for SDXL")
+    score_scale: Positive = option(1.0, "of the reward, to the scale of logits: a difference of 1 is a preference of 73 %")
+    beta: Positive = option(10.0, "preference temperature, with log-probabilities per dimension (official)")
+    clip: Literal["one_sided", "official", "none"] = option("one_sided", "what holds steps that went far: see D3PO's page")
+    clip_range: ClipRange = option(0.1, "of the ratio per dimension (official)", needs={"clip": ("one_sided", "official")})
+
+    @model_validator(mode="after")
+    def _check_divert_start_step(self):
+        if self.divert_start_step >= self.num_inference_steps:
+            raise ValueError(f"--divert_start_step must lie in the {self.num_inference_steps} solver steps, got {self.divert_start_step}")
+        return self
 
 
 def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    parser.set_defaults(rank=4, lora_alpha=4, learning_rate=6e-5, num_inference_steps=20, train_batch_size=10)
-    group = parser.add_argument_group("SPO")
-    group.add_argument("--num_samples_per_epoch", type=int, default=40, help="paths an epoch, each of a prompt")
-    group.add_argument("--num_candidates", type=int, default=4, help="k, from each state: 4 for SD 1.5, 2 for SDXL (official)")
-    group.add_argument("--divert_start_step", type=int, default=4, help="no pairs before this solver step (official: 4 of 20)")
-    group.add_argument("--threshold", type=float, default=0.3, help="least difference of the pair's softmax probabilities: 0.3 for SD 1.5, 0.4 for SDXL")
-    group.add_argument("--score_scale", type=float, default=1.0, help="of the reward, to the scale of logits: a difference of 1 is a preference of 73 %%")
-    group.add_argument("--beta", type=float, default=10.0, help="preference temperature, with log-probabilities per dimension (official)")
-    group.add_argument("--clip", choices=CLIPS, default="one_sided", help="what holds steps that went far: see D3PO's page")
-    group.add_argument("--clip_range", type=float, default=0.1, help="of the ratio per dimension (official)")
-    add_noise_arguments(parser.add_argument_group("noise of the candidates"))
-    args = arguments.parse(parser, argv)
-    arguments.check_positive(parser, args, "beta")
-    if args.num_candidates < 2:
-        parser.error(f"a pair needs --num_candidates 2 or more, got {args.num_candidates}")
-    if not 0 <= args.threshold < 1:
-        parser.error(f"--threshold is a difference of probabilities, at least 0 and below 1, got {args.threshold}")
-    if args.score_scale <= 0:
-        parser.error(f"--score_scale must be positive, got {args.score_scale}")
-    if not 0 <= args.divert_start_step < args.num_inference_steps:
-        parser.error(f"--divert_start_step must lie in the {args.num_inference_steps} solver steps, got {args.divert_start_step}")
-    return args
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(SPOArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
+from collections import defaultdict
+
+from diffusers_align.algorithms.d3po import d3po_metrics
+from diffusers_align.algorithms.spo import spo_loss
+from diffusers_align.training.candidates import sample_pairs
+from diffusers_align.training.preferences import noise_fields
+from diffusers_align.training.report import Report
+from diffusers_align.training.run import Run
 
 
 def accumulate(run, policy, samples, b, weight, logged):

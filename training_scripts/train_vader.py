@@ -5,31 +5,44 @@
 The algorithm's page is `diffusers_align/algorithms/vader.py` (https://arxiv.org/abs/2407.08737).
 """
 
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+from diffusers_align.training.method_arguments import RewardGradientArguments
+from diffusers_align.training.options import option, parse
+
+# Official (mihirp1998/VADER): 50 steps, eta 1, LoRA of rank 8 to 16, |1 - HPS|, no penalty.
+DEFAULTS = {"rank": 16, "lora_alpha": 16, "num_inference_steps": 50, "learning_rate": 2e-4, "stochastic": True, "reward_map": "distance"}
+
+
+class VADERArguments(RewardGradientArguments, defaults=DEFAULTS):
+    """VADER"""
+
+    backprop_mode: Literal["last", "random", "specific"] = option("last", "gradient through the last step, from a random one on, or a given one")
+    backprop_step: Annotated[int, Interval(ge=0, le=49)] = option(15, "the first step with gradient, in steps of 50", needs={"backprop_mode": "specific"})
+    frames: Literal["random", "ends", "alternate", "all"] = option("random", "which frames of a video are decoded and scored")
+
+    def usual_target(self):
+        return 1.0 if self.reward_map == "distance" else None
+
+
+def parse_args(argv=None):
+    """The flags, over the recipe's; exits with a sentence where one makes no sense."""
+    return parse(VADERArguments, argv, __doc__)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
+
 from collections import defaultdict
 
-from diffusers_align.algorithms.vader import BACKPROP_MODES, FRAME_MODES, frame_indices, grad_steps
+from diffusers_align.algorithms.vader import frame_indices, grad_steps
 from diffusers_align.differentiable import differentiable_rollout
-from diffusers_align.training import arguments
 from diffusers_align.training import reward_gradients as shared
 from diffusers_align.training.pretraining import Pretraining
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
-
-
-def parse_args(argv=None):
-    parser = arguments.base_parser(__doc__.splitlines()[0])
-    shared.add_arguments(parser)
-    # Official (mihirp1998/VADER): 50 steps, eta 1, LoRA of rank 8 to 16, |1 - HPS|, no penalty.
-    parser.set_defaults(rank=16, lora_alpha=16, num_inference_steps=50, learning_rate=2e-4, stochastic=True, reward_map="distance")
-    group = parser.add_argument_group("VADER")
-    group.add_argument("--backprop_mode", choices=BACKPROP_MODES, default="last", help="gradient through the last step, from a random one on, or a given one")
-    group.add_argument("--backprop_step", type=int, default=15, help="specific: the first step with gradient, in steps of 50")
-    group.add_argument("--frames", choices=FRAME_MODES, default="random", help="which frames of a video are decoded and scored")
-    args = arguments.parse(parser, argv)
-    if args.reward_map == "distance" and args.reward_target is None:
-        args.reward_target = 1.0
-    shared.check(parser, args)
-    return args
 
 
 def main(argv=None):

@@ -1,33 +1,17 @@
-"""What the group-relative scripts share: the flags of groups and advantages, and the advantages that they ask for."""
+"""The advantages that the flags of groups (`method_arguments.GroupArguments`) ask for."""
 
 from __future__ import annotations
-
-import argparse
 
 import torch
 from torch import Tensor
 
 from ..rewards.base import Reward, WeightedSum
 from ..rl import group_advantages, leave_one_out_advantages, multi_reward_advantages
+from .method_arguments import GroupArguments
 from .sampling import Samples
 
 
-def add_group_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the groups and their advantages; the defaults are Flow-GRPO's (https://arxiv.org/abs/2505.05470, official code)."""
-    group = parser.add_argument_group("groups and advantages")
-    group.add_argument("--num_prompts_per_epoch", type=int, default=48, help="groups an epoch")
-    group.add_argument("--group_size", type=int, default=24, help="samples of a prompt")
-    group.add_argument("--same_latent", action=argparse.BooleanOptionalAction, default=False, help="one initial noise a group (DanceGRPO's default)")
-    group.add_argument("--adv_clip_max", type=float, default=5.0)
-    group.add_argument("--global_std", action=argparse.BooleanOptionalAction, default=True, help="divide advantages by the std of all rewards")
-    group.add_argument("--std_ddof", type=int, choices=[0, 1], default=0, help="0 divides the variance by n (numpy), 1 by n - 1 (torch, DanceGRPO)")
-    group.add_argument(
-        "--baseline", choices=["group", "leave_one_out"], default="group", help="of a sample: its group's mean, over the std; or the others' mean alone (RLOO)"
-    )
-    group.add_argument("--multi_reward", choices=["sum", "gdpo"], default="sum", help="of a sum of rewards: add up first, or normalise each in its group first")
-
-
-def advantages_of(samples: Samples, args: argparse.Namespace, reward: Reward, rewards: Tensor | None = None) -> Tensor:
+def advantages_of(samples: Samples, args: GroupArguments, reward: Reward, rewards: Tensor | None = None) -> Tensor:
     """The advantages that the flags ask for, clamped: (N,) on the CPU, or shaped like `rewards`.
 
     Args:

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 
 from torch import Tensor
 
-from ..forward_process import SCHEMES, ForwardProcess
+from ..forward_process import ForwardProcess
 from ..policy import noise_seed
 from ..trajectory import Trajectory
-
-
-def add_noising_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `noised`."""
-    group = parser.add_argument_group("noised samples")
-    group.add_argument("--timestep_scheme", choices=SCHEMES, default="grid", help="where to train: on the sampler's own steps, or over the training range")
-    group.add_argument("--num_train_timesteps", type=int, help="timesteps a sample, in equal strata; as many as the grid has if absent")
-    group.add_argument("--timestep_fraction", type=float, default=0.99, help="grid: train the first steps only; 0.99 leaves out the last one")
-    group.add_argument("--shared_timesteps", action=argparse.BooleanOptionalAction, default=False, help="the same timesteps for all samples of an epoch")
 
 
 def num_timesteps(args) -> int:

@@ -19,14 +19,6 @@ from .sampling import Samples
 NOISE_FIELDS = ("sde_type", "noise_level", "sde_window", "eta")
 
 
-def add_noise_arguments(group) -> None:
-    """Flags of the roll-outs' noise, to an argument group; each belongs to one of the two kinds of model."""
-    group.add_argument("--sde_type", help="kernel, flow matching: flow_grpo, dance_grpo, cps, memoryless, memoryless_em")
-    group.add_argument("--noise_level", type=float, help="its strength, flow matching; the kernel's default if absent")
-    group.add_argument("--sde_window", type=int, nargs=2, metavar=("FIRST", "END"), help="steps with noise, flow matching; all if absent")
-    group.add_argument("--eta", type=float, help="weight of the DDIM kernel's noise, diffusion; 1 if absent")
-
-
 def noise_fields(args) -> dict[str, Any]:
     """The fields of the SDE scheduler that are given."""
     return {name: getattr(args, name) for name in NOISE_FIELDS if getattr(args, name, None) is not None}

@@ -10,29 +10,8 @@ Logged: `pretrain_loss`, without its weight.
 
 from __future__ import annotations
 
-import argparse
-
 from ..policy import Policy
-from . import data_arguments, offline
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the captioned images and of their weight."""
-    group = parser.add_argument_group("pre-training loss")
-    group.add_argument("--pretrain_dataset_name", help="captioned images (a file, a folder, a set of the Hub) for plain fine-tuning beside the reward")
-    group.add_argument("--pretrain_weight", type=float, help="of that loss; 1 if absent, as in ReFL's paper")
-    data_arguments.add_image_arguments(parser)
-
-
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with a message where flags of `add_arguments` make no sense; the weight becomes 0 without images."""
-    if args.pretrain_weight is None:
-        args.pretrain_weight = 1.0 if args.pretrain_dataset_name else 0.0
-    elif not args.pretrain_dataset_name:
-        parser.error("--pretrain_weight needs the images: --pretrain_dataset_name")
-    if args.pretrain_weight < 0:
-        parser.error(f"--pretrain_weight must not be negative, got {args.pretrain_weight}")
-    data_arguments.check_images(parser, args)
+from . import offline
 
 
 class Pretraining:

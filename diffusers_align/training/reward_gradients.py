@@ -1,4 +1,4 @@
-"""What scripts that differentiate the reward share: flags, the batches of an update, the loss, the distance to the pretrained model.
+"""What scripts that differentiate the reward share: the batches of an update, the loss, the distance to the pretrained model.
 
 Whatever is random about an update follows from (seed, epoch, position): a sample's noise from its own position, the choice of steps
 from the update's. So all processes make the same denoiser calls, and the result depends on neither their number nor what came before.
@@ -6,7 +6,7 @@ from the update's. So all processes make the same denoiser calls, and the result
 
 from __future__ import annotations
 
-import argparse
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,55 +23,20 @@ from ..differentiable import DifferentiableRollout, count_steps, differentiable_
 from ..gradient_check import check_gradient
 from ..policy import Policy, noise_seed
 from ..rl.reward_maps import distance, hinge, shortfall
-from . import pretraining
 from .adjoints import bound_reward
+from .method_arguments import RewardGradientArguments
 from .offline import epoch_batches
 
-REWARD_MAPS = ("none", "hinge", "distance", "shortfall")
 # So many gradient norms make a quantile, so many are remembered.
 MIN_NORMS, MAX_NORMS = 10, 100
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the samples, of the reward's way into the loss, of the loss beside it, and of the roll-out."""
-    flag = argparse.BooleanOptionalAction
-    # On-policy however many updates an epoch has: each samples anew.
-    parser.set_defaults(gradient_accumulation_steps=1)
-    group = parser.add_argument_group("reward gradients")
-    group.add_argument("--num_samples_per_epoch", type=int, default=128, help="one a prompt: the stretch between two lines of the log")
-    group.add_argument("--reward_map", choices=REWARD_MAPS, default="none", help="the loss: -r, max(0, target - r), |target - r|, or target - r")
-    group.add_argument("--reward_target", type=float, help="of --reward_map: a margin, a target, or the best possible reward")
-    group.add_argument("--reward_scale", type=float, default=1.0, help="factor of that loss: with Adam, its weight against --kl_weight and the clipping")
-    group.add_argument("--kl_weight", type=float, default=0.0, help="of the distance to the pretrained model at the trained steps; 0 saves its forward pass")
-    group.add_argument("--grad_clip_quantile", type=float, help=f"also clip at this quantile of the last {MAX_NORMS} updates' gradient norms")
-    group.add_argument("--stochastic", action=flag, default=False, help="roll out with the SDE twin's noise; otherwise by the pipeline's own solver")
-    group.add_argument("--eta", type=float, help="of that noise for diffusion: 0 is DDIM's ODE, 1 (if absent) ancestral sampling")
-    group.add_argument("--checkpoint_steps", action=flag, default=True, help="compute each step's activations again on the way back")
-    group.add_argument("--checkpoint_decoder", action=flag, default=True, help="compute the autoencoder's activations again on the way back")
-    pretraining.add_arguments(parser)
-
-
-def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with a message where flags of `add_arguments` make no sense."""
-    if args.reward_map != "none" and args.reward_target is None:
-        parser.error(f"--reward_map {args.reward_map} needs --reward_target")
-    if args.reward_map == "none" and args.reward_target is not None:
-        parser.error("--reward_target belongs to a --reward_map: hinge, distance or shortfall")
-    if args.reward_scale <= 0 or args.kl_weight < 0:
-        parser.error(f"--reward_scale must be positive and --kl_weight not negative, got {args.reward_scale} and {args.kl_weight}")
-    if args.eta is not None and not args.stochastic:
-        parser.error("--eta is the noise of --stochastic roll-outs")
-    if args.grad_clip_quantile is not None and not 0 < args.grad_clip_quantile <= 1:
-        parser.error(f"--grad_clip_quantile must be above 0 and at most 1, got {args.grad_clip_quantile}")
-    pretraining.check(parser, args)
-
-
-def rollout_options(args: argparse.Namespace) -> dict[str, Any]:
+def rollout_options(args: RewardGradientArguments) -> dict[str, Any]:
     """Arguments of every `differentiable_rollout`."""
     return {"stochastic": args.stochastic, **checkpoint_options(args)}
 
 
-def checkpoint_options(args: argparse.Namespace) -> dict[str, bool]:
+def checkpoint_options(args: RewardGradientArguments) -> dict[str, bool]:
     """What is computed again on the way back."""
     return {"checkpoint": args.checkpoint_steps, "decode_checkpoint": args.checkpoint_decoder}
 
@@ -163,7 +128,7 @@ def updates_of_epoch(run, policy: Policy, report, epoch: int, num_batches: int, 
 # --- loss ----------------------------------------------------------------------------------------------------------------
 
 
-def reward_loss(rewards: Tensor, args: argparse.Namespace) -> Tensor:
+def reward_loss(rewards: Tensor, args: RewardGradientArguments) -> Tensor:
     """`--reward_scale` times the `--reward_map` of the rewards, (B,); NaN stays NaN."""
     target = args.reward_target
     loss = {
@@ -186,7 +151,7 @@ def distance_to_reference(policy: Policy, rollout: DifferentiableRollout) -> Ten
     return torch.stack(found).mean(0)
 
 
-def total_loss(policy: Policy, rollout: DifferentiableRollout, loss: Tensor, args: argparse.Namespace, logged: dict[str, list[float]]) -> Tensor:
+def total_loss(policy: Policy, rollout: DifferentiableRollout, loss: Tensor, args: RewardGradientArguments, logged: dict[str, list[float]]) -> Tensor:
     """The loss (B,) with `--kl_weight` times the distance to the pretrained model, which is logged."""
     if args.kl_weight == 0:
         return loss
@@ -215,7 +180,7 @@ class GradientClip:
 
     @property
     def limit(self) -> float:
-        quantile, most = self.run.args.grad_clip_quantile, self.run.args.max_grad_norm
+        quantile, most = self.run.args.grad_clip_quantile, self.run.args.max_grad_norm or math.inf
         if quantile is None or len(self.norms) < MIN_NORMS:
             return most
         return min(most, float(torch.tensor(self.norms, dtype=torch.float64).quantile(quantile)))
@@ -234,7 +199,7 @@ class GradientClip:
         self.norms = list(state["norms"])
 
 
-def relative_rewards(report, batch: Batch, images: Tensor, words: tuple[str, str], discount: float, args: argparse.Namespace) -> Tensor:
+def relative_rewards(report, batch: Batch, images: Tensor, words: tuple[str, str], discount: float, args: RewardGradientArguments) -> Tensor:
     """(1 + discount) reward under the first of `words` before the prompts, minus that under the second, (B,): for a reward that is a
     cosine with the prompt, SRPO's semantic relative preference."""
     wanted, unwanted = (

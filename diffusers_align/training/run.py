@@ -153,7 +153,8 @@ class Run:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad)
-        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm if max_norm is None else max_norm)
+        limit = self.args.max_grad_norm if max_norm is None else max_norm
+        norm = self.accelerator.clip_grad_norm_(parameters, limit or math.inf)  # infinity: measured, not clipped
         if self.accelerator.scaler is None and not math.isfinite(norm):
             raise FloatingPointError(
                 f"The gradient of optimizer step {self.optimizer_steps + 1} is {float(norm)}; the weights were not touched. Look for a reward or a loss "

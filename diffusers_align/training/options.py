@@ -1,0 +1,259 @@
+"""Typed flags: a class of documented, range-checked fields becomes the options of a script, and a recipe sets them by the same rules.
+
+```python
+class FlowGRPOArguments(GroupArguments, TaskArguments, defaults={"rank": 16}):
+    \"\"\"Flow-GRPO\"\"\"  # the heading of its group in --help
+
+    clip_range: Positive = option(1e-4, "of the ratio per dimension")
+    kl_form: Literal["official", "gaussian"] = option("official", "which KL", needs={"kl_beta": True})
+
+args = parse(FlowGRPOArguments, argv, __doc__)
+```
+
+Every field has a type, a range where it is a number, and a line of help. pydantic checks values of the command line and of the recipe
+alike; numbers are finite. Conditions between fields are `model_validator`s beside the fields, which raise `ValueError` with a sentence
+that names the flags; `needs` says what a flag is without effect without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+from typing import Annotated, Any
+
+from annotated_types import Interval
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from .option_types import Kind, kind_of
+from .recipes import Given, RecipeError, read_recipe
+
+# Above these a number means nothing, or no longer fits into float32 when it is squared.
+MANY, LARGE = 10**9, 1e9
+
+Count = Annotated[int, Interval(ge=1, le=MANY)]
+CountOrNone = Annotated[int, Interval(ge=0, le=MANY)]
+Steps = Annotated[int, Interval(ge=1, le=1000)]
+StepIndex = Annotated[int, Interval(ge=0, le=1000)]
+Pixels = Annotated[int, Interval(ge=8, le=16384)]
+Rank = Annotated[int, Interval(ge=1, le=4096)]
+Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
+Real = Annotated[float, Interval(ge=-LARGE, le=LARGE)]
+Positive = Annotated[float, Interval(gt=0, le=LARGE)]
+NonNegative = Annotated[float, Interval(ge=0, le=LARGE)]
+Probability = Annotated[float, Interval(ge=0, le=1)]
+PositiveShare = Annotated[float, Interval(gt=0, le=1)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]
+Guidance = Annotated[float, Interval(ge=0, le=1000)]
+
+
+def option(default: Any, text: str, *, needs: dict[str, Any] | None = None, metavar: str | tuple[str, ...] | None = None) -> Any:
+    """A field of an `Arguments` class.
+
+    Args:
+        default: None where the flag may be absent and the text says what happens then.
+        text: its help; the range and the default are added.
+        needs: other flags with the values (one, or a tuple) without which this one has no effect; True is any but 0, false and absent.
+        metavar: what stands for the value in the help.
+    """
+    return Field(default, description=text, json_schema_extra={"needs": needs or {}, "metavar": metavar})
+
+
+def required(text: str) -> Any:
+    """A field that the command line or the recipe must give."""
+    return Field(description=text)
+
+
+class Arguments(BaseModel):
+    """recipe"""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, str_min_length=1, coerce_numbers_to_str=True, protected_namespaces=())
+
+    config: str | None = option(None, "YAML recipe: its values replace the defaults, flags on the command line replace its values")
+    _command: str = PrivateAttr("")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__()  # the keywords are for the hook below
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, defaults: dict[str, Any] | None = None, needs: dict[str, dict[str, Any]] | None = None) -> None:
+        """Class keywords: other `defaults` for inherited fields, and what more they need to have an effect (see `option`)."""
+        fields = cls.__pydantic_fields__
+        for name, value in (defaults or {}).items():
+            fields[name].default = value
+        for name, more in (needs or {}).items():
+            extra = fields[name].json_schema_extra or {}
+            fields[name].json_schema_extra = {**extra, "needs": {**extra.get("needs", {}), **more}}
+        cls.model_rebuild(force=True)
+
+    @property
+    def command(self) -> str:
+        """The command line that makes this run, for the model card: without the token."""
+        return self._command
+
+    def given(self, name: str) -> bool:
+        """Whether the command line or the recipe says so."""
+        return name in self.model_fields_set and getattr(self, name) is not None
+
+
+class Option:
+    """What a field says about its flag.
+
+    Attributes:
+        kind: its type and range.
+        text, needs, metavar: of `option`, by the class that said them last.
+        group: the heading under which its first class puts it.
+    """
+
+    def __init__(self, arguments: type[Arguments], name: str):
+        field, classes = arguments.model_fields[name], _declaring(arguments, name)
+        told = next((f for f in (field, *(c.model_fields[name] for c in classes)) if f.description), field)
+        self.name, self.default, self.is_required = name, field.default, field.is_required()
+        self.kind: Kind = kind_of(field.annotation, field.metadata)
+        extra = {**(told.json_schema_extra or {}), **(field.json_schema_extra or {})}
+        self.text, self.needs, self.metavar = told.description or "", extra.get("needs") or {}, extra.get("metavar")
+        self.group = (classes[-1].__doc__ or classes[-1].__name__).splitlines()[0]
+
+    def help(self) -> str:
+        """The line of `--help`: what it is, what it may be, what it is by default."""
+        notes = [self.kind.range] if self.kind.range else []
+        notes += ["with " + " ".join(_as_flag(name, wanted) for name, wanted in self.needs.items())] if self.needs else []
+        notes += ["required"] if self.is_required else [] if self.default in (None, {}) else [f"default: {_shown(self.default)}"]
+        return (self.text + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
+
+
+def options_of(arguments: type[Arguments]) -> dict[str, Option]:
+    """All flags of a script, those of its own class first."""
+    place = {name: number for number, cls in enumerate(arguments.__mro__) for name in cls.__dict__.get("__annotations__", {})}
+    return {name: Option(arguments, name) for name in sorted(arguments.model_fields, key=place.__getitem__)}
+
+
+def _declaring(arguments: type[Arguments], name: str) -> list[type[Arguments]]:
+    """The classes that have the field in their own body, the first of them last."""
+    return [cls for cls in arguments.__mro__ if name in cls.__dict__.get("__annotations__", {})]
+
+
+def parse(arguments: type[Arguments], argv: list[str] | None = None, description: str | None = None) -> Any:
+    """The arguments of a script, from its command line and the recipe that it names; nothing is loaded for it.
+
+    Exits with status 2 and a sentence (argparse's convention) on an unknown flag, a recipe that cannot be read, a value out of its range,
+    flags that contradict each other or have no effect together.
+
+    Args:
+        arguments: the class of its flags.
+        argv: the words of the command line; those of the process if absent.
+        description: of the script; its first line is shown.
+    """
+    argv, options = sys.argv[1:] if argv is None else argv, options_of(arguments)
+    parser = _parser(options, description)
+    words, unknown = parser.parse_known_args(_joined(argv, options))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    given = {name: Given(value, "on the command line") for name, value in vars(words).items()}
+    if "config" in given:
+        try:
+            given = {**read_recipe(given["config"].value, options), **given}
+        except RecipeError as error:
+            parser.error(str(error))
+    args = _validated(parser, arguments, options, given)
+    _refuse_void(parser, options, given, args)
+    args._command = _command(argv)
+    return args
+
+
+def _parser(options: dict[str, Option], description: str | None) -> argparse.ArgumentParser:
+    """Reads words; what they mean is the fields' business."""
+    parser = argparse.ArgumentParser(
+        description=(description or "").strip().partition("\n")[0].replace("%", "%%"),
+        usage="%(prog)s [--config RECIPE] [--FLAG VALUE ...]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    groups: dict[str, Any] = {}
+    for name, option in options.items():
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        group = groups[option.group]
+        if option.kind.is_flag:
+            group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=option.help())
+        else:
+            group.add_argument(f"--{name}", nargs=option.kind.nargs, metavar=option.metavar or option.kind.metavar(name), help=option.help())
+    return parser
+
+
+def _joined(argv: list[str], options: dict[str, Option]) -> list[str]:
+    """`--flag -1e-4` as `--flag=-1e-4`: argparse would take some negative numbers for flags."""
+    words: list[str] = []
+    for word in argv:
+        before = words[-1] if words else ""
+        single = before.startswith("--") and before[2:] in options and options[before[2:]].kind.nargs is None and not options[before[2:]].kind.is_flag
+        if single and re.match(r"-(\d|\.\d|inf|nan)", word, re.IGNORECASE):
+            words[-1] = f"{before}={word}"
+        else:
+            words.append(word)
+    return words
+
+
+def _validated(parser: argparse.ArgumentParser, arguments: type[Arguments], options: dict[str, Option], given: dict[str, Given]) -> Arguments:
+    values = {}
+    for name, entry in given.items():
+        try:
+            values[name] = options[name].kind.prepared(entry.value)
+        except ValueError as error:
+            parser.error(_refusal(options[name], entry, str(error)))
+    try:
+        return arguments(**values)
+    except ValidationError as errors:
+        parser.error("\n".join(dict.fromkeys(_sentence(error, options, given) for error in errors.errors())))
+
+
+def _sentence(error: dict[str, Any], options: dict[str, Option], given: dict[str, Given]) -> str:
+    if not error["loc"]:
+        return str(error["ctx"]["error"])  # of a model_validator
+    name = str(error["loc"][0])
+    if error["type"] == "missing" and len(error["loc"]) == 1:
+        return f"--{name} is required (on the command line or in the recipe)"
+    return _refusal(options[name], given[name], str(error["ctx"]["error"]) if error["type"] == "value_error" else None)
+
+
+def _refusal(option: Option, entry: Given, why: str | None) -> str:
+    why = why or f"must be {option.kind.range or option.kind.describe}"
+    return f"--{option.name} {why}, got {entry.shown} ({entry.source})"
+
+
+def _refuse_void(parser: argparse.ArgumentParser, options: dict[str, Option], given: dict[str, Given], args: Arguments) -> None:
+    """A flag that is given and changes nothing is a mistake of whoever gave it."""
+    for name, entry in given.items():
+        unmet = {other: wanted for other, wanted in options[name].needs.items() if not _meets(getattr(args, other), wanted)}
+        if not unmet or not getattr(args, name):
+            continue
+        needed = " and ".join(_as_flag(other, wanted) for other, wanted in unmet.items())
+        overridden = entry.is_recipe and any(other in given and not given[other].is_recipe for other in unmet)
+        if not overridden:
+            parser.error(f"--{name} has no effect without {needed}: leave it out, or give both; got {entry.shown} ({entry.source})")
+        print(f"--{name} {entry.shown} ({entry.source}) has no effect without {needed}.", file=sys.stderr)
+        setattr(args, name, options[name].default)
+
+
+def _meets(value: Any, wanted: Any) -> bool:
+    if wanted is True:
+        return bool(value)
+    return value in (wanted if isinstance(wanted, tuple) else (wanted,))
+
+
+def _as_flag(name: str, wanted: Any) -> str:
+    if isinstance(wanted, bool):
+        return f"--{name}" if wanted else f"--no-{name}"
+    return f"--{name} {' or '.join(map(str, wanted)) if isinstance(wanted, tuple) else wanted}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _command(argv: list[str]) -> str:
+    kept = [word for before, word in zip(["", *argv], argv) if not word.startswith("--hub_token") and before != "--hub_token"]
+    return shlex.join(["accelerate", "launch", sys.argv[0], *kept])
