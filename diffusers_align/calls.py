@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Collection, Iterable
 from dataclasses import replace
@@ -29,11 +28,6 @@ _SET_BY_POLICY = {
 }
 
 
-def noise_seed(*key: Any) -> int:
-    """A seed from any key, such as (seed, epoch, prompt, sample): results then depend on neither batch size nor processes."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1
-
-
 class Calls:
     """A pipeline whose scheduler is an SDE scheduler, and the calls of it.
 
@@ -47,6 +41,7 @@ class Calls:
         self._parameters = inspect.signature(type(pipeline).__call__).parameters
         self._memory = PromptMemory()
         self._embeddings: Condition | None = None
+        self._streams: list[torch.Generator] | None = None
 
     @property
     def scheduler(self) -> SDESchedulerMixin:
@@ -132,7 +127,7 @@ class Calls:
     def _drive(self, condition: Condition, on_step, *, needs_denoiser=None, timesteps=None, **overrides: Any):
         return drive(
             self.pipeline, on_step, self._call(condition, **overrides), gradients=torch.is_grad_enabled(),
-            timesteps=timesteps, needs_denoiser=needs_denoiser, memory=self._memory,
+            timesteps=timesteps, needs_denoiser=needs_denoiser, memory=self._memory, noise=self._streams,
         )  # fmt: skip
 
 

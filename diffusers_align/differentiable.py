@@ -14,8 +14,8 @@ A step is a call of `scheduler.step`: a second-order solver takes two for one of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -86,8 +86,11 @@ class DifferentiableRollout:
         return [last[child].detach() for child in sorted(last)]
 
 
-def _solver(policy: Policy, condition: Condition, stochastic: bool):
-    return policy._noise(condition.step_seeds or condition.seeds, False) if stochastic else stock_solver(policy)
+@contextmanager
+def _solver(policy: Policy, condition: Condition, stochastic: bool) -> Iterator[None]:
+    """The policy's kernels or the stock solver, either with the noise that the condition's seeds are for."""
+    with nullcontext() if stochastic else stock_solver(policy), policy._noise(condition, deterministic=not stochastic):
+        yield
 
 
 class _Walk:
@@ -258,7 +261,7 @@ def outputs_along(policy: Policy, rollout: DifferentiableRollout, *, reference: 
         return rollout._call(of_model, *args, **kwargs)
 
     def force(step: Step) -> Tensor:
-        action = rollout._actions[step.child, step.k].to(step.sample.device)
+        action = step.like(rollout._actions[step.child, step.k])
         if step.child == 0 and step.k in rollout.steps:
             step.run(**({"prev_sample": action.detach()} if rollout.stochastic else {}))
             found[step.k] = _step_output(step, step.output.prev_sample)
@@ -287,7 +290,9 @@ def solver_step(policy: Policy, condition: Condition, k: int, state: Tensor) -> 
             found.append(step.run().prev_sample)
         else:
             step.skip()
-        return state if step.k < k else found[0]
+        if step.child:
+            return step.sample
+        return step.like(state if step.k < k else found[0])
 
     with stock_solver(policy):
         policy._drive(condition, take, needs_denoiser=lambda step: step == k)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .prompt_memory import PromptMemory
+from .schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork
 
 _OUTPUT_SHAPES: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
 
@@ -58,9 +59,15 @@ class Step:
     output: Any = None
 
     @property
-    def generator(self) -> torch.Generator | list[torch.Generator] | None:
-        """What the pipeline gives the step to draw with; None leaves it to the scheduler."""
+    def generator(self) -> Generator:
+        """What the step draws with; None leaves it to the scheduler."""
         return self._arguments.get("generator")
+
+    def like(self, x: Tensor) -> Tensor:
+        """A copy of `x` (B, *D) to hand to the pipeline in the place of its own state: in that one's dtype, on its device and, where the
+        shapes are equal, in its memory layout. Kernels round by all of them, and a pipeline may write into what it gets."""
+        x = x.clone()
+        return as_state(x, self.sample) if x.shape == self.sample.shape else x.to(self.sample)
 
     def run(self, **overrides):
         """The scheduler's own step, with any of its arguments replaced; its output as a dataclass."""
@@ -84,8 +91,6 @@ class Step:
         if not self._arguments.get("return_dict", True):
             return tuple(values[: getattr(self.scheduler, "tuple_length", len(values))])
         if self.output is None:
-            from .schedulers.scheduling_utils import SDESchedulerOutput
-
             return SDESchedulerOutput(prev_sample=prev_sample)
         self.output.prev_sample = values[0]
         return self.output
@@ -94,10 +99,11 @@ class Step:
 class _Session:
     """The schedulers of one run (the pipeline's own and its copies) and how far each has come."""
 
-    def __init__(self, on_step: Callable[[Step], Tensor | None], timesteps: Tensor | None, begin_index: int | None):
-        self.on_step, self.timesteps, self.begin_index = on_step, timesteps, begin_index
+    def __init__(self, on_step: Callable[[Step], Tensor | None], timesteps: Tensor | None, begin_index: int | None, noise: Generator, of_call: Generator):
+        self.on_step, self.timesteps, self.begin_index, self.noise, self.of_call = on_step, timesteps, begin_index, noise, of_call
         self.schedulers: list[Any] = []
         self.taken: list[int] = []
+        self.streams: list[Generator] = []
 
     def adopt(self, scheduler) -> int:
         for index, known in enumerate(self.schedulers):
@@ -105,7 +111,14 @@ class _Session:
                 return index
         self.schedulers.append(scheduler)
         self.taken.append(0)
+        self.streams.append(fork(self.streams[-1]) if self.streams else self.noise)
         return len(self.schedulers) - 1
+
+    def generator(self, scheduler, handed_on: Generator) -> Generator:
+        """What a step draws with. Some pipelines hand the call's generators on to it and some do not, and none of them knows `noise`."""
+        if self.noise is not None:
+            return self.streams[self.adopt(scheduler)]
+        return self.of_call if handed_on is None and getattr(scheduler, "generator", None) is None else handed_on
 
     def step(self, scheduler, stock_step: Callable, arguments: dict):
         child = self.adopt(scheduler)
@@ -121,6 +134,8 @@ def _hooked_class(cls: type, session: _Session) -> type:
     def step(self, *args, **kwargs):
         arguments = dict(step_signature.bind(self, *args, **kwargs).arguments)
         arguments.pop("self")
+        if "generator" in step_signature.parameters:
+            arguments["generator"] = session.generator(self, arguments.get("generator"))
         return session.step(self, cls.step, arguments)
 
     def set_timesteps(self, *args, **kwargs):
@@ -227,6 +242,18 @@ def encoded_prompt(pipeline, call: dict):
 
 
 @contextmanager
+def _no_cast_weights_kept() -> Iterator[None]:
+    """Autocast keeps the weights that it has cast. Before the fix of pytorch#112583, one that was cast under `no_grad` stays without a
+    graph until autocast is left, so that a trainable weight of float32 gets no gradient: here calls with and without gradients alternate."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@contextmanager
 def _quiet(pipeline) -> Iterator[None]:
     before = dict(getattr(pipeline, "_progress_bar_config", {}))
     pipeline.set_progress_bar_config(**{**before, "disable": True})
@@ -258,6 +285,7 @@ def drive(
     begin_index: int | None = None,
     needs_denoiser: Callable[[int], bool] | None = None,
     memory: PromptMemory | None = None,
+    noise: Generator = None,
 ):
     """Call `pipeline(**call)` and hand each scheduler step to `on_step`; return the pipeline's output.
 
@@ -268,6 +296,8 @@ def drive(
         begin_index: the solver's position at the first of them, where they repeat and it could not tell.
         needs_denoiser: of solver step k, whether its denoiser calls must be real. None: all are.
         memory: remembers encoded prompts across calls.
+        noise: what the steps draw with, whatever the pipeline hands on to them; a list has one generator a sample, and copies of the
+            scheduler get streams of their own. None: what the pipeline hands on, or else the call's own `generator`.
 
     Everything is restored when it returns or raises.
 
@@ -276,10 +306,11 @@ def drive(
     """
     if gradients:
         _refuse_offloading(pipeline)
-    session = _Session(on_step, timesteps, begin_index)
+    session = _Session(on_step, timesteps, begin_index, noise, call.get("generator"))
     with ExitStack() as stack:
         stack.enter_context(_hooked(pipeline.scheduler, session))
         stack.enter_context(_quiet(pipeline))
+        stack.enter_context(_no_cast_weights_kept())
         if needs_denoiser is not None:
             for module in denoisers(pipeline).values():
                 stack.enter_context(_gated(module, lambda: needs_denoiser(session.taken[0])))

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import lora
-from .calls import Calls, noise_seed, seeded
+from .calls import Calls, seeded
 from .condition import Condition
 from .driver import Step
 from .latent_layout import LatentLayout
+from .noise import noise_seed, step_streams
 from .prediction import Prediction
 from .schedulers import sde_twin
 from .schedulers.scheduling_utils import SDESchedulerMixin, put_in_place
@@ -89,7 +91,7 @@ class Policy(Calls):
             condition = self.condition(prompts, seeds=seeds, step_seeds=step_seeds, per_sample=per_sample, **call_kwargs)
         condition = seeded(condition, generator)
         tape = Tape()
-        with self._noise(condition.step_seeds or condition.seeds, deterministic):
+        with self._noise(condition, deterministic):
             self._drive(condition, tape.record)
         return tape.trajectory(condition)
 
@@ -100,7 +102,8 @@ class Policy(Calls):
         steps: list[int] | None = None,
         condition: Condition | None = None,
     ) -> None:
-        """One pass of the pipeline with the recorded actions forced, under the current weights and autograd mode.
+        """One pass of the pipeline with the recorded actions forced, under the current weights and autograd mode. Under the weights of
+        the rollout the log-probabilities are its own, bit for bit where kernels round alike with and without gradients (as on the CPU).
 
         `on_step(k, transition)` may call `backward`: each step's graph stands alone, so memory stays one denoiser step's.
         The actions of `trajectory.children` are forced as well, but their transitions are not handed out.
@@ -117,7 +120,7 @@ class Policy(Calls):
 
         def force(step: Step) -> Tensor:
             tape = trajectory if step.child == 0 else trajectory.children[step.child - 1]
-            action = tape.actions[:, step.k].to(step.sample.device)
+            action = step.like(tape.actions[:, step.k])
             if step.k not in wanted:
                 step.skip()
                 return action
@@ -162,7 +165,7 @@ class Policy(Calls):
             tape = trajectory if step.child == 0 else trajectory.children[step.child - 1]
             if step.k < k:
                 step.skip()
-                return tape.actions[:, step.k].to(step.sample.device)
+                return step.like(tape.actions[:, step.k])
             if step.k == k:
                 check_state(step, tape)
             drawn = step.run().prev_sample
@@ -172,21 +175,23 @@ class Policy(Calls):
 
         own = trajectory.condition.step_seeds or trajectory.condition.seeds
         # Not the rollout's own stream again: its first draws are in state k already.
-        with self._noise(seeds or (own and [noise_seed(seed, "complete", k) for seed in own]), deterministic):
+        seeds = seeds or (own and [noise_seed(seed, "complete", k) for seed in own])
+        with self._noise(replace(trajectory.condition, step_seeds=seeds), deterministic):
             self._drive(trajectory.condition, go, needs_denoiser=lambda step: step >= k)
         return last[0]
 
     @contextmanager
-    def _noise(self, seeds: list[int] | None, deterministic: bool) -> Iterator[None]:
-        """The steps' noise comes from streams of its own: pipelines may or may not draw from theirs in between."""
-        scheduler, before = self.scheduler, (self.scheduler.generator, self.scheduler.deterministic)
+    def _noise(self, condition: Condition, deterministic: bool) -> Iterator[None]:
+        """Within, the steps draw from streams of their own: pipelines may or may not draw from theirs in between, or hand them on. A
+        stock solver draws as in a stock call, unless the condition has seeds for its steps."""
+        scheduler, before = self.scheduler, (self._streams, getattr(self.scheduler, "deterministic", False))
+        is_twin = isinstance(scheduler, SDESchedulerMixin)
+        self._streams = step_streams(condition.step_seeds or (condition.seeds if is_twin else None))
         scheduler.deterministic = deterministic
-        if seeds is not None:
-            scheduler.generator = [torch.Generator("cpu").manual_seed(noise_seed(seed, "steps")) for seed in seeds]
         try:
             yield
         finally:
-            scheduler.generator, scheduler.deterministic = before
+            self._streams, scheduler.deterministic = before
 
     # --- single evaluations ----------------------------------------------------------------------------------------
 
@@ -214,7 +219,7 @@ class Policy(Calls):
 
         def put(step: Step) -> Tensor:
             step.skip()
-            return latents
+            return step.like(latents if step.child == 0 else step.sample)
 
         return _images(self._drive(condition, put, needs_denoiser=lambda k: False, output_type="pt"))
 

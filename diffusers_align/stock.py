@@ -39,5 +39,5 @@ def stock_images(policy: Policy, condition: Condition) -> Tensor:
     """
     if condition.seeds is None:
         raise ValueError("Images for a comparison need seeds: give condition(prompts, seeds=[...]) one for each prompt.")
-    with stock_solver(policy):
+    with stock_solver(policy), policy._noise(condition, deterministic=True):
         return _images(policy._drive(condition, lambda step: None, output_type="pt"))

@@ -412,6 +412,31 @@ def test_stochastic_rollouts_are_the_policys(family):
     assert it.gradient(kl.sum(), retain_graph=True).norm() > 0
 
 
+@pytest.mark.parametrize(
+    "family, solver, stochastic", [("sd15", "DDIMScheduler", True), ("sd3", None, True), ("sd15", "EulerAncestralDiscreteScheduler", False)]
+)
+def test_step_seeds_govern_the_noise_of_the_steps(family, solver, stochastic):
+    it = subject(family, solver)
+    conditions = [it.policy.condition(PROMPTS, seeds=SEEDS, step_seeds=seeds) for seeds in (None, [1, 2], [1, 2], [3, 4])]
+    stock, one, same, other = (differentiable_rollout(it.policy, c, grad_steps=[3], stochastic=stochastic, decode=False) for c in conditions)
+    assert all(torch.equal(r.states[0], stock.states[0]) for r in (one, same, other))
+    assert torch.equal(one.latents, same.latents)
+    assert not any(torch.equal(a.latents, b.latents) for a, b in ((one, other), (one, stock)))
+    again = outputs_along(it.policy, one)
+    close(again[3].next_state.detach(), one.steps[3].next_state.detach(), 1e-6)
+
+
+@pytest.mark.parametrize("family, solver", [("sd15", "DDIMScheduler"), ("sd3", None)])
+def test_a_generator_governs_a_stochastic_rollout(family, solver):
+    it = subject(family, solver)
+    condition = it.policy.condition(PROMPTS)
+    finals = []
+    for seed in (4, 4, 5):
+        generator = torch.Generator().manual_seed(seed)
+        finals.append(differentiable_rollout(it.policy, condition, grad_steps=[3], stochastic=True, decode=False, generator=generator).latents)
+    assert torch.equal(finals[0], finals[1]) and not torch.equal(finals[0], finals[2])
+
+
 # --- single evaluations: DRaFT-LV and SRPO -------------------------------------------------------------------------------
 
 

@@ -5,11 +5,19 @@ import inspect
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
 from tiny_pipelines import FAMILIES
 
 from diffusers_align.driver import denoisers, drive
 from diffusers_align.prompt_memory import PromptMemory
+from diffusers_align.schedulers import sde_twin
 
 CALL = {"prompt": ["a cat"], "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent", "height": 16, "width": 16}
 
@@ -117,6 +125,62 @@ def test_copies_of_the_scheduler_are_children_with_steps_of_their_own(pipeline):
     drive(pipeline, on_step, call())
     assert [s for s in seen if s[0] == 0] == [(0, 0), (0, 1), (0, 2)]
     assert [s for s in seen if s[0] == 1] == [(1, 0), (1, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_without_noise_of_their_own_the_steps_draw_from_the_calls_generator(family):
+    """One pipeline hands its generator to the scheduler, the other does not; no draw is the global generator's."""
+    pipeline = FAMILIES[family].build()
+    pipeline.scheduler = sde_twin(pipeline.scheduler)
+    own = {**FAMILIES[family].call, "prompt": ["a cat"], "output_type": "latent"}
+
+    def sample(seed, **options):
+        return drive(pipeline, lambda step: None, {**own, "generator": torch.Generator().manual_seed(seed)}, **options)[0]
+
+    assert torch.equal(sample(0), sample(0)) and not torch.equal(sample(0), sample(1))
+    streams = [sample(0, noise=[torch.Generator().manual_seed(seed)]) for seed in (5, 5, 6)]
+    assert torch.equal(streams[0], streams[1]) and not torch.equal(streams[0], streams[2])
+
+
+@pytest.mark.parametrize("solver", [DDPMScheduler, EulerAncestralDiscreteScheduler])
+def test_a_stock_solver_draws_from_the_noise_that_it_is_given(pipeline, solver):
+    pipeline.scheduler = solver.from_config(pipeline.scheduler.config)
+    expected = pipeline(**call())[0]
+    given = [drive(pipeline, lambda step: None, call(), noise=torch.Generator().manual_seed(seed))[0] for seed in (5, 5, 6)]
+    assert torch.equal(drive(pipeline, lambda step: None, call())[0], expected)
+    assert torch.equal(given[0], given[1]) and not torch.equal(given[0], given[2]) and not torch.equal(given[0], expected)
+
+
+def test_copies_of_the_scheduler_draw_from_streams_of_their_own(pipeline):
+    pipeline.scheduler = sde_twin(pipeline.scheduler)
+    drawn, copies = {}, []
+
+    def on_step(step):
+        if step.child == 0 and step.k == 0:
+            copies.extend(copy.deepcopy(step.scheduler) for _ in range(2))
+            for child in copies:
+                child.step(step.model_output, step.timestep, step.sample)
+        if step.k == 0:
+            drawn[step.child] = step.run().prev_sample
+
+    drive(pipeline, on_step, call(), noise=[torch.Generator().manual_seed(5)])
+    assert sorted(drawn) == [0, 1, 2]
+    assert not any(torch.equal(drawn[a], drawn[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_autocast_keeps_no_cast_weights_during_a_call(pipeline, gradients):
+    """Weights that were cast without gradients must not be taken where there are some."""
+    seen = []
+
+    def look(step):
+        seen.append(torch.is_autocast_cache_enabled())
+        if step.k == 1:
+            raise RuntimeError("stop")
+
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="stop"):
+        drive(pipeline, look, call(), gradients=gradients)
+    assert seen == [False, False] and torch.is_autocast_cache_enabled()
 
 
 def test_a_pipeline_without_denoiser_is_refused():

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from tiny_pipelines import FAMILIES, Family
 from torch import Tensor, nn
 
-from diffusers_align import Policy, Trajectory
+from diffusers_align import Policy, Trajectory, transition
 
 # From diffusers itself: one picture for two prompts, and a solver's tables built from tensors.
 pytestmark = [
@@ -88,6 +88,10 @@ def autoencoded(vae: nn.Module, images: Tensor) -> Tensor:
     return (decoded / 2 + 0.5).clamp(0, 1)
 
 
+def correlation(a: Tensor, b: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
@@ -115,6 +119,39 @@ def test_a_sample_depends_on_neither_its_batch_nor_its_neighbours(subject):
     alone = subject.policy.rollout(together.condition.select([1]))
     assert relative_error(alone.final, together.final[1:]) <= 1e-3
     assert relative_error(alone.final, together.final[:1]) > 1e-2
+
+
+def test_step_seeds_govern_the_noise_of_the_steps_alone(subject):
+    """Also where the pipeline hands a generator of its own to the scheduler."""
+    first, again, other = (subject.policy.rollout(PROMPTS, seeds=SEEDS, step_seeds=seeds) for seeds in ([21, 22], [21, 22], [21, 23]))
+    assert torch.equal(first.states[:, 0], subject.trajectory.states[:, 0]) and torch.equal(other.states[:, 0], first.states[:, 0])
+    assert torch.equal(again.samples, first.samples)
+    assert torch.equal(other.final[0], first.final[0])
+    for a, b in ((first.final, subject.trajectory.final), (other.final[1], first.final[1]), (first.final[0], first.final[1])):
+        assert relative_error(a, b) > 1e-2
+    assert torch.equal(subject.policy.rollout(PROMPTS, seeds=SEEDS, step_seeds=SEEDS).samples, subject.trajectory.samples)
+
+
+def test_the_noise_of_a_stochastic_completion_is_its_own(subject, monkeypatch):
+    policy, trajectory, drawn = subject.policy, subject.trajectory, []
+
+    def keep(*args, **kwargs):
+        drawn.append(draw(*args, **kwargs))
+        return drawn[-1]
+
+    draw = transition.randn_tensor
+    monkeypatch.setattr(transition, "randn_tensor", keep)
+    policy.rollout(PROMPTS, seeds=SEEDS)
+    of_rollout = drawn.copy()
+    start = len(of_rollout) - 2  # two draws at least are left to make
+    k = stochastic_steps(trajectory)[start]
+    finals = [policy.complete(trajectory, k, deterministic=False, seeds=seeds) for seeds in (None, None, [7, 8], [8, 7])]
+    default, same, seven, eight = (drawn[len(of_rollout) + 2 * i :][:2] for i in range(4))
+    assert torch.equal(finals[0], finals[1]) and torch.equal(torch.stack(default), torch.stack(same))
+    assert relative_error(finals[2], finals[0]) > 1e-2 and relative_error(finals[3], finals[2]) > 1e-2
+    for noise in (*default, *seven, *eight):
+        others = [other for other in (*of_rollout, *default, *seven) if other is not noise]
+        assert max(abs(correlation(noise, other)) for other in others) < 0.3
 
 
 def test_a_second_policy_on_the_same_pipeline_samples_the_same(subject):

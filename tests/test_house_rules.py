@@ -17,8 +17,8 @@ MAX_FUNCTION, MAX_FILE = 60, 330
 
 # What each part of the package may import of the package: dependencies point one way.
 BELOW_POLICY = {
-    "calls", "condition", "prediction", "driver", "forward_process", "initial_noise", "latent_layout", "lora", "prompt_memory", "schedulers", "tape",
-    "trajectory", "transition",
+    "calls", "condition", "prediction", "driver", "forward_process", "initial_noise", "latent_layout", "lora", "noise", "prompt_memory", "schedulers",
+    "tape", "trajectory", "transition",
 }  # fmt: skip
 LAYERS = {
     "transition": set(),
@@ -26,6 +26,7 @@ LAYERS = {
     "initial_noise": set(),
     "latent_layout": set(),
     "lora": set(),
+    "noise": set(),
     "prompt_memory": set(),
     "data": set(),
     "embedded": set(),

@@ -1,8 +1,10 @@
 """What `Policy` promises beyond families: memory, micro-batches, reproducibility, errors that help."""
 
+import copy
+
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableDiffusion3Pipeline
 from tiny_pipelines import FAMILIES
 
 from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, Policy, noise_seed
@@ -245,3 +247,88 @@ def test_a_lora_that_is_only_loaded_is_frozen(tmp_path):
     loaded = Policy(FAMILIES["sd3"].build(), **FAMILIES["sd3"].call)
     loaded.load_lora(tmp_path)
     assert loaded.trainable_parameters() == []
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart_sigma"])
+def test_a_plain_call_with_an_sde_scheduler_is_governed_by_its_generator(name):
+    policy, _, _ = make(name)
+    call = {**FAMILIES[name].call, "prompt": PROMPTS[0], "output_type": "latent"}
+    finals = [policy.pipeline(**call, generator=torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2)]
+    assert torch.equal(finals[0], finals[1]) and not torch.equal(finals[0], finals[2])
+    assert policy.scheduler.generator is None
+
+
+def test_a_pipeline_that_takes_one_time_a_batch_is_said_once_and_a_broken_device_is_not_taken_for_one(caplog, monkeypatch):
+    policy, trajectory, _ = make("sd15_img2img")
+    times = trajectory.timesteps[[1, 1, -1, -1]]
+    for _ in range(2):
+        policy.predict(trajectory.final, times, trajectory.condition)
+    assert len(caplog.messages) == 1
+    assert "StableDiffusionImg2ImgPipeline takes one time a batch" in caplog.text and "cost one denoiser call a time" in caplog.text
+    policy, trajectory, _ = make("sd3")
+    with torch.no_grad():
+        policy.guidance_off(trajectory.condition)
+    together = policy._prediction._together
+
+    def broken(latents, timesteps, condition, overrides):
+        if timesteps.ndim:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return together(latents, timesteps, condition, overrides)
+
+    monkeypatch.setattr(policy._prediction, "_together", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        policy.predict(trajectory.final, times, trajectory.condition)
+
+
+def test_a_batch_that_is_evaluated_at_one_time_is_found_also_where_the_asked_times_are_near_each_other(caplog, monkeypatch):
+    """The denoiser here looks at the first sample's time alone, as one with a scalar embedding would."""
+    policy, trajectory, _ = make("sd3")
+    forward = policy.pipeline.transformer.forward
+
+    def first_time_only(*args, timestep, **kwargs):
+        return forward(*args, timestep=timestep[:1].expand(len(timestep)), **kwargs)
+
+    monkeypatch.setattr(policy.pipeline.transformer, "forward", first_time_only)
+    times = torch.tensor([500.0, 500.001, 500.002, 500.003])
+    with torch.no_grad():
+        policy.predict(trajectory.final, times, trajectory.condition)
+        apart = torch.tensor([100.0, 400.0, 700.0, 900.0])
+        together = policy.predict(trajectory.final, apart, trajectory.condition)
+        alone = torch.cat([policy.predict(trajectory.final[[i]], apart[[i]], trajectory.condition.select([i])) for i in range(4)])
+    assert "its batch is evaluated at one of them" in caplog.text
+    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+
+
+class WithSound(StableDiffusion3Pipeline):
+    """Denoises a second modality beside the first, with a copy of its scheduler."""
+
+    def __call__(self, prompt=None, height=16, width=16, num_inference_steps=4, guidance_scale=3.0, generator=None, output_type="pil", max_sequence_length=32):
+        scheduler, sound = copy.deepcopy(self.scheduler), torch.ones(len(prompt), 6)
+        scheduler.set_timesteps(num_inference_steps)
+
+        def step(pipeline, k, t, tensors):
+            nonlocal sound
+            sound = scheduler.step(torch.tanh(sound), scheduler.timesteps[k], sound, return_dict=False)[0]
+            assert sound.shape == (len(prompt), 6)
+            return tensors
+
+        return super().__call__(
+            prompt, height=height, width=width, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, generator=generator,
+            output_type=output_type, max_sequence_length=max_sequence_length, callback_on_step_end=step,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_second_modality_keeps_its_own_latents():
+    parts = FAMILIES["sd3"].build()
+    policy, alone = Policy(WithSound(**parts.components)), Policy(parts, **FAMILIES["sd3"].call)
+    trajectory, expected = policy.rollout(PROMPTS, seeds=SEEDS), alone.rollout(PROMPTS, seeds=SEEDS)
+    assert torch.equal(trajectory.final, expected.final) and trajectory.children[0].final.shape == (4, 6)
+    assert not torch.equal(trajectory.children[0].final[0], trajectory.children[0].final[1])
+    images = policy.decode(trajectory.final, trajectory.condition)
+    assert torch.equal(images, alone.decode(expected.final, expected.condition))
+    times = trajectory.timesteps[[1, 1, 2, 2]]
+    assert torch.equal(policy.predict(trajectory.final, times, trajectory.condition), alone.predict(expected.final, times, expected.condition))
+    assert torch.equal(policy.encode(images, trajectory.condition), alone.encode(images, expected.condition))
+    kernels = policy.transitions(trajectory)
+    assert all(torch.equal(kernel.log_prob(trajectory.actions[:, k]), trajectory.log_probs[:, k]) for k, kernel in kernels.items())

@@ -1,5 +1,6 @@
 import copy
 import inspect
+import itertools
 import json
 import types
 
@@ -17,6 +18,8 @@ SHAPE = (2, 4, 4, 4)
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
 NOISE = {"flow_grpo": 0.7, "dance_grpo": 0.3, "memoryless": 1.0, "memoryless_em": 1.0, "cps": 0.8}
 SIGMAS = [1, 0.96013, 0.91335, 0.85769, 0.79037, 0.70728, 0.60215, 0.46488, 0.27805, 0.00893, 0]
+
+
 STD = {
     "flow_grpo": [0.70000, 0.74296, 0.53615, 0.44590, 0.39179, 0.35280, 0.31907, 0.28201, 0.22536, 0.00628],
     "dance_grpo": [0.05990, 0.06489, 0.07077, 0.07784, 0.08648, 0.09727, 0.11115, 0.12967, 0.15563, 0.02835],
@@ -443,6 +446,34 @@ def test_log_prob_is_that_of_the_rounded_action(make, dtype):
     unrounded = transition.sample(gen(5), dtype)
     assert torch.equal(unrounded.to(dtype), step.prev_sample)
     assert not torch.equal(step.log_prob, transition.log_prob(unrounded))
+
+
+@BOTH
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("of_state, of_output", [*itertools.permutations([torch.float32, torch.bfloat16, torch.float16, torch.float64], 2)])
+def test_what_a_step_returns_has_the_states_dtype_and_layout(make, deterministic, of_state, of_output):
+    scheduler = make()
+    scheduler.deterministic = deterministic
+    state = randn(1, dtype=of_state).to(memory_format=torch.channels_last)
+    out = scheduler.step(randn(0, dtype=of_output), scheduler.timesteps[0], state, generator=gen(5))
+    assert out.prev_sample.dtype == out.pred_original_sample.dtype == of_state
+    assert out.prev_sample.stride() == state.stride()
+    assert (out.log_prob is None) == deterministic
+
+
+def test_noise_without_a_density_is_refused():
+    with pytest.raises(ValueError, match="no log-probability here; sde_type='cps' with noise_level=1"):
+        FlowMatchSDEScheduler(stochastic_sampling=True)
+    stock, kernel = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), flow("cps", noise_level=1.0, shift=1.0)
+    stock.set_timesteps(10)
+    drawn = (s.step(randn(0), stock.timesteps[3], randn(1), generator=gen(5)).prev_sample for s in (stock, kernel))
+    torch.testing.assert_close(*drawn)
+    twin = sde_twin(stock)
+    twin.set_timesteps(10)
+    twin.deterministic = True
+    euler = FlowMatchEulerDiscreteScheduler()
+    euler.set_timesteps(10)
+    assert torch.equal(*(s.step(randn(0), euler.timesteps[0], randn(1)).prev_sample for s in (twin, euler)))
 
 
 @BOTH

@@ -182,7 +182,7 @@ class WrappedPipeline(DiffusionPipeline):
 
         def put(step: Step) -> Tensor:
             step.skip()
-            return final[step.child]
+            return step.like(final[step.child])
 
         quiet = {name: None for name in ("callback_on_step_end", "callback") if name in condition.kwargs}
         return self.drive(condition, generator, put, gradients=torch.is_grad_enabled(), needs_denoiser=lambda k: False, **quiet, **overrides)

@@ -212,7 +212,7 @@ class _Run:
             return None, None
         kernel = start.transition
         shifted = smc.twist(kernel.mean, kernel.std, gradient)
-        dtype = start.outputs[0].dtype
+        dtype = start.states[0].dtype
         drawn = GaussianTransition(shifted, kernel.std).sample(self.walk.noise(rows), dtype).to(dtype)
         return drawn, smc.proposal_log_ratio(drawn, kernel.mean, shifted, kernel.std)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..condition import Condition
 from ..driver import Step
-from ..policy import noise_seed
+from ..noise import step_streams
 from ..transition import GaussianTransition
 from .base import Generators, WrappedPipeline
 
@@ -75,10 +75,7 @@ class Walk:
     def __init__(self, wrapped: WrappedPipeline, condition: Condition, seeds: list[int], batch_size: int | None = None):
         self.wrapped, self.condition, self.seeds = wrapped, condition, seeds
         self.batch_size = batch_size or len(seeds)
-        # Some pipelines hand theirs on to the scheduler, others leave the noise to it.
-        self._handed_on = False
-        self._of_pipeline = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._of_steps = [torch.Generator().manual_seed(noise_seed(seed, "steps")) for seed in seeds]
+        self._streams = step_streams(seeds)
 
     def batches(self) -> Iterator[list[int]]:
         """The particles of each call."""
@@ -87,11 +84,10 @@ class Walk:
 
     def noise(self, rows: list[int]) -> list[torch.Generator]:
         """What draws the steps' noise of these particles."""
-        streams = self._of_pipeline if self._handed_on else self._of_steps
-        return [streams[i] for i in rows]
+        return [self._streams[i] for i in rows]
 
     def fresh(self, rows: list[int]) -> list[torch.Generator]:
-        """What the pipeline draws with before its first step, again."""
+        """What the pipeline itself draws with, from the start at each call."""
         return [torch.Generator().manual_seed(self.seeds[i]) for i in rows]
 
     @cached_property
@@ -119,7 +115,6 @@ class Walk:
             gradients: keep the graph from the state at `stop` to the predicted clean sample.
         """
         first, found, final = -1 if start is None else start.k, {}, {}
-        generator = self.fresh(rows) if start else [self._of_pipeline[i] for i in rows]
 
         def move(step: Step) -> Tensor | None:
             if step.k == stop:
@@ -127,11 +122,10 @@ class Walk:
                 return step.sample
             if step.k < first:
                 step.skip()
-                return start.states[step.child].to(step.sample)
-            resumed = {"sample": start.states[step.child], "model_output": start.outputs[step.child]} if step.k == first else {}
+                return step.like(start.states[step.child])
+            resumed = {"sample": step.like(start.states[step.child]), "model_output": start.outputs[step.child]} if step.k == first else {}
             if resumed and drawn is not None and step.child == 0:
-                resumed["prev_sample"] = drawn
-            self._handed_on = step.generator is not None
+                resumed["prev_sample"] = step.like(drawn)
             moved = step.run(**resumed, generator=self.noise(rows)).prev_sample
             final[step.child] = moved.detach()
             # A leaf before the denoiser that is asked next: its graph is one call's.
@@ -144,7 +138,7 @@ class Walk:
 
         try:
             with torch.set_grad_enabled(gradients):
-                self._drive(rows, generator, move, needs_denoiser=needs_denoiser)
+                self._drive(rows, self.fresh(rows), move, needs_denoiser=needs_denoiser)
         except _Leave:
             self.wrapped.pipeline.maybe_free_model_hooks()
         return _arrived(stop, found) if stop is not None else _ended(final)

@@ -70,6 +70,8 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
             time_shift_type=time_shift_type,
             stochastic_sampling=stochastic_sampling,
         )
+        if stochastic_sampling:
+            raise ValueError("stochastic_sampling draws noise that has no log-probability here; sde_type='cps' with noise_level=1 draws the same.")
         if sde_type not in KERNELS:
             raise ValueError(f"Unknown sde_type {sde_type!r}; choose one of {', '.join(KERNELS)}.")
         levels = [noise_level] if isinstance(noise_level, (int, float)) else noise_level
@@ -179,13 +181,13 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
         if self.kernel(k).std == 0:
             stock = FlowMatchEulerDiscreteScheduler.step(self, model_output, timestep, sample, generator=generator, per_token_timesteps=per_token_timesteps)
             clean = self._clean(k, model_output, sample) if per_token_timesteps is None else None
-            output = self._deterministic_output(stock, prev_sample, clean)
+            output = self._deterministic_output(stock, sample, prev_sample, clean)
         elif per_token_timesteps is not None:
             raise ValueError("Timesteps that differ within a sample have no stochastic kernel here; set noise_level=0 for this pipeline.")
         else:
             transition = self._transition(k, model_output, sample)
             clean = self._clean(k, model_output, sample)
-            output = self._score(transition, clean, model_output.dtype, generator, prev_sample)
+            output = self._score(transition, sample, clean, generator, prev_sample)
             self._step_index += 1
         return output if return_dict else (output.prev_sample,)
 

@@ -19,8 +19,8 @@ class SDESchedulerOutput(BaseOutput):
     """The output of `step`: diffusers' fields first, then what a policy needs.
 
     Attributes:
-        prev_sample: (B, *D), the next state x_{t-1}, in the dtype of the pipeline.
-        pred_original_sample: (B, *D), the clean sample that the model predicts.
+        prev_sample: (B, *D), the next state x_{t-1}, in the dtype and the memory layout of the state before it.
+        pred_original_sample: (B, *D), the clean sample that the model predicts, in the same dtype.
         log_prob: (B,) nats, of `prev_sample` as returned (after rounding); None at deterministic steps.
         prev_sample_mean: (B, *D), the kernel's mean, float32; at deterministic steps the stock step's result.
         std: (1, ..., 1) float32, the kernel's standard deviation; 0 at deterministic steps.
@@ -38,7 +38,8 @@ class SDESchedulerMixin:
     with its parent's parameter list.
 
     Runtime state lives in plain attributes, never in the config:
-        generator: draws the noise where the pipeline passes none (flow-matching pipelines never do); a list seeds each sample.
+        generator: draws the noise where the pipeline passes none (flow-matching pipelines never do); a list seeds each sample. A policy
+            leaves it alone: its steps draw from streams that `driver.drive` hands to `step`.
         deterministic: True turns every step into the parent's own, bit for bit (evaluation, completions).
         replaced: the scheduler that it took the place of in a pipeline, if it did.
     """
@@ -69,19 +70,21 @@ class SDESchedulerMixin:
         child = object.__new__(type(self))
         memo[id(self)] = child
         for name, value in self.__dict__.items():
-            child.__dict__[name] = _fork(value) if name == "generator" else copy.deepcopy(value, memo)
+            child.__dict__[name] = fork(value) if name == "generator" else copy.deepcopy(value, memo)
         return child
 
-    def _deterministic_output(self, stock, prev_sample: Tensor | None, clean: Tensor | None) -> SDESchedulerOutput:
-        drawn = stock.prev_sample
+    def _deterministic_output(self, stock, sample: Tensor, prev_sample: Tensor | None, clean: Tensor | None) -> SDESchedulerOutput:
+        drawn = as_state(stock.prev_sample, sample)
         std = torch.zeros([1] * drawn.ndim, device=drawn.device)
+        clean = None if clean is None else clean.to(sample.dtype)
         return SDESchedulerOutput(drawn if prev_sample is None else prev_sample, clean, None, drawn, std)
 
-    def _score(self, transition: GaussianTransition, clean: Tensor, dtype: torch.dtype, generator: Generator, prev_sample: Tensor | None) -> SDESchedulerOutput:
+    def _score(self, transition: GaussianTransition, sample: Tensor, clean: Tensor, generator: Generator, prev_sample: Tensor | None) -> SDESchedulerOutput:
         """Draw the next state unless it is given, round it as the pipeline will, and score what is left."""
         if prev_sample is None:
-            prev_sample = transition.sample(self.generator if generator is None else generator, dtype).to(dtype)
-        return SDESchedulerOutput(prev_sample, clean.to(dtype), transition.log_prob(prev_sample), transition.mean, transition.std)
+            drawn = transition.sample(self.generator if generator is None else generator, sample.dtype)
+            prev_sample = as_state(drawn, sample)
+        return SDESchedulerOutput(prev_sample, clean.to(sample.dtype), transition.log_prob(prev_sample), transition.mean, transition.std)
 
     @classmethod
     def _get_compatibles(cls):
@@ -100,10 +103,17 @@ def put_in_place(pipeline, scheduler: SDESchedulerMixin):
     return stock
 
 
-def _fork(generator: Generator) -> Generator:
+def as_state(x: Tensor, state: Tensor) -> Tensor:
+    """`x` (B, *D) in the dtype, on the device and in the memory layout of `state`: kernels round by all three, so a state that is handed
+    to the pipeline again must have what the pipeline's own had."""
+    alike = x.dtype == state.dtype and x.device == state.device and x.stride() == state.stride()
+    return x if alike else torch.empty_like(state).copy_(x)
+
+
+def fork(generator: Generator) -> Generator:
     """Generators whose streams differ from the given ones but are fixed by them."""
     if isinstance(generator, list):
-        return [_fork(g) for g in generator]
+        return [fork(g) for g in generator]
     if generator is None:
         return None
     return torch.Generator(generator.device).manual_seed((generator.initial_seed() * 6364136223846793005 + 1442695040888963407) % 2**63)

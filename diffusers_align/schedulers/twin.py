@@ -79,7 +79,9 @@ def _twin_class(scheduler) -> type:
 def _flow_twin(scheduler, config: dict, source: dict, sde_fields: dict) -> FlowMatchSDEScheduler:
     if type(scheduler).__name__.startswith("FlowMatch"):
         known = inspect.signature(FlowMatchSDEScheduler.__init__).parameters
-        return FlowMatchSDEScheduler.from_config({name: value for name, value in config.items() if name in known}, **sde_fields)
+        # The noise is the kernel's; what is left without it is the ODE.
+        config = {name: value for name, value in config.items() if name in known} | {"stochastic_sampling": False}
+        return FlowMatchSDEScheduler.from_config(config, **sde_fields)
     return FlowMatchSDEScheduler(num_train_timesteps=config["num_train_timesteps"], shift=config.get("flow_shift") or 1.0, source=source, **sde_fields)
 
 

@@ -58,7 +58,7 @@ class _Sampler:
         mean, std = output.prev_sample_mean[self.chosen], output.std
         kernel = GaussianTransition(mean.repeat_interleave(self.number, 0), std)
         stochastic = output.log_prob is not None
-        drawn = (kernel.sample(self.noise, step.sample.dtype) if stochastic else kernel.mean).to(step.sample.dtype)
+        drawn = step.like(kernel.sample(self.noise, step.sample.dtype) if stochastic else kernel.mean)
         state, first = step.sample[self.chosen], torch.arange(len(self.chosen)) * self.number
         self.chosen = first + resample(len(first), self.number, self.choice)
         log_prob = GaussianTransition(mean, std).log_prob(drawn[self.chosen]) if stochastic else torch.full((len(first),), torch.nan, dtype=torch.float64)
