@@ -132,8 +132,13 @@ class Calls:
     def _drive(self, condition: Condition, on_step, *, needs_denoiser=None, timesteps=None, **overrides: Any):
         return drive(
             self.pipeline, on_step, self._call(condition, **overrides), gradients=torch.is_grad_enabled(),
-            timesteps=timesteps, needs_denoiser=needs_denoiser, memory=self._memory,
+            timesteps=timesteps, needs_denoiser=needs_denoiser, memory=self._memory, global_seed=_global_seed(condition),
         )  # fmt: skip
+
+
+def _global_seed(condition: Condition) -> int | None:
+    """Of what a call draws from torch's global generators: the same whenever the condition is walked."""
+    return None if condition.seeds is None else noise_seed(condition.seeds, "global")
 
 
 def _check_arguments(pipeline: str, accepted: Collection[str], shared: dict[str, Any], per_sample: dict[str, Any], given: Collection[str]) -> None:

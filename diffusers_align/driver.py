@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +24,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .pipeline_state import own_arguments, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
 
 _OUTPUT_SHAPES: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
@@ -173,13 +176,15 @@ def _gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
         )
         if is_open():
             output = forward(*args, **kwargs)
-        elif key in shapes:
-            return pytree.tree_map(lambda leaf: torch.zeros(leaf[0], dtype=leaf[1], device=leaf[2]), shapes[key], is_leaf=lambda x: type(x) is _Shape)
+        elif shapes.get(key) is not None:
+            return pytree.tree_map(lambda leaf: leaf.zeros() if type(leaf) is _Shape else leaf, shapes[key], is_leaf=lambda x: type(x) is _Shape)
         else:
             with torch.no_grad():
                 output = forward(*args, **kwargs)
         if key not in shapes:
-            shapes[key] = pytree.tree_map_only(Tensor, lambda x: _Shape((x.shape, x.dtype, x.device)), output)
+            # A denoiser that returns more than numbers (a cache of keys and values) is called for real every time.
+            plain = all(isinstance(leaf, (Tensor, int, float, bool, str, NoneType)) for leaf in pytree.tree_leaves(output))
+            shapes[key] = pytree.tree_map_only(Tensor, lambda x: _Shape((x.shape, x.dtype, x.device)), output) if plain else None
         return output
 
     module.forward = gate
@@ -194,6 +199,9 @@ def _gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
 
 class _Shape(tuple):
     """(shape, dtype, device) of a tensor that a gated call stands in for."""
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self[0], dtype=self[1], device=self[2])
 
 
 class _Encoded(Exception):
@@ -217,8 +225,8 @@ def encoded_prompt(pipeline, call: dict):
 
     pipeline.__dict__[name] = encode_and_leave
     try:
-        with torch.no_grad():
-            inspect.unwrap(type(pipeline).__call__)(pipeline, **call)
+        with torch.no_grad(), restored_if_abandoned(pipeline):
+            inspect.unwrap(type(pipeline).__call__)(pipeline, **own_arguments(call))
     except _Encoded as encoded:
         return encoded.args[0]
     finally:
@@ -258,6 +266,7 @@ def drive(
     begin_index: int | None = None,
     needs_denoiser: Callable[[int], bool] | None = None,
     memory: PromptMemory | None = None,
+    global_seed: int | None = None,
 ):
     """Call `pipeline(**call)` and hand each scheduler step to `on_step`; return the pipeline's output.
 
@@ -268,16 +277,19 @@ def drive(
         begin_index: the solver's position at the first of them, where they repeat and it could not tell.
         needs_denoiser: of solver step k, whether its denoiser calls must be real. None: all are.
         memory: remembers encoded prompts across calls.
+        global_seed: of what the pipeline draws from torch's global generators, which are as before afterwards; None leaves them alone.
 
-    Everything is restored when it returns or raises.
+    Everything is restored when it returns or raises, and the pipeline gets copies of the call's lists, dicts and tensors.
 
     Raises:
-        ValueError: gradients through an offloaded component.
+        ValueError: gradients through an offloaded component, or a pipeline that reads what the scheduler does not have.
     """
     if gradients:
         _refuse_offloading(pipeline)
     session = _Session(on_step, timesteps, begin_index)
     with ExitStack() as stack:
+        stack.enter_context(restored_if_abandoned(pipeline))
+        stack.enter_context(seeded_globally(global_seed, pipeline.device))
         stack.enter_context(_hooked(pipeline.scheduler, session))
         stack.enter_context(_quiet(pipeline))
         if needs_denoiser is not None:
@@ -286,4 +298,12 @@ def drive(
         if memory is not None:
             stack.enter_context(memory.installed(pipeline))
         stack.enter_context(torch.set_grad_enabled(gradients))
-        return inspect.unwrap(type(pipeline).__call__)(pipeline, **call)
+        try:
+            return inspect.unwrap(type(pipeline).__call__)(pipeline, **own_arguments(call))
+        except AttributeError as error:
+            if lacks := re.fullmatch(rf"'({type(pipeline.scheduler).__name__}|FrozenDict)' object has no attribute '(\w+)'", str(error)):
+                raise ValueError(
+                    f"{type(pipeline).__name__} reads {lacks[2]!r} of its scheduler, which {type(pipeline.scheduler).__name__} does not have: this pipeline "
+                    "works with a scheduler of its own only, and that one is no policy."
+                ) from error
+            raise
