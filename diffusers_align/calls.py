@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .condition import Condition, belongs_to_samples, is_embedding, number_of_samples
 from .driver import denoisers, drive, encoded_prompt
+from .noise import noise_seed
 from .prompt_memory import PromptMemory, Store
 from .schedulers.scheduling_utils import SDESchedulerMixin
 
@@ -127,8 +128,13 @@ class Calls:
     def _drive(self, condition: Condition, on_step, *, needs_denoiser=None, timesteps=None, **overrides: Any):
         return drive(
             self.pipeline, on_step, self._call(condition, **overrides), gradients=torch.is_grad_enabled(),
-            timesteps=timesteps, needs_denoiser=needs_denoiser, memory=self._memory, noise=self._streams,
+            timesteps=timesteps, needs_denoiser=needs_denoiser, memory=self._memory, noise=self._streams, global_seed=_global_seed(condition),
         )  # fmt: skip
+
+
+def _global_seed(condition: Condition) -> int | None:
+    """Of what a call draws from torch's global generators: the same whenever the condition is walked."""
+    return None if condition.seeds is None else noise_seed(condition.seeds, "global")
 
 
 def _check_arguments(pipeline: str, accepted: Collection[str], shared: dict[str, Any], per_sample: dict[str, Any], given: Collection[str]) -> None:

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate.hooks import CpuOffload
 from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .pipeline_state import no_cast_weights_kept, own_arguments, quiet, refuse_offloading, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
 from .schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork
 
@@ -188,13 +190,15 @@ def _gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
         )
         if is_open():
             output = forward(*args, **kwargs)
-        elif key in shapes:
-            return pytree.tree_map(lambda leaf: torch.zeros(leaf[0], dtype=leaf[1], device=leaf[2]), shapes[key], is_leaf=lambda x: type(x) is _Shape)
+        elif shapes.get(key) is not None:
+            return pytree.tree_map(lambda leaf: leaf.zeros() if type(leaf) is _Shape else leaf, shapes[key], is_leaf=lambda x: type(x) is _Shape)
         else:
             with torch.no_grad():
                 output = forward(*args, **kwargs)
         if key not in shapes:
-            shapes[key] = pytree.tree_map_only(Tensor, lambda x: _Shape((x.shape, x.dtype, x.device)), output)
+            # A denoiser that returns more than numbers (a cache of keys and values) is called for real every time.
+            plain = all(isinstance(leaf, (Tensor, int, float, bool, str, NoneType)) for leaf in pytree.tree_leaves(output))
+            shapes[key] = pytree.tree_map_only(Tensor, lambda x: _Shape((x.shape, x.dtype, x.device)), output) if plain else None
         return output
 
     module.forward = gate
@@ -209,6 +213,9 @@ def _gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
 
 class _Shape(tuple):
     """(shape, dtype, device) of a tensor that a gated call stands in for."""
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self[0], dtype=self[1], device=self[2])
 
 
 class _Encoded(Exception):
@@ -232,47 +239,13 @@ def encoded_prompt(pipeline, call: dict):
 
     pipeline.__dict__[name] = encode_and_leave
     try:
-        with torch.no_grad():
-            inspect.unwrap(type(pipeline).__call__)(pipeline, **call)
+        with torch.no_grad(), restored_if_abandoned(pipeline):
+            inspect.unwrap(type(pipeline).__call__)(pipeline, **own_arguments(call))
     except _Encoded as encoded:
         return encoded.args[0]
     finally:
         del pipeline.__dict__[name]
     raise ValueError(f"{type(pipeline).__name__}'s call does not use its {name}, so its prompts have no features; do without them (--no-value_baseline).")
-
-
-@contextmanager
-def _no_cast_weights_kept() -> Iterator[None]:
-    """Autocast keeps the weights that it has cast. Before the fix of pytorch#112583, one that was cast under `no_grad` stays without a
-    graph until autocast is left, so that a trainable weight of float32 gets no gradient: here calls with and without gradients alternate."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-
-
-@contextmanager
-def _quiet(pipeline) -> Iterator[None]:
-    before = dict(getattr(pipeline, "_progress_bar_config", {}))
-    pipeline.set_progress_bar_config(**{**before, "disable": True})
-    try:
-        yield
-    finally:
-        pipeline._progress_bar_config = before
-
-
-def _refuse_offloading(pipeline) -> None:
-    """Weights that move from device to device, as one module after another is called, are not there on the way back."""
-    for name, component in pipeline.components.items():
-        for module in component.modules() if isinstance(component, nn.Module) else ():
-            hook = getattr(module, "_hf_hook", None)
-            if any(isinstance(h, CpuOffload) or getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
-                raise ValueError(
-                    f"The pipeline's {name} is offloaded, and its weights would be elsewhere when a gradient comes back. Gradients need them in place: "
-                    "load the pipeline without offloading and move it, pipe.to(device); where none is wanted, call under torch.no_grad()."
-                )
 
 
 def drive(
@@ -286,6 +259,7 @@ def drive(
     needs_denoiser: Callable[[int], bool] | None = None,
     memory: PromptMemory | None = None,
     noise: Generator = None,
+    global_seed: int | None = None,
 ):
     """Call `pipeline(**call)` and hand each scheduler step to `on_step`; return the pipeline's output.
 
@@ -298,23 +272,34 @@ def drive(
         memory: remembers encoded prompts across calls.
         noise: what the steps draw with, whatever the pipeline hands on to them; a list has one generator a sample, and copies of the
             scheduler get streams of their own. None: what the pipeline hands on, or else the call's own `generator`.
+        global_seed: of what the pipeline draws from torch's global generators, which are as before afterwards; None leaves them alone.
 
-    Everything is restored when it returns or raises.
+    Everything is restored when it returns or raises, and the pipeline gets copies of the call's lists, dicts and tensors.
 
     Raises:
-        ValueError: gradients through an offloaded component.
+        ValueError: gradients through an offloaded component, or a pipeline that reads what the scheduler does not have.
     """
     if gradients:
-        _refuse_offloading(pipeline)
+        refuse_offloading(pipeline)
     session = _Session(on_step, timesteps, begin_index, noise, call.get("generator"))
     with ExitStack() as stack:
+        stack.enter_context(restored_if_abandoned(pipeline))
+        stack.enter_context(seeded_globally(global_seed, pipeline.device))
         stack.enter_context(_hooked(pipeline.scheduler, session))
-        stack.enter_context(_quiet(pipeline))
-        stack.enter_context(_no_cast_weights_kept())
+        stack.enter_context(quiet(pipeline))
+        stack.enter_context(no_cast_weights_kept())
         if needs_denoiser is not None:
             for module in denoisers(pipeline).values():
                 stack.enter_context(_gated(module, lambda: needs_denoiser(session.taken[0])))
         if memory is not None:
             stack.enter_context(memory.installed(pipeline))
         stack.enter_context(torch.set_grad_enabled(gradients))
-        return inspect.unwrap(type(pipeline).__call__)(pipeline, **call)
+        try:
+            return inspect.unwrap(type(pipeline).__call__)(pipeline, **own_arguments(call))
+        except AttributeError as error:
+            if lacks := re.fullmatch(rf"'({type(pipeline.scheduler).__name__}|FrozenDict)' object has no attribute '(\w+)'", str(error)):
+                raise ValueError(
+                    f"{type(pipeline).__name__} reads {lacks[2]!r} of its scheduler, which {type(pipeline.scheduler).__name__} does not have: this pipeline "
+                    "works with a scheduler of its own only, and that one is no policy."
+                ) from error
+            raise

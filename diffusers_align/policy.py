@@ -21,6 +21,7 @@ from .driver import Step
 from .latent_layout import LatentLayout
 from .noise import noise_seed, step_streams
 from .prediction import Prediction
+from .reproducibility import CarriedState, check_first_steps
 from .schedulers import sde_twin
 from .schedulers.scheduling_utils import SDESchedulerMixin, put_in_place
 from .tape import Tape, check_state
@@ -47,6 +48,8 @@ class Policy(Calls):
         super().__init__(pipeline, call_kwargs)
         if scheduler is not None and not isinstance(scheduler, SDESchedulerMixin):
             raise TypeError(f"{type(scheduler).__name__} returns no log-probabilities; pass sde_twin(scheduler) or leave it out.")
+        if getattr(pipeline, "scheduler", None) is None:
+            raise ValueError(f"{type(pipeline).__name__} has no scheduler, so that it takes no steps that could be a policy's.")
         self.stock_scheduler = put_in_place(pipeline, scheduler if scheduler is not None else sde_twin(pipeline.scheduler))
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
@@ -54,6 +57,7 @@ class Policy(Calls):
         self.lockstep = False
         self._layout: LatentLayout | None = None
         self._prediction = Prediction(self)
+        self._carried, self._compared = CarriedState(self), False
 
     # --- trajectories ----------------------------------------------------------------------------------------------
 
@@ -114,9 +118,11 @@ class Policy(Calls):
 
         Raises:
             ValueError: the pipeline arrives at another state than the recorded one (other arguments, seeds or weights of a
-                component before the denoiser).
+                component before the denoiser); steps by themselves of a pipeline that carries state from step to step; a condition of other size.
         """
         wanted = set(trajectory.noisy_steps if steps is None else steps)
+        condition = _of_samples(condition or trajectory.condition, len(trajectory), "trajectory")
+        self._carried.refuse(trajectory, wanted)
 
         def force(step: Step) -> Tensor:
             tape = trajectory if step.child == 0 else trajectory.children[step.child - 1]
@@ -130,7 +136,7 @@ class Policy(Calls):
                 on_step(step.k, GaussianTransition(output.prev_sample_mean, output.std))
             return action
 
-        self._drive(condition or trajectory.condition, force, needs_denoiser=lambda k: k in wanted)
+        self._drive(condition, force, needs_denoiser=lambda k: k in wanted)
 
     def transition(self, trajectory: Trajectory, k: int, condition: Condition | None = None) -> GaussianTransition:
         """The kernel of solver step k under the current weights, with its graph if autograd is on."""
@@ -159,6 +165,7 @@ class Policy(Calls):
             raise ValueError(f"The trajectory has states 0 to {trajectory.num_steps}, got {k}.")
         if k == trajectory.num_steps:
             return trajectory.final
+        self._carried.refuse(trajectory, range(k, trajectory.num_steps))
         last: list[Tensor] = []
 
         def go(step: Step) -> Tensor | None:
@@ -179,6 +186,16 @@ class Policy(Calls):
         with self._noise(replace(trajectory.condition, step_seeds=seeds), deterministic):
             self._drive(trajectory.condition, go, needs_denoiser=lambda step: step >= k)
         return last[0]
+
+    def check_reproducible(self, trajectory: Trajectory) -> None:
+        """Once for this policy, after a roll-out and before any update: its first two steps again, with the same seeds, must be the same.
+
+        Raises:
+            ValueError: they are not, so that replays would be of other samples.
+        """
+        if not self._compared:
+            check_first_steps(self, trajectory)
+            self._compared = True
 
     @contextmanager
     def _noise(self, condition: Condition, deterministic: bool) -> Iterator[None]:
@@ -203,6 +220,7 @@ class Policy(Calls):
 
         Pipelines that cannot take a time for each sample are found by a comparison at the first call and evaluated time by time.
         """
+        self._carried.refuse_caches("single evaluations")
         return self._prediction(latents, timesteps, condition, guidance)
 
     def guidance_off(self, condition: Condition) -> dict[str, Any]:
@@ -215,7 +233,7 @@ class Policy(Calls):
         """Latents in the pipeline's layout to images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], by the pipeline's own
         tail. Differentiable if autograd is on (values beyond [0, 1] are clamped and pass no gradient); `decoding.decode_latents` is so
         also where the pipeline casts its autoencoder to another precision for the decoding."""
-        condition = condition or self._any_condition(len(latents))
+        condition = _of_samples(condition or self._any_condition(len(latents)), len(latents), "latents")
 
         def put(step: Step) -> Tensor:
             step.skip()
@@ -260,3 +278,9 @@ class Policy(Calls):
 def _images(output) -> Tensor:
     images = output[0]
     return torch.stack(list(images)) if isinstance(images, (list, tuple)) else images
+
+
+def _of_samples(condition: Condition, number: int, what: str) -> Condition:
+    if len(condition) != number:
+        raise ValueError(f"The condition is of {len(condition)} samples, the {what} of {number}: give a condition with one prompt for each of them.")
+    return condition

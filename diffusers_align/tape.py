@@ -25,7 +25,21 @@ class Tape:
         self.rows.setdefault(step.child, []).append({**row, **_schedule(step)})
 
     def trajectory(self, condition: Condition) -> Trajectory:
-        """What was recorded, the main scheduler's steps with those of the others as `children`."""
+        """What was recorded, the main scheduler's steps with those of the others as `children`.
+
+        Raises:
+            ValueError: no step was taken, or the pipeline made another number of samples than the condition has prompts.
+        """
+        if not self.rows:
+            raise ValueError(
+                "The pipeline took no step of its scheduler, so that there is no trajectory: num_inference_steps or strength asks for none, or another "
+                "scheduler steps in its place (the parts of a combined pipeline hold their own)."
+            )
+        if wrong := {len(row["state"]) for rows in self.rows.values() for row in rows} - {len(condition)}:
+            raise ValueError(
+                f"The pipeline made {min(wrong)} samples for {len(condition)} prompts, so that rewards and log-probabilities would belong to others. Give it "
+                "one prompt a call if it cannot take several; arguments of which each sample has its own go into per_sample."
+            )
         main, *children = (_trajectory(self.rows[child], condition) for child in sorted(self.rows))
         return Trajectory(**{**vars(main), "children": tuple(children)})
 

@@ -53,7 +53,8 @@ class Trajectory:
 
     @property
     def final(self) -> Tensor:
-        """(B, *D), the last action: the latents that the pipeline decodes."""
+        """(B, *D), the last action. Pipelines decode it, after what they do to it behind their last step: `Policy.decode` does the same. Those that
+        blend in a given picture (inpainting) or change the scale there return other latents for `output_type="latent"`."""
         return self.actions[:, -1]
 
     @property

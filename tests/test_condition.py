@@ -8,6 +8,7 @@ from tiny_pipelines import FAMILIES
 
 from diffusers_align import Condition, Policy, Trajectory
 from diffusers_align.condition import belongs_to_samples
+from diffusers_align.differentiable import differentiable_rollout
 from diffusers_align.pipelines import BestOfNPipeline, ParticleSteeringPipeline
 
 torch.set_num_threads(1)
@@ -168,3 +169,131 @@ def test_each_sample_has_its_own_picture():
     assert torch.allclose(alone.final, whole.final[2:], atol=1e-4) and not torch.allclose(other.final, alone.final, atol=1e-2)
     assert whole.select([2]).condition.per_sample["image"] == own[2:]
     assert replay_error(policy, whole) == 0 and replay_error(policy, whole.select([2])) < 1e-2
+
+
+# --- arguments that would be ignored -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return Policy(FAMILIES["sd15"].build(), **FAMILIES["sd15"].call)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("prompt", "x"), ("generator", torch.Generator()), ("output_type", "pil"), ("return_dict", False), ("num_images_per_prompt", 2), ("eta", 0.5)],
+)
+def test_what_a_policy_sets_itself_is_refused(policy, name, value):
+    with pytest.raises(ValueError, match=f"{name} cannot be an argument of a policy's call"):
+        policy.condition(["a"], **{name: value})
+    with pytest.raises(ValueError, match=name):
+        policy.condition(["a"], per_sample={name: [value]})
+
+
+def test_values_that_say_nothing_are_let_be(policy):
+    policy.condition(["a"], num_images_per_prompt=1, return_dict=True, eta=None)
+
+
+@pytest.mark.parametrize(
+    "ignored", [{"seeds": [1]}, {"step_seeds": [1]}, {"height": 8}, {"guidance_scale": None}, {"per_sample": {}}, {"generator": torch.Generator()}]
+)
+def test_a_condition_has_its_own_arguments(policy, ignored):
+    condition = policy.condition(["a"], seeds=[0])
+    with pytest.raises(ValueError, match="leave out|leave one of them out"):
+        policy.rollout(condition, **ignored)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"seeds": [1], "generator": torch.Generator()}, "leave one of them out"),
+        ({"per_sample": {"height": [8]}, "height": 8}, "given for all samples and in per_sample"),
+        ({"per_sample": {"heihgt": [8]}}, "has no heihgt"),
+        ({"per_sample": [1]}, "per_sample is a dict"),
+        ({"per_sample": {"ip_adapter_image": [1, 2]}}, "Give ip_adapter_image_embeds"),
+    ],
+)
+def test_contradictions_are_refused(policy, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        policy.rollout(["a"], **arguments)
+
+
+@pytest.mark.parametrize("prompts, message", [([], "No prompts"), (None, "takes prompts, or prompt_embeds"), ([None], "are strings"), ([["a"]], "are strings")])
+def test_prompts_are_strings(policy, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        policy.rollout(prompts, seeds=[0])
+
+
+def test_other_sizes_of_conditions_are_refused(policy):
+    trajectory, other = policy.rollout(["a", "b"], seeds=[0, 1]), policy.condition(["a"], seeds=[0])
+    for use in (lambda: policy.replay(trajectory, print, condition=other), lambda: policy.decode(trajectory.final, other)):
+        with pytest.raises(ValueError, match="The condition is of 1 samples, the .* of 2"):
+            use()
+
+
+# --- embeddings in the place of prompts --------------------------------------------------------------------------------
+
+
+def embedded(name: str) -> tuple[Policy, Policy, dict]:
+    """A policy, one on the same pipeline without its text encoders, and what the encoders make of two prompts."""
+    family = FAMILIES[name]
+    whole, without = family.build(), family.build()
+    if name == "sd15":
+        rows = whole.encode_prompt(["a cat", "a red dog"], "cpu", 1, True)
+        embeddings = dict(zip(("prompt_embeds", "negative_prompt_embeds"), rows))
+    else:
+        rows = whole.encode_prompt(["a cat", "a red dog"], None, None, device="cpu", max_sequence_length=family.call["max_sequence_length"])
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        embeddings = dict(zip(names, rows))
+    for part in [part for part in without.components if part.startswith(("text_encoder", "tokenizer"))]:
+        setattr(without, part, None)
+    return Policy(whole, **family.call), Policy(without, **family.call), embeddings
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+@torch.no_grad()
+def test_embeddings_stand_in_the_place_of_prompts_everywhere(name, tmp_path):
+    whole, policy, embeddings = embedded(name)
+    expected = whole.rollout(["a cat", "a red dog"], seeds=[1, 2])
+    with pytest.raises(ValueError, match="has no text encoder: give a condition"):
+        policy.decode(expected.final)
+    trajectory = policy.rollout(None, seeds=[1, 2], **embeddings)
+    assert torch.equal(trajectory.actions, expected.actions) and trajectory.condition.prompts == ["", ""]
+    assert replay_error(policy, trajectory) == 0
+    assert torch.allclose(policy.complete(trajectory, 1), whole.complete(expected, 1), atol=1e-5)
+    latents, times = trajectory.states[:, 1], trajectory.timesteps[[1, 2]]
+    for guidance in (False, True):
+        own, theirs = policy.predict(latents, times, trajectory.condition, guidance), whole.predict(latents, times, expected.condition, guidance)
+        assert torch.allclose(own, theirs, atol=1e-4)
+    assert policy.guidance_off(trajectory.condition) == whole.guidance_off(expected.condition)
+    assert torch.equal(policy.prompt_features(trajectory.condition).isfinite().all(), torch.tensor(True))
+    images = policy.decode(trajectory.final)
+    assert torch.equal(images, whole.decode(expected.final, expected.condition))
+    assert torch.allclose(policy.encode(images), whole.encode(images), atol=1e-4)
+    trajectory.save(tmp_path / "t.safetensors")
+    parts = [Trajectory.load(tmp_path / "t.safetensors").select([i]) for i in range(2)]
+    assert replay_error(policy, Trajectory.cat(parts)) == 0 and replay_error(policy, parts[1]) < 1e-2
+
+
+def test_a_differentiable_roll_out_takes_embeddings():
+    whole, policy, embeddings = embedded("sd15")
+    results = [
+        differentiable_rollout(own, own.condition(prompts, seeds=[1, 2], **given), grad_steps=[])
+        for own, prompts, given in ((whole, ["a cat", "a red dog"], {}), (policy, None, embeddings))
+    ]
+    assert torch.allclose(results[0].images, results[1].images, atol=1e-5)
+
+
+def test_prompts_beside_embeddings_are_what_rewards_read():
+    _, policy, embeddings = embedded("sd15")
+    trajectory = policy.rollout(["for the reward", "only"], seeds=[1, 2], **embeddings)
+    assert trajectory.condition.prompts == ["for the reward", "only"]
+    assert torch.equal(trajectory.actions, policy.rollout(None, seeds=[1, 2], **embeddings).actions)
+
+
+def test_pipelines_take_embeddings():
+    _, policy, embeddings = embedded("sd15")
+    policy.pipeline.scheduler, seen = policy.stock_scheduler, []
+    search = BestOfNPipeline(policy.pipeline, reward=lambda images, prompts: seen.extend(prompts) or images.mean((1, 2, 3)))
+    output = search(num_candidates=2, **FAMILIES["sd15"].call, **embeddings, output_type="pt")
+    assert set(seen) == {""} and output.rewards.shape == (2, 2)

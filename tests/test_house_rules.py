@@ -17,8 +17,8 @@ MAX_FUNCTION, MAX_FILE = 60, 330
 
 # What each part of the package may import of the package: dependencies point one way.
 BELOW_POLICY = {
-    "calls", "condition", "prediction", "driver", "forward_process", "initial_noise", "latent_layout", "lora", "noise", "prompt_memory", "schedulers",
-    "tape", "trajectory", "transition",
+    "calls", "condition", "pipeline_state", "prediction", "driver", "forward_process", "initial_noise", "latent_layout", "lora", "noise", "prompt_memory",
+    "reproducibility", "schedulers", "tape", "trajectory", "transition",
 }  # fmt: skip
 LAYERS = {
     "transition": set(),
@@ -27,6 +27,7 @@ LAYERS = {
     "latent_layout": set(),
     "lora": set(),
     "noise": set(),
+    "pipeline_state": set(),
     "prompt_memory": set(),
     "data": set(),
     "embedded": set(),
@@ -36,8 +37,9 @@ LAYERS = {
     "condition": set(),
     "calls": {"condition", "driver", "prompt_memory", "schedulers"},
     "trajectory": {"condition", "transition"},
-    "driver": {"prompt_memory", "schedulers", "trajectory", "transition"},
+    "driver": {"pipeline_state", "prompt_memory", "schedulers", "trajectory", "transition"},
     "tape": {"condition", "driver", "trajectory"},
+    "reproducibility": {"driver", "trajectory", "transition"},
     "prediction": {"condition", "driver"},
     "forward_process": {"schedulers"},
     "policy": BELOW_POLICY,
@@ -54,9 +56,10 @@ LAYERS = {
 }
 MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
 FAMILY_FREE = [
-    "calls", "condition", "driver", "prompt_memory", "policy", "prediction", "forward_process", "tape", "trajectory", "transition", "latent_layout", "lora",
-    "schedulers/kernels", "decoding", "differentiable", "gradient_check", "initial_noise", "stock", "pipelines/adapter_guidance", "pipelines/guided_sampling",
-    "pipelines/noise_grid", "pipelines/noise_optimization", "pipelines/recurrence", "pipelines/reward_guided",
+    "calls", "condition", "driver", "pipeline_state", "prompt_memory", "policy", "prediction", "forward_process", "tape", "trajectory", "transition",
+    "latent_layout", "lora", "schedulers/kernels", "decoding", "differentiable", "gradient_check", "initial_noise", "stock", "pipelines/adapter_guidance",
+    "pipelines/guided_sampling", "pipelines/noise_grid", "pipelines/noise_optimization", "pipelines/recurrence", "pipelines/reward_guided",
+    "reproducibility",
 ]  # fmt: skip
 
 

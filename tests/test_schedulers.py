@@ -712,6 +712,71 @@ def test_twin_clips_where_its_source_does():
     assert twin.config.clip_sample and twin.config.clip_sample_range == 2.0
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction", "use_karras_sigmas": True}),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
+        ("EulerDiscreteScheduler", {"sigma_min": 0.002, "sigma_max": 80.0}),
+        *((name, {entry: True}) for name in ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+          for entry in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")),
+        ("DPMSolverSinglestepScheduler", {"use_karras_sigmas": True}),
+        ("DEISMultistepScheduler", {"use_karras_sigmas": True}),
+        ("KDPM2DiscreteScheduler", {"use_karras_sigmas": True}),
+        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
+        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}),
+        ("UniPCMultistepScheduler", {"sigma_max": 80.0}),
+    ],
+)  # fmt: skip
+def test_noise_levels_off_the_table_are_refused(name, config):
+    if any("beta_sigmas" in entry for entry in config):
+        pytest.importorskip("scipy")
+    source = getattr(diffusers, name)(**SDXL, **config)
+    with pytest.raises(ValueError, match=f"{name} with ({'|'.join(config)})=.* has no SDE twin: .*from_config"):
+        sde_twin(source)
+
+
+@pytest.mark.parametrize("entry", ["use_karras_sigmas", "use_exponential_sigmas"])
+def test_the_remedy_of_the_message_has_a_twin(entry):
+    source = diffusers.EulerDiscreteScheduler(**SDXL, **{entry: True})
+    assert isinstance(sde_twin(diffusers.EulerDiscreteScheduler.from_config(source.config, **{entry: False})), DDIMSDEScheduler)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize(
+    "name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler"]
+)
+def test_a_twin_steps_through_its_sources_timesteps(name, spacing):
+    source = getattr(diffusers, name)(**SDXL, timestep_spacing=spacing, steps_offset=1)
+    twin = sde_twin(source)
+    for steps in (4, 10):
+        source.set_timesteps(steps)
+        twin.set_timesteps(steps)
+        assert torch.equal(source.timesteps.float(), twin.timesteps.float())
+
+
+@pytest.mark.parametrize(("final", "level"), [("zero", 1.0), ("sigma_min", None)])
+def test_a_twin_ends_where_its_source_ends(final, level):
+    source = diffusers.DPMSolverMultistepScheduler(**SDXL, final_sigmas_type=final, algorithm_type="dpmsolver++")
+    twin = sde_twin(source)
+    source.set_timesteps(8)
+    expected = 1 / (1 + float(source.sigmas[-1]) ** 2)
+    assert float(twin.final_alpha_cumprod) == pytest.approx(expected, rel=1e-5)
+    assert level is None or float(twin.final_alpha_cumprod) == level
+
+
+def test_a_table_that_ddim_knows_by_no_name_is_taken_over():
+    source = diffusers.HeunDiscreteScheduler(beta_schedule="exp", num_train_timesteps=1024, prediction_type="sample")
+    assert torch.equal(sde_twin(source).alphas_cumprod, source.alphas_cumprod.to(torch.float32))
+
+
+def test_stochastic_sampling_and_noise_levels_above_one_are_refused():
+    with pytest.raises(ValueError, match="stochastic_sampling=True has no SDE twin"):
+        sde_twin(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+    with pytest.raises(ValueError, match="Noise levels up to 80 are none of flow matching"):
+        FlowMatchSDEScheduler().set_timesteps(sigmas=[80.0, 1.0, 0.1])
+
+
 FLOWS = [
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, None),
     ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "base_shift": 0.4, "max_shift": 1.2}, 0.7),

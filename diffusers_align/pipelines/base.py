@@ -154,11 +154,12 @@ class WrappedPipeline(DiffusionPipeline):
         condition = asked.select(rows)
         return condition if latents is None else replace(condition, kwargs={**condition.kwargs, "latents": latents}), generator
 
-    def drive(self, condition: Condition, generator: Generators, on_step, *, gradients: bool = False, needs_denoiser=None, **overrides: Any):
+    def drive(self, condition: Condition, generator: Generators, on_step, *, gradients: bool = False, needs_denoiser=None, global_seed=None, **overrides: Any):
         """Call the stock pipeline for the rows of `condition` and hand each scheduler step to `on_step` (`diffusers_align.driver`)."""
         call = {**condition.arguments(inspect.signature(type(self.pipeline).__call__).parameters), "generator": generator, **overrides}
+        options = {"needs_denoiser": needs_denoiser, "memory": self._memory, "global_seed": global_seed}
         with light_decoding(self.pipeline) if gradients else nullcontext():
-            return drive(self.pipeline, on_step, call, gradients=gradients, needs_denoiser=needs_denoiser, memory=self._memory)
+            return drive(self.pipeline, on_step, call, gradients=gradients, **options)
 
     @torch.no_grad()
     def sample(self, condition: Condition, generator: Generators, **overrides: Any) -> list[Tensor]:

@@ -8,6 +8,7 @@ particles than fit into one call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ..condition import Condition
-from ..driver import Step
-from ..noise import step_streams
+from ..driver import Step, denoisers
+from ..noise import noise_seed, step_streams
+from ..reproducibility import caches
 from ..transition import GaussianTransition
 from .base import Generators, WrappedPipeline
 
@@ -73,6 +75,9 @@ class Walk:
     """
 
     def __init__(self, wrapped: WrappedPipeline, condition: Condition, seeds: list[int], batch_size: int | None = None):
+        for name, module in denoisers(wrapped.pipeline).items():
+            if found := caches(module):
+                raise ValueError(f"{name} has a {found[0]}, which calls that go on from others do not have: pipeline.{name}.disable_cache() switches it off.")
         self.wrapped, self.condition, self.seeds = wrapped, condition, seeds
         self.batch_size = batch_size or len(seeds)
         self._streams = step_streams(seeds)
@@ -136,15 +141,15 @@ class Walk:
                 raise _Leave
             return k > first
 
-        try:
-            with torch.set_grad_enabled(gradients):
-                self._drive(rows, self.fresh(rows), move, needs_denoiser=needs_denoiser)
-        except _Leave:
-            self.wrapped.pipeline.maybe_free_model_hooks()
+        with suppress(_Leave), torch.set_grad_enabled(gradients):
+            self._drive(rows, self.fresh(rows), move, needs_denoiser=needs_denoiser)
         return _arrived(stop, found) if stop is not None else _ended(final)
 
     def _drive(self, rows: list[int], generator: Generators, on_step: Callable, **options: Any) -> None:
-        self.wrapped.drive(self.condition.select(rows), generator, on_step, gradients=torch.is_grad_enabled(), output_type="latent", **options)
+        # Calls that go on from others must see what those drew from the global generators.
+        seed = noise_seed([self.seeds[i] for i in rows], "global")
+        graph = torch.is_grad_enabled()
+        self.wrapped.drive(self.condition.select(rows), generator, on_step, gradients=graph, global_seed=seed, output_type="latent", **options)
 
     def decode(self, particles: Particles, rows: list[int]) -> Tensor:
         """Images of the predicted clean samples, (B, 3, H, W) or (B, F, 3, H, W) in [0, 1]."""

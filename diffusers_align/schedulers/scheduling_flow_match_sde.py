@@ -111,6 +111,8 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
             self.timesteps, self.sigmas = self._source.timesteps.float(), self._source.sigmas.to(device)
             self._step_index = self._begin_index = None
         self._sigma_list = self.sigmas.tolist()
+        if max(self._sigma_list) > 1 + 1e-4:
+            raise ValueError(f"Noise levels up to {max(self._sigma_list):.4g} are none of flow matching, where 1 is pure noise: there is no kernel here.")
 
     def _noise_at(self, k: int) -> float:
         level, window = self.config.noise_level, self.config.sde_window

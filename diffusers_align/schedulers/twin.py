@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -37,6 +38,18 @@ NO_KERNEL = {
     "Amused": "its states are discrete",
 }
 
+# Entries of a diffusion scheduler's config that put its steps on noise levels which a table of timesteps does not have, and what leaves them.
+_OFF_THE_TABLE = {
+    "use_karras_sigmas": (False, "Karras' noise levels lie between those of the table"),
+    "use_exponential_sigmas": (False, "exponential noise levels lie between those of the table"),
+    "use_beta_sigmas": (False, "noise levels of a beta distribution lie between those of the table"),
+    "use_lu_lambdas": (False, "Lu's noise levels lie between those of the table"),
+    "timestep_type": ("discrete", "the denoiser is asked at the logarithm of the noise level, in EDM's space"),
+    "sigma_min": (None, "it ends at a noise level of its own"),
+    "sigma_max": (None, "it starts at a noise level of its own"),
+    "lambda_min_clipped": (-math.inf, "it leaves out the noisiest timesteps"),
+}
+
 
 def sde_twin(scheduler, **sde_fields):
     """The SDE scheduler with the same noise table as `scheduler`.
@@ -49,7 +62,8 @@ def sde_twin(scheduler, **sde_fields):
         sde_fields: `eta`, or `sde_type`, `noise_level`, `sde_window`; the class's defaults where absent.
 
     Raises:
-        ValueError: the scheduler has no Gaussian kernel of either form, or a field belongs to the other form.
+        ValueError: the scheduler has no Gaussian kernel of either form, its config asks for noise levels that the twin does not have, or a field
+            belongs to the other form.
     """
     cls = _twin_class(scheduler)
     if unknown := sorted(set(sde_fields) - set(SDE_FIELDS[cls.__name__])):
@@ -72,11 +86,29 @@ def _twin_class(scheduler) -> type:
     if flow:
         return FlowMatchSDEScheduler
     if getattr(scheduler, "alphas_cumprod", None) is not None:
+        _refuse_other_levels(scheduler)
         return DDIMSDEScheduler
     raise ValueError(f"{name} has no SDE twin: it has neither flow sigmas nor an alphas_cumprod table.")
 
 
+def _refuse_other_levels(scheduler) -> None:
+    """Raise a ValueError if the scheduler's steps are not those of its table: the twin would train the model at other noise levels."""
+    name = type(scheduler).__name__
+    for entry, (on_the_table, reason) in _OFF_THE_TABLE.items():
+        given = scheduler.config.get(entry, on_the_table)
+        if given not in (on_the_table, None):
+            raise ValueError(
+                f"{name} with {entry}={given!r} has no SDE twin: {reason}. If the model was trained on the table of timesteps, give the pipeline "
+                f"{name}.from_config(pipe.scheduler.config, {entry}={on_the_table!r})."
+            )
+
+
 def _flow_twin(scheduler, config: dict, source: dict, sde_fields: dict) -> FlowMatchSDEScheduler:
+    if config.get("stochastic_sampling"):
+        raise ValueError(
+            f"{type(scheduler).__name__} with stochastic_sampling=True has no SDE twin: it draws without a density, also where the policy walks the ODE. Give "
+            "the pipeline one with stochastic_sampling=False; sde_type and noise_level set the noise."
+        )
     if type(scheduler).__name__.startswith("FlowMatch"):
         known = inspect.signature(FlowMatchSDEScheduler.__init__).parameters
         # The noise is the kernel's; what is left without it is the ODE.
@@ -89,11 +121,15 @@ def _ddim_twin(scheduler, config: dict, source: dict, sde_fields: dict) -> DDIMS
     known = inspect.signature(DDIMSDEScheduler.__init__).parameters
     # DDIM clips by default, latent models must not be clipped: clip only where the source asks for it.
     config = {"clip_sample": False} | {name: value for name, value in config.items() if name in known}
+    if config.get("final_sigmas_type") == "sigma_min":
+        config["set_alpha_to_one"] = False  # the last step ends at the table's first noise level
     if type(scheduler).__name__.startswith("CogVideoX"):
         config["clip_sample"] = False  # registered by these classes, True by default, but never read
     if config.get("timestep_spacing") == "linspace":
         # DDIM steps by num_train_timesteps // K, which leaves a linspace grid; trailing also starts at the last timestep.
         config["timestep_spacing"] = "trailing"
+    if config.get("beta_schedule") not in (None, "linear", "scaled_linear", "squaredcos_cap_v2"):
+        config |= {"beta_schedule": "linear", "trained_betas": scheduler.betas.tolist()}  # DDIM knows no other by name
     twin = DDIMSDEScheduler.from_config(config, **sde_fields)
     if torch.equal(twin.alphas_cumprod, scheduler.alphas_cumprod.cpu().to(torch.float32)):
         return twin

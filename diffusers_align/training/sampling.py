@@ -11,12 +11,11 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..condition import Condition
 from ..data.prompts import Prompt, prompts_of_epoch
 from ..policy import Policy, noise_seed
 from ..rewards import InvalidReward
 from ..stock import stock_images
-from ..trajectory import Trajectory
+from ..trajectory import Condition, Trajectory
 from .scoring import Scorer, columns_of, gather_scores
 from .statistics import mean_and_error
 
@@ -97,6 +96,7 @@ def sample_epoch(
             with accelerator.autocast():
                 noise = {"seeds": [seeds[i] for i in part], "step_seeds": [step_seeds[i] for i in part]}
                 trajectory = policy.rollout([asked[i].text for i in part], **noise, deterministic=deterministic, **call_kwargs)
+                policy.check_reproducible(trajectory)
             batches.append(trajectory)
             index.append(torch.tensor(part))
             with torch.no_grad():

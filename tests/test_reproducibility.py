@@ -1,0 +1,261 @@
+"""A call made again is the same call: arguments stay the caller's, every draw has a seed, abandoned calls leave nothing behind."""
+
+import copy
+import inspect
+
+import diffusers
+import pytest
+import torch
+from diffusers import FirstBlockCacheConfig
+from tiny_pipelines import FAMILIES
+
+from diffusers_align import Policy, Trajectory
+from diffusers_align.pipelines import BestOfNPipeline, ParticleSteeringPipeline
+
+torch.set_num_threads(1)
+PROMPTS, SEEDS = ["a cat", "a dog"], [1, 2]
+
+
+def policy_of(name: str = "sd15", **call) -> Policy:
+    family = FAMILIES[name]
+    return Policy(family.build(), **{**family.call, **call})
+
+
+def errors_of_replay(policy: Policy, trajectory: Trajectory, steps=None) -> list[float]:
+    found = []
+
+    def compare(k, kernel):
+        found.append(float((kernel.log_prob(trajectory.actions[:, k]) - trajectory.log_probs[:, k]).abs().max()))
+
+    with torch.no_grad():
+        policy.replay(trajectory, compare, steps)
+    return found
+
+
+def changed(pipeline, method: str, change):
+    """Replace a method of this pipeline by `change(stock, *args, **kwargs)`."""
+    stock = getattr(pipeline, method)
+    pipeline.__dict__[method] = lambda *args, **kwargs: change(stock, *args, **kwargs)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_that_writes_into_its_arguments_does_not_reach_the_callers():
+    """Chat templates are written into the list of negative prompts."""
+    policy = policy_of("z_image", negative_prompt=["blurry", "dark"], guidance_scale=3.0)
+    given = policy.call_kwargs["negative_prompt"]
+    first = policy.rollout(PROMPTS, seeds=SEEDS)
+    assert given == ["blurry", "dark"] == first.condition.per_sample["negative_prompt"]
+    assert torch.equal(policy.rollout(PROMPTS, seeds=SEEDS).actions, first.actions)
+    assert errors_of_replay(policy, first) == [0.0] * len(first.noisy_steps)
+
+
+def test_nested_arguments_and_tensors_are_copied():
+    pipeline = FAMILIES["sd15"].build()
+
+    def writing(stock, *args, **kwargs):
+        seen["call"]["cross_attention_kwargs"]["list"][0] = "written"
+        seen["call"]["latents"].add_(1)
+        return stock(*args, **kwargs)
+
+    seen, given, latents = {}, {"list": ["own"]}, torch.zeros(2, 4, 8, 8)
+    stock_call = type(pipeline).__call__
+
+    class Keeping(type(pipeline)):
+        def __call__(self, **call):
+            seen["call"] = call
+            return stock_call(self, **{**call, "cross_attention_kwargs": None})
+
+        __call__.__signature__ = inspect.signature(stock_call)
+
+    pipeline.__class__ = Keeping
+    changed(pipeline, "encode_prompt", writing)
+    Policy(pipeline, **FAMILIES["sd15"].call).rollout(PROMPTS, seeds=SEEDS, cross_attention_kwargs=given, latents=latents)
+    assert given == {"list": ["own"]} and torch.equal(latents, torch.zeros(2, 4, 8, 8))
+
+
+# --- draws ------------------------------------------------------------------------------------------------------------
+
+
+def draws_globally(pipeline) -> None:
+    """Each denoiser call adds noise of torch's global generator, as control pictures are encoded by a draw."""
+    forward = pipeline.unet.forward
+    pipeline.unet.forward = lambda sample, *args, **kwargs: forward(sample + 0.1 * torch.randn_like(sample), *args, **kwargs)
+
+
+def test_draws_from_the_global_generator_are_fixed_by_the_seeds_and_leave_it_alone():
+    policy = policy_of()
+    draws_globally(policy.pipeline)
+    state = torch.get_rng_state()
+    first = policy.rollout(PROMPTS, seeds=SEEDS)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert torch.equal(policy.rollout(PROMPTS, seeds=SEEDS).actions, first.actions)
+    assert not torch.equal(policy.rollout(PROMPTS, seeds=[3, 4]).actions, first.actions)
+    assert errors_of_replay(policy, first) == [0.0] * len(first.noisy_steps)
+    policy.check_reproducible(first)
+
+
+def test_a_pipeline_whose_samples_no_seed_fixes_is_found_out():
+    policy, source = policy_of(), torch.Generator().manual_seed(0)
+    forward = policy.pipeline.unet.forward
+    policy.pipeline.unet.forward = lambda sample, *a, **k: forward(sample + 0.1 * torch.randn(sample.shape, generator=source), *a, **k)
+    trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
+    with pytest.raises(ValueError, match="A second roll-out with the same seeds is not the first one: solver step 0"):
+        policy.check_reproducible(trajectory)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_check_passes_costs_two_steps_and_is_made_once(name, deterministic):
+    policy = policy_of(name)
+    trajectory = policy.rollout(PROMPTS, seeds=SEEDS, deterministic=deterministic)
+    calls = []
+    handle = next(iter(policy.denoisers.values())).register_forward_hook(lambda *args: calls.append(1))
+    policy.check_reproducible(trajectory)
+    policy.check_reproducible(trajectory)
+    handle.remove()
+    assert len(calls) == 2
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_another_number_of_samples_than_prompts_is_refused():
+    policy = policy_of()
+    changed(policy.pipeline, "prepare_latents", lambda stock, batch, *args: stock(1, *args[:-2], args[-2][:1], args[-1]))
+    changed(policy.pipeline, "encode_prompt", lambda stock, *args, **kwargs: tuple(x if x is None else x[:1] for x in stock(*args, **kwargs)))
+    with pytest.raises(ValueError, match="made 1 samples for 2 prompts"):
+        policy.rollout(PROMPTS, seeds=SEEDS)
+
+
+def test_a_call_without_a_step_is_refused():
+    policy = policy_of()
+    elsewhere = copy.deepcopy(policy.stock_scheduler)
+    elsewhere.set_timesteps(policy.call_kwargs["num_inference_steps"])
+    changed(policy.pipeline, "prepare_extra_step_kwargs", lambda stock, *args: policy.pipeline.__dict__.update(scheduler=elsewhere) or {})
+    with pytest.raises(ValueError, match="took no step of its scheduler"):
+        policy.rollout(PROMPTS, seeds=SEEDS)
+
+
+def test_a_pipeline_that_reads_what_the_twin_lacks_is_named():
+    policy = policy_of()
+    changed(policy.pipeline, "prepare_extra_step_kwargs", lambda stock, *args: policy.scheduler.sigmas)
+    with pytest.raises(ValueError, match="reads 'sigmas' of its scheduler, which DDIMSDEScheduler does not have"):
+        policy.rollout(PROMPTS, seeds=SEEDS)
+
+
+def test_a_pipeline_without_a_scheduler_is_named():
+    pipeline = FAMILIES["sd15"].build()
+    del pipeline.scheduler
+    with pytest.raises(ValueError, match="has no scheduler"):
+        Policy(pipeline)
+
+
+# --- carried state ----------------------------------------------------------------------------------------------------
+
+
+def test_whole_replays_of_a_cached_denoiser_are_exact_and_others_refused():
+    policy = policy_of("flux")
+    policy.pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
+    assert errors_of_replay(policy, trajectory) == [0.0] * len(trajectory.noisy_steps)
+    latents, times = trajectory.states[:, 1], trajectory.timesteps[[1, 1]]
+    for partial in (
+        lambda: policy.transition(trajectory, 1),
+        lambda: policy.transitions(trajectory, [1]),
+        lambda: policy.complete(trajectory, 1),
+        lambda: policy.predict(latents, times, trajectory.condition),
+        lambda: ParticleSteeringPipeline(policy.pipeline, reward=lambda images, prompts: images.mean((1, 2, 3)))(PROMPTS, **FAMILIES["flux"].call),
+    ):
+        with pytest.raises(ValueError, match="transformer has a FirstBlockCache"):
+            partial()
+    assert policy.decode(trajectory.final, trajectory.condition).shape == (2, 3, 16, 16)
+    policy.pipeline.transformer.disable_cache()
+    assert policy.transition(policy.rollout(PROMPTS, seeds=SEEDS), 1).mean.isfinite().all()
+
+
+def with_momentum(policy: Policy) -> None:
+    """What the loop makes of the denoiser's output adds up over the steps of a call, outside the denoiser and without a sign of it."""
+    memory = {}
+
+    def add_up(module, arguments, output):
+        memory["sum"] = 0.5 * memory.get("sum", 0) + output[0]
+        return (memory["sum"],)
+
+    policy.pipeline.unet.register_forward_hook(add_up)
+    changed(policy.pipeline, "prepare_latents", lambda stock, *args, **kwargs: memory.clear() or stock(*args, **kwargs))
+
+
+def test_momentum_from_step_to_step_is_found_out():
+    policy = policy_of()
+    with_momentum(policy)
+    trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
+    assert errors_of_replay(policy, trajectory) == [0.0] * len(trajectory.noisy_steps)
+    assert errors_of_replay(policy, trajectory, [0, 1]) == [0.0, 0.0]
+    for partial in (lambda: policy.transition(trajectory, 2), lambda: policy.transitions(trajectory, [1, 2]), lambda: policy.complete(trajectory, 1)):
+        with pytest.raises(ValueError, match="carries something from step to step beside its latents"):
+            partial()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_tested_family_carries_state(name):
+    policy = policy_of(name)
+    trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
+    policy.transition(trajectory, trajectory.num_steps - 1)
+
+
+# --- abandoned calls --------------------------------------------------------------------------------------------------
+
+
+def perturbed_attention() -> diffusers.DiffusionPipeline:
+    """Its call puts attention processors of its own into the denoiser, and takes them out at its end."""
+    parts = {name: part for name, part in FAMILIES["sd15"].build().components.items() if name not in ("image_encoder",)}
+    pipeline = diffusers.StableDiffusionPAGPipeline(**parts, image_encoder=None, requires_safety_checker=False, pag_applied_layers=["mid"])
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def processors(pipeline) -> list[str]:
+    return [type(processor).__name__ for processor in pipeline.unet.attn_processors.values()]
+
+
+def reward(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("cls, options", [(ParticleSteeringPipeline, {"num_particles": 2, "resample_every": 1}), (BestOfNPipeline, {"num_candidates": 2})])
+def test_pipelines_leave_no_attention_processors_behind(cls, options):
+    pipeline = perturbed_attention()
+    before = processors(pipeline)
+    cls(pipeline, reward=reward)(PROMPTS, **options, **FAMILIES["sd15"].call, pag_scale=2.0, output_type="pt")
+    assert processors(pipeline) == before and "PAG" not in "".join(before)
+
+
+def test_a_call_that_raises_leaves_the_pipeline_as_it_was():
+    policy = Policy(perturbed_attention(), **FAMILIES["sd15"].call, pag_scale=2.0)
+    trajectory, before, seen = policy.rollout(PROMPTS, seeds=SEEDS), processors(policy.pipeline), []
+    attributes = dict(policy.pipeline.__dict__)
+
+    def leave(k, kernel):
+        seen.extend(processors(policy.pipeline))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        policy.replay(trajectory, leave)
+    assert "PAG" in "".join(seen) and processors(policy.pipeline) == before and policy.pipeline.__dict__.keys() == attributes.keys()
+    assert errors_of_replay(policy, trajectory) == [0.0] * len(trajectory.noisy_steps)
+
+
+def test_a_cached_denoiser_starts_anew_after_a_call_that_raised():
+    policy = policy_of("flux")
+    policy.pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
+
+    def leave(k, kernel):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        policy.replay(trajectory, leave)
+    assert torch.equal(policy.rollout(PROMPTS, seeds=SEEDS).actions, trajectory.actions)
