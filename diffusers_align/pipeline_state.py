@@ -84,6 +84,7 @@ def no_cast_weights_kept() -> Iterator[None]:
 
 @contextmanager
 def quiet(pipeline) -> Iterator[None]:
+    """Context: without the pipeline's own progress bar."""
     before = dict(getattr(pipeline, "_progress_bar_config", {}))
     pipeline.set_progress_bar_config(**{**before, "disable": True})
     try:
@@ -93,7 +94,11 @@ def quiet(pipeline) -> Iterator[None]:
 
 
 def refuse_offloading(pipeline) -> None:
-    """Weights that move from device to device, as one module after another is called, are not there on the way back."""
+    """Weights that move from device to device, as one module after another is called, are not there on the way back.
+
+    Raises:
+        ValueError: a component is offloaded.
+    """
     for name, component in pipeline.components.items():
         for module in component.modules() if isinstance(component, nn.Module) else ():
             hook = getattr(module, "_hf_hook", None)

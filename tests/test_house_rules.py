@@ -35,7 +35,7 @@ LAYERS = {
     "algorithms": {"rl", "transition"},
     "schedulers": {"transition", "front_doors"},
     "condition": set(),
-    "calls": {"condition", "driver", "prompt_memory", "schedulers"},
+    "calls": {"condition", "driver", "noise", "prompt_memory", "schedulers"},
     "trajectory": {"condition", "transition"},
     "driver": {"pipeline_state", "prompt_memory", "schedulers", "trajectory", "transition"},
     "tape": {"condition", "driver", "trajectory"},
