@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .returns import gae, terminal_rewards
+
 
 class GatedLinear(nn.Module):
     """A linear layer whose outputs are multiplied by a learned gate for each step, drawn from U(0, 1) at first."""
@@ -144,9 +146,15 @@ class ValueBaseline:
             self.optimizer.load_state_dict(state["optimizer"])
 
 
-def value_advantages(rewards: Tensor, values: Tensor) -> Tensor:
-    """r - V(x_k, c, k), (N, K), for `rewards` (N,) and `values` (N, K), not normalised, as in DPOK; 0 where the reward is NaN."""
-    return (rewards[:, None] - values).nan_to_num(0.0)
+def value_advantages(rewards: Tensor, values: Tensor, *, lam: float = 1.0) -> Tensor:
+    """Advantages (N, K) of each step, for final `rewards` (N,) and `values` (N, K), not normalised; 0 where the reward is NaN.
+
+    Args:
+        lam: of the generalised estimate (`returns.gae`): 1 is r - V(x_k, c, k), as in DPOK; below, later values stand in for part of the
+            reward, with less variance and the values' bias.
+    """
+    steps = terminal_rewards(rewards.double(), values.shape[1])
+    return gae(steps, values.double(), lam=lam).to(values.dtype)
 
 
 def explained_variance(rewards: Tensor, values: Tensor) -> float:
