@@ -1,12 +1,13 @@
 """How rewards are called: nothing of the caller's reaches them, nothing of theirs but numbers and exceptions comes back."""
 
+import json
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from diffusers_align.data.prompts import Prompt
+from diffusers_align.data.prompts import Prompt, load_prompts
 from diffusers_align.rewards import InvalidReward, RewardError, WeightedSum, load_reward, score
 from diffusers_align.rewards.base import score_columns
 from diffusers_align.training.adjoints import bound_reward
@@ -92,6 +93,16 @@ def test_columns_may_have_the_names_of_our_own_arguments(name):
     rows = Scorer(given)(torch.rand(2, 3, 4, 4), [Prompt("a", {name: 1}), Prompt("b", {name: 2})])
     assert [row["reward"] for row in rows] == [1, 2]
     assert score_columns(given, torch.rand(2, 3, 4, 4), PROMPTS, {name: [3, 4]})["reward"].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("name", ["images", "prompts", "self"])
+def test_a_prompt_file_with_a_field_that_no_reward_can_be_given_is_named(name, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "a cat"}) + "\n" + json.dumps({"prompt": "a dog", name: 1}) + "\n")
+    with pytest.raises(ValueError, match=rf"prompts.jsonl, row 2: the field '{name}' would reach rewards by keyword, .* rename or remove it"):
+        load_prompts(str(file))
+    file.write_text(json.dumps({name: "a cat", "reward": 0.5, "on_invalid": 1}) + "\n")
+    assert load_prompts(str(file), column=name) == [Prompt("a cat", {"reward": 0.5, "on_invalid": 1})]
 
 
 class Callable_:
