@@ -170,6 +170,8 @@ def test_the_signature_of_ddpo_pytorch_and_trl(name):
     assert score(watching, images, PROMPTS, tag=["x", "y"], count=[1, 2])["reward"].tolist() == [1, 2]
     assert score(watching, images, PROMPTS)["reward"].tolist() == [1, 2]
     assert score(watching, images, PROMPTS, metadata=["m", "n"])["reward"].tolist() == [1, 2]
+    both = lambda images, prompts, metadata, tag, **columns: torch.tensor([len(metadata), len(tag) + len(columns["count"])])  # noqa: E731
+    assert score(both, images, PROMPTS, tag=["x", "y"], count=[1, 2])["reward"].tolist() == [2, 4]
     assert seen == [({"tag": "x", "count": 1}, {"tag": "y", "count": 2}), ({}, {}), ["m", "n"]]
 
 

@@ -98,7 +98,9 @@ def arguments_of(reward: Callable, prompts: list[str], columns: Mapping[str, Any
     for name in METADATA:
         wanted = signature.parameters.get(name)
         if name not in columns and wanted is not None and wanted.kind in (wanted.POSITIONAL_OR_KEYWORD, wanted.KEYWORD_ONLY):
-            arguments = {name: tuple({key: values[i] for key, values in arguments.items()} for i in range(len(prompts)))}
+            rows = tuple({key: values[i] for key, values in arguments.items()} for i in range(len(prompts)))
+            others = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+            arguments = {key: values for key, values in arguments.items() if others or key in signature.parameters} | {name: rows}
     try:
         if "self" in arguments:
             raise TypeError("multiple values for argument 'self'")
