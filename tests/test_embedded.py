@@ -1,11 +1,14 @@
 """The embedded models are small, load as they are, and know what they were taught."""
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPModel
 
@@ -13,7 +16,7 @@ from diffusers_align import embedded
 from diffusers_align.data import load_prompts
 from diffusers_align.embedded import scenes
 from diffusers_align.embedded.classifier import SceneClassifier
-from diffusers_align.embedded.teaching import build_tokenizer, make_scenes
+from diffusers_align.embedded.teaching import build_tokenizer, make_scenes, rename_for_every_version
 from diffusers_align.rewards import load_reward
 
 FAST = {"mini-sd3": {"max_sequence_length": 1}, "mini-sd": {}}
@@ -30,6 +33,23 @@ def samples(request):
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     images = pipeline(prompts, generator=generators, num_inference_steps=12, guidance_scale=3.0, output_type="pt", **FAST[request.param])[0]
     return images, prompts
+
+
+@pytest.mark.parametrize(
+    "file", sorted(Path(embedded.path("mini-sd")).parent.glob("mini-*/text_encoder*/model.safetensors")), ids=lambda file: str(file.parent)
+)
+def test_text_models_are_named_as_every_version_of_transformers_looks_for_them(file, tmp_path):
+    names = set(load_file(file))
+    clip = json.loads((file.parent / "config.json").read_text())["architectures"][0].startswith("CLIP")
+    assert clip == all(name.startswith(("text_model.", "text_projection.")) for name in names)
+    if clip:
+        bare = {name.removeprefix("text_model."): value for name, value in load_file(file).items()}
+        save_file(bare, tmp_path / "model.safetensors")
+        rename_for_every_version(tmp_path / "model.safetensors")
+        assert set(load_file(tmp_path / "model.safetensors")) >= {name for name in names if name.startswith("text_model.")}
+    model = getattr(transformers, json.loads((file.parent / "config.json").read_text())["architectures"][0])
+    _, found = model.from_pretrained(file.parent, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
 
 
 @pytest.mark.parametrize("name", list(FAST))

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -138,10 +139,39 @@ def test_before_an_update_each_variant_has_a_multiple_of_reinforces_gradient():
     torch.testing.assert_close(gradient(grpo_guard_loss(log_ratio, advantage, 0.1), transition.mean), std / 0.1 * base)
 
 
-def test_the_kl_penalty_has_two_forms():
+def test_the_kl_penalty_has_three_forms():
     mean, reference, std = randn(*SHAPE), randn(*SHAPE, seed=1), torch.full((1, 1, 1, 1), 0.4, dtype=torch.float64)
     assert torch.equal(kl_penalty(mean, reference, std, 0.1, form="gaussian"), gaussian_kl(mean, reference, std))
     assert torch.equal(kl_penalty(mean, reference, std, 0.1), official_kl(mean, reference, std, 0.1))
+    published = ((mean - reference) ** 2).mean(dim=tuple(range(1, mean.ndim)))  # FlowCPS, b402c7a, train_sd3.py
+    torch.testing.assert_close(kl_penalty(mean, reference, std, 0.1, form="mean_squared"), published)
+    torch.testing.assert_close(gaussian_kl(mean, reference, std), published / (2 * 0.4**2))
+    with pytest.raises(ValueError, match="Unknown form 'exact' of the KL; choose one of official, gaussian, mean_squared"):
+        kl_penalty(mean, reference, std, 0.1, form="exact")
+
+
+def test_flow_grpos_kl_would_weigh_the_last_step_of_cps_a_thousandfold():
+    scheduler = FlowMatchSDEScheduler(shift=3.0, sde_type="cps", noise_level=0.8)
+    scheduler.set_timesteps(10)
+    sigmas, factors = scheduler.sigmas.tolist(), []
+    for sigma, after in zip(sigmas[:9], sigmas[1:10]):
+        mean, reference, std = randn(*SHAPE), randn(*SHAPE, seed=1), torch.full((1, 1, 1, 1), after * math.sin(0.4 * math.pi), dtype=torch.float64)
+        official, squared = (kl_penalty(mean, reference, std, sigma - after, form=form) for form in ("official", "mean_squared"))
+        factors.append(float((official / squared).mean()))
+    assert factors == pytest.approx([0.024, 0.031, 0.042, 0.060, 0.092, 0.16, 0.35, 1.34, 1870], rel=0.03)
+
+
+def test_cps_comes_with_its_own_penalty(tmp_path):
+    free = {name: value for name, value in TINY.items() if name != "kl_beta"}
+    parse = lambda **flags: script().parse_args([w for n, v in {**free, "output_dir": tmp_path, **flags}.items() for w in (f"--{n}", str(v))])  # noqa: E731
+    args = parse(sde_type="cps", loss="flow_cps")
+    assert (args.kl_form, args.kl_beta) == ("mean_squared", 0.01)
+    assert parse(sde_type="cps", kl_form="gaussian", kl_beta=0.1).kl_form == "gaussian"
+    args = parse()
+    assert (args.kl_form, args.kl_beta) == ("official", 0.04)
+    recipe = str(ROOT / "training_scripts" / "recipes" / "flow_grpo_cps_sd35.yaml")
+    args = script().parse_args(["--config", recipe])
+    assert (args.noise_level, args.clip_range, args.kl_form, args.kl_beta, args.sde_window_size) == (0.7, 1e-4, "mean_squared", 0.01, None)
 
 
 # --- DanceGRPO: best and worst -----------------------------------------------------------------------------------------
@@ -179,9 +209,9 @@ def test_the_progressive_window_slides_and_rolls_back():
 
 
 def test_the_published_schedule_stays_shorter_behind_the_threshold():
-    total = sum(max(1, round(25 * math.exp(-0.1 * max(0, p - 13)))) for p in range(22))
+    total = sum(int(np.ceil(25 * np.exp(-0.1 * max(0, p - 13)))) for p in range(22))
     one_round = Counter(window_at(i, size=4, first=0, end=25, strategy="exp_decay")[0] for i in range(total))
-    assert [one_round[p] for p in (13, 14, 15, 21)] == [25, 23, 20, 11]
+    assert [one_round[p] for p in (13, 14, 15, 18, 20, 21)] == [25, 23, 21, 16, 13, 12]
     assert window_at(total, size=4, first=0, end=25, strategy="exp_decay") == (0, 4)
 
 

@@ -149,6 +149,17 @@ def test_each_algorithm_has_a_page_that_states_its_source(name):
     assert "$$" in page, "the objective is missing"
 
 
+SNAPSHOT = re.compile(r"\b[0-9a-f]{7}\b|\b(?:hpsv2|image-reward) \d\.\d|There is no official code")
+COMPARED = [path for path in MODULES if part_of(path) in ("algorithms", "rewards", "pipelines", "schedulers", "rl")]
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=name_of)
+def test_official_code_is_named_by_its_snapshot(path):
+    pages = [ast.get_docstring(n) or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    if any("as in the official" in page.lower() or "official code" in page for page in pages):
+        assert SNAPSHOT.search("\n".join(pages)), "which snapshot was it compared with?"
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_each_algorithm_is_in_the_index(name):
     index = ast.get_docstring(ast.parse((PACKAGE / "algorithms" / "__init__.py").read_text()))

@@ -3,18 +3,22 @@
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from test_rewards import PROMPTS, photo_like, save_clip
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer, BertTokenizer, CLIPModel
 
 from diffusers_align.rewards import load_reward, score
+from diffusers_align.rewards.aesthetic import AestheticMLP
 from diffusers_align.rewards.hps_v2 import HPSv2, clip_from_open_clip, rename
 from diffusers_align.rewards.image_reward import MEAN, STD, ImageReward, split_state
 from diffusers_align.rewards.ocr import OCRScore, edit_distance, quoted, text_score
-from diffusers_align.rewards.preprocessing import CLIP_MEAN, CLIP_STD
+from diffusers_align.rewards.preprocessing import CLIP_MEAN, CLIP_STD, Letterbox
 
 torch.set_num_threads(1)
 
@@ -274,6 +278,138 @@ def test_hps_v2_has_gradients_and_takes_videos(hps):
     assert all(frame.norm() > 0 for frame in videos.grad.flatten(0, 1)) and not any(p.requires_grad for p in reward.parameters())
     frames = reward(videos.detach().flatten(0, 1), [prompt for prompt in PROMPTS for _ in range(3)]).view(2, 3)
     torch.testing.assert_close(result.detach(), frames.mean(1), atol=1e-5, rtol=1e-5)
+
+
+# --- what the image models see -----------------------------------------------------------------------------------------
+
+
+def letterboxed(image, size):
+    """(3, H, W) in [0, 1] as `ResizeMaxSize` and normalisation make it, by PIL's floats and numpy: (3, size, size)."""
+    height, width = image.shape[1:]
+    scale = size / float(max(height, width))
+    rows, columns = max(1, round(height * scale)), round(width * scale)
+    canvas = np.zeros((3, size, size), dtype=np.float32)
+    for channel in range(3):
+        small = Image.fromarray(image[channel].numpy(), "F").resize((columns, rows), Image.Resampling.BICUBIC)
+        canvas[channel, (size - rows) // 2 : (size - rows) // 2 + rows, (size - columns) // 2 : (size - columns) // 2 + columns] = np.asarray(small)
+    return torch.tensor((canvas - np.array(CLIP_MEAN)[:, None, None]) / np.array(CLIP_STD)[:, None, None], dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "size, shape",
+    [(32, s) for s in [(32, 32), (64, 64), (40, 60), (60, 40), (33, 100), (100, 33), (20, 13), (5, 90), (45, 32), (32, 31), (1, 64)]]
+    + [(224, (300, 225)), (224, (240, 416)), (224, (304, 208)), (224, (224, 100))],
+)
+def test_the_letterbox_is_the_official_resize_and_pad(size, shape):
+    images = torch.stack([photo_like(3, *shape, seed=seed) for seed in range(2)])
+    images[1] = (images[1] > 0.5).float()  # hard edges, where bicubic overshoots
+    ours = Letterbox(size)(images)
+    for image, mine in zip(images, ours):
+        torch.testing.assert_close(mine, letterboxed(image, size), atol=2e-4, rtol=0)  # a level of 8 bits is 0.015
+    bars = normalised(torch.zeros(3, 1, 1))
+    if shape[0] > shape[1] + 2:
+        assert torch.equal(ours[:, :, :, :1], bars.expand(2, 3, size, 1)) and torch.equal(ours[:, :, :, -1:], bars.expand(2, 3, size, 1))
+
+
+def test_odd_bars_are_wider_behind():
+    ours = Letterbox(32)(torch.ones(1, 3, 64, 54)) > 0  # 27 columns of 32: 2 bars before, 3 behind
+    assert ours[0, 0, 0].tolist() == [False] * 2 + [True] * 27 + [False] * 3
+    assert (Letterbox(32)(torch.ones(1, 3, 10, 400)) > 0)[0, 0, :, 0].tolist() == [False] * 15 + [True] + [False] * 16
+
+
+@pytest.mark.parametrize("shape", [(48, 40), (40, 60), (96, 33)])
+def test_hps_v2_scores_the_whole_image_whatever_its_shape(hps, shape):
+    folder, model = hps
+    images, prompts = photo_like(2, 3, *shape), ["a cat", "two dogs"]
+    reward = HPSv2(folder)
+    ids = reward.clip.tokenizer(prompts, padding=True, truncation=True, max_length=16, return_tensors="pt").input_ids
+    expected = (model.images(torch.stack([letterboxed(image, 32) for image in images])) * model.texts(ids)).sum(-1)
+    torch.testing.assert_close(reward(images, prompts), expected, atol=2e-5, rtol=0)
+    edge = images.clone()
+    edge[..., :2, :] = 1 - edge[..., :2, :]
+    assert (reward(edge, prompts) - reward(images, prompts)).abs().min() > 1e-5, "the border counts"
+
+
+@pytest.mark.parametrize("rest, start", [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2), (5, 2), (6, 3), (7, 4), (103, 52), (101, 50)])
+def test_an_odd_rest_is_cropped_as_torchvision_does(image_reward_folder, rest, start):
+    rows = torch.arange(SIZE + rest).float() / 200
+    tall = rows[:, None].expand(1, 3, -1, SIZE)
+    reward = ImageReward(image_reward_folder)
+    for images, axis in ((tall, -2), (tall.transpose(2, 3), -1)):
+        seen = reward.preprocess(images).select(axis, 0) * torch.tensor(CLIP_STD)[:, None] + torch.tensor(CLIP_MEAN)[:, None]
+        torch.testing.assert_close(seen, torch.full_like(seen, start / 200))
+
+
+@pytest.mark.parametrize(
+    "prompt, cleaned",
+    [
+        ("  A  Cat\n on\ta mat ", "a cat on a mat"),
+        ("a \u201ccurly\u201d cat\u2019s day", 'a "curly" cat\'s day'),
+        ("salt &amp; pepper, 1 &lt; 2, &quot;yes&quot;", 'salt & pepper, 1 < 2, "yes"'),
+        ("&amp;amp;", "&"),
+        ("\uff21\uff22 \ufb01sh", "ab fish"),
+        ("schÃ¶n", "schön"),
+        ("a cat", "a cat"),
+        ("", ""),
+        ("猫", "猫"),
+    ],
+)
+def test_prompts_are_cleaned_as_the_official_tokenizer_does(hps, monkeypatch, prompt, cleaned):
+    reward, seen = HPSv2(hps[0]), []
+    tokenizer = reward.clip.tokenizer
+    monkeypatch.setattr(reward.clip, "tokenizer", lambda texts, **options: seen.append(texts) or tokenizer(texts, **options))
+    reward(torch.rand(1, 3, 32, 32), [prompt])
+    assert seen == [[cleaned]]
+
+
+def test_hps_v2_says_what_to_install(hps, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(ImportError, match="'hps_v2' cleans prompts with ftfy.*`pip install ftfy`"):
+        HPSv2(hps[0])
+
+
+# --- checkpoints with more or less in them -----------------------------------------------------------------------------
+
+
+def test_image_reward_leaves_out_what_it_does_not_need_and_says_so(image_reward_folder, tmp_path):
+    state = torch.load(image_reward_folder / "ImageReward.pt", weights_only=True)
+    images, tokenizer = photo_like(2, 3, SIZE, SIZE), str(image_reward_folder)
+    expected = ImageReward(image_reward_folder)(images, PROMPTS)
+    less = {name: value for name, value in state.items() if not name.startswith(("blip.vision_proj", "blip.text_proj"))}
+    torch.save(less, tmp_path / "less.pt")
+    assert torch.equal(ImageReward(tmp_path / "less.pt", tokenizer=tokenizer)(images, PROMPTS), expected)
+    for extra in ("blip.itm_head.weight", "blip.text_encoder.pooler.dense.weight", "blip.visual_encoder.extra", "mlp.other", "step"):
+        torch.save(state | {extra: torch.zeros(2)}, tmp_path / "more.pt")
+        with pytest.warns(UserWarning, match=r"more.pt: left out, as the official loader leaves it out: .*" + extra.split(".")[-1]):
+            reward = ImageReward(tmp_path / "more.pt", tokenizer=tokenizer)
+        assert torch.equal(reward(images, PROMPTS), expected)
+    for lost in ("mlp.layers.4.bias", "blip.visual_encoder.norm.bias", "blip.text_encoder.encoder.layer.1.output.dense.weight"):
+        torch.save({name: value for name, value in state.items() if name != lost}, tmp_path / "lost.pt")
+        with pytest.raises(ValueError, match="lost.pt lacks .*: without them the reward would be random numbers"):
+            ImageReward(tmp_path / "lost.pt", tokenizer=tokenizer)
+
+
+def test_strict_loaders_name_what_is_missing_or_has_no_place(hps, tmp_path):
+    state = hps[1].state_dict()
+    lost = {name: value for name, value in state.items() if name != "transformer.resblocks.1.mlp.c_fc.bias"}
+    with pytest.raises(ValueError, match="the checkpoint lacks text_model.encoder.layers.1.mlp.fc1.bias of CLIPModel"):
+        clip_from_open_clip(lost)
+    head, clip = AestheticMLP(24).state_dict(), save_clip(tmp_path / "clip")
+    for change, message in (
+        ({"layers.8.weight": torch.zeros(1)}, "head.pth has weights that have no place in AestheticMLP: layers.8.weight"),
+        ({"layers.2.weight": torch.zeros(1, 2)}, r"weights of another shape than AestheticMLP: layers.2.weight \(1, 2\) for \(128, 1024\)"),
+    ):
+        torch.save(head | change, tmp_path / "head.pth")
+        with pytest.raises(ValueError, match=message):
+            load_reward("aesthetic", model=clip, checkpoint=tmp_path / "head.pth")
+
+
+def test_a_clip_checkpoint_that_would_be_partly_random_is_refused(tmp_path):
+    folder = save_clip(tmp_path)
+    state = load_file(f"{folder}/model.safetensors")
+    save_file({name.replace("text_model.encoder", "text_model.other"): value for name, value in state.items()}, f"{folder}/model.safetensors")
+    with pytest.raises(ValueError, match="lacks .*text_model.encoder.*would be random numbers"):
+        load_reward("clip_score", model=folder)
 
 
 # --- OCR ---------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.arguments import CallArguments, EvalScheduler, PipelineArguments, PrecisionArguments, PromptArguments
+from diffusers_align.training.arguments import CallArguments, EvalScheduler, PipelineArguments, PrecisionArguments, PromptArguments, RetryArguments
 from diffusers_align.training.method_arguments import StrengthArguments
 from diffusers_align.training.options import Count, Positive, Seed, option, parse, required
 
@@ -45,7 +45,9 @@ class ModelArguments(PipelineArguments, CallArguments, PrecisionArguments):
         return self
 
 
-class EvaluationArguments(PromptArguments, ModelArguments, StrengthArguments, needs={name: SAMPLED for name in ("sde_type", "noise_level", "eta")}):
+class EvaluationArguments(
+    PromptArguments, ModelArguments, StrengthArguments, RetryArguments, needs={name: SAMPLED for name in ("sde_type", "noise_level", "eta")}
+):
     """rewards and other measures"""
 
     num_samples: Count | None = option(None, "images a model, prompt after prompt in turn; two a prompt if absent")
@@ -159,7 +161,7 @@ def main(argv=None):
     loras = load_models(args)
     prompts = load_task(args)
     pairs = HeldOutPairs(session, args.pairs, args.pair_timesteps, args.pairs_split) if args.pairs else []
-    rewards = load_rewards(args.reward, args.reward_model, device)
+    rewards = load_rewards(args.reward, args.reward_model, device, args.reward_retries)
     embedder = CLIPEmbedder(**model_option(args.diversity_model)).to(device) if args.diversity and args.diversity_model else None
     pipeline = load_pipeline(args).to(device)
     sde = {name: getattr(args, name) for name in ("sde_type", "noise_level", "eta") if getattr(args, name) is not None}

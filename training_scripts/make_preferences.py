@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.arguments import CallArguments, PipelineArguments, PrecisionArguments, PromptArguments
+from diffusers_align.training.arguments import CallArguments, PipelineArguments, PrecisionArguments, PromptArguments, RetryArguments
 from diffusers_align.training.method_arguments import StrengthArguments
 from diffusers_align.training.options import Count, NonNegative, Positive, Probability, Real, Seed, option, parse, required
 
@@ -40,7 +40,7 @@ class SamplingArguments(
         return self
 
 
-class PreferenceArguments(PromptArguments, SamplingArguments):
+class PreferenceArguments(PromptArguments, SamplingArguments, RetryArguments):
     """reward and data sets"""
 
     num_prompts: Count | None = option(None, "the first so many; all if absent")
@@ -86,14 +86,12 @@ from diffusers_align.data import load_prompts
 from diffusers_align.data.augment import to_tensor
 from diffusers_align.data.conversions import scored_to_binary, scored_to_pairs, scored_to_ranked
 from diffusers_align.policy import Policy, noise_seed
-from diffusers_align.rewards import load_reward
-from diffusers_align.rewards.loading import model_option
 from diffusers_align.schedulers import sde_twin
 from diffusers_align.training import arguments
 from diffusers_align.training.evaluation import Session, find_lora, lora_loaded
 from diffusers_align.training.loading import call_arguments, load_pipeline
 from diffusers_align.training.pictures import grid, save, to_pil
-from diffusers_align.training.scoring import Scorer, gather_scores
+from diffusers_align.training.scoring import Scorer, gather_scores, reward_of_flags
 
 # What an image depends on besides its prompt and the LoRA's weights: a folder holds images of one such setting.
 SAMPLING = (
@@ -164,7 +162,7 @@ def score(args, session, reward, prompts, jobs, folder):
     """The rewards of the images as the files hold them, (N,) of all `jobs`."""
     accelerator = session.accelerator
     mine = list(range(len(jobs)))[accelerator.process_index :: accelerator.num_processes]
-    with Scorer(reward, on_nan=args.invalid_rewards, on_failure=args.invalid_rewards) as scorer:
+    with Scorer(reward, on_nan=args.invalid_rewards, on_failure=args.invalid_rewards, timeout=args.reward_timeout) as scorer:
         for start in tqdm(range(0, len(mine), args.batch_size), desc="scoring", unit="batch", disable=not accelerator.is_main_process):
             part = mine[start : start + args.batch_size]
             images = torch.stack([read(folder / "images" / f"{file_name(jobs[i])}.png") for i in part])
@@ -209,7 +207,7 @@ def main(argv=None):
     session = Session(args, Accelerator(mixed_precision=args.mixed_precision))
     accelerator, folder = session.accelerator, Path(arguments.check_output_dir(args.output_dir))
     prompts = load_prompts(args.prompts, args.prompt_column)[: args.num_prompts]
-    reward = load_reward(args.reward, device=accelerator.device, **model_option(args.reward_model))
+    reward = reward_of_flags(args, accelerator.device)
     lora = find_lora(args.lora) if args.lora else None
     jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(args.num_images_per_prompt)]
 

@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from diffusers_align.training.arguments import LearningRate, SamplingArguments
 from diffusers_align.training.method_arguments import StrengthArguments
-from diffusers_align.training.options import Count, NonNegative, Positive, option, parse
+from diffusers_align.training.options import Count, NonNegative, Positive, Probability, option, parse
 
 KL_WEIGHT = {"official": 0.01, "paper": 0.05}
 DEFAULTS = {
@@ -33,6 +33,7 @@ class DPOKArguments(StrengthArguments, SamplingArguments, defaults=DEFAULTS):
     kl_form: Literal["official", "paper"] = option("official", "error of the model's outputs, or Gaussian KL per dimension", needs={"kl_weight": True})
     kl_weight: NonNegative | None = option(None, "of the KL to the pretrained model (official: 0.01, paper: 0.05); 0 saves its forward pass")
     value_baseline: bool = option(True, "a learned baseline; without it, rewards normalised over the batch")
+    gae_lambda: Probability = option(1.0, "1: reward minus value, as in DPOK; below 1 later values stand in for part of the reward (GAE)", needs=LEARNED)
     value_learning_rate: LearningRate = option(1e-4, "of the baseline", needs=LEARNED)
     value_batch_size: Count = option(256, "transitions of a minibatch", needs=LEARNED)
     value_accumulation_steps: Count = option(5, "minibatches of an optimizer step", needs=LEARNED)
@@ -100,7 +101,7 @@ def learned_advantages(values, policy, samples, rewards, args, epoch):
     features = [policy.prompt_features(trajectory.condition) for trajectory in samples.batches]
     values.remember(*transitions_for_the_buffer(samples, features, rewards, args, epoch))
     predicted = [values_of(values, trajectory, prompts) for trajectory, prompts in zip(samples.batches, features)]
-    advantages = [value_advantages(rewards[index], value) for index, value in zip(samples.index, predicted)]
+    advantages = [value_advantages(rewards[index], value, lam=args.gae_lambda) for index, value in zip(samples.index, predicted)]
     explained = explained_variance(rewards[torch.cat(samples.index)], torch.cat(predicted))
     return advantages, {"explained_variance": [explained], "value_error": [values.fit(args.value_steps)]}
 

@@ -15,7 +15,7 @@ from diffusers_align.training.arguments import WITH_STRENGTH, SamplingArguments,
 from diffusers_align.training.method_arguments import GroupArguments, NoiseLevel
 from diffusers_align.training.options import Count, NonNegative, Positive, PositiveShare, StepIndex, Steps, option, parse
 
-KL_BETA = {"official": 0.04, "gaussian": 0.004}
+KL_BETA = {"official": 0.04, "gaussian": 0.004, "mean_squared": 0.01}
 CLIP_RANGE = {"flow_grpo": 1e-4, "flow_cps": 1e-5, "grpo_guard": 2e-6}
 NOISE_LEVEL = {"dance_grpo": 0.3, "cps": 0.8}
 
@@ -46,13 +46,16 @@ class FlowGRPOArguments(GroupArguments, SamplingArguments):
     clip_range: Positive | None = option(None, f"of the ratio per dimension; by the loss if absent: {CLIP_RANGE}")
     clip_range_high: Positive | None = option(None, "of ratios above 1, where it differs: wider keeps unlikely steps growing (DAPO)")
     kl_beta: NonNegative | None = option(
-        None, "weight of the KL to the reference (official: 0.04, gaussian: 0.004; with a window or GRPO-Guard 0, which saves a pass)"
+        None, f"weight of the KL to the reference; by its form if absent: {KL_BETA}; with a window or GRPO-Guard 0, which saves a pass"
     )
-    kl_form: Literal["official", "gaussian"] = option("official", "official is the exact Gaussian KL times the step's length", needs={"kl_beta": True})
+    kl_form: Literal["official", "gaussian", "mean_squared"] | None = option(
+        None, "official: the exact Gaussian KL times the step's length; mean_squared: FlowCPS's, the default with cps", needs={"kl_beta": True}
+    )
 
     @model_validator(mode="after")
     def _fill_loss(self):
         self.loss = self.loss or ("flow_cps" if self.sde_type == "cps" else "flow_grpo")
+        self.kl_form = self.kl_form or ("mean_squared" if self.sde_type == "cps" else "official")
         fast = bool(self.sde_window_size) or self.loss == "grpo_guard"  # the official recipes of both have no KL
         self.kl_beta = (0.0 if fast else KL_BETA[self.kl_form]) if self.kl_beta is None else self.kl_beta
         self.clip_range = CLIP_RANGE[self.loss] if self.clip_range is None else self.clip_range

@@ -84,14 +84,13 @@ from diffusers_align.algorithms.preference_flow_matching import couple, interpol
 from diffusers_align.data import Prompt, batch_of, load_preferences, load_prompts, parse_column_map
 from diffusers_align.pipelines.preference_flow import PreferenceFlowPipeline
 from diffusers_align.policy import noise_seed
-from diffusers_align.rewards import load_reward
 from diffusers_align.rewards.base import listed
-from diffusers_align.rewards.loading import model_option
 from diffusers_align.training import hub, preference_flow
 from diffusers_align.training.loading import DTYPES
 from diffusers_align.training.pictures import grid, save
 from diffusers_align.training.report import judged_on
 from diffusers_align.training.run import Run
+from diffusers_align.training.scoring import reward_of_flags
 
 
 def load_flow(args, device):
@@ -215,9 +214,9 @@ def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "PFM")
     device = run.accelerator.device
-    rewards = {args.reward: load_reward(args.reward, device=device, **model_option(args.reward_model))}
+    rewards = {args.reward: reward_of_flags(args, device)}
     if args.eval_reward:
-        rewards[args.eval_reward] = load_reward(args.eval_reward, device=device, **model_option(args.eval_reward_model))
+        rewards[args.eval_reward] = reward_of_flags(args, device, "eval_")
     rows, held_out, outputs = load_data(args)
     flow = load_flow(args, device)
     pairs, held_out = (preference_flow.encode_pairs(flow, part, args.train_batch_size, args.resolution, device) if part else None for part in (rows, held_out))

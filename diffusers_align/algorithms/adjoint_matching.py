@@ -25,7 +25,7 @@ which costs that squared of the tilt). Afterwards one samples along the ODE, or 
 
 Where this differs, and why:
 
-* Step k is paired with $a_{k+1}$. The paper's algorithm and the official code (microsoft/soc-fine-tuning-sd) pair it with $a_k$, which is the
+* Step k is paired with $a_{k+1}$. The paper's algorithm and the official code (microsoft/soc-fine-tuning-sd, 489f904) pair it with $a_k$, which is the
   same in continuous time. For Gaussian data and a linear reward $a_{k+1}$ is exact for any number of steps; $a_k$ misses 7% of the tilt at 40
   steps and 32% at 10.
 * The paper's kernel is Euler-Maruyama with offsets: `memoryless_em`. It has a bias of O(1/K) in its samples, which the ancestral one has not.

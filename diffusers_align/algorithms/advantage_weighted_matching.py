@@ -12,7 +12,7 @@ f is the model's output and y its target (for flow matching the velocity $\epsil
 it, c = 1, which hardly ever clips. The last term is a trust region around a policy that lags behind. On the first update
 after a rollout, rho = 1 and the gradient is that of A l.
 
-Against the official code (scxue/advantage_weighted_matching): the losses and weightings are the same. It trains flow models; for others f and y
+Against the official code (scxue/advantage_weighted_matching, be51372): the losses and weightings are the same. It trains flow models; for others f and y
 are in the model's own parametrisation (noise for epsilon models, as in their pretraining), and the t of w(t) is
 `ForwardProcess.flow_time`. The lagging policy is part of checkpoints.
 

@@ -9,7 +9,7 @@ $$ \nabla_\theta J = \mathbb E_{c} \sum_{k=c}^{T-1} \Big(\frac{\partial x_{k+1}}
 
 which is DRaFT-(T - c) with a random c.
 
-Against the official code (mihirp1998/AlignProp): it detaches the outputs before c, ours makes those calls without a graph: the same
+Against the official code (mihirp1998/AlignProp, b22918a): it detaches the outputs before c, ours makes those calls without a graph: the same
 gradient, since earlier states hold no parameter, for a fraction of the memory. Its reward sees images that were brought to [0, 1]
 twice, so in [0.5, 1]; ours once. TRL's AlignPropTrainer drew a new cut inside the step loop, an independent decision a step: that is
 another estimator, not offered here. Official sampler: DDIM, 50 steps, eta 1, guidance 5 (`stochastic=True` with `eta=1`).

@@ -8,7 +8,7 @@ $$ L = \mathbb E_{i \in \mathrm{best} \cup \mathrm{worst}}\big[\max(-A_i\rho_{i,
 A_i = \frac{r_i - \mathrm{mean}_G\, r}{\mathrm{std}_G\, r} $$
 
 Advantages are relative to the whole group and divided by its own std (`std_ddof` 1, torch's default, in the official code).
-Against that code (XueZeyue/DanceGRPO): 1e-4 rather than 1e-8 is added to that std, which keeps rounding noise among tied rewards
+Against that code (XueZeyue/DanceGRPO, 15cc71d): 1e-4 rather than 1e-8 is added to that std, which keeps rounding noise among tied rewards
 small; the noise table is the pipeline's own, where that code always shifts by 3; the reward sees the final sample, not the clean
 sample that the last step predicts; timesteps keep their fractions; samples that were not selected are replayed with advantage 0,
 so that batches keep their shapes and ratios start at exactly 1.

@@ -6,8 +6,10 @@ and PPO's clip keeps it near 1:
 $$ L = \mathbb E\big[\max(-A\rho_t, -A\,\mathrm{clip}(\rho_t, 1-c, 1+c))\big], \qquad
 \rho_t = \exp\tfrac1D\big(\log p_\theta(x_{t-1}|x_t,c) - \log p_{old}(x_{t-1}|x_t,c)\big) $$
 
-As in the official code (kvablack/ddpo-pytorch), the log-probability is averaged over its D dimensions and c = 1e-4. What is
-different: log-probabilities are taken in float32 of the latents as stored, per-prompt statistics are part of checkpoints.
+As in the official code (kvablack/ddpo-pytorch, 1958463), the log-probability is averaged over its D dimensions and c = 1e-4. What is
+different: log-probabilities are taken in float32 of the latents as stored, per-prompt statistics are part of checkpoints. Where the
+scheduler's `set_alpha_to_one` is true (not for SD 1.5 and SDXL), its last step ends at the alpha of timestep 0 and is scored; ours ends at
+alpha 1, as the sampler does, and has no noise there and no log-probability.
 
 Logged: `reward`, mean of the epoch's samples; `ratio_error`, |ratio - 1| before the epoch's first update, 0 if the replay is the
 rollout; `clip_fraction` and `approx_kl` of the last update.

@@ -20,7 +20,7 @@ Cost, in denoiser calls a sample: the completions of a trajectory with T noisy s
 beside its own T: 55 beside 10. A noise window of w steps from step s on takes w (T - s) - w (w - 1) / 2, for states behind the last
 noisy step lie on the final sample's own ODE.
 
-No official code is published; what the paper leaves open is decided here. Completions take all remaining steps of the schedule: the
+There is no official code; what the paper leaves open is decided here. Completions take all remaining steps of the schedule: the
 paper's best. (One step, so the predicted clean sample, was worse than Flow-GRPO there.) Counts are over all samples of a round.
 The rule of calibration looks at a count, not at a test: among N gains of random sign the two counts differ by less than 2 with a
 probability near $\sqrt{2/(\pi N)}$ only (16% for 24; N is even), so that psi drifts down even where the noise is harmless. Give `tolerance` the

@@ -13,9 +13,11 @@ is 0 when all is learned. Labels y may be probabilities.
 There is no factor 1/2 here: beta 5000 (paper; the command line of the official code has 1000) has the logit scale of Diffusion-DPO at 10000, and, the utility
 being bounded and the mean over single images, its gradient at 2500.
 
-Against the official code (jacklishufan/diffusion-kto, 226bbd0): the losses are the same, as are the reference points `batch_mean` (its default), `class_mean`
-and `mismatched` (with `clamp=False` for these two, as there). The paper's Q is `mismatched`: gains under other samples' prompts, at the price of a second
-forward pass. `ema` is a running mean, for single-image batches; `zero` leaves the point out.
+Against the official code (jacklishufan/diffusion-kto, 226bbd0): the losses are the same, as are the reference points `batch_mean` (its
+default), `class_mean` and `mismatched` (with `clamp=False` for these two, as there). Its `class_mean` (`bce_offset="sigmoid"`) counts a class
+that a batch lacks as a mean of 0, which halves Q, and averages the processes' means; ours is of the classes that are there, over all
+processes. The paper's Q is `mismatched`: gains under other samples' prompts, at the price of a second forward pass. `ema` is a running mean, for
+single-image batches; `zero` leaves the point out.
 
 Logged: `gain_desirable`, `gain_undesirable`, mean g of either class; `reference_point`, Q; `accuracy`, the share of images on their side of Q
 (ties half); `gradient_weight`, mean of 4 sigma'(z), 1 at first.

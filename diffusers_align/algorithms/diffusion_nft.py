@@ -12,7 +12,7 @@ $$ v^+ = \beta v_\theta + (1-\beta) v_{old}, \quad v^- = (1+\beta) v_{old} - \be
 
 with means over dimensions for the norms, c = 5 and w detached. Without w, the optimum for one sample is v_old + (2r - 1)(v* - v_old) / beta.
 
-Against the official code (NVlabs/DiffusionNFT): the loss is the same. It is written through $\hat x_0$, affine in the output
+Against the official code (NVlabs/DiffusionNFT, 24af555): the loss is the same. It is written through $\hat x_0$, affine in the output
 of any model, so that it holds for epsilon and v prediction as for velocities. The old policy is part of checkpoints: the official
 resume replaces it by the current one. The paper integrates with a second-order solver; here the scheduler's ODE step is taken.
 

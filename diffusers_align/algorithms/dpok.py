@@ -7,7 +7,7 @@ chain is bounded by the sum of its steps' and enters the loss, so that it is dif
 $$ L = \mathbb E\Big[\alpha \max\big(-A_t\rho_t, -A_t\,\mathrm{clip}(\rho_t, 1-c, 1+c)\big) + \beta\, D_{KL}(\pi_\theta \| \pi_{pre})\Big], \qquad
 A_t = r(x_0, c) - V(x_t, c, t) $$
 
-Against the official code (google-research/dpok):
+Against the official code (google-research/google-research, dpok/train_online_pg.py, 1d49f2c):
 
 * It clamps the ratio without PPO's minimum (`clip_mode="clamp"`), so that a sample whose ratio has left the range on either side
   has no gradient, even where the policy has moved the wrong way. Ours is PPO's, which lets such a sample return.

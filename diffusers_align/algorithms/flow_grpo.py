@@ -6,7 +6,7 @@ penalty that holds the policy near the pretrained model:
 
 $$ L = \mathbb E\Big[\max(-A\rho_t, -A\,\mathrm{clip}(\rho_t, 1-c, 1+c)) + \beta\, D_{KL}(\pi_\theta \| \pi_{ref})\Big] $$
 
-Against the official code (yifan123/flow_grpo, 879042c): the loss is the same. Its KL divides by the squared diffusion
+Against the official code (yifan123/flow_grpo, ac4c86e): the loss is the same. Its KL divides by the squared diffusion
 coefficient without the step's length, so it is the Gaussian KL times -dt; the maintainers call that deliberate, and the
 paper's betas go with it. `official_kl` is that one and the script's default, `gaussian_kl` the exact one. Samples whose
 advantage is 0 stay in the batch, so the loss's denominator is constant.
@@ -22,6 +22,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..rl.importance import ClipRange, clipped_surrogate, importance_ratio
+
+KL_FORMS = ("official", "gaussian", "mean_squared")
 
 
 def flow_grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *, per_dim: int, clip_range: ClipRange = 1e-4) -> Tensor:
@@ -47,13 +49,30 @@ def official_kl(mean: Tensor, ref_mean: Tensor, std: Tensor, step_size: float) -
     return step_size * gaussian_kl(mean, ref_mean, std)
 
 
+def mean_squared_difference(mean: Tensor, ref_mean: Tensor) -> Tensor:
+    """mean((mu - mu_ref)^2), (B,): Flow-CPS's penalty, `gaussian_kl` times 2 std^2."""
+    return (mean - ref_mean).square().flatten(1).mean(1)
+
+
 def kl_penalty(mean: Tensor, ref_mean: Tensor, std: Tensor, step_size: float, *, form: str = "official") -> Tensor:
-    """`official_kl` or, with `form="gaussian"`, `gaussian_kl`, (B,)."""
-    return official_kl(mean, ref_mean, std, step_size) if form == "official" else gaussian_kl(mean, ref_mean, std)
+    """The penalty of one solver step in one of `KL_FORMS`, (B,).
+
+    Raises:
+        ValueError: an unknown form.
+    """
+    if form not in KL_FORMS:
+        raise ValueError(f"Unknown form {form!r} of the KL; choose one of {', '.join(KL_FORMS)}.")
+    return {
+        "official": lambda: official_kl(mean, ref_mean, std, step_size),
+        "gaussian": lambda: gaussian_kl(mean, ref_mean, std),
+        "mean_squared": lambda: mean_squared_difference(mean, ref_mean),
+    }[form]()
 
 
 def describe_kl(beta: float, form: str, step_sizes: list[float]) -> str:
-    """The same penalty in the other form's beta, for the mean of the steps' lengths."""
+    """The same penalty in the other form's beta, for the mean of the steps' lengths; of `mean_squared`, what it is."""
+    if form == "mean_squared":
+        return f"kl_beta {beta:g} weighs the squared difference of the steps' means, 2 std^2 of the Gaussian KL: steps of little noise count little"
     length = sum(step_sizes) / len(step_sizes)
     other, equivalent = ("gaussian", beta * length) if form == "official" else ("official", beta / length)
     return f"kl_beta {beta:g} on the {form} KL weighs like {equivalent:.3g} on the {other} one at the mean step of {length:.3g}"

@@ -8,8 +8,9 @@ $$ L = \frac{1}{-dt}\,\mathbb E\big[\max(-A\rho_t, -A\,\mathrm{clip}(\rho_t, 1-c
 \log\rho_t = s_t\Big(\tfrac1D\log\frac{p_\theta(x_{t-1}|x_t,c)}{p_{old}(x_{t-1}|x_t,c)} + \frac{\|\mu_\theta - \mu_{old}\|^2}{2 D s_t^2}\Big) $$
 
 with $s_t = g\sqrt{-dt}$ the transition's whole std. For $x_{t-1} = \mu_{old} + s_t\epsilon$ this is $\epsilon\cdot\Delta\mu / D$: its mean over the
-noise is 0 at every step. As in the official code (in yifan123/flow_grpo). The means of the sampling policy are computed once more
-before an epoch's first update rather than stored with the rollout.
+noise is 0 at every step. The official code is said to be part of yifan123/flow_grpo, but is not in its snapshots at hand (the newest is
+ac4c86e); compared was its port in verl-omni, which is equal. The means of the sampling policy are computed once more before an epoch's first
+update rather than stored with the rollout.
 
 Logged: as for Flow-GRPO; `clip_fraction` and `approx_kl` are of the normalised ratio.
 """
@@ -37,6 +38,6 @@ def guard_log_ratio(log_prob: Tensor, old_log_prob: Tensor, mean: Tensor, old_me
 def grpo_guard_loss(log_ratio: Tensor, advantage: Tensor, step_size: float, *, clip_range: ClipRange = 2e-6) -> Tensor:
     """The clipped loss of one solver step of length `step_size` = |sigma_next - sigma|, (B,).
 
-    `clip_range`: 2e-6 in the official configs for OCR and GenEval, 4e-6 for PickScore.
+    `clip_range`: 2e-6 for OCR and GenEval, 4e-6 for PickScore.
     """
     return clipped_surrogate(log_ratio.exp(), advantage, clip_range) / step_size

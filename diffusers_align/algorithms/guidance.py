@@ -31,6 +31,10 @@ each sample by itself; `universal` https://arxiv.org/abs/2302.07121; `tfg`; `flo
 Norms are of each sample by itself, so that results do not depend on the batch. The `dps` norm divides by twice the root of |s|: for
 s = -|y - A x0|^2 that is the gradient of -|y - A x0|.
 
+Against official code, TFG's (f8d17f3) and its versions of others: it draws one set of noise copies for all iterations of a step, here each
+iteration draws anew; its `dps` divides by |log p| and its `lgd` once more by the number of draws, here both are the papers' (the gradient of a
+norm, of a log-mean-exp). FreeDoM repeats the steps from 30% to 60% of the run three times and those up to 70% not; `freedom` repeats all of its window.
+
 Returned beside the samples: `rewards`, of the finished samples; `guided_values`, s of the estimate before each guided step.
 """
 
@@ -193,7 +197,7 @@ def renoised(x_next: Tensor, level: Level, level_next: Level, noise: Tensor) -> 
 def step_weights(levels: list[Level], schedule: str, guided: Sequence[int]) -> list[float]:
     """Weights of the steps, (K,): of mean 1 over those that are `guided`, 0 elsewhere. `levels` are K + 1, from noise to data.
 
-    `increase` goes with $(\\alpha_k/\\alpha_{k+1})^2$, `decrease` with what that lacks to 1, as in the official code of TFG.
+    `increase` goes with $(\\alpha_k/\\alpha_{k+1})^2$, `decrease` with what that lacks to 1, as in the official code of TFG (f8d17f3).
     """
     kept = [(a.alpha / b.alpha) ** 2 for a, b in zip(levels, levels[1:])]
     raw = {"constant": [1.0] * len(kept), "increase": kept, "decrease": [1 - ratio for ratio in kept]}[schedule]

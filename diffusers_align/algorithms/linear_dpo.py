@@ -10,7 +10,7 @@ z = -\tfrac\beta2\big[(L_w - L_w^{ref}) - (L_l - L_l^{ref})\big] $$
 so the slope by the gap is 0.2 beta, steeper than the logistic's 0.125 beta. At the reference, w = 1/2: the gradient is Diffusion-DPO's times
 2 / beta. The loss itself has no bound below.
 
-As in the official code (b273b95): beta 100, eta 1e-3 (SD 1.5); 500, 0 (SDXL); 1000 to 5000, 0.05 (SD3); decay of the reference 0.99
+As in the official code (at b273b95): beta 100, eta 1e-3 (SD 1.5); 500, 0 (SDXL); 1000 to 5000, 0.05 (SD3); decay of the reference 0.99
 in its recipes. The moving reference is the training loop's.
 
 Logged: as for Diffusion-DPO; `linear_weight`, mean w.

@@ -5,9 +5,9 @@ causes. The window starts where the noise is strongest, since structure comes fi
 
 $$ L = \mathbb E\Big[\tfrac1{|W_n|}\sum_{t\in W_n}\max(-A\rho_t, -A\,\mathrm{clip}(\rho_t, 1-c, 1+c))\Big], \qquad W_n = [l_n, l_n + w) $$
 
-The loss is Flow-GRPO's; this module says where the window lies at training iteration n. Written from the paper (the official code
-is for academic use only). Its faster variant, which takes the ODE steps behind the window with a higher-order solver, is not here:
-a trajectory has one scheduler.
+The loss is Flow-GRPO's; this module says where the window lies at training iteration n. Written from the paper; the windows are those of the official
+code (Tencent-Hunyuan/MixGRPO, e5cdd6a, for academic use only). Its faster variant, which takes the ODE steps behind the window with a
+higher-order solver, is not here: a trajectory has one scheduler.
 
 Logged: as for Flow-GRPO.
 """
@@ -37,7 +37,7 @@ def window_at(
         size: its number of steps; 4 in the paper.
         first, end: it lies within the solver steps first to end - 1; behind the last place it starts over at the first.
         strategy: "progressive" stays `interval` iterations at a place; "exp_decay" stays
-            interval * exp(-decay * max(0, place - threshold)), at least one; "random" draws a place for each iteration.
+            interval * exp(-decay * max(0, place - threshold)), rounded up; "random" draws a place for each iteration.
         interval, stride, decay, threshold: 25, 1, 0.1 and 13 of 25 steps in the paper.
 
     Raises:
@@ -50,7 +50,7 @@ def window_at(
         start = random.Random(f"{seed}/{iteration}/window").choice(places)
     elif strategy in ("progressive", "exp_decay"):
         rate = decay if strategy == "exp_decay" else 0.0
-        stays = [max(1, round(interval * math.exp(-rate * max(0, place - threshold)))) for place in places]
+        stays = [math.ceil(interval * math.exp(-rate * max(0, place - threshold))) for place in places]
         left = iteration % sum(stays)
         start = next(place for place, until in zip(places, _running_sums(stays)) if left < until)
     else:

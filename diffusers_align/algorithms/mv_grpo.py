@@ -12,7 +12,7 @@ $$ L = \mathbb E\, \frac{1}{1+K} \sum_{k=0}^{K} \max(-A_{j,k}\,\rho_{j,t,k}, -A_
 The actions were drawn under $c_0$. For k > 0 the ratio is no importance weight then: its denominator is not the density that they were drawn
 from, so the expectation is biased and only the clip keeps the step local. With $c_k = c_0$ the gradient is Flow-GRPO's.
 
-No official code is published. Decided here, where the paper leaves a choice or its text was not at hand: the old log-probabilities
+There is no official code. Decided here, where the paper leaves a choice or its text was not at hand: the old log-probabilities
 under a view come from a pass of their own before the first update; each view is held near the pretrained model under that same
 view; each group draws its K captions from those that there are, anew every epoch; the data set's other fields go to the reward
 under every view. Cost: under each extra view a forward pass for the old log-probability and a forward and backward pass for

@@ -12,8 +12,8 @@ Three optimisers, each with the settings of a paper (`SETTINGS`):
 * `sgd`: ReNO (https://arxiv.org/abs/2406.04312), Nesterov momentum 0.9, rate 5, gradients clipped to norm 0.1, 50 iterations, rho = 0.01, the best
   iterate returned. Meant for samplers of one to four steps. Its rewards are weighted sums: see `reward_scale` and sums of rewards.
 * `adam`: DNO (https://arxiv.org/abs/2405.18881), rate 0.01, gradients clipped to norm 1, 100 iterations, and the regulariser `concentration`, rho = 1 as
-  in the official example (the official default is 0). DNO moves the noise of all steps of a stochastic sampler, with weight decay; here it is the initial noise
-  alone, as in the official code at eta = 0, without decay, which the regulariser makes needless.
+  in its authors' example (their default is 0). DNO moves the noise of all steps of a stochastic sampler, with weight decay; here it is the initial noise
+  alone, as in their code at eta = 0 (neither compared), without decay, which the regulariser makes needless.
 * `lbfgs`: D-Flow (https://arxiv.org/abs/2402.14017), rate 1, history 100, strong Wolfe line search, 20 iterations, no clipping, and no regulariser: the
   gradient through the flow is shaped by it, which regularises by itself. There is no official code. An iteration costs an evaluation or more.
 

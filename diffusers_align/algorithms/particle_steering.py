@@ -14,7 +14,7 @@ Potentials, of rewards $r_k$ of the predicted clean samples: `difference` $\log 
 Weights that are not resampled are carried on, and the evidence $\hat Z = \prod \frac1N\sum w$, one factor a resampling and one at the end, is
 unbiased for $\mathbb E_p[e^{\lambda r}]$ with any N, threshold, resampler and proposal. Intermediate potentials only lower its variance.
 
-Against the official code (zacharyhorvitz/Fk-Diffusion-Steering): there, weights are thrown away at each step that does not resample, so
+Against the official code (zacharyhorvitz/Fk-Diffusion-Steering, 9413005): there, weights are thrown away at each step that does not resample, so
 that its adaptive mode hardly steers and its `max` and `add` miss the tilt; potentials are exponentiated before they are normalised,
 and saturate; a particle's potential is that of the state one step before. Here weights stay logarithmic and are carried,
 and the potential is that of the state which is resampled. Against DAS (https://arxiv.org/abs/2501.05803): everything of a particle is gathered.

@@ -8,7 +8,7 @@ again to its own results, it raises the preference at each pass:
 $$ L = \mathbb E_{t \sim U[0,1],\,(y_0, y_1, c)} \tfrac1D \big\| v_\theta(y_t, t, c) - (y_1 - y_0) \big\|^2, \qquad
 y_t = (1 - t)\, y_0 + t\, y_1 + \sigma \epsilon, \qquad \frac{dy}{dt} = v_\theta(y, t, c) $$
 
-Against the official code (jadehaus/preference-flow-matching): it pairs each mini-batch anew by exact optimal transport, across
+Against the official code (jadehaus/preference-flow-matching, bfc47b8): it pairs each mini-batch anew by exact optimal transport, across
 prompts, so that sources flow to winners of other prompts (half of them, for two overlapping prompts). Here the data's own pairs are
 the default, and the two other couplings stay within a prompt. Its adaptive solver (dopri5) gives way to fixed steps. $\sigma$ is
 0.1 there; `sigma` is 0 here, which keeps both ends of the line the data themselves, and is in units of y.

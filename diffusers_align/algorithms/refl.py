@@ -8,7 +8,7 @@ $$ L = \lambda\, \mathbb E_{k \sim U[k_0, k_1]}\, \max\big(0,\, m - r(\mathrm{de
 
 A roll-out with `grad_steps=[k]` and `stop_step=k`.
 
-Against the official code (THUDM/ImageReward, ReFL.py): the loss is the same, margin 2 on a reward normalised to mean 0 and
+Against the official code (THUDM/ImageReward, ReFL.py, c1392c6): the loss is the same, margin 2 on a reward normalised to mean 0 and
 standard deviation 1, scale 1e-3. Its window, steps 30 to 39 of 40, is here a fraction of any number of steps. It samples without
 classifier-free guidance (`guidance_scale=1`). The paper adds a pre-training loss on captioned images, which the code leaves out,
 and whose users report models worse than the base: give `train_refl.py` such images (`--pretrain_dataset_name`), or watch a second

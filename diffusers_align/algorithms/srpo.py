@@ -14,7 +14,7 @@ Two branches: denoising (sigma' < sigma) is rewarded; inversion (sigma' > sigma)
 is scored with the words exchanged, as a penalty. Both need the hinge: the gradient is that of one step's reconstruction, which does
 not vanish where the finished samples are good.
 
-Against the official code (Tencent-Hunyuan/SRPO, fastvideo/SRPO.py): the formulas are the same; the velocity is
+Against the official code (Tencent-Hunyuan/SRPO, fastvideo/SRPO.py, 81e5898): the formulas are the same; the velocity is
 `ForwardProcess.to_velocity` at `flow_time`, so they hold for any model, not for flow matching alone. It mixes in the sample itself,
 weight 0.9 from some step on; that only scales the gradient and is left out. Official: FLUX.1-dev, all parameters, 25 steps, shift 3,
 learning rate 5e-6, clip 0.1, margin 0.7, discounts from 0.1 to 0.25 (denoising) and 0.3 to 0.01 (inversion).

@@ -6,8 +6,8 @@ reward of the clean sample that it predicts, and the others are dropped:
 $$ i \sim \mathrm{softmax}_m\big(\hat v_m / \alpha\big), \qquad \hat v_m = r\big(\hat x_0(x^m_{k+1})\big) $$
 
 A small alpha is greedy: 0 takes the best candidate, infinity any of them. There are no weights, so what comes out is not the tilt
-$p\,e^{r/\alpha}$, even for many candidates, because the prediction's reward stands for the value. The official examples
-(masa-ue/SVDD-image) draw 20 candidates. The last ones are judged as samples; one of them is chosen in the same way (`returned="sample"`)
+$p\,e^{r/\alpha}$, even for many candidates, because the prediction's reward stands for the value. Its authors' examples
+(masa-ue/SVDD-image, not compared) draw 20 candidates. The last ones are judged as samples; one of them is chosen in the same way (`returned="sample"`)
 or the best is taken. Nothing is chosen at the first, which is noise.
 
 Reported: `rewards` of the last candidates, `chosen` of them.

@@ -9,7 +9,7 @@ $$ \nabla_\theta J = \mathbb E\, \frac{1}{|F|} \sum_{f \in F} \sum_{k=c}^{T-1} \
 
 with c the last step, a random or a chosen one, F a random frame, the ends and the middle, or every other one.
 
-Against the official code (mihirp1998/VADER): it switches the LoRA's `requires_grad` at c, ours makes the calls before it without a
+Against the official code (mihirp1998/VADER, adaf2ef): it switches the LoRA's `requires_grad` at c, ours makes the calls before it without a
 graph; the gradient is the same. It decodes frames one by one; an autoencoder that is causal in time needs the latents before a frame as
 well, which the roll-out's `frames` sees to. Official: DDIM of 50 steps, eta 1, LoRA of rank 8 to 16, learning rate 2e-4, no penalty;
 it is stopped by hand.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 _SHIPPED = Path(__file__).parent / "prompts"
 SUFFIXES = (".txt", ".jsonl", ".csv")
+REWARD_ARGUMENTS = ("images", "prompts", "self")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ def load_prompts(source: str, column: str = "prompt") -> list[Prompt]:
     """Read prompts from a `.txt` file (one a line), a `.jsonl` or a `.csv` file (field `column`), or a set of the package.
 
     Raises:
-        ValueError: no such file or set, no prompts in it, or a row without a prompt (the message names the row).
+        ValueError: no such file or set, no prompts in it, a row without a prompt, or a field with the name of an argument of every reward
+            (the message names the row).
     """
     path = Path(source)
     if not path.suffix and source in shipped_sets():
@@ -70,6 +72,9 @@ def _from_row(row: object, number: int, column: str, path: Path) -> Prompt:
     text = str(row.get(column) or "").strip()
     if not text:
         raise ValueError(f"{path}, row {number}: no {column!r} among its fields {sorted(row)}. Name the right one with --prompt_column.")
+    for name in REWARD_ARGUMENTS:
+        if name in row and name != column:
+            raise ValueError(f"{path}, row {number}: the field {name!r} would reach rewards by keyword, whose own argument is called so: rename or remove it.")
     return Prompt(text, {name: value for name, value in row.items() if name != column})
 
 

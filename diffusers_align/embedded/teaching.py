@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, ModelMixin
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTokenizer
@@ -175,9 +176,19 @@ def judged_images(out: Path, number: int, seed: int) -> tuple[Tensor, list[Scene
 def save_pipeline(pipeline, folder: Path) -> None:
     """Denoiser and autoencoder in half precision; text encoders in float32, because transformers keeps a file's dtype."""
     pipeline.save_pretrained(folder)
+    for file in folder.glob("text_encoder*/model.safetensors"):
+        rename_for_every_version(file)
     for name in ("transformer", "unet", "vae"):
         if module := getattr(pipeline, name, None):
             save_half(module, folder / name)
+
+
+def rename_for_every_version(file: Path) -> None:
+    """A CLIP text model's weights under `text_model.`, where each version of transformers looks; a few write them without, and older
+    ones then take random numbers."""
+    state = load_file(file)
+    if any(name.startswith("embeddings.") for name in state):
+        save_file({f"text_model.{name}": value for name, value in state.items()}, file, metadata={"format": "pt"})
 
 
 def save_half(module: ModelMixin, folder: Path) -> None:

@@ -27,7 +27,8 @@ from ..decoding import light_decoding
 from ..driver import Step, drive
 from ..policy import Policy
 from ..prompt_memory import PromptMemory
-from ..rewards import load_reward, score
+from ..rewards import load_reward
+from ..rewards.base import score_columns
 
 logger = logging.get_logger(__name__)
 Generators = torch.Generator | list[torch.Generator] | None
@@ -228,7 +229,7 @@ class WrappedPipeline(DiffusionPipeline):
         Args:
             columns: other arguments of the reward, a list for each with an entry for each of the B rows.
         """
-        return score(reward, images, condition.prompts, on_invalid=on_invalid, **(columns or {}))["reward"]
+        return score_columns(reward, images, condition.prompts, columns or {}, on_invalid)["reward"]
 
     def judge(self, reward, condition: Condition, columns: dict[str, list] | None = None, on_invalid: str = "error") -> Judge:
         """What gives images their rewards: the call's, or the pipeline's.

@@ -6,7 +6,7 @@
 | `aesthetic` | LAION's aesthetic predictor | yes |
 | `clip_score` | cosine of CLIP's image and text embeddings | yes |
 | `pick_score` | PickScore, a CLIP trained on human choices | yes |
-| `hps_v2` | HPS v2.1, another one | yes |
+| `hps_v2` | HPS v2.1, another one (`pip install diffusers-align[hps]`) | yes |
 | `image_reward` | ImageReward, a BLIP trained on human rankings | yes |
 | `ocr` | is the text that the prompt quotes in the image? (`pip install diffusers-align[ocr]`) | no |
 | `vlm_judge` | a vision-language model behind an OpenAI-style API, by a rubric | no |

@@ -1,7 +1,8 @@
 """LAION's aesthetic predictor: linear layers on CLIP ViT-L/14's unit image embeddings, trained on human ratings from 1 to 10.
 
 https://github.com/christophschuhmann/improved-aesthetic-predictor, the weights `sac+logos+ava1-l14-linearMSE.pth`: the
-aesthetic reward of DDPO (https://arxiv.org/abs/2305.13301) and of most that followed. The prompt plays no part.
+aesthetic reward of DDPO (https://arxiv.org/abs/2305.13301) and of most that followed. The prompt plays no part. Compared with the scorer of
+kvablack/ddpo-pytorch, 1958463, with its published head: equal up to the rounding of its 8-bit images. Its loader is strict, as this one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .clip_embedder import CLIPEmbedder
-from .loading import checkpoint_file
+from .loading import checkpoint_file, load_weights
 from .preprocessing import flatten_frames, mean_over_frames
 
 
@@ -58,7 +59,7 @@ class AestheticScore(nn.Module):
                 "use the CLIP that it was trained on."
             )
         self.head = AestheticMLP(width)
-        self.head.load_state_dict(state)
+        load_weights(self.head, state, checkpoint)
         self.float().eval().requires_grad_(False)
 
     def forward(self, images: Tensor, prompts: list[str] | None = None, **columns: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 A reward is any callable. It gets images (B, 3, H, W), or videos (B, F, 3, H, W), in [0, 1], the prompts, and the other fields
 of the data set by keyword. It returns (B,) numbers, higher is better, NaN where it could not score; or a dict of such
-tensors, of which `reward` is the one to optimise and the others are logged.
+tensors, of which `reward` is the one to optimise and the others are logged. `calling.py` says what else is understood.
 
 >>> def brightness(images, prompts, **columns):
 ...     return images.flatten(1).mean(1)
@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from .calling import InvalidReward, RewardError, RewardTimeout, call, exits_are_errors
 from .loading import BUILT_INS, component_name, find_reward, parse_terms, reward_name
 
 
@@ -29,29 +30,17 @@ class Reward(Protocol):
         ...
 
 
-class InvalidReward(ValueError):
-    """A reward returned something that cannot be trained on: a wrong shape, no `reward` entry, NaN or infinity."""
-
-
-class RewardError(RuntimeError):
-    """A reward failed: it raised, or its server did not answer."""
-
-
-class RewardTimeout(RewardError):
-    """A reward took longer than it may."""
-
-
 def listed(prompts: list[str], shown: int = 3) -> str:
     """The first few different prompts, quoted, for a message."""
     different = list(dict.fromkeys(prompts))
     return ", ".join(map(repr, different[:shown])) + (", ..." if len(different) > shown else "")
 
 
-def score(reward: Reward, images: Tensor, prompts: list[str], *, on_invalid: Literal["error", "mask"] = "error", **columns: Any) -> dict[str, Tensor]:
+def score(reward: Reward, images: Tensor, prompts: list[str], /, *, on_invalid: Literal["error", "mask"] = "error", **columns: Any) -> dict[str, Tensor]:
     """Call a reward and check its answer.
 
     Args:
-        images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1].
+        images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1]. The reward gets a copy, float32 and outside autocast.
         prompts: B of them.
         on_invalid: what to do where `reward` is NaN or infinite: raise, or put NaN for the caller to leave out.
         columns: the data set's other fields, passed on.
@@ -61,43 +50,25 @@ def score(reward: Reward, images: Tensor, prompts: list[str], *, on_invalid: Lit
         Entries beside `reward` may hold NaN: a component that does not apply to an image.
 
     Raises:
-        InvalidReward: a wrong shape, a dict of several entries without `reward`; NaN or infinity unless masked.
+        InvalidReward: a wrong shape, a dict of several entries without `reward`, other arguments; NaN or infinity unless masked.
+        RewardError: the reward called `sys.exit`.
     """
+    return score_columns(reward, images, prompts, columns, on_invalid)
+
+
+def score_columns(reward: Reward, images: Tensor, prompts: list[str], columns: Mapping[str, Any], on_invalid: str = "error") -> dict[str, Tensor]:
+    """`score` for columns of any name, in a dict: a data set's field may be called `reward` or `on_invalid`."""
     if on_invalid not in ("error", "mask"):
         raise ValueError(f"on_invalid must be 'error' or 'mask', got {on_invalid!r}.")
     if len(images) != len(prompts):
         raise ValueError(f"As many prompts as images are needed: got {len(images)} images and {len(prompts)} prompts.")
-    scores = as_scores(reward, reward(images, prompts, **columns), images)
+    scores = call(reward, images, prompts, columns)
     valid = torch.isfinite(scores["reward"])
     if valid.all():
         return scores
     if on_invalid == "mask":
         return scores | {"reward": torch.where(valid, scores["reward"], torch.nan)}
     raise InvalidReward(_describe_invalid(reward, scores, valid, prompts))
-
-
-def as_scores(reward: Reward, result: Any, images: Tensor) -> dict[str, Tensor]:
-    """A reward's answer as a dict of (B,) float32 tensors with the key `reward`."""
-    name, batch = reward_name(reward), len(images)
-    entries = dict(result) if isinstance(result, Mapping) else {"reward": result}
-    if "reward" not in entries:
-        if len(entries) != 1:
-            raise InvalidReward(
-                f"Reward {name!r} returned the entries {sorted(entries)}, none of which is called 'reward': add an entry 'reward', the (B,) tensor to optimise."
-            )
-        entries = {"reward": next(iter(entries.values()))}
-    scores = {}
-    for key, value in entries.items():
-        try:
-            values = torch.as_tensor(value, device=images.device).float()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InvalidReward(f"Reward {name!r} returned a {type(value).__name__} for {key!r}, which is no tensor of numbers: {error}.") from error
-        if values.shape != (batch,):
-            raise InvalidReward(
-                f"Reward {name!r} returned the shape {tuple(values.shape)} for {key!r}, for {batch} images: expected ({batch},), one number an image."
-            )
-        scores[key] = values
-    return scores
 
 
 def _describe_invalid(reward: Reward, scores: dict[str, Tensor], valid: Tensor, prompts: list[str]) -> str:
@@ -138,7 +109,7 @@ class WeightedSum:
         """Returns `reward`, `<component>`, and `<component>/<entry>` for what a component returned beside its reward."""
         total, parts = 0.0, {}
         for reward, weight, name in zip(self.rewards, self.weights, self.names):
-            scores = as_scores(reward, reward(images, prompts, **columns), images)
+            scores = call(reward, images, prompts, columns)
             parts[name] = scores.pop("reward")
             parts |= {f"{name}/{key}": value for key, value in scores.items()}
             total = total + weight * parts[name]
@@ -150,7 +121,7 @@ def move(reward: Reward, device: torch.device | str | None) -> Reward:
     return reward.to(device) if device is not None and callable(getattr(reward, "to", None)) else reward
 
 
-def load_reward(spec: str | Callable, *, device: torch.device | str | None = None, **options: Any) -> Reward:
+def load_reward(spec: str | Callable, *, device: torch.device | str | None = None, retries: int | None = None, **options: Any) -> Reward:
     """A reward by name: built in, `module:function`, `path/to/file.py:function`, `http://host:port`, or a sum of them.
 
     >>> load_reward("jpeg_compressibility")  # doctest: +SKIP
@@ -160,18 +131,21 @@ def load_reward(spec: str | Callable, *, device: torch.device | str | None = Non
     Args:
         spec: one name, or names with weights joined by `+`. A class is instantiated. A callable is returned as it is.
         device: moved there if the reward has a method `to`; passed on if it has an argument `device`.
+        retries: of rewards that ask a server: further attempts after the first; theirs if absent.
         options: arguments of the reward's class or function, such as `model`. In a sum each term gets those that it takes.
 
     Raises:
         ValueError: nothing is found under the name, it cannot be called, or an option belongs to no term.
+        RewardError: the file, or the class when it is made, calls `sys.exit`.
     """
     if callable(spec) and not isinstance(spec, (str, type)):
         return move(spec, device)
     terms = parse_terms(spec)
     found, unused = [], set(options)
-    placed = options if device is None else options | {"device": device}
+    placed = options | {name: value for name, value in (("device", device), ("retries", retries)) if value is not None}
     for name, weight in terms:
-        reward, used = find_reward(name, placed)
+        with exits_are_errors(f"Reward {name!r}"):
+            reward, used = find_reward(name, placed)
         unused -= used
         found.append((move(reward, device), weight, component_name(name)))
     if unused:
@@ -181,4 +155,4 @@ def load_reward(spec: str | Callable, *, device: torch.device | str | None = Non
     return WeightedSum([(reward, 1.0 if weight is None else weight, name) for reward, weight, name in found])
 
 
-__all__ = ["BUILT_INS", "InvalidReward", "Reward", "RewardError", "RewardTimeout", "WeightedSum", "listed", "load_reward", "score"]
+__all__ = ["BUILT_INS", "InvalidReward", "Reward", "RewardError", "RewardTimeout", "WeightedSum", "listed", "load_reward", "score", "score_columns"]

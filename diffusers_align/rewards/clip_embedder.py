@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .preprocessing import Preprocessing
+from .loading import shown
+from .preprocessing import Letterbox, Preprocessing
 
 
 class CLIPEmbedder(nn.Module):
@@ -20,11 +21,11 @@ class CLIPEmbedder(nn.Module):
         preprocess: the image settings, if not the processor's.
     """
 
-    def __init__(self, model: Any, processor: str | None = None, preprocess: Preprocessing | None = None):
+    def __init__(self, model: Any, processor: str | None = None, preprocess: Preprocessing | Letterbox | None = None):
         from transformers import AutoTokenizer, CLIPModel
 
         super().__init__()
-        self.model = (model if isinstance(model, CLIPModel) else CLIPModel.from_pretrained(model)).float()
+        self.model = (model if isinstance(model, CLIPModel) else pretrained_clip(model)).float()
         self.preprocess = preprocess or Preprocessing.from_pretrained(processor or model)
         self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
         self.eval().requires_grad_(False)
@@ -43,6 +44,21 @@ class CLIPEmbedder(nn.Module):
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt").to(self.device)
         return F.normalize(pooled(self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)), dim=-1)
+
+
+def pretrained_clip(name: str):
+    """A `CLIPModel` of which no weight is random.
+
+    Raises:
+        ValueError: the checkpoint lacks some, which transformers would draw and only log.
+    """
+    from transformers import CLIPModel
+
+    model, found = CLIPModel.from_pretrained(name, output_loading_info=True)
+    missing = sorted(found["missing_keys"]) + sorted(str(entry) for entry in found["mismatched_keys"])
+    if missing:
+        raise ValueError(f"{name} is no checkpoint of CLIPModel: it lacks {shown(missing)}, which would be random numbers.")
+    return model
 
 
 def pooled(features: Any) -> Tensor:

@@ -3,13 +3,17 @@
 The score is the cosine of image and prompt, typically 0.2 to 0.35, as `hpsv2.score` of https://github.com/tgxs002/HPSv2 returns it
 (tables multiply it by 100). The released file is an open_clip state dict; here its weights go into transformers' CLIPModel.
 
-Differences: open_clip resizes without cutting the overshoot of bicubic interpolation, and repairs broken Unicode in prompts with
-ftfy. The tests compare the mapped model with open_clip's forward pass on random weights, not with published scores.
+Compared with the package hpsv2 1.2.0 (`hpsv2.score`) at full size on random weights: model, preprocessing and tokens are equal, scores to 1e-7. Images
+keep their aspect ratio: the longer side becomes 224 and black bars fill the square. Prompts are cleaned as its tokenizer does, with
+ftfy (`pip install "diffusers-align[hps]"`). torchvision before 0.17, with which the published scores were made, did not antialias tensors, so
+that its pixels differ from today's official ones and from ours. Published scores of the released weights were not compared.
 """
 
 from __future__ import annotations
 
+import html
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from .clip_embedder import CLIPEmbedder
-from .loading import checkpoint_file
+from .loading import checkpoint_file, load_weights
 from .pick_score import PROCESSOR
-from .preprocessing import Preprocessing, flatten_frames, mean_over_frames, repeat_for_frames
+from .preprocessing import Letterbox, flatten_frames, mean_over_frames, repeat_for_frames
 
 VISION_HEAD_WIDTH, TEXT_HEAD_WIDTH = 80, 64  # of ViT-H/14's attention heads
 
@@ -60,21 +64,34 @@ class HPSv2(nn.Module):
         file = checkpoint_file(model, filename)
         clip = clip_from_open_clip(torch.load(file, map_location="cpu", weights_only=True), file)
         own = any((Path(model) / name).is_file() for name in ("tokenizer.json", "vocab.json"))
-        size = clip.config.vision_config.image_size
-        self.clip = CLIPEmbedder(clip, str(tokenizer or (model if own else PROCESSOR)), Preprocessing(size=size, crop=(size, size)))
+        self.clip = CLIPEmbedder(clip, str(tokenizer or (model if own else PROCESSOR)), Letterbox(clip.config.vision_config.image_size))
+        self.clean = prompt_cleaner()
 
     def forward(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
         """images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1]. Returns (B,) cosines."""
-        texts = repeat_for_frames(self.clip.texts(prompts), images)
+        texts = repeat_for_frames(self.clip.texts([self.clean(prompt) for prompt in prompts]), images)
         cosine = (self.clip.images(flatten_frames(images)) * texts).sum(-1)
         return mean_over_frames(cosine, images).to(images.device)
+
+
+def prompt_cleaner() -> Callable[[str], str]:
+    """What open_clip's tokenizer does to a text first: mend its Unicode, straighten its quotes, resolve HTML entities, one space each, lower case.
+
+    Raises:
+        ImportError: ftfy is not installed.
+    """
+    try:
+        import ftfy
+    except ImportError as error:
+        raise ImportError("The reward 'hps_v2' cleans prompts with ftfy, as its official tokenizer does. Run `pip install ftfy`.") from error
+    return lambda text: " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
 def clip_from_open_clip(checkpoint: dict[str, Any], origin: Any = "the checkpoint"):
     """A `CLIPModel` with the weights of an open_clip state dict (or of a checkpoint with the key `state_dict`).
 
     Raises:
-        ValueError: it is no such state dict.
+        ValueError: it is no such state dict: a weight is missing or has no place, as for the official loader, which is strict.
     """
     from transformers import CLIPConfig, CLIPModel
 
@@ -82,7 +99,7 @@ def clip_from_open_clip(checkpoint: dict[str, Any], origin: Any = "the checkpoin
     if not OUTER_NAMES.keys() <= state.keys():
         raise ValueError(f"{origin} is no open_clip checkpoint: it lacks {', '.join(sorted(OUTER_NAMES.keys() - state.keys())[:3])}.")
     model = CLIPModel(CLIPConfig(**clip_config(state)))
-    model.load_state_dict(rename(state, origin))
+    load_weights(model, rename(state, origin), origin)
     return model
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .clip_embedder import CLIPEmbedder
+from .loading import load_weights, shown
 from .preprocessing import flatten_frames, mean_over_frames, repeat_for_frames
 
 CONFIG, WEIGHTS, LORA = "learned_reward.json", "head.safetensors", "lora.safetensors"
@@ -113,6 +114,7 @@ class LearnedReward(nn.Module):
 
     Raises:
         FileNotFoundError: the folder lacks one of its files.
+        ValueError: a file's weights are not this model's.
     """
 
     def __init__(self, folder: str | Path):
@@ -124,10 +126,13 @@ class LearnedReward(nn.Module):
         self.config = json.loads((folder / CONFIG).read_text())
         self.name = folder.resolve().name
         self.model = RewardModel(**{name: self.config[name] for name in ("model", "hidden", "rank", "step_aware")})
-        self.model.head.load_state_dict(load_file(folder / WEIGHTS))
+        load_weights(self.model.head, load_file(folder / WEIGHTS), folder / WEIGHTS)
         if self.config["rank"]:
             _check_there(folder, LORA)
-            self.model.clip.model.load_state_dict(load_file(folder / LORA), strict=False)
+            lora, wanted = load_file(folder / LORA), self.model.lora()
+            if lora.keys() != wanted.keys():
+                raise ValueError(f"{folder / LORA} is no LoRA of this model: {shown(sorted(lora.keys() ^ wanted.keys()))} are in only one of them.")
+            self.model.clip.model.load_state_dict(lora, strict=False)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor, prompts: list[str], noise_level: list[float] | None = None, **columns: Any) -> Tensor:

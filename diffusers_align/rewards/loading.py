@@ -10,6 +10,7 @@ import inspect
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -83,6 +84,38 @@ def checkpoint_file(checkpoint: str | os.PathLike, filename: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(str(checkpoint), filename))
+
+
+def load_weights(module: Any, state: dict[str, Any], origin: Any, *, strict: bool = True) -> None:
+    """`module.load_state_dict(state)`, with a sentence.
+
+    Args:
+        strict: weights that have no place are an error; else they are left out, and named in a warning.
+
+    Raises:
+        ValueError: a weight is missing, which would leave random numbers, or has another shape; or has no place.
+    """
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    if missing := [name for name in shapes if name not in state]:
+        raise ValueError(f"{origin} lacks {shown(missing)} of {type(module).__name__}: without them the reward would be random numbers.")
+    if other := [f"{name} {tuple(state[name].shape)} for {shape}" for name, shape in shapes.items() if tuple(state[name].shape) != shape]:
+        raise ValueError(f"{origin} has weights of another shape than {type(module).__name__}: {shown(other)}.")
+    unknown = [name for name in state if name not in shapes]
+    if unknown and strict:
+        raise ValueError(f"{origin} has weights that have no place in {type(module).__name__}: {shown(unknown)}.")
+    say_left_out(unknown, origin)
+    module.load_state_dict({name: value for name, value in state.items() if name in shapes})
+
+
+def say_left_out(names: list[str], origin: Any) -> None:
+    """A warning that names a checkpoint's weights that the reward does not need."""
+    if names:
+        warnings.warn(f"{origin}: left out, as the official loader leaves it out: {shown(names)}.", stacklevel=3)
+
+
+def shown(names: list[str], number: int = 5) -> str:
+    """The first few of some names."""
+    return ", ".join(names[:number]) + (f" and {len(names) - number} more" if len(names) > number else "")
 
 
 def find_reward(name: str, options: dict[str, Any]) -> tuple[Callable, set[str]]:

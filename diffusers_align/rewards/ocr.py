@@ -3,7 +3,7 @@
 reward = max(0, 1 - d / n): d is the edit distance between the recognised and the wanted text, n the wanted text's length, both in
 lower case without white space. Text that contains the wanted one scores 1.
 
-As https://github.com/yifan123/flow_grpo (`ocr.py`), with three differences: the recogniser is RapidOCR, PP-OCR's models on ONNX
+After https://github.com/yifan123/flow_grpo (`ocr.py`, read, not run), with three differences: the recogniser is RapidOCR, PP-OCR's models on ONNX
 Runtime, in the place of PaddleOCR; a prompt that wants no text is NaN and no crash; a recogniser's error is an error and no score of 0.
 """
 

@@ -54,6 +54,7 @@ class Preprocessing:
         crop: (height, width) of the centre crop; None leaves it out.
         mean, std: of each channel.
         mode: of the interpolation, with antialiasing.
+        even_centre: an odd rest is cut as torchvision does, half of it rounded to an even number; else rounded down, as in transformers.
     """
 
     size: int | tuple[int, int] | None = 224
@@ -61,6 +62,7 @@ class Preprocessing:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     mode: str = "bicubic"
+    even_centre: bool = False
 
     @classmethod
     def from_pretrained(cls, name: str) -> Preprocessing:
@@ -84,9 +86,7 @@ class Preprocessing:
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] to normalised (N, 3, *crop), float32, with the graph."""
-        images = self._crop(self._resize(images.float()))
-        mean, std = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (images - mean) / std
+        return normalised(self._crop(self._resize(images.float())), self.mean, self.std)
 
     def _resize(self, images: Tensor) -> Tensor:
         if self.size is None:
@@ -110,8 +110,36 @@ class Preprocessing:
             top, left = -(-max(0, rows - height) // 2), -(-max(0, columns - width) // 2)
             images = F.pad(images, (left, max(0, columns - width) - left, top, max(0, rows - height) - top))
             height, width = images.shape[-2:]
-        top, left = (height - rows) // 2, (width - columns) // 2
+        half = (lambda rest: round(rest / 2)) if self.even_centre else (lambda rest: rest // 2)
+        top, left = half(height - rows), half(width - columns)
         return images[..., top : top + rows, left : left + columns]
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """Callable on images (N, 3, H, W) in [0, 1]: the longer side becomes `size`, black bars make a square, nothing is cut.
+
+    `ResizeMaxSize` of the open_clip copy in hpsv2 1.2.0, on tensors: one bicubic pass with antialiasing, whose overshoot stays.
+    """
+
+    size: int = 224
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) in [0, 1] to normalised (N, 3, size, size), float32, with the graph."""
+        images, scale = images.float(), self.size / max(images.shape[-2:])
+        if scale != 1:
+            # A side of less than half a pixel is one pixel.
+            images = F.interpolate(images, size=[max(1, round(side * scale)) for side in images.shape[-2:]], mode="bicubic", antialias=True)
+        rows, columns = (self.size - side for side in images.shape[-2:])
+        return normalised(F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)), self.mean, self.std)
+
+
+def normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(images - mean) / std of each channel."""
+    shift, scale = (torch.tensor(v, device=images.device).view(-1, 1, 1) for v in (mean, std))
+    return (images - shift) / scale
 
 
 def _size(value: Any, *, shortest: bool) -> int | tuple[int, int]:

@@ -22,9 +22,9 @@ class RemoteReward:
     Args:
         url: `http://host:port`; with `?format=png` images are sent as PNG files, rounded to 8 bits, about a tenth of the size.
             By default they are sent as they are, float32, and the scores equal those of the same reward in this process.
-        timeout: seconds for each attempt.
+        timeout: seconds for each attempt, from the first to the last byte.
         retries: further attempts after a passing failure.
-        backoff: seconds before the first further attempt, doubled each time.
+        backoff: seconds before the first further attempt, doubled each time up to 30.
 
     Raises:
         RewardError: no reward server answers at the address.
@@ -44,7 +44,7 @@ class RemoteReward:
         advice = "Start one with `python -m diffusers_align.rewards.server --reward NAME --port PORT`, or correct the address."
         try:
             health = json.loads(web.request(f"{self.address}/health", **self.patience | {"timeout": min(10.0, self.patience["timeout"])}))
-            return str(health["reward"])
+            return web.printable(health["reward"], 200)
         except (web.Unreachable, web.RequestRefused) as error:
             raise RewardError(f"There is no reward server at {self.address}: {error}. {advice}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -55,13 +55,15 @@ class RemoteReward:
 
         Raises:
             RewardError: the server's reward failed, or its answer makes no sense.
-            ConnectionError: no answer after the last attempt.
+            ConnectionError: no answer after the last attempt; the message says how to be more patient.
         """
         body = encode_request(images, prompts, columns, self.format)
         try:
             scores = decode_scores(web.request(f"{self.address}/score", body, **self.patience))
         except web.RequestRefused as error:
             raise RewardError(str(error)) from error
+        except web.Unreachable as error:
+            raise web.Unreachable(f"{error}. Is the server still running? --reward_retries waits longer for one that comes back") from error
         except ValueError as error:
             raise RewardError(f"{self.address}: {error}") from error
         return {name: values.to(images.device) for name, values in scores.items()}

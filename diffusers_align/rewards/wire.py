@@ -14,22 +14,27 @@ import binascii
 import io
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .preprocessing import flatten_frames
+from .web import printable
 
 FORMATS = ("safetensors", "png")
 MAX_VALUES = 2**28  # 1 GiB of float32: no small file may unpack to more
+MAX_PARTS = 2**20  # of a request's or an answer's JSON
 
 
 def to_pil(images: Tensor) -> list:
     """(N, 3, H, W) in [0, 1] as PIL images, rounded to 8 bits."""
     from PIL import Image
 
-    pixels = (images.detach().float() * 255).round().clamp(0, 255).nan_to_num().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = (images.detach().float() * 255).round_().clamp_(0, 255).nan_to_num_().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array) for array in pixels]
 
 
@@ -64,24 +69,68 @@ def encode_request(images: Tensor, prompts: list[str], columns: dict[str, Any], 
         raise ValueError(f"A remote reward gets the data set's columns as JSON: {error}.") from error
 
 
-def decode_request(body: bytes) -> tuple[Tensor, list[str], dict[str, Any]]:
-    """Images (B, 3, H, W) or (B, F, 3, H, W) float32, prompts and columns.
+@dataclass(frozen=True)
+class ScoreRequest:
+    """A request whose images are still packed.
+
+    Attributes:
+        files: one safetensors file, or PNG files.
+        frames: of PNG videos, else None.
+        values: the pixel values that the files unpack to, known from their headers.
+    """
+
+    prompts: list[str]
+    columns: dict[str, list]
+    format: str
+    files: list[bytes]
+    frames: int | None
+    values: int
+
+    def images(self) -> Tensor:
+        """Images (B, 3, H, W) or (B, F, 3, H, W), float32: four bytes a value.
+
+        Raises:
+            ValueError: the files hold something else, or not as many images as there are prompts.
+        """
+        images = _from_png(self.files, self.frames) if self.format == "png" else _from_safetensors(self.files[0])
+        if len(images) != len(self.prompts):
+            raise ValueError(f"As many prompts as images are needed: got {len(images)} images and {len(self.prompts)} prompts.")
+        return images
+
+
+def read_request(body: bytes) -> ScoreRequest:
+    """A request's parts, with nothing unpacked.
 
     Raises:
-        ValueError: the body is no such request.
+        ValueError: the body is no such request, or its images unpack to more than `MAX_VALUES`.
     """
     request = _object(body)
-    prompts, columns, format = request.get("prompts"), request.get("columns") or {}, request.get("format")
+    prompts, columns, format, packed = request.get("prompts"), request.get("columns") or {}, request.get("format"), request.get("images")
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError("'prompts' must be a list of strings.")
     if format not in FORMATS:
         raise ValueError(f"'format' must be one of {', '.join(FORMATS)}, got {format!r}.")
     if not isinstance(columns, dict) or not all(isinstance(values, list) and len(values) == len(prompts) for values in columns.values()):
         raise ValueError(f"'columns' must be an object of lists of {len(prompts)} values, one a prompt.")
-    images = _from_png(request.get("images"), request.get("frames")) if format == "png" else _from_safetensors(request.get("images"))
-    if len(images) != len(prompts):
-        raise ValueError(f"As many prompts as images are needed: got {len(images)} images and {len(prompts)} prompts.")
-    return images, prompts, columns
+    if format == "png" and not (isinstance(packed, list) and packed):
+        raise ValueError("'images' must be a list of base64 PNG files.")
+    files, frames = [_bytes(text) for text in packed] if format == "png" else [_bytes(packed)], request.get("frames")
+    if format == "png" and frames is not None and (not isinstance(frames, int) or frames < 1 or len(files) % frames):
+        raise ValueError(f"'frames' must be a whole number that divides the number of images, got {frames!r} for {len(files)}.")
+    values = _png_values(files) if format == "png" else len(files[0]) // 4
+    if values > MAX_VALUES:
+        raise ValueError(f"Images of {values} values are too many, {MAX_VALUES} are allowed: send fewer at a time.")
+    return ScoreRequest(prompts, columns, format, files, frames, values)
+
+
+def decode_request(body: bytes) -> tuple[Tensor, list[str], dict[str, Any]]:
+    """Images (B, 3, H, W) or (B, F, 3, H, W) float32, prompts and columns.
+
+    Raises:
+        ValueError: the body is no such request.
+    """
+    request = read_request(body)
+    return request.images(), request.prompts, request.columns
 
 
 def encode_scores(scores: dict[str, Tensor]) -> bytes:
@@ -101,11 +150,16 @@ def decode_scores(body: bytes) -> dict[str, Tensor]:
         raise ValueError("the answer has no object 'scores' of lists of numbers.")
     for name, values in scores.items():
         if not all(value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)) for value in values):
-            raise ValueError(f"the scores {name!r} hold something else than numbers and null.")
-    return {name: torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32) for name, values in scores.items()}
+            raise ValueError(f"the scores {printable(name, 100)!r} hold something else than numbers and null.")
+    try:
+        return {name: torch.tensor([math.nan if value is None else float(value) for value in values], dtype=torch.float32) for name, values in scores.items()}
+    except OverflowError as error:
+        raise ValueError("the scores hold a whole number beyond the range of floats.") from error
 
 
 def _object(body: bytes) -> dict[str, Any]:
+    if sum(map(body.count, (b"[", b"{", b","))) > MAX_PARTS:  # each may become an object of some hundred bytes
+        raise ValueError(f"the body's JSON has more than {MAX_PARTS} brackets and commas.")
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -124,12 +178,12 @@ def _bytes(text: Any) -> bytes:
         raise ValueError(f"'images' is no base64: {error}.") from error
 
 
-def _from_safetensors(text: Any) -> Tensor:
+def _from_safetensors(file: bytes) -> Tensor:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
-        tensors = load(_bytes(text))
+        tensors = load(file)
     except SafetensorError as error:
         raise ValueError(f"'images' is no safetensors file: {error}.") from error
     images = tensors.get("images")
@@ -138,25 +192,39 @@ def _from_safetensors(text: Any) -> Tensor:
     return images
 
 
-def _from_png(texts: Any, frames: Any) -> Tensor:
-    import numpy as np
+@contextmanager
+def _png(file: bytes) -> Iterator[Any]:
+    """The file opened, its pixels not yet read."""
     from PIL import Image
 
-    if not isinstance(texts, list) or not texts:
-        raise ValueError("'images' must be a list of base64 PNG files.")
-    if frames is not None and (not isinstance(frames, int) or frames < 1 or len(texts) % frames):
-        raise ValueError(f"'frames' must be a whole number that divides the number of images, got {frames!r} for {len(texts)}.")
-    arrays, size = [], None
-    for text in texts:
-        try:
-            picture = Image.open(io.BytesIO(_bytes(text)), formats=["PNG"])
-            if len(texts) * 3 * picture.width * picture.height > MAX_VALUES:
-                raise ValueError(f"{len(texts)} images of {picture.width} x {picture.height} are too many: send fewer at a time.")
+    try:
+        with Image.open(io.BytesIO(file), formats=["PNG"]) as picture:
+            yield picture
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"'images' holds something that is no PNG file: {error}.") from error
+
+
+def _png_values(files: list[bytes]) -> int:
+    """How many values the files unpack to, by their headers. The first one's size is every one's."""
+    size = None
+    for file in files:
+        with _png(file) as picture:
             if picture.size != (size or picture.size):
                 raise ValueError(f"images of one request must have one size, got {size} and {picture.size}.")
             size = picture.size
-            arrays.append(np.asarray(picture.convert("RGB")))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"'images' holds something that is no PNG file: {error}.") from error
-    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+        values = len(files) * 3 * size[0] * size[1]
+        if values > MAX_VALUES:
+            raise ValueError(f"{len(files)} images of {size[0]} x {size[1]} are too many: send fewer at a time.")
+    return values
+
+
+def _from_png(files: list[bytes], frames: int | None) -> Tensor:
+    import numpy as np
+
+    images = None
+    for i, file in enumerate(files):
+        with _png(file) as picture:
+            pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+        images = torch.empty(len(files), *pixels.shape) if images is None else images
+        torch.div(pixels, 255, out=images[i])
     return images if frames is None else images.unflatten(0, (-1, frames))

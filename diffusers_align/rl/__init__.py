@@ -1,6 +1,6 @@
 """The classical toolbox of policy gradients, on tensors. Imports torch only.
 
-What rewards are worth (`returns`), how much better than expected (`advantages`), by a learned baseline (`values`), correcting
+How much better than expected an outcome was (`advantages`), or a step (`returns`) by a learned baseline (`values`), correcting
 for old samples (`importance`), how far to go (`trust_region`), what to watch (`diagnostics`). For learning from judged samples:
 errors of the model's outputs (`matching`), losses of pairs (`preferences`).
 """
@@ -8,7 +8,7 @@ errors of the model's outputs (`matching`), losses of pairs (`preferences`).
 from .advantages import PromptStatistics, batch_advantages, group_advantages, leave_one_out_advantages, multi_reward_advantages
 from .diagnostics import approximate_kl, clip_fractions, effective_sample_size, ratio_diagnostics
 from .importance import clamped_surrogate, clip_bounds, clipped_surrogate, describe_clip, importance_ratio, true_ratio_bound
-from .returns import discounted_returns, gae, n_step_targets, reward_to_go, td_errors, td_lambda_targets, terminal_rewards
+from .returns import gae, td_errors, terminal_rewards
 from .trust_region import conjugate_gradient, exact_fisher_product, finite_difference_fisher_product, trust_region_step
 from .values import ValueBaseline, ValueNetwork, explained_variance, value_advantages
 
@@ -24,7 +24,6 @@ __all__ = [
     "clipped_surrogate",
     "conjugate_gradient",
     "describe_clip",
-    "discounted_returns",
     "effective_sample_size",
     "explained_variance",
     "exact_fisher_product",
@@ -34,11 +33,8 @@ __all__ = [
     "importance_ratio",
     "leave_one_out_advantages",
     "multi_reward_advantages",
-    "n_step_targets",
     "ratio_diagnostics",
-    "reward_to_go",
     "td_errors",
-    "td_lambda_targets",
     "terminal_rewards",
     "true_ratio_bound",
     "trust_region_step",

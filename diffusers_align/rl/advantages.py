@@ -56,7 +56,7 @@ def group_advantages(
         groups: (N,) integers; samples of one prompt share theirs.
         normalise: False leaves out the division, which weighs prompts by how little their rewards differ (Dr. GRPO,
             https://arxiv.org/abs/2503.20783).
-        global_std: divide by the standard deviation of all rewards, the default of Flow-GRPO's official code, which keeps
+        global_std: divide by the standard deviation of all rewards, the default of Flow-GRPO's official code (yifan123/flow_grpo, ac4c86e), which keeps
             groups of nearly equal rewards from blowing up noise; otherwise by the group's own, as in the paper (eq. 2).
         zero_std: what groups of equal rewards are, whose advantages are 0. "keep": part of the batch, as in the papers, so the
             update shrinks with their number. "drop": left out of its mean; the other advantages grow by N / (samples left), at

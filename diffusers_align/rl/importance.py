@@ -47,7 +47,7 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_range: ClipRange) -
 
 
 def clamped_surrogate(ratio: Tensor, advantage: Tensor, clip_range: ClipRange) -> Tensor:
-    r"""DPOK's loss (official code of https://arxiv.org/abs/2305.16381), (B,): $-A\,\mathrm{clip}(\rho, 1 - c_-, 1 + c_+)$.
+    r"""DPOK's loss (https://arxiv.org/abs/2305.16381, its official code at 1d49f2c), (B,): $-A\,\mathrm{clip}(\rho, 1 - c_-, 1 + c_+)$.
 
     The gradient is 0 beyond the clip on either side: a sample that moved the wrong way is not brought back.
     """

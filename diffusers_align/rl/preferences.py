@@ -34,7 +34,7 @@ def pair_loss(
         label: (B,) or a number in [0, 1], the probability that the winner is the better one; 1 if absent.
         label_smoothing: the share of labels that are wrong, in [0, 1/2]; 0 as in DPO.
         ipo_tau: the logit that IPO aims at is 1 / (2 tau): 1 at 0.5, our choice, a preference of 73 %.
-        dmpo_alpha: 0.01, the official code's; DMPO aims at logit(1 - alpha).
+        dmpo_alpha: 0.01, the official code's (AIDC-AI/Diffusion-SDPO, 84fb241); DMPO aims at logit(1 - alpha).
 
     Raises:
         ValueError: an unknown kind, or a label that is no probability.

@@ -1,4 +1,4 @@
-r"""What the rewards of a trajectory are worth from each step on: returns, bootstrapped targets, generalised advantages.
+r"""How much better than expected each step of a trajectory was: temporal differences and generalised advantages.
 
 Step k = 0 ... K - 1 takes the action from state k to state k + 1 and earns `rewards[:, k]`; a reward of the final sample alone is
 zeros but the last column (`terminal_rewards`). `values` are $V(x_k)$ of the states the actions were taken in, (B, K): the chain
@@ -6,7 +6,7 @@ ends after the last action, so the value behind it is 0. With (B, K + 1) its las
 cut short. gamma is 1 by default: a denoising chain has a fixed length, and what counts is its last sample (DDPO,
 https://arxiv.org/abs/2305.13301, section 4).
 
-A reward of NaN could not be scored: returns and targets are NaN at its step and all before it that see it, advantages are 0 there.
+A reward of NaN could not be scored: advantages are 0 at its step and all before it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,6 @@ def terminal_rewards(rewards: Tensor, num_steps: int) -> Tensor:
     return steps
 
 
-def discounted_returns(rewards: Tensor, *, gamma: float = 1.0) -> Tensor:
-    r"""Monte Carlo returns of whole trajectories, (B, K) -> (B,): $\sum_k \gamma^k r_k$."""
-    return reward_to_go(rewards, gamma=gamma)[:, 0]
-
-
-def reward_to_go(rewards: Tensor, *, gamma: float = 1.0) -> Tensor:
-    r"""Monte Carlo returns from each step on, (B, K) -> (B, K): $G_k = r_k + \gamma G_{k+1}$."""
-    return _discounted_sums(rewards, gamma)
-
-
 def td_errors(rewards: Tensor, values: Tensor, *, gamma: float = 1.0) -> Tensor:
     r"""$\delta_k = r_k + \gamma V(x_{k+1}) - V(x_k)$, (B, K).
 
@@ -40,23 +30,6 @@ def td_errors(rewards: Tensor, values: Tensor, *, gamma: float = 1.0) -> Tensor:
     """
     values = _with_end(rewards, values)
     return rewards + gamma * values[:, 1:] - values[:, :-1]
-
-
-def n_step_targets(rewards: Tensor, values: Tensor, n: int, *, gamma: float = 1.0) -> Tensor:
-    r"""Targets for $V(x_k)$, (B, K): $\sum_{i<n} \gamma^i r_{k+i} + \gamma^n V(x_{k+n})$, cut at the chain's end.
-
-    n = 1 is TD(0), n >= K the Monte Carlo return.
-
-    Raises:
-        ValueError: n is below 1, or `values` are neither (B, K) nor (B, K + 1).
-    """
-    if n < 1:
-        raise ValueError(f"A target looks at least 1 step ahead, got n = {n}.")
-    targets = _with_end(rewards, values)
-    end = targets[:, -1:]
-    for _ in range(min(n, rewards.shape[1])):
-        targets = torch.cat([rewards + gamma * targets[:, 1:], end], 1)
-    return targets[:, :-1]
 
 
 def gae(rewards: Tensor, values: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> Tensor:
@@ -72,15 +45,6 @@ def gae(rewards: Tensor, values: Tensor, *, gamma: float = 1.0, lam: float = 0.9
         ValueError: `values` are neither (B, K) nor (B, K + 1).
     """
     return _discounted_sums(td_errors(rewards, values, gamma=gamma), gamma * lam).nan_to_num(0.0)
-
-
-def td_lambda_targets(rewards: Tensor, values: Tensor, *, gamma: float = 1.0, lam: float = 0.95) -> Tensor:
-    r"""Targets for $V(x_k)$, (B, K): the mean of all n-step targets, weighted by $(1-\lambda)\lambda^{n-1}$. lam = 1 is Monte Carlo.
-
-    Raises:
-        ValueError: `values` are neither (B, K) nor (B, K + 1).
-    """
-    return _discounted_sums(td_errors(rewards, values, gamma=gamma), gamma * lam) + values[:, : rewards.shape[1]]
 
 
 def _discounted_sums(x: Tensor, discount: float) -> Tensor:

@@ -164,9 +164,9 @@ def trust_region_step(
         fisher_product: F v (P,) there. F is the Hessian of the KL that `evaluate` returns.
         evaluate: (surrogate, KL to the policy before the step), both exact, at the parameters when it is called.
         max_kl: in the units of `evaluate`.
-        damping: added to F's diagonal, against directions in which few samples show no curvature. 0.1 as in the official code.
+        damping: added to F's diagonal, against directions in which few samples show no curvature. 0.1, a usual value.
         backtracks: how often the step is shortened by `backtrack_factor` before it is given up.
-        accept_ratio: the improvement must be this share of what the gradient promises. 0.1 as in the official code.
+        accept_ratio: the improvement must be this share of what the gradient promises. 0.1, a usual value.
 
     Returns:
         `accepted` 1 or 0; `surrogate` before, `improvement` and `expected_improvement` (by the gradient) of the step taken, or of

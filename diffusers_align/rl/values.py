@@ -4,7 +4,7 @@ $V(x_t, c, t) \approx \mathbb E[r(x_0, c) \mid x_t, c]$ says how well a half-dra
 the reward at each step without bias, because it does not depend on the step's action; what is left is how much the steps from
 here on add, so the gradient's variance falls.
 
-As in the official code (google-research/dpok): three layers of width 256 whose units are gated by an embedding of the step,
+As in the official code (google-research/google-research, dpok/, 1d49f2c): three layers of width 256 whose units are gated by an embedding of the step,
 mean squared error against the final reward, AdamW at 1e-4, five minibatches of 256 transitions to an optimizer step, a buffer
 of the latest 1000. What is different: the output starts at the mean of the first rewards, which one small step an epoch would
 take long to reach; minibatches may be as large as the buffer; all of it is part of checkpoints.
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .returns import gae, terminal_rewards
 
 
 class GatedLinear(nn.Module):
@@ -144,9 +146,15 @@ class ValueBaseline:
             self.optimizer.load_state_dict(state["optimizer"])
 
 
-def value_advantages(rewards: Tensor, values: Tensor) -> Tensor:
-    """r - V(x_k, c, k), (N, K), for `rewards` (N,) and `values` (N, K), not normalised, as in DPOK; 0 where the reward is NaN."""
-    return (rewards[:, None] - values).nan_to_num(0.0)
+def value_advantages(rewards: Tensor, values: Tensor, *, lam: float = 1.0) -> Tensor:
+    """Advantages (N, K) of each step, for final `rewards` (N,) and `values` (N, K), not normalised; 0 where the reward is NaN.
+
+    Args:
+        lam: of the generalised estimate (`returns.gae`): 1 is r - V(x_k, c, k), as in DPOK; below, later values stand in for part of the
+            reward, with less variance and the values' bias.
+    """
+    steps = terminal_rewards(rewards.double(), values.shape[1])
+    return gae(steps, values.double(), lam=lam).to(values.dtype)
 
 
 def explained_variance(rewards: Tensor, values: Tensor) -> float:

@@ -35,7 +35,7 @@ def euler_maruyama(sigma: float, sigma_next: float, g: float) -> Kernel:
 def flow_grpo(sigma: float, sigma_next: float, noise_level: float, sigma_after_first: float) -> Kernel:
     r"""Flow-GRPO (https://arxiv.org/abs/2505.05470, eq. 9): $g = a\sqrt{\sigma/(1-\sigma)}$.
 
-    At sigma = 1 the coefficient is infinite; as in the official code, the second sigma of the schedule stands inside
+    At sigma = 1 the coefficient is infinite; as in Flow-GRPO's official code (ac4c86e), the second sigma of the schedule stands inside
     $(1-\sigma)$ there, so the first step's std is exactly a. The same holds near 1, where some schedules (UniPC's) start.
     """
     singular = min(sigma, sigma_after_first) if sigma > 0.999 else sigma
@@ -43,7 +43,7 @@ def flow_grpo(sigma: float, sigma_next: float, noise_level: float, sigma_after_f
 
 
 def dance_grpo(sigma: float, sigma_next: float, noise_level: float, sigma_after_first: float) -> Kernel:
-    """DanceGRPO (https://arxiv.org/abs/2505.07818, eq. 9): constant g; the official eta is 0.3."""
+    """DanceGRPO (https://arxiv.org/abs/2505.07818, eq. 9): constant g; eta is 0.3 in the official code (15cc71d)."""
     return euler_maruyama(sigma, sigma_next, noise_level)
 
 

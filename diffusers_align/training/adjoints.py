@@ -14,9 +14,10 @@ from ..data.prompts import Prompt
 from ..decoding import decode_latents
 from ..forward_process import ForwardProcess
 from ..policy import Policy, noise_seed
-from ..rewards import score
+from ..rewards.base import score_columns
 from ..trajectory import Trajectory
 from ..transition import GaussianTransition
+from .scoring import prompt_columns
 
 
 def make_memoryless(policy: Policy, sde_type: str = "memoryless") -> None:
@@ -108,8 +109,8 @@ class RewardGradient:
 
 def bound_reward(reward, asked: list[Prompt], on_invalid: str) -> Callable[[Tensor], Tensor]:
     """The reward of the images of these prompts: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1] to (B,), NaN where it is masked."""
-    columns = {name: [prompt.columns.get(name) for prompt in asked] for name in asked[0].columns}
-    return lambda images: score(reward, images, [prompt.text for prompt in asked], on_invalid=on_invalid, **columns)["reward"]
+    columns = prompt_columns(asked)
+    return lambda images: score_columns(reward, images, [prompt.text for prompt in asked], columns, on_invalid)["reward"]
 
 
 def reward_gradient(policy: Policy, latents: Tensor, condition: Condition, reward: Callable[[Tensor], Tensor]) -> RewardGradient:

@@ -86,7 +86,24 @@ class ModelArguments(PipelineArguments, CallArguments):
     eval_guidance_scale: Guidance | None = option(None, "guidance of evaluation and pictures; as in training if absent")
 
 
-class RewardArguments(Arguments):
+class RetryArguments(Arguments):
+    """prompts and reward"""
+
+    reward_retries: Annotated[int, Interval(ge=0, le=10**4)] | None = option(
+        None, "further attempts of a reward that asks a server, each after a longer pause; 3 if absent"
+    )
+
+    @model_validator(mode="after")
+    def _check_retries(self):
+        flags = (getattr(self, name, None) or [] for name in ("reward", "eval_reward"))
+        specs = [spec for value in flags for spec in ([value] if isinstance(value, str) else value)]
+        if self.reward_retries is not None and not any(":" in spec or "vlm_judge" in spec for spec in specs):
+            asked = " and ".join(specs) or "none"
+            raise ValueError(f"--reward_retries is for rewards that ask a server (http://host:port, vlm_judge, one of your own), got {asked}")
+        return self
+
+
+class RewardArguments(RetryArguments):
     """prompts and reward"""
 
     reward: str = required("built-in reward, module:function, file.py:function, http://host:port, or a sum such as clip_score*1+scene_score*0.5")

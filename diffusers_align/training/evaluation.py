@@ -36,17 +36,18 @@ class Session:
         self.args, self.accelerator, self.print = Namespace(**vars(args), **own), accelerator, accelerator.print
 
 
-def load_rewards(specs: list[str], models: list[str] | None, device: torch.device) -> dict[str, Any]:
+def load_rewards(specs: list[str], models: list[str] | None, device: torch.device, retries: int | None = None) -> dict[str, Any]:
     """Rewards by the name that they go by in the table.
 
     Args:
         models: for each, the checkpoint of its model, `default` for its own; None for all their own.
+        retries: of those that ask a server; their own number if None.
 
     Raises:
         ValueError: there is no such reward, or two go by the same name.
     """
     checkpoints = [None if model == "default" else model for model in models or ["default"] * len(specs)]
-    found = [load_reward(spec, device=device, **model_option(checkpoint)) for spec, checkpoint in zip(specs, checkpoints)]
+    found = [load_reward(spec, device=device, retries=retries, **model_option(checkpoint)) for spec, checkpoint in zip(specs, checkpoints)]
     names = [reward_name(reward) for reward in found]
     if len(set(names)) < len(names):
         raise ValueError(f"Rewards need different names, got {', '.join(names)}: evaluate those that share one in runs of their own.")

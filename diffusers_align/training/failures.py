@@ -86,6 +86,10 @@ def how_to_resume(run) -> str:
     return f"{found[-1]} is complete ({done} of {run.args.num_epochs} epochs): go on with --resume_from_checkpoint latest."
 
 
+class Interrupted(SystemExit):
+    """Ctrl-C's way out, told from a `sys.exit` in a reward by its class."""
+
+
 @contextmanager
 def interruptible(run) -> Iterator[None]:
     """Ctrl-C ends the process with one line that says how to resume, and exit status 130, in the place of a traceback.
@@ -102,7 +106,7 @@ def interruptible(run) -> Iterator[None]:
         if run.is_main:
             # Not print: the signal may come in the middle of another one.
             os.write(2, f"\nInterrupted in epoch {run.epoch}. {how_to_resume(run)}\n".encode())
-        raise SystemExit(130)
+        raise Interrupted(130)
 
     signal.signal(signal.SIGINT, stop)
     try:

@@ -7,14 +7,13 @@ from collections.abc import Iterable
 from tqdm.auto import tqdm
 
 from ..data.prompts import Prompt, load_prompts
-from ..rewards import load_reward
-from ..rewards.loading import model_option
 from . import hub
 from .early_stop import EarlyStop
 from .held_out_pairs import HeldOutPairs, margins
 from .offline import reading_options
 from .pictures import before_and_after, grid, save
 from .sampling import Evaluation, described_solver, evaluate, paired_gain
+from .scoring import reward_of_flags
 from .statistics import mean_and_error, win_rate
 
 
@@ -36,10 +35,10 @@ class Report:
 
     def __init__(self, run, rows: list[dict] | None = None):
         args, self.run = run.args, run
-        self.reward = load_reward(args.reward, device=run.accelerator.device, **model_option(args.reward_model)) if args.reward else None
+        self.reward = reward_of_flags(args, run.accelerator.device) if args.reward else None
         self.rewards = {"reward": self.reward} if args.reward else {}
         if args.eval_reward:
-            self.rewards[args.eval_reward] = load_reward(args.eval_reward, device=run.accelerator.device, **model_option(args.eval_reward_model))
+            self.rewards[args.eval_reward] = reward_of_flags(args, run.accelerator.device, "eval_")
         if args.prompts or rows is None:
             self.prompts = load_prompts(args.prompts, args.prompt_column)
         else:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Literal
 
@@ -14,12 +12,19 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..data.prompts import Prompt
-from ..rewards import InvalidReward, RewardError, RewardTimeout, score
-from ..rewards.base import listed
-from ..rewards.loading import reward_name
+from ..rewards import InvalidReward, Reward, RewardError, RewardTimeout, load_reward
+from ..rewards.base import listed, score_columns
+from ..rewards.loading import model_option, reward_name
+from ..rewards.patience import OverTime, within
 
 MAX_PENDING = 2
 Row = dict[str, float]
+
+
+def reward_of_flags(args, device: torch.device, prefix: str = "") -> Reward:
+    """The reward of `--reward`, or with the prefix "eval_" of `--eval_reward`, with its model and the patience of `--reward_retries`."""
+    model = model_option(getattr(args, f"{prefix}reward_model"))
+    return load_reward(getattr(args, f"{prefix}reward"), device=device, retries=args.reward_retries, **model)
 
 
 class Scorer:
@@ -34,6 +39,7 @@ class Scorer:
             again one by one, so that only the samples at fault are lost; one that hangs or gets no answer is not.
         timeout: seconds for a batch. Python cannot end a thread: a call that hangs is left behind, and may go on.
         background: score in a thread; at most `MAX_PENDING` batches wait there.
+        advice: the end of an error's message, in words.
 
     Attributes:
         failures: what failed and was left out, in words.
@@ -47,8 +53,10 @@ class Scorer:
         on_failure: Literal["error", "mask"] = "error",
         timeout: float | None = None,
         background: bool = False,
+        advice: str = "",
     ):
         self.reward, self.on_nan, self.on_failure, self.timeout = reward, on_nan, on_failure, timeout
+        self.advice = f"Repair the reward, or leave such samples out with --invalid_rewards mask. {advice}".strip()
         self.failures: list[str] = []
         self._unanswered: Future | None = None
         self._scored: list[tuple[int, Row]] = []
@@ -58,8 +66,8 @@ class Scorer:
     @classmethod
     def of_run(cls, reward, args) -> Scorer:
         """As a run's flags have it."""
-        policy = args.invalid_rewards
-        return cls(reward, on_nan=policy, on_failure=policy, timeout=args.reward_timeout, background=args.reward_in_background)
+        policy, advice = args.invalid_rewards, "A run that has a checkpoint goes on from it with --resume_from_checkpoint latest."
+        return cls(reward, on_nan=policy, on_failure=policy, timeout=args.reward_timeout, background=args.reward_in_background, advice=advice)
 
     def __enter__(self) -> Scorer:
         return self
@@ -105,15 +113,13 @@ class Scorer:
             return [{"reward": float("nan")} for _ in prompts]
 
     def _rows(self, images: Tensor, prompts: list[Prompt]) -> list[Row]:
-        columns: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in prompts[0].columns}
-        texts = [p.text for p in prompts]
+        texts, columns = [p.text for p in prompts], prompt_columns(prompts)
 
         def scores() -> dict[str, list[float]]:
             # Threads have their own gradient mode and CUDA device.
             with torch.no_grad(), torch.cuda.device(images.device) if images.is_cuda else contextlib.nullcontext():
-                return {name: values.tolist() for name, values in score(self.reward, images, texts, on_invalid=self.on_nan, **columns).items()}
+                return {name: values.tolist() for name, values in score_columns(self.reward, images, texts, columns, self.on_nan).items()}
 
-        advice = "Repair the reward, or leave such samples out with --invalid_rewards mask."
         about = f"for {len(texts)} images of the prompts {listed(texts)}"
         try:
             if self._unanswered is not None and not wait([self._unanswered], self.timeout).done:
@@ -124,33 +130,11 @@ class Scorer:
         except OverTime as over:
             self._unanswered = over.args[0]
             raise RewardTimeout(
-                f"Reward {reward_name(self.reward)!r} gave no answer in {self.timeout:g} s, {about}. Raise --reward_timeout, or: {advice}"
+                f"Reward {reward_name(self.reward)!r} gave no answer in {self.timeout:g} s, {about}. Raise --reward_timeout, or: {self.advice}"
             ) from None
         except Exception as error:
-            raise RewardError(f"Reward {reward_name(self.reward)!r} raised {type(error).__name__}: {error}, {about}. {advice}") from error
+            raise RewardError(f"Reward {reward_name(self.reward)!r} raised {type(error).__name__}: {error}, {about}. {self.advice}") from error
         return [{name: values[i] for name, values in result.items()} for i in range(len(texts))]
-
-
-class OverTime(Exception):
-    """A function took longer than it may; its argument is the future that may still answer."""
-
-
-def within(seconds: float | None, function: Callable[[], Any]) -> Any:
-    """`function()`, or OverTime after so many seconds; its thread is then left behind, and dies with the process."""
-    if seconds is None:
-        return function()
-    future: Future = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, daemon=True, name="reward").start()
-    if not wait([future], seconds).done:
-        raise OverTime(future)
-    return future.result()
 
 
 def gather_scores(run, scorer: Scorer, prompts: list[Prompt]) -> dict[str, Tensor]:
@@ -173,6 +157,12 @@ def gather_scores(run, scorer: Scorer, prompts: list[Prompt]) -> dict[str, Tenso
             raise InvalidReward(f"{say} Nothing is left to train on: repair the reward or change the prompts.")
         run.print(f"Left out: {say}")
     return scores
+
+
+def prompt_columns(prompts: list[Prompt]) -> dict[str, list[Any]]:
+    """The data set's other fields by name, an entry a prompt, None where a prompt has none."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
 
 def columns_of(rows: list[Row]) -> dict[str, Tensor]:
