@@ -58,16 +58,10 @@ LAYERS = {
 }
 MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
 FAMILY_FREE = [
-<<<<<<< HEAD
     "calls", "condition", "driver", "prompt_memory", "policy", "prediction", "forward_process", "tape", "trajectory", "transition", "latent_layout", "lora",
     "schedulers/kernels", "decoding", "differentiable", "gradient_check", "initial_noise", "stock", "pipelines/adapter_guidance", "pipelines/guided_sampling",
     "pipelines/noise_grid", "pipelines/noise_optimization", "pipelines/recurrence", "pipelines/reward_guided",
-=======
-    "driver", "prompt_memory", "policy", "prediction", "forward_process", "tape", "trajectory", "transition", "latent_layout", "lora", "schedulers/kernels",
     "lora_files", "safety_checker", "wrappers",
-    "decoding", "differentiable", "gradient_check", "initial_noise", "pipelines/adapter_guidance", "pipelines/guided_sampling", "pipelines/noise_grid",
-    "pipelines/noise_optimization", "pipelines/recurrence", "pipelines/reward_guided",
->>>>>>> 0b6ec72 (LoRAs of wrapped and of several denoisers, styles that stay in the reference, no safety checker before rewards, names without torch)
 ]  # fmt: skip
 
 
