@@ -19,11 +19,41 @@ def load(name, **flags):
     return load_pipeline(Namespace(**{**given, **flags}))
 
 
+RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}  # fmt: skip
+UNET = {
+    "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0",
+    "conv_out": "out.2", "mid_block.resnets.0": "middle_block.0", "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
+    "down_blocks.0.resnets.0": "input_blocks.1.0", "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "down_blocks.1.resnets.0": "input_blocks.3.0", "down_blocks.1.attentions.0": "input_blocks.3.1",
+    "up_blocks.0.resnets.0": "output_blocks.0.0", "up_blocks.0.attentions.0": "output_blocks.0.1", "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.attentions.1": "output_blocks.1.1", "up_blocks.0.upsamplers.0.conv": "output_blocks.1.2.conv",
+    "up_blocks.1.resnets.0": "output_blocks.2.0", "up_blocks.1.resnets.1": "output_blocks.3.0",
+}  # fmt: skip
+VAE = {
+    "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
+    "down_blocks.0.resnets": "down.0.block", "down_blocks.1.resnets": "down.1.block", "down_blocks.0.downsamplers.0": "down.0.downsample",
+    "up_blocks.0.resnets": "up.1.block", "up_blocks.1.resnets": "up.0.block", "up_blocks.0.upsamplers.0": "up.1.upsample",
+}  # fmt: skip
+
+
+def renamed(name, names):
+    for ours, theirs in names.items():
+        name = name.replace(f"{ours}.", f"{theirs}.", 1) if name.startswith(f"{ours}.") or f".{ours}." in name else name
+    return name
+
+
 @pytest.fixture(scope="module")
 def single_file(tmp_path_factory):
-    """mini-sd in one file, each part under the names that single files have or diffusers takes as they are."""
-    pipeline = DiffusionPipeline.from_pretrained(embedded.path("mini-sd"))
-    tensors = {**pipeline.unet.state_dict(), **pipeline.vae.state_dict()}
+    """mini-sd in one file, under the names of the original Stable Diffusion code."""
+    pipeline, tensors = DiffusionPipeline.from_pretrained(embedded.path("mini-sd")), {}
+    for name, value in pipeline.unet.state_dict().items():
+        inside = renamed(name, UNET)
+        tensors[f"model.diffusion_model.{renamed(inside, RESNET) if '.resnets.' in name else inside}"] = value
+    for name, value in pipeline.vae.state_dict().items():
+        tensors[f"first_stage_model.{renamed(name, VAE)}"] = value
     for name, value in pipeline.text_encoder.state_dict().items():
         tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = value
     path = tmp_path_factory.mktemp("single") / "model.safetensors"
@@ -35,9 +65,9 @@ def test_a_single_file_loads_with_the_configuration_of_a_pipeline_like_it(single
     path, pipeline = single_file
     loaded = load(path, single_file_config=embedded.path("mini-sd"))
     assert isinstance(loaded, StableDiffusionPipeline)
-    for part in ("unet", "vae"):
+    for part in ("unet", "vae", "text_encoder"):
         expected = getattr(pipeline, part).state_dict()
-        assert all(torch.equal(value, expected[name]) for name, value in getattr(loaded, part).state_dict().items())
+        assert all(torch.equal(value, expected[name]) for name, value in getattr(loaded, part).state_dict().items()), part
 
 
 @pytest.fixture
