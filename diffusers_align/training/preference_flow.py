@@ -155,7 +155,8 @@ def save(run, pipeline, transported: Transported, asked: Iterable[str], judged: 
     """The pipeline with the file that loads it, the picture, and the model card, in the output folder; uploaded if asked for."""
     args, folder = run.args, run.output_dir
     pipeline.save_pretrained(folder)
-    settle_all(folder / "vector_field")
+    for name in pipeline.components:
+        settle_all(folder / name)
     shutil.copy(front_door("pipelines", "preference_flow"), folder)
     number = args.num_validation_images
     shown = [values[:number] for values in (transported.before, transported.after, transported.prompts)]
