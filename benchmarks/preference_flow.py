@@ -108,7 +108,9 @@ def main():
     if not (args.folder / args.task / "outputs" / "metadata.jsonl").is_file():
         make_data(args.task, args.folder / args.task)
     script = ROOT / "training_scripts" / "train_pfm.py"
-    sys.argv = [str(script), "--config", str(script.parent / "recipes" / f"pfm_{args.task}_mini_sd.yaml"), *rest]
+    folder = Path(__file__).parent if args.task == "variations" else script.parent / "recipes"
+    data = ["--data", str(args.folder / args.task / "pairs"), "--outputs", str(args.folder / args.task / "outputs")]
+    sys.argv = [str(script), "--config", str(folder / f"pfm_{args.task}_mini_sd.yaml"), *data, *rest]
     runpy.run_path(str(script), run_name="__main__")
 
 

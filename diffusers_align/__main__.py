@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 
-from .front_doors import KINDS, front_door, names
+from . import __version__
+from .front_doors import KINDS, folder, front_door, names
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print what there is, or the path of one: `accelerate launch $(diffusers-align path train_ddpo) --help`."""
     parser = argparse.ArgumentParser(prog="diffusers-align", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"diffusers-align {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="names of all scripts, scheduler recipes and pipelines")
-    path = commands.add_parser("path", help="the path of one of them")
-    path.add_argument("name")
+    lister = commands.add_parser("list", help="names of all scripts, recipes, scheduler recipes and pipelines")
+    lister.add_argument("kind", nargs="?", choices=KINDS, help="of these alone")
+    path = commands.add_parser("path", help="the path of one of them, or of the folder of a kind")
+    path.add_argument("name", help=f"a name that `list` shows, or one of {', '.join(KINDS)}")
     args = parser.parse_args(argv)
     if args.command == "list":
-        for kind in KINDS:
-            print(f"{kind}: {', '.join(n for n in names(kind) if n != 'recipes') or 'none yet'}")
+        for kind in [args.kind] if args.kind else KINDS:
+            print(f"{kind}: {', '.join(names(kind)) or 'none'}")
+        return
+    if args.name in KINDS:
+        print(folder(args.name))
         return
     for kind in KINDS:
-        if args.name in names(kind):
-            print(front_door(kind, args.name))
+        if args.name.removesuffix(".py").removesuffix(".yaml") in names(kind):
+            print(front_door(kind, args.name.removesuffix(".py").removesuffix(".yaml")))
             return
-    parser.error(f"no {args.name!r}; `diffusers-align list` shows what there is")
+    near = difflib.get_close_matches(args.name, [name for kind in KINDS for name in names(kind)], n=3)
+    hint = f" (did you mean {', '.join(near)}?)" if near else ""
+    parser.error(f"no {args.name!r}{hint}; `diffusers-align list` shows what there is")
 
 
 if __name__ == "__main__":

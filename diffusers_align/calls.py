@@ -15,6 +15,7 @@ from .condition import Condition, belongs_to_samples, is_embedding, number_of_sa
 from .driver import denoisers, drive, encoded_prompt
 from .noise import noise_seed
 from .prompt_memory import PromptMemory, Store
+from .safety_checker import unchecked
 from .schedulers.scheduling_utils import SDESchedulerMixin
 
 # What a policy's methods set in each call, and the value that says nothing else. None is the pipeline's own default for all of them.
@@ -126,10 +127,11 @@ class Calls:
         return {**call, **overrides}
 
     def _drive(self, condition: Condition, on_step, *, needs_denoiser=None, timesteps=None, **overrides: Any):
-        return drive(
-            self.pipeline, on_step, self._call(condition, **overrides), gradients=torch.is_grad_enabled(),
-            timesteps=timesteps, needs_denoiser=needs_denoiser, memory=self._memory, noise=self._streams, global_seed=_global_seed(condition),
-        )  # fmt: skip
+        with unchecked(self.pipeline):
+            return drive(
+                self.pipeline, on_step, self._call(condition, **overrides), gradients=torch.is_grad_enabled(),
+                timesteps=timesteps, needs_denoiser=needs_denoiser, memory=self._memory, noise=self._streams, global_seed=_global_seed(condition),
+            )  # fmt: skip
 
 
 def _global_seed(condition: Condition) -> int | None:

@@ -15,13 +15,14 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from .condition import Condition
 from .policy import Policy
+from .wrappers import InPlace
 
 
 @contextmanager
 def replaced(owner, name: str, call: Callable) -> Iterator[None]:
     """Context: `owner.name(...)` is `call(original, ...)`."""
     original, had_own = getattr(owner, name), name in owner.__dict__
-    setattr(owner, name, partial(call, original))
+    setattr(owner, name, InPlace(call, original))
     try:
         yield
     finally:

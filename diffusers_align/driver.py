@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from .pipeline_state import no_cast_weights_kept, own_arguments, quiet, refuse_offloading, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
 from .schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork
+from .wrappers import InPlace, unwrapped
 
 _OUTPUT_SHAPES: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
 
@@ -34,10 +35,14 @@ def denoisers(pipeline) -> dict[str, ModelMixin]:
     """The pipeline's denoising networks by component name: its `unet*` or `transformer*` components, in diffusers' naming."""
     models = {name: m for name, m in pipeline.components.items() if isinstance(m, nn.Module) and name.startswith(("unet", "transformer"))}
     if not models:
-        models = {name: m for name, m in pipeline.components.items() if isinstance(m, ModelMixin) and not hasattr(m, "decode")}
+        models = {name: m for name, m in pipeline.components.items() if _is_model(m) and not hasattr(m, "decode")}
     if not models:
         raise ValueError(f"{type(pipeline).__name__} has no denoiser: none of its components {sorted(pipeline.components)} is a diffusers model.")
     return models
+
+
+def _is_model(component: Any) -> bool:
+    return isinstance(component, nn.Module) and isinstance(unwrapped(component), ModelMixin)
 
 
 @dataclass
@@ -180,7 +185,7 @@ def _gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
     forward, had_own = module.forward, "forward" in module.__dict__
     shapes = _OUTPUT_SHAPES.setdefault(module, {})
 
-    def gate(*args, **kwargs):
+    def gate(forward, *args, **kwargs):
         first = args[0] if args else next(iter(kwargs.values()))
         key = (
             tuple((x.shape, x.dtype, x.device) for x in pytree.tree_leaves(first) if isinstance(x, Tensor)),
@@ -201,7 +206,7 @@ def _gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
             shapes[key] = pytree.tree_map_only(Tensor, lambda x: _Shape((x.shape, x.dtype, x.device)), output) if plain else None
         return output
 
-    module.forward = gate
+    module.forward = InPlace(gate, forward)
     try:
         yield
     finally:

@@ -59,11 +59,6 @@ def _check_settings(policy: Policy) -> None:
         raise GradientError(
             f"The cache of the {cached[0]} is on: it hands out outputs of earlier steps, and their gradients with them. Call {cached[0]}.disable_cache()."
         )
-    if getattr(policy.pipeline, "safety_checker", None) is not None:
-        raise GradientError(
-            "The pipeline's safety_checker turns the pictures into PIL and blackens some: neither has a gradient. For training, set "
-            "pipeline.safety_checker = None."
-        )
 
 
 def _rewards(reward: Callable, rollout: DifferentiableRollout) -> Tensor:

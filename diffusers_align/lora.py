@@ -2,55 +2,72 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from diffusers.utils import logging as diffusers_logging
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from . import lora_files, weight_files
+from .driver import denoisers as denoisers_of
+from .lora_files import METADATA, WEIGHTS
+from .wrappers import bare, unwrapped
 
 logger = diffusers_logging.get_logger(__name__)
 
 ADAPTER = "default"
-WEIGHTS = "pytorch_lora_weights.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_NO_MATRIX = (".alpha", "dora_scale", "lora_magnitude_vector")
+
+
+def layers_of(module: nn.Module) -> list[BaseTunerLayer]:
+    """The layers of a module that carry adapters, whoever added them."""
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether `add` or `load` gave it an adapter."""
+    return any(ADAPTER in layer.lora_A for layer in layers_of(module) if hasattr(layer, "lora_A"))
 
 
 def attention_targets(module: nn.Module) -> list[str] | str:
     """The attention projections that exist in a denoiser, in diffusers' naming; every linear layer if it uses other names."""
-    linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    adapted = {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
+    own = {name: layer for name, layer in module.named_modules() if not any(name.startswith(f"{other}.") for other in adapted)}
+    linear = [name for name, layer in own.items() if isinstance(layer.get_base_layer() if name in adapted else layer, nn.Linear)]
     found = [target for target in ATTENTION if any(name.endswith(f".{target}") for name in linear)]
-    return found or "all-linear"
+    return found or (linear if adapted else "all-linear")
 
 
 def add(denoisers: dict[str, nn.Module], rank: int = 16, alpha: int | None = None, **config) -> list[nn.Parameter]:
     """Add a trainable LoRA, Gaussian A and zero B, in float32, to each denoiser; return its parameters.
+
+    Adapters of others that are active stay so, frozen: what is trained learns beside them, and they belong to the reference. The saved file
+    holds what is trained alone.
 
     Args:
         alpha: scale; twice the rank if absent, as in Flow-GRPO.
         config: other fields of `peft.LoraConfig`. `lora_dropout` must stay 0: with dropout a replay is not the rollout's policy.
 
     Raises:
-        ValueError: dropout, or there is an adapter already.
+        ValueError: dropout, there is a LoRA to train already, or one that is fused but still there.
     """
     if config.get("lora_dropout"):
         raise ValueError("lora_dropout must be 0: with dropout, rollout and replay see different policies and their ratio is not 1.")
     parameters = []
-    for name, module in denoisers.items():
-        if any(isinstance(layer, BaseTunerLayer) for layer in module.modules()):
-            raise ValueError(f"The {name} carries an adapter already; unload or fuse it first.")
-        targets = config.get("target_modules") or attention_targets(module)
-        fields = {"init_lora_weights": "gaussian", **config, "target_modules": targets}
-        lora_config = LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, **fields)
-        if hasattr(module, "add_adapter"):
-            module.add_adapter(lora_config, ADAPTER)
-        else:
-            inject_adapter_in_model(lora_config, module, ADAPTER)
-            module.peft_config = {ADAPTER: lora_config}
+    for name, denoiser in denoisers.items():
+        with bare(denoiser) as module, _beside_others(name, module):
+            if ADAPTER in getattr(module, "peft_config", {}):
+                raise ValueError(f"The {name} carries an adapter {ADAPTER!r} already; unload or fuse it first.")
+            fields = {"init_lora_weights": "gaussian", **config, "target_modules": config.get("target_modules") or attention_targets(module)}
+            _inject(module, LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, **fields))
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -58,90 +75,237 @@ def add(denoisers: dict[str, nn.Module], rank: int = 16, alpha: int | None = Non
     return parameters
 
 
+def _inject(module: nn.Module, config: LoraConfig) -> None:
+    if hasattr(module, "add_adapter"):
+        module.add_adapter(config, ADAPTER)
+    else:
+        inject_adapter_in_model(config, module, ADAPTER)
+        module.peft_config = {**getattr(module, "peft_config", {}), ADAPTER: config}
+
+
+@contextmanager
+def _beside_others(name: str, module: nn.Module) -> Iterator[None]:
+    """Context: whatever is added within, the adapters that were active stay so, at their scales, and what was frozen stays frozen."""
+    before = {layer: [] if layer.disable_adapters else list(layer.active_adapters) for layer in layers_of(module)}
+    if any(layer.merged for layer in before):
+        raise ValueError(f"A LoRA is fused into the {name} but still there, which would hide another one: call pipe.unload_lora_weights() after fuse_lora().")
+    trainable = {parameter: parameter.requires_grad for layer in before for parameter in layer.parameters()}
+    yield
+    for layer, others in before.items():
+        layer.set_adapter([*(other for other in others if other != ADAPTER), *([ADAPTER] if ADAPTER in getattr(layer, "lora_A", ()) else [])])
+        layer.enable_adapters(True)
+    for parameter, flag in trainable.items():
+        parameter.requires_grad_(flag)
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+def _has_loader(pipeline, name: str, module: nn.Module) -> bool:
+    """Whether the stock `load_lora_weights` of this pipeline reaches the denoiser, and finds there what it needs."""
+    reached = getattr(type(pipeline), "_lora_loadable_modules", ())
+    return name in reached and hasattr(type(pipeline), "save_lora_weights") and hasattr(module, "load_lora_adapter")
+
+
 def save(pipeline, denoisers: dict[str, nn.Module], directory: str | Path) -> None:
     """Write the LoRA so that `type(pipeline).load_lora_weights(directory)` loads it.
 
-    A second denoiser goes into `<directory>/<its name>`. Pipelines without a LoRA loader get peft's keys in the same file,
-    which `load` (or `peft.set_peft_model_state_dict`) reads; a warning says so.
+    A second denoiser goes into `<directory>/<its name>`; `stock_lines` says how stock diffusers loads it, and `load` loads all. Pipelines
+    without a LoRA loader get peft's keys in the same file, which `load` (or `peft.set_peft_model_state_dict`) reads; a warning says so.
+    Equal weights make files of equal bytes.
+
+    Raises:
+        ValueError: a denoiser has no LoRA.
     """
-    for position, (name, module) in enumerate(denoisers.items()):
+    for position, (name, denoiser) in enumerate(denoisers.items()):
         folder = Path(directory) if position == 0 else Path(directory) / name
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {key: value.detach().cpu().contiguous() for key, value in get_peft_model_state_dict(module, adapter_name=ADAPTER).items()}
-        argument = f"{'transformer' if name.startswith('transformer') else name}_lora_layers"
-        if hasattr(type(pipeline), "save_lora_weights"):
+        with bare(denoiser) as module:
+            if not is_ours(module):
+                raise ValueError(f"The {name} has no LoRA to save: call policy.add_lora() first.")
+            state = get_peft_model_state_dict(module, adapter_name=ADAPTER)
+            weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+            config = _plain(module.peft_config[ADAPTER])
+        if _has_loader(pipeline, name, module):
+            part = "transformer" if name.startswith("transformer") else name
             if name == "unet":
                 weights = convert_state_dict_to_diffusers(weights)
-            metadata = {argument.replace("_lora_layers", "_lora_adapter_metadata"): module.peft_config[ADAPTER].to_dict()}
-            type(pipeline).save_lora_weights(folder, **{argument: weights}, **metadata)
+            type(pipeline).save_lora_weights(folder, **{f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config})
+            weight_files.settle(folder / WEIGHTS)
         else:
             logger.warning(
-                f"{type(pipeline).__name__} has no LoRA loader: {folder / WEIGHTS} holds peft's keys. Load it with "
-                "Policy(pipeline).load_lora(directory) or peft.set_peft_model_state_dict."
+                f"{type(pipeline).__name__} has no LoRA loader for its {name}: {folder / WEIGHTS} holds peft's keys. Load it with "
+                "diffusers_align.load_lora(pipeline, directory) or peft.set_peft_model_state_dict."
             )
-            config = module.peft_config[ADAPTER]
-            save_file(weights, folder / WEIGHTS, {"format": "pt", "r": str(config.r), "lora_alpha": str(config.lora_alpha)})
+            weight_files.save(weights, folder / WEIGHTS, {METADATA: json.dumps(config, indent=2, sort_keys=True)})
 
 
-def load(pipeline, denoisers: dict[str, nn.Module], directory: str | Path) -> None:
-    """Load a LoRA: into the adapter that is there, so that training goes on, or as a new frozen one."""
-    for position, (name, module) in enumerate(denoisers.items()):
-        folder = Path(directory) if position == 0 else Path(directory) / name
-        if hasattr(module, "peft_config"):
-            _load_into(module, pipeline, folder)
-        elif hasattr(type(pipeline), "load_lora_weights"):
-            extra = {} if position == 0 else {f"load_into_{name}": True}
-            pipeline.load_lora_weights(str(folder), weight_name=WEIGHTS, adapter_name=ADAPTER, **extra)
-            module.requires_grad_(False)
-        else:
-            _inject(module, folder)
+def _plain(config: LoraConfig) -> dict:
+    """As JSON, without the order in which a set happens to give its entries."""
+    return {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in config.to_dict().items()}
+
+
+def stock_lines(pipeline, denoisers: dict[str, nn.Module], name: str) -> list[str]:
+    """The lines that load what `save` wrote to `name`, a folder or a Hub repository, into a stock pipeline `pipe`; `load_lora` where stock
+    diffusers has no way."""
+    modules = {component: unwrapped(module) for component, module in denoisers.items()}
+    if not all(_has_loader(pipeline, *item) for item in modules.items()):
+        return [f'diffusers_align.load_lora(pipe, "{name}")']
+    lines = [f'pipe.load_lora_weights("{name}", weight_name="{WEIGHTS}")']
+    for component in list(modules)[1:]:
+        # Of a local folder diffusers takes the file of that name in it before one in the subfolder.
+        where = f'"{name}/{component}"' if Path(name).is_dir() else f'"{name}", subfolder="{component}"'
+        lines.append(f'pipe.load_lora_weights({where}, weight_name="{WEIGHTS}", load_into_{component}=True)')
+    return lines
+
+
+def load(pipeline, denoisers: dict[str, nn.Module], path: str | Path) -> None:
+    """Load a LoRA: into the adapter that is there, so that training goes on, or as a new frozen one.
+
+    Args:
+        path: what `save` wrote, a `.safetensors` file, or a folder with one, in any format that the pipeline's `load_lora_weights` reads. The
+            files of further denoisers are found beside it; one that is not there is left out, and that is said.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: tensors of the file found no place in the model, or the adapter that is there has another scale.
+    """
+    found = lora_files.files(path, denoisers)
+    if left_out := [name for name in denoisers if name not in found]:
+        first = found[next(iter(denoisers))]
+        logger.warning(
+            f"{first} is the LoRA of the {next(iter(denoisers))} alone; left out: {', '.join(left_out)}, for which there is no "
+            f"{' and no '.join(str(first.parent / name / WEIGHTS) for name in left_out)}."
+        )
+    for position, (name, file) in enumerate(found.items()):
+        denoiser, before = denoisers[name], _num_loaded(pipeline)
+        fresh = not is_ours(denoiser)
+        with bare(denoiser) as module, _beside_others(name, module):
+            if not fresh:
+                _load_into(module, pipeline, file)
+            elif _has_loader(pipeline, name, module):
+                extra = {} if position == 0 else {f"load_into_{name}": True}
+                pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER, **extra)
+            else:
+                _load_beside(module, file)
+        if fresh:
+            for layer in layers_of(module):
+                layer.requires_grad_(False)
+            _check_all_found(pipeline, file, _num_loaded(pipeline) - before)
         if not any(p.requires_grad for p in module.parameters()):
             module.eval()
 
 
-def _load_into(module: nn.Module, pipeline, folder: Path) -> None:
-    weights = load_file(folder / WEIGHTS)
-    if hasattr(type(pipeline), "lora_state_dict"):
-        weights = type(pipeline).lora_state_dict(str(folder), weight_name=WEIGHTS)
-        weights = weights[0] if isinstance(weights, tuple) else weights
-    weights = {_peft_key(key): value for key, value in weights.items()}
-    result = set_peft_model_state_dict(module, weights, adapter_name=ADAPTER)
+def load_lora(pipeline, name: str | Path) -> None:
+    """Load a LoRA into every denoiser of a stock pipeline, in one call: what a training run left, a `.safetensors` file, or a Hub repository.
+
+    Raises:
+        FileNotFoundError: it is none of these.
+        ValueError: it was made for another model.
+    """
+    load(pipeline, denoisers_of(pipeline), lora_files.find(name))
+
+
+def _read(pipeline, file: Path) -> tuple[dict[str, Tensor], set[float]]:
+    """The file's tensors in diffusers' keys, whoever wrote it, and the alphas that it states among them."""
+    if not hasattr(type(pipeline), "lora_state_dict"):
+        return load_file(file), set()
+    found = type(pipeline).lora_state_dict(str(file.parent), weight_name=file.name)
+    weights, alphas = found if isinstance(found, tuple) else (found, None)
+    return weights, {float(alpha) for alpha in (alphas or {}).values()}
+
+
+def _num_loaded(pipeline) -> int:
+    """Matrices of our adapter in all components."""
+    layers = [layer for module in pipeline.components.values() if isinstance(module, nn.Module) for layer in layers_of(module)]
+    halves = [getattr(layer, half) for layer in layers for half in ("lora_A", "lora_B")]
+    return sum(len(list(half[ADAPTER].parameters())) for half in halves if ADAPTER in half)
+
+
+def _check_all_found(pipeline, file: Path, loaded: int) -> None:
+    """Stock diffusers skips what does not fit with a warning at most."""
+    stored = sum(not key.endswith(_NO_MATRIX) for key in _read(pipeline, file)[0])
+    if loaded == 0 or loaded < stored:
+        unload(pipeline)
+        raise ValueError(
+            f"{file} is not of this {type(pipeline).__name__}: {loaded} of its {stored} tensors found a place. Name the model that it was made for."
+        )
+
+
+def _load_into(module: nn.Module, pipeline, file: Path) -> None:
+    weights, alphas = _read(pipeline, file)
+    stored, own = lora_files.configuration(file), module.peft_config[ADAPTER]
+    alphas = {float(stored["lora_alpha"])} if stored else alphas
+    if alphas - {float(own.lora_alpha)}:
+        listed = ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
+        raise ValueError(f"{file} has alpha {listed}, the LoRA that is there {own.lora_alpha}: its weights would act at another scale.")
+    for name in ("unet.", "transformer.", "transformer_2."):
+        weights = {key.removeprefix(name): value for key, value in weights.items()}
+    if not any("lora_A" in key for key in weights):
+        weights = convert_unet_state_dict_to_peft(weights)
+    try:
+        result = set_peft_model_state_dict(module, weights, adapter_name=ADAPTER)
+    except RuntimeError as error:  # shapes
+        raise ValueError(f"{file} does not fit the LoRA that is there, of rank {own.r}: {str(error).splitlines()[-1].strip()}") from error
     if result is not None and result.unexpected_keys:
-        raise ValueError(f"{folder / WEIGHTS} does not fit this model: unexpected keys such as {result.unexpected_keys[:3]}.")
+        raise ValueError(f"{file} does not fit this model: unexpected keys such as {result.unexpected_keys[:3]}.")
 
 
-def _peft_key(key: str) -> str:
-    for prefix in ("unet.", "transformer.", "transformer_2."):
-        key = key.removeprefix(prefix)
-    return key.replace(".lora.down.", ".lora_A.").replace(".lora.up.", ".lora_B.")
-
-
-def _inject(module: nn.Module, folder: Path) -> None:
-    from safetensors import safe_open
-
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        meta = file.metadata()
-    weights = load_file(folder / WEIGHTS)
+def _load_beside(module: nn.Module, file: Path) -> None:
+    """A new adapter from peft's keys, for pipelines that have no loader."""
+    weights, fields = load_file(file), lora_files.configuration(file)
+    if not fields:
+        raise ValueError(f"{file} says nothing of its rank and alpha (metadata {METADATA!r}), and this pipeline has no LoRA loader that would guess them.")
     targets = sorted({key.rsplit(".lora_", 1)[0] for key in weights})
-    config = LoraConfig(r=int(meta["r"]), lora_alpha=int(meta["lora_alpha"]), target_modules=targets)
-    inject_adapter_in_model(config, module, ADAPTER)
-    module.peft_config = {ADAPTER: config}
-    module.requires_grad_(False)
+    known = {key: value for key, value in fields.items() if key in LoraConfig.__dataclass_fields__}
+    _inject(module, LoraConfig(**{**known, "target_modules": targets}))
     set_peft_model_state_dict(module, weights, adapter_name=ADAPTER)
 
 
+def unload(pipeline) -> None:
+    """Take the adapter of `add` or `load` out of every component; those of others stay."""
+    for component in pipeline.components.values():
+        if not isinstance(component, nn.Module) or not is_ours(component):
+            continue
+        with bare(component) as module:
+            if {name for layer in layers_of(module) for name in getattr(layer, "lora_A", ["another"])} == {ADAPTER}:
+                recurse_remove_peft_layers(module)
+                module._hf_peft_config_loaded = False
+                module.__dict__.pop("peft_config", None)
+            else:
+                for layer in layers_of(module):
+                    layer.delete_adapter(ADAPTER)
+                module.peft_config.pop(ADAPTER, None)
+
+
+# --- the reference -----------------------------------------------------------------------------------------------------
+
+
 @contextmanager
-def disabled(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Switch every adapter layer off; switch them, and what was trainable, back on at the end."""
-    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-    trainable = [[p.requires_grad for p in layer.parameters()] for layer in layers]
-    before = [layer.disable_adapters for layer in layers]
-    for layer in layers:
-        layer.enable_adapters(False)
+def disabled(modules: Iterable[nn.Module], adapter: str | None = None) -> Iterator[None]:
+    """Switch adapters off; switch them, and what was trainable, back on at the end.
+
+    Args:
+        adapter: this one alone, so that others that are active go on; all if absent.
+
+    Raises:
+        ValueError: one of them is fused, and the weights would have to be changed.
+    """
+    layers = [layer for module in modules for layer in layers_of(module)]
+    layers = [layer for layer in layers if adapter is None or (adapter in layer.active_adapters and not layer.disable_adapters)]
+    if any(set(layer.merged_adapters) & ({adapter} if adapter else set(layer.merged_adapters)) for layer in layers):
+        raise ValueError("A LoRA is fused into the weights, so it cannot be switched off: call pipe.unfuse_lora().")
+    before = [(layer, layer.disable_adapters, list(layer.active_adapters), [p.requires_grad for p in layer.parameters()]) for layer in layers]
+    for layer, _, active, _ in before:
+        if others := [name for name in active if adapter and name != adapter]:
+            layer.set_adapter(others, inference_mode=True)
+        else:
+            layer.enable_adapters(False)
     try:
         yield
     finally:
-        for layer, was_off, flags in zip(layers, before, trainable):
+        for layer, was_off, active, flags in before:
+            layer.set_adapter(active)
             layer.enable_adapters(not was_off)
             for parameter, flag in zip(layer.parameters(), flags):
                 parameter.requires_grad_(flag)

@@ -264,15 +264,18 @@ class Policy(Calls):
         lora.save(self.pipeline, self.denoisers, directory)
 
     def load_lora(self, directory) -> None:
-        """Load what `save_lora` wrote; into the trainable LoRA if `add_lora` was called before."""
+        """Load what `save_lora` wrote, or the file of another tool; into the trainable LoRA if `add_lora` was called before (`diffusers_align.lora.load`)."""
         lora.load(self.pipeline, self.denoisers, directory)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for module in self.denoisers.values() for p in module.parameters() if p.requires_grad]
 
     def reference(self):
-        """Context: adapters off, so that the policy is the pretrained model; restored on any exception."""
-        return lora.disabled(self.denoisers.values())
+        """Context: the LoRA of `add_lora` or `load_lora` off, so that the policy is the model that it was put on; restored on any exception.
+
+        Adapters of others, such as a style that `pipe.load_lora_weights` brought before, belong to that model and stay.
+        """
+        return lora.disabled(self.denoisers.values(), lora.ADAPTER)
 
 
 def _images(output) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 from torch import Tensor
 
 from .condition import Condition, positions
@@ -100,7 +100,7 @@ class Trajectory:
         arguments = {"kwargs": condition.kwargs, "per_sample": condition.per_sample}
         call = {kind: {name: _packed(name, value, f"condition.{kind}.{name}", tensors) for name, value in own.items()} for kind, own in arguments.items()}
         meta = {"prompts": condition.prompts, "seeds": condition.seeds, "step_seeds": condition.step_seeds, **call, "children": len(self.children)}
-        save_file(tensors, path, {"trajectory": json.dumps(meta)})
+        Path(path).write_bytes(serialised(tensors, {"trajectory": json.dumps(meta)}))  # not save_file, whose files are for the owner alone
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Trajectory:

@@ -607,12 +607,6 @@ def test_a_decoder_without_gradient_is_found(sd3):
     refused(sd3, "latents have a graph, the images have none: vae runs its layers under torch.no_grad")
 
 
-def test_a_safety_checker_is_found():
-    it = Subject("sd15")
-    it.policy.pipeline.safety_checker = nn.Identity()
-    refused(it, "safety_checker")
-
-
 def test_pipelines_that_return_pil_are_found(sd3):
     processor = sd3.policy.pipeline.image_processor
     postprocess = processor.postprocess

@@ -218,8 +218,8 @@ def test_a_lora_that_fits_in_part_is_an_error(pipeline, loras, tmp_path):
 
 def test_a_missing_lora_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diffusers_align.training.evaluation.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
-    with pytest.raises(FileNotFoundError, match=r"No LoRA 'runs/a': there is no such folder or file, and the Hub gave none \(offline\)"):
+    monkeypatch.setattr("diffusers_align.lora_files.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
+    with pytest.raises(FileNotFoundError, match="No LoRA 'runs/a': there is no such folder or file, and from the Hub: offline"):
         find_lora("runs/a")
     (tmp_path / "runs" / "a").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="No LoRA in runs/a: it holds no pytorch_lora_weights.safetensors"):

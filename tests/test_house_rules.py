@@ -17,17 +17,22 @@ MAX_FUNCTION, MAX_FILE = 60, 330
 
 # What each part of the package may import of the package: dependencies point one way.
 BELOW_POLICY = {
-    "calls", "condition", "pipeline_state", "prediction", "driver", "forward_process", "initial_noise", "latent_layout", "lora", "noise", "prompt_memory",
-    "reproducibility", "schedulers", "tape", "trajectory", "transition",
+    "calls", "condition", "driver", "forward_process", "given_names", "initial_noise", "latent_layout", "lora", "lora_files", "noise", "pipeline_state",
+    "prediction", "prompt_memory", "reproducibility", "safety_checker", "schedulers", "tape", "trajectory", "transition", "weight_files", "wrappers",
 }  # fmt: skip
 LAYERS = {
     "transition": set(),
     "front_doors": set(),
     "initial_noise": set(),
     "latent_layout": set(),
-    "lora": set(),
     "noise": set(),
     "pipeline_state": set(),
+    "given_names": set(),
+    "weight_files": set(),
+    "wrappers": set(),
+    "safety_checker": set(),
+    "lora_files": {"given_names"},
+    "lora": {"driver", "lora_files", "weight_files", "wrappers"},
     "prompt_memory": set(),
     "data": set(),
     "embedded": set(),
@@ -35,19 +40,19 @@ LAYERS = {
     "algorithms": {"rl", "transition"},
     "schedulers": {"transition", "front_doors"},
     "condition": set(),
-    "calls": {"condition", "driver", "noise", "prompt_memory", "schedulers"},
+    "calls": {"condition", "driver", "noise", "prompt_memory", "safety_checker", "schedulers"},
     "trajectory": {"condition", "transition"},
-    "driver": {"pipeline_state", "prompt_memory", "schedulers", "trajectory", "transition"},
+    "driver": {"pipeline_state", "prompt_memory", "schedulers", "trajectory", "transition", "wrappers"},
     "tape": {"condition", "driver", "trajectory"},
     "reproducibility": {"driver", "trajectory", "transition"},
     "prediction": {"condition", "driver"},
     "forward_process": {"schedulers"},
     "policy": BELOW_POLICY,
-    "decoding": {"condition", "policy"},
+    "decoding": {"condition", "policy", "wrappers"},
     "stock": {"condition", "policy", "schedulers"},
     "differentiable": {"decoding", "policy", "stock"} | BELOW_POLICY,
     "gradient_check": {"condition", "differentiable", "policy", "trajectory"},
-    "rewards": {"embedded"},
+    "rewards": {"embedded", "weight_files"},
     "pipelines": {"decoding", "differentiable", "policy", "algorithms", "rl", "rewards", "front_doors"} | BELOW_POLICY,
     "training": {"decoding", "differentiable", "gradient_check", "policy", "algorithms", "rl", "rewards", "data", "embedded", "front_doors", "stock"}
     | BELOW_POLICY,
@@ -57,9 +62,9 @@ LAYERS = {
 MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
 FAMILY_FREE = [
     "calls", "condition", "driver", "pipeline_state", "prompt_memory", "policy", "prediction", "forward_process", "tape", "trajectory", "transition",
-    "latent_layout", "lora", "schedulers/kernels", "decoding", "differentiable", "gradient_check", "initial_noise", "stock", "pipelines/adapter_guidance",
-    "pipelines/guided_sampling", "pipelines/noise_grid", "pipelines/noise_optimization", "pipelines/recurrence", "pipelines/reward_guided",
-    "reproducibility",
+    "latent_layout", "lora", "lora_files", "schedulers/kernels", "decoding", "differentiable", "gradient_check", "initial_noise", "stock", "reproducibility",
+    "safety_checker", "wrappers", "pipelines/adapter_guidance", "pipelines/guided_sampling", "pipelines/noise_grid", "pipelines/noise_optimization",
+    "pipelines/recurrence", "pipelines/reward_guided",
 ]  # fmt: skip
 
 
@@ -215,7 +220,7 @@ import sys, time
 import peft
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
 before, start = set(sys.modules), time.process_time()
-import diffusers_align
+from diffusers_align import *
 seconds = time.process_time() - start
 print(seconds, *sorted(set(sys.modules) - before))
 """

@@ -257,6 +257,7 @@ def test_describe_balance():
     assert describe_balance(100, 100) == "100 desirable and 100 undesirable images, weighing 1 to 1"
     assert "lambda_d 2.91 gives 1" in describe_balance(237_530, 690_538)
     assert "4/3" not in describe_balance(237_530, 690_538, lambda_d=3.5)
+    assert describe_balance(77, 19) == "77 desirable and 19 undesirable images, weighing 4.05 to 1, as in Diffusion-KTO (gamma 0.8)"
     assert "one class alone" in describe_balance(10, 0)
     assert describe_balance(10, 10, lambda_u=0.0).endswith("of which the undesirable weigh nothing")
 

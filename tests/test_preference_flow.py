@@ -24,6 +24,7 @@ from diffusers_align.data import LazyImage
 from diffusers_align.front_doors import front_door
 from diffusers_align.pipelines.preference_flow import PreferenceFlowPipeline
 from diffusers_align.training import preference_flow
+from diffusers_align.training.model_card import public
 from diffusers_align.training.pictures import to_pil
 
 torch.set_num_threads(1)
@@ -449,7 +450,8 @@ def test_a_run_leaves_a_pipeline_metrics_pictures_and_a_card(finished, folder):
     card = (finished / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "diffusers" and "brightness, win rate | " in card
     command = next(line for line in card.splitlines() if line.startswith("accelerate launch"))
-    assert shlex.split(command)[3:] == arguments(folder, finished, **STATEFUL)
+    assert shlex.split(command)[3:] == [public(word) for word in arguments(folder, finished, **STATEFUL)]
+    assert str(folder) not in card and str(finished) not in card
     assert not list(finished.rglob(".*")) and (finished / "preference_flow.py").is_file()
 
 

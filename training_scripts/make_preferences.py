@@ -71,7 +71,6 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -81,7 +80,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffusers_align import lora as lora_files
+from diffusers_align import lora_files
 from diffusers_align.data import load_prompts
 from diffusers_align.data.augment import to_tensor
 from diffusers_align.data.conversions import scored_to_binary, scored_to_pairs, scored_to_ranked
@@ -95,8 +94,8 @@ from diffusers_align.training.scoring import Scorer, gather_scores, reward_of_fl
 
 # What an image depends on besides its prompt and the LoRA's weights: a folder holds images of one such setting.
 SAMPLING = (
-    "pretrained_model_name_or_path", "revision", "variant", "mixed_precision", "lora", "num_inference_steps", "guidance_scale", "height", "width",
-    "call_kwargs", "seed", "deterministic", "same_latent", "save_trajectories", "sde_type", "noise_level", "eta",
+    "pretrained_model_name_or_path", "single_file_config", "revision", "variant", "mixed_precision", "lora", "num_inference_steps", "guidance_scale",
+    "height", "width", "call_kwargs", "seed", "deterministic", "same_latent", "save_trajectories", "sde_type", "noise_level", "eta",
 )  # fmt: skip
 
 
@@ -121,7 +120,7 @@ def check_settings(args, prompts, lora, folder):
 
 def hash_of(lora):
     """SHA-256 of a LoRA's weights, by which one that was trained again under the same name is another."""
-    return hashlib.sha256((lora / lora_files.WEIGHTS if lora.is_dir() else lora).read_bytes()).hexdigest()
+    return lora_files.digest(lora)
 
 
 def file_name(job):

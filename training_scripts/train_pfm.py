@@ -79,14 +79,13 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffusers_align import embedded
 from diffusers_align.algorithms.preference_flow_matching import couple, interpolate, pfm_loss
 from diffusers_align.data import Prompt, batch_of, load_preferences, load_prompts, parse_column_map
 from diffusers_align.pipelines.preference_flow import PreferenceFlowPipeline
 from diffusers_align.policy import noise_seed
 from diffusers_align.rewards.base import listed
 from diffusers_align.training import hub, preference_flow
-from diffusers_align.training.loading import DTYPES
+from diffusers_align.training.loading import DTYPES, model_source, raise_if_missing
 from diffusers_align.training.pictures import grid, save
 from diffusers_align.training.report import judged_on
 from diffusers_align.training.run import Run
@@ -96,7 +95,7 @@ from diffusers_align.training.scoring import reward_of_flags
 def load_flow(args, device):
     """The pipeline with a fresh vector field, which starts as the flow that moves nothing."""
     name, parts = args.pretrained_model_name_or_path, {}
-    source = {"pretrained_model_name_or_path": embedded.path(name) if name in embedded.NAMES else name, "revision": args.revision}
+    source = {"pretrained_model_name_or_path": name and model_source(name), "revision": args.revision}
     frozen = {**source, "variant": args.variant, "torch_dtype": DTYPES[args.mixed_precision]}
     if not args.pixels:
         parts["vae"] = AutoencoderKL.from_pretrained(subfolder="vae", **frozen).requires_grad_(False)
@@ -218,7 +217,11 @@ def main(argv=None):
     if args.eval_reward:
         rewards[args.eval_reward] = reward_of_flags(args, device, "eval_")
     rows, held_out, outputs = load_data(args)
-    flow = load_flow(args, device)
+    try:
+        flow = load_flow(args, device)
+    except Exception as error:
+        raise_if_missing(str(args.pretrained_model_name_or_path), error)
+        raise
     pairs, held_out = (preference_flow.encode_pairs(flow, part, args.train_batch_size, args.resolution, device) if part else None for part in (rows, held_out))
     run.train_parameters(list(flow.vector_field.parameters()), lambda folder: flow.vector_field.save_pretrained(folder / "vector_field"))
     run.meter.watch([flow.vector_field])

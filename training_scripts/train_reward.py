@@ -76,6 +76,7 @@ from diffusers_align.policy import Policy
 from diffusers_align.rewards.learned import RewardModel
 from diffusers_align.training import arguments
 from diffusers_align.training.loading import call_arguments, load_pipeline
+from diffusers_align.training.model_card import public
 from diffusers_align.training.reward_learning import Logits, examples_of, fit, judge, noised_examples, split, targets_of
 
 
@@ -111,7 +112,7 @@ def main(argv=None):
 
     # 3 judge and save
     metrics = {name: judge(args.kind, logits, part) for name, part in (("train", train), ("held_out", held_out))}
-    model.save(args.output_dir, scale, shift, kind=args.kind, data=args.dataset_name, metrics=metrics)
+    model.save(args.output_dir, scale, shift, kind=args.kind, data=public(args.dataset_name), metrics=metrics)
     for name, values in metrics.items():
         by_level = values.pop("by_noise_level", {})
         print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))

@@ -193,4 +193,6 @@ def describe_balance(desirable: int, undesirable: int, lambda_d: float = 1.0, la
     text += f", weighing {balance:.3g} to 1"
     if 1 <= balance <= 4 / 3:
         return text
+    if abs(balance - 4) < 0.5:
+        return text + ", as in Diffusion-KTO (gamma 0.8)"
     return text + f"; KTO advises 1 to 4/3 (https://arxiv.org/abs/2402.01306): lambda_d {lambda_u * undesirable / desirable:.3g} gives 1"

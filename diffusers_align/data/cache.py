@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialised
 from torch import Tensor
 
 
@@ -66,7 +66,7 @@ class TensorCache:
         path.parent.mkdir(exist_ok=True)
         partial = path.with_name(f"{key}-{uuid.uuid4().hex}.partial")
         try:
-            save_file(tensors, partial, metadata)
+            partial.write_bytes(serialised(tensors, metadata))  # not save_file, whose files are for the owner alone
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

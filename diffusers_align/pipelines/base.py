@@ -29,6 +29,7 @@ from ..policy import Policy
 from ..prompt_memory import PromptMemory
 from ..rewards import load_reward
 from ..rewards.base import score_columns
+from ..safety_checker import unchecked
 
 logger = logging.get_logger(__name__)
 Generators = torch.Generator | list[torch.Generator] | None
@@ -190,8 +191,9 @@ class WrappedPipeline(DiffusionPipeline):
         return self.drive(condition, generator, put, gradients=torch.is_grad_enabled(), needs_denoiser=lambda k: False, **quiet, **overrides)
 
     def decode(self, final: list[Tensor], condition: Condition, generator: Generators) -> Tensor:
-        """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1]; differentiable if autograd is on."""
-        images = self.finish(final, condition, generator, output_type="pt")[0]
+        """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] that no safety checker has seen; differentiable if autograd is on."""
+        with unchecked(self.pipeline):  # what is handed out comes from `finish`, and passes it
+            images = self.finish(final, condition, generator, output_type="pt")[0]
         return torch.stack(list(images)) if isinstance(images, (list, tuple)) else images
 
     @contextmanager

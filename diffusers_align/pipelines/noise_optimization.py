@@ -114,10 +114,8 @@ class NoiseOptimizationPipeline(WrappedPipeline):
         return drawn[0].float(), range(taken[0])
 
     def _differentiable(self):
-        """Context: the pipeline inside as a policy without a safety checker, which leaves the graph; what is handed out passes it."""
+        """Context: the pipeline inside as a policy."""
         pipeline = copy.copy(self.pipeline)
-        if getattr(pipeline, "safety_checker", None) is not None:
-            pipeline.safety_checker = None
         # Roll-outs walk the stock solver, so any twin stands in for it: solvers without one have their noise optimised as well.
         return WrappedPipeline(pipeline).as_policy(DDIMSDEScheduler())
 

@@ -18,6 +18,7 @@ from ..algorithms.guidance import preset as find_preset
 from ..condition import Condition
 from ..driver import Step
 from ..policy import noise_seed
+from ..safety_checker import unchecked
 from .base import Generators, Judge, WrappedPipeline, copied
 from .guided_sampling import Objective, guided_sample
 
@@ -99,8 +100,6 @@ class _Tail(WrappedPipeline):
     def of(cls, guided: RewardGuidedPipeline, condition: Condition, generator: Generators) -> _Tail:
         pipeline = copy.copy(guided.pipeline)
         pipeline.scheduler = copy.deepcopy(guided.pipeline.scheduler)
-        if getattr(pipeline, "safety_checker", None) is not None:
-            pipeline.safety_checker = None  # it leaves the graph; the images that are handed out pass the original's
         tail, parameters = cls(pipeline), inspect.signature(type(pipeline).__call__).parameters
         fixed = "strength" in parameters or {"sigmas", "timesteps", "denoising_start", "denoising_end"} & set(condition.kwargs)
         few = {} if fixed or "num_inference_steps" not in parameters else {"num_inference_steps": 2}
@@ -119,7 +118,8 @@ class _Tail(WrappedPipeline):
             return latents.to(step.sample.dtype) if step.child == 0 else step.sample
 
         graph = torch.is_grad_enabled()
-        output = self.drive(condition.select(rows), own, put, gradients=graph, needs_denoiser=lambda k: False, **overrides)[0]
+        with unchecked(self.pipeline):  # what is handed out passes the original's
+            output = self.drive(condition.select(rows), own, put, gradients=graph, needs_denoiser=lambda k: False, **overrides)[0]
         return torch.stack(list(output)) if isinstance(output, (list, tuple)) else output
 
 

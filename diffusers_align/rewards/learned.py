@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import weight_files
 from .clip_embedder import CLIPEmbedder
 from .loading import load_weights, shown
 from .preprocessing import flatten_frames, mean_over_frames, repeat_for_frames
@@ -98,14 +99,13 @@ class RewardModel(nn.Module):
             scale, shift: the reward is the head's output times `scale` plus `shift`.
             about: whatever else is worth knowing of it, JSON.
         """
-        from safetensors.torch import save_file
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for file, tensors in ((WEIGHTS, self.head.state_dict()), (LORA, self.lora())):
             (folder / file).unlink(missing_ok=True)
             if tensors:
-                save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, folder / file)
+                weight_files.save(tensors, folder / file)
         (folder / CONFIG).write_text(json.dumps({**self.settings, "scale": scale, "shift": shift, **about}, indent=1) + "\n")
 
 

@@ -43,7 +43,8 @@ class ComputeArguments(PrecisionArguments):
 class PipelineArguments(Arguments):
     """model"""
 
-    pretrained_model_name_or_path: str = required("a diffusers pipeline: Hub name, folder, or an embedded model (mini-sd, mini-sd3)")
+    pretrained_model_name_or_path: str = required("a diffusers pipeline: Hub name, folder, .safetensors file, or an embedded model (mini-sd, mini-sd3)")
+    single_file_config: str | None = option(None, "of a .safetensors file as the model: a folder or Hub name of a pipeline of its architecture")
     revision: str | None = option(None, "revision of the pipeline on the Hub")
     variant: str | None = option(None, "variant of its files, such as fp16")
 

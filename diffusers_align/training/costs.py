@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import time
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,8 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+
+from ..wrappers import InPlace
 
 FILE = "costs.json"
 
@@ -57,19 +58,15 @@ class Meter:
         self._seconds, self._since = 0.0, None
 
     def watch(self, denoisers: Iterable[nn.Module]) -> None:
-        """Count the rows through these from now on."""
+        """Count the rows through these from now on; not through copies of them."""
         for module in denoisers:
             # Not a forward hook: those run for gated calls as well. The gate is put around this.
-            module.forward = self._counted(module.forward)
+            module.forward = InPlace(self._counted, module.forward)
 
-    def _counted(self, forward):
-        @functools.wraps(forward)
-        def counted(*args, **kwargs):
-            if self._since is not None:
-                self._rows[torch.is_grad_enabled()] += len(args[0] if args else next(iter(kwargs.values())))
-            return forward(*args, **kwargs)
-
-        return counted
+    def _counted(self, forward, *args, **kwargs):
+        if self._since is not None:
+            self._rows[torch.is_grad_enabled()] += len(args[0] if args else next(iter(kwargs.values())))
+        return forward(*args, **kwargs)
 
     def count_images(self, number: int) -> None:
         """This process has samples to generate."""

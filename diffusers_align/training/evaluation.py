@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from huggingface_hub import snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from .. import lora
+from .. import lora, lora_files
 from ..data.prompts import Prompt
 from ..driver import denoisers
 from ..policy import Policy, noise_seed
@@ -55,20 +53,8 @@ def load_rewards(specs: list[str], models: list[str] | None, device: torch.devic
 
 
 def find_lora(name: str) -> Path:
-    """The folder, or the `.safetensors` file, of a LoRA: a local one, or a repository of the Hub, which is downloaded.
-
-    Raises:
-        FileNotFoundError: it is neither, or the folder holds no LoRA.
-    """
-    path = Path(name)
-    if not path.exists():
-        try:
-            path = Path(snapshot_download(name, allow_patterns=[f"*{lora.WEIGHTS}", costs.FILE]))
-        except Exception as error:
-            raise FileNotFoundError(f"No LoRA {name!r}: there is no such folder or file, and the Hub gave none ({error}).") from error
-    if path.is_dir() and not (path / lora.WEIGHTS).is_file():
-        raise FileNotFoundError(f"No LoRA in {name}: it holds no {lora.WEIGHTS}. Name the folder of a finished run or of a checkpoint, or the file itself.")
-    return path
+    """The folder, or the `.safetensors` file, of a LoRA, and what its run cost if that is known (`diffusers_align.lora_files.find`)."""
+    return lora_files.find(name, others=[costs.FILE])
 
 
 @contextmanager
@@ -77,55 +63,25 @@ def lora_loaded(pipeline, path: Path | None, name: str, scale: float = 1.0) -> I
     stack.
 
     Raises:
-        ValueError: the pipeline has no LoRA loader, or the LoRA is not of this model.
+        ValueError: the LoRA is not of this model.
     """
     if path is None:
         yield
         return
-    if not hasattr(pipeline, "load_lora_weights"):
-        raise ValueError(f"{type(pipeline).__name__} has no load_lora_weights, so it can carry no LoRA.")
     try:
-        _load(pipeline, path, name)
+        try:
+            lora.load(pipeline, denoisers(pipeline), path)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"LoRA {name!r} ({path}) is not of this {type(pipeline).__name__}: {error}") from error
         for layer in _layers(pipeline):
             layer.scale_layer(scale)
         yield
     finally:
-        pipeline.unload_lora_weights()
-
-
-def _load(pipeline, path: Path, name: str) -> None:
-    wrong = f"LoRA {name!r} ({path}) is not of this {type(pipeline).__name__}"
-    try:
-        if path.is_dir():
-            lora.load(pipeline, denoisers(pipeline), path)
-        else:
-            pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"{wrong}: {error}. Name the model that it was trained on.") from error
-    # What does not fit is skipped with a warning at most.
-    loaded = _num_tensors(_layers(pipeline))
-    if loaded == 0 or (path.is_dir() and loaded != _num_stored(pipeline, path)):
-        raise ValueError(f"{wrong}: {loaded} of its tensors found a place. Name the model that it was trained on.")
+        lora.unload(pipeline)
 
 
 def _layers(pipeline) -> list[BaseTunerLayer]:
-    return [layer for module in pipeline.components.values() if isinstance(module, nn.Module) for layer in _adapted(module)]
-
-
-def _adapted(module: nn.Module) -> list[BaseTunerLayer]:
-    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
-
-
-def _num_tensors(layers: list[BaseTunerLayer]) -> int:
-    return sum(len(list(getattr(layer, half).parameters())) for layer in layers for half in ("lora_A", "lora_B"))
-
-
-def _num_stored(pipeline, folder: Path) -> int:
-    number = 0
-    for position, component in enumerate(denoisers(pipeline)):
-        with safe_open((folder if position == 0 else folder / component) / lora.WEIGHTS, "pt") as file:
-            number += len(list(file.keys()))
-    return number
+    return [layer for module in pipeline.components.values() if isinstance(module, nn.Module) for layer in lora.layers_of(module)]
 
 
 def path_kl(policy: Policy, prompts: list[str], seeds: list[int]) -> tuple[Tensor, int]:
@@ -139,14 +95,16 @@ def path_kl(policy: Policy, prompts: list[str], seeds: list[int]) -> tuple[Tenso
     from above, which is why DPOK (https://arxiv.org/abs/2305.16381) penalises it.
 
     Raises:
-        ValueError: no step has noise, or the adapters reach beyond the denoisers, where `policy.reference` does not.
+        ValueError: no step has noise, the policy has no LoRA, or the adapters reach beyond the denoisers, where `policy.reference` does not.
     """
     others = [name for name, module in policy.pipeline.components.items() if name not in policy.denoisers and isinstance(module, nn.Module)]
-    if adapted := [name for name in others if _adapted(getattr(policy.pipeline, name))]:
+    if adapted := [name for name in others if lora.layers_of(getattr(policy.pipeline, name))]:
         raise ValueError(f"The KL is that of the denoiser, but the LoRA changes {', '.join(adapted)} as well: leave it out with --kl_samples 0.")
     trajectory = policy.rollout(prompts, seeds=seeds)
     if not trajectory.stochastic.any():
         raise ValueError("No step has noise, so the path KL does not exist: raise --noise_level or --eta, or leave it out with --kl_samples 0.")
+    if not any(lora.is_ours(module) for module in policy.denoisers.values()):
+        raise ValueError("The policy has no LoRA of its own, so it is its reference: load it with policy.load_lora, not into the pipeline.")
     own = policy.transitions(trajectory)
     with policy.reference():
         reference = policy.transitions(trajectory)

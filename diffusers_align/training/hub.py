@@ -4,61 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from huggingface_hub import create_repo, upload_folder
 
-from .. import __version__, embedded
+from . import model_card
 
 IGNORED = ["checkpoint-*", ".*", "logs/**"]
 
 
-def write_model_card(run, results: dict[str, tuple[float, float]], pictures: list[str], note: str = "", judged_on: str = "held-out prompts") -> Path:
-    """Write `README.md`: how to load the LoRA, results as (mean, s.e.) on what was judged, pictures, a note on the training, the command and the
-    configuration."""
-    args, name = run.args, run.args.pretrained_model_name_or_path
-    base = f'embedded.path("{name}")' if name in embedded.NAMES else f'"{name}"'
-    imports = "from diffusers import DiffusionPipeline" + ("\n\nfrom diffusers_align import embedded" if name in embedded.NAMES else "")
-    front = {
-        "library_name": "diffusers", "license": "other", "tags": ["diffusers", "lora", "diffusers-align", run.algorithm.lower(), "template:sd-lora"],
-        **({} if name in embedded.NAMES or Path(name).exists() else {"base_model": name}),
-    }  # fmt: skip
-    config = {key: value for key, value in sorted(vars(args).items()) if key not in ("hub_token", "config", "trackers", "command") and value is not None}
-    rows = "\n".join(f"| {key} | {mean:.4f} ± {error:.4f} |" for key, (mean, error) in results.items())
-    caption = f"Results on {judged_on} at equal seeds (mean ± standard error, {args.num_eval_samples} images):"
-    table = f"{caption}\n\n| | |\n|---|---|\n{rows}\n\n" if results else ""
-    story = f"{note}\n\n" if note else ""
-    shown = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in pictures)
-    repo = args.hub_model_id or run.output_dir.name
-    aim = f"the preferences of `{args.dataset_name}`" if getattr(args, "dataset_name", None) else f"the reward `{args.reward}`"
-    card = f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
----
+def write_model_card(
+    run, results: dict[str, tuple[float, float]], pictures: list[str], note: str = "", judged_on: str = "held-out prompts", samples=()
+) -> Path:
+    """Write `README.md`, the card of a LoRA (`diffusers_align.training.model_card`).
 
-# {repo}
-
-A LoRA that aligns `{name}` with {aim}, trained by {run.algorithm} with diffusers-align {__version__}.
-
-```python
-{imports}
-
-pipe = DiffusionPipeline.from_pretrained({base})
-pipe.load_lora_weights("{repo}", weight_name="pytorch_lora_weights.safetensors")
-```
-
-{table}{shown}
-
-## Training
-
-{story}```bash
-{args.command}
-```
-
-```yaml
-{yaml.safe_dump(config, sort_keys=False).strip()}
-```
-"""
+    Args:
+        results: (mean, s.e.) on what was judged, by name.
+        note: on the training.
+        samples: (prompt, image) of some for the Hub to show.
+    """
+    prompts, images = [prompt for prompt, _ in samples], [image for _, image in samples]
+    widgets = model_card.write_widgets(run.output_dir, prompts, images)
     path = run.output_dir / "README.md"
-    path.write_text(card, encoding="utf-8")
+    path.write_text(model_card.lora_card(run, results, pictures, note, judged_on, widgets), encoding="utf-8")
     return path
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -18,7 +17,9 @@ from .. import __version__
 from ..data import LazyImage, Prompt
 from ..front_doors import front_door
 from ..rewards import InvalidReward
+from ..weight_files import settle_all
 from . import hub
+from .model_card import front_matter, public, public_command, public_configuration
 from .pictures import before_and_after
 from .pictures import save as save_picture
 from .scoring import Scorer, columns_of
@@ -154,6 +155,8 @@ def save(run, pipeline, transported: Transported, asked: Iterable[str], judged: 
     """The pipeline with the file that loads it, the picture, and the model card, in the output folder; uploaded if asked for."""
     args, folder = run.args, run.output_dir
     pipeline.save_pretrained(folder)
+    for name in pipeline.components:
+        settle_all(folder / name)
     shutil.copy(front_door("pipelines", "preference_flow"), folder)
     number = args.num_validation_images
     shown = [values[:number] for values in (transported.before, transported.after, transported.prompts)]
@@ -166,15 +169,12 @@ def save(run, pipeline, transported: Transported, asked: Iterable[str], judged: 
 
 def _card(run, results: dict[str, str], judged: str) -> str:
     args = run.args
-    repo = args.hub_model_id or run.output_dir.name
-    front = {"library_name": "diffusers", "license": "other", "tags": ["diffusers", "diffusers-align", "preference-flow-matching", "image-to-image"]}
-    config = {key: value for key, value in sorted(vars(args).items()) if key not in ("hub_token", "config", "trackers", "command") and value is not None}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in results.items())
+    repo = args.hub_model_id if args.push_to_hub and args.hub_model_id else public(str(args.output_dir))
+    front = front_matter(args.pretrained_model_name_or_path, ["preference-flow-matching", "image-to-image"], "image-to-image", data=args.data)
+    rows = "\n".join(f"| {public(name)} | {value} |" for name, value in results.items())
     pictures = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in ("before_after.png", "reward_curve.png") if (run.output_dir / p).is_file())
     call = f"num_inference_steps={args.num_inference_steps}, iterations={args.iterations}, strength={args.strength:g}, solver={args.solver!r}"
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
----
+    return f"""{front}
 
 # {repo}
 
@@ -198,10 +198,10 @@ Outputs of {judged} before and after the flow (mean ± standard error; 95 % inte
 ## Training
 
 ```bash
-{args.command}
+{public_command(args.command)}
 ```
 
 ```yaml
-{yaml.safe_dump(config, sort_keys=False).strip()}
+{public_configuration(args)}
 ```
 """

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from ..front_doors import find_recipe
+
 NOT_IN_RECIPES = ("config", "help")
 
 
@@ -38,9 +40,10 @@ def read_recipe(path: str, flags: Collection[str]) -> dict[str, Given]:
     Raises:
         RecipeError: there is no such file, it is no YAML mapping, or it has a key that is no flag or stands there twice.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise RecipeError(f"no recipe {path!r}")
+    try:
+        file = find_recipe(path)
+    except FileNotFoundError as error:
+        raise RecipeError(str(error)) from error
     root = _composed(file)
     if root is None:
         return {}

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from tqdm.auto import tqdm
 
 from ..data.prompts import Prompt, load_prompts
+from ..lora import stock_lines
 from . import hub
 from .early_stop import EarlyStop
 from .held_out_pairs import HeldOutPairs, margins
@@ -152,7 +153,8 @@ class Report:
                 save(before_and_after(self.before.images, after.images, captions), run.output_dir / "before_after.png")
             pictures = [name for name in ("before_after.png", "reward_curve.png") if (run.output_dir / name).is_file()]
             note = self.early_stop.summary() if self.early_stop is not None else ""
-            hub.write_model_card(run, results, pictures, note, judged_on=f"{self.judged_on}, by {described_solver(args, after.solver)},")
+            judged_on = f"{self.judged_on}, by {described_solver(args, after.solver)},"
+            hub.write_model_card(run, results, pictures, note, judged_on, list(zip(after.prompts, after.images)))
             if args.push_to_hub:
                 run.print(f"Pushed to {hub.push(run)}.")
         if self.early_stop is not None:
@@ -162,6 +164,10 @@ class Report:
         for name, (gain, error) in gains.items():
             run.print(f"gain in {args.reward if name == 'reward' else name} on {self.judged_on}: {gain:+.4f} ± {error:.4f} (paired, s.e.)")
         run.print(f"LoRA, pictures and model card: {run.output_dir}")
+        if len(run.policy.denoisers) > 1:
+            where = args.hub_model_id if args.push_to_hub else str(run.output_dir)
+            run.print("The LoRA has a file for each denoiser. Load them all, into the stock pipeline `pipe`:")
+            run.print("\n".join(["  " + line for line in stock_lines(run.policy.pipeline, run.policy.denoisers, where)]))
         run.accelerator.end_training()
         return gains
 

@@ -19,11 +19,10 @@ from tqdm.auto import tqdm
 
 from ..driver import denoisers
 from ..policy import Policy
-from ..schedulers import sde_twin
 from . import costs, failures, sharding
 from .arguments import check_output_dir
 from .averages import Averaged, CheckpointedWeights
-from .loading import call_arguments, load_pipeline
+from .loading import call_arguments, load_pipeline, training_scheduler
 from .pictures import reward_curve
 
 
@@ -76,7 +75,7 @@ class Run:
         if self.sharded:
             sharding.shard(denoisers(pipeline).values(), self.accelerator.device)
         pipeline.to(self.accelerator.device)
-        policy = Policy(pipeline, sde_twin(pipeline.scheduler, **sde_fields), **call_arguments(args))
+        policy = Policy(pipeline, training_scheduler(pipeline, **sde_fields), **call_arguments(args))
         policy.lockstep = self.sharded
         config = {"target_modules": args.lora_layers.split(",")} if args.lora_layers else {}
         policy.add_lora(args.rank, args.lora_alpha, **config)

@@ -1,0 +1,97 @@
+"""Model cards: front matter that parses, lines that load what was pushed, and nothing of the machine."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from tiny_pipelines import FAMILIES
+
+from diffusers_align import Policy, embedded
+from diffusers_align.front_doors import folder
+from diffusers_align.training import hub
+from diffusers_align.training.model_card import front_matter, pipeline_tag, public, public_command
+
+
+@pytest.mark.parametrize(
+    "given, shown",
+    [
+        ("/home/me/data/prompts.jsonl", "prompts.jsonl"),
+        ("~/my runs/a", "a"),
+        ("C:\\Users\\me\\a", "a"),
+        ("runs/a", "runs/a"),
+        ("/home/me/reward.py:blue", "reward.py:blue"),
+        ("clip_score*1+/home/me/reward.py:blue*0.5", "clip_score*1+reward.py:blue*0.5"),
+        ("http://me:secret@host:8000/score?token=x", "http://host:8000/score"),
+        ("http://host:8000", "http://host:8000"),
+        ("owner/name", "owner/name"),
+        ('{"max_sequence_length": 1}', '{"max_sequence_length": 1}'),
+        (3e-4, 3e-4),
+        (["/a/b", {"x": "/c/d"}], ["b", {"x": "d"}]),
+    ],
+)
+def test_what_is_published_names_no_folder_of_the_machine_and_no_password(given, shown):
+    assert public(given) == shown
+
+
+def test_a_command_can_be_pasted_elsewhere(monkeypatch, tmp_path):
+    script = folder("training_scripts") / "train_ddpo.py"
+    command = f"accelerate launch {script} --prompts '/home/me/a b.txt' --reward=http://u:p@h:1 --config recipes/x.yaml"
+    assert public_command(command) == "accelerate launch training_scripts/train_ddpo.py --prompts 'a b.txt' --reward=http://h:1 --config recipes/x.yaml"
+    bundled = tmp_path / "front_doors_data" / "training_scripts"
+    monkeypatch.setattr("diffusers_align.training.model_card.front_doors", lambda kind: bundled)
+    assert public_command(f"accelerate launch {bundled / 'train_ddpo.py'}") == "accelerate launch $(diffusers-align path train_ddpo)"
+
+
+def test_the_front_matter_says_what_the_hub_asks_for(tmp_path):
+    found = ModelCard(front_matter("owner/base", ["lora"], "text-to-image", [{"text": "a cat: 1", "output": {"url": "x.png"}}], "owner/pairs")).data
+    assert (found.base_model, found.license, found.license_name, found.datasets) == ("owner/base", "other", "of-the-base-model", ["owner/pairs"])
+    assert found.pipeline_tag == "text-to-image" and found.tags[-1] == "lora" and found.widget[0]["text"] == "a cat: 1"
+    assert ModelCard(front_matter("mini-sd", [], "text-to-image")).data.license == "apache-2.0"
+    local = ModelCard(front_matter(str(tmp_path), [], "text-to-image", data=str(tmp_path))).data
+    assert local.base_model is None and local.datasets is None and str(tmp_path) not in str(local)
+
+
+@pytest.mark.parametrize("name, tag", [("sd3", "text-to-image"), ("sd15_img2img", "image-to-image"), ("wan", "text-to-video")])
+def test_pipeline_tags(name, tag):
+    assert pipeline_tag(FAMILIES[name].build()) == tag
+
+
+def run_of(folder, policy, **flags):
+    given = {
+        "pretrained_model_name_or_path": "mini-sd3", "push_to_hub": False, "hub_model_id": None, "hub_token": "hf_secret", "output_dir": str(folder),
+        "reward": "http://me:secret@host:8000", "num_eval_samples": 4, "command": f"accelerate launch x.py --output_dir {folder}", "config": None,
+    }  # fmt: skip
+    return Namespace(args=Namespace(**{**given, **flags}), policy=policy, output_dir=Path(folder), algorithm="Flow-GRPO")
+
+
+def python_of(card):
+    return card.split("```python\n")[1].split("```")[0]
+
+
+def test_the_lines_of_a_card_load_what_lies_beside_it(tmp_path, monkeypatch):
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(embedded.path("mini-sd3"))
+    policy = Policy(pipeline)
+    for parameter in policy.add_lora(2):
+        parameter.data.normal_()
+    policy.save_lora(tmp_path / "run")
+    samples = [(f"a {i}", torch.rand(3, 8, 8)) for i in range(6)]
+    run = run_of(tmp_path / "run", policy)
+    path = hub.write_model_card(run, {"reward, after": (1.0, 0.1)}, ["before_after.png"], samples=samples)
+    card = ModelCard.load(path)
+    assert [entry["text"] for entry in card.data.widget] == ["a 0", "a 1", "a 2", "a 3"]
+    assert all(Image.open(tmp_path / "run" / entry["output"]["url"]).size == (8, 8) for entry in card.data.widget)
+    text = path.read_text()
+    assert str(tmp_path) not in text and "secret" not in text and "template:sd-lora" in card.data.tags and "flow-grpo" in card.data.tags
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(python_of(text), names)
+    assert names["pipe"].get_active_adapters() == ["default_0"]
+
+    run = run_of(tmp_path / "run", policy, push_to_hub=True, hub_model_id="me/it", pretrained_model_name_or_path="owner/base")
+    text = hub.write_model_card(run, {}, []).read_text()
+    assert 'pipe.load_lora_weights("me/it", weight_name="pytorch_lora_weights.safetensors")' in text and "base_model: owner/base" in text
