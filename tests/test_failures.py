@@ -13,14 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from test_scripts import ENVIRONMENT, LORA, SCRIPTS, STATEFUL, arguments, assert_same_run, rows, script, started, train
 from test_scripts import task as task  # noqa: F401 - a fixture
 
 from diffusers_align import embedded
-from diffusers_align.training import failures
+from diffusers_align.training import checkpoints, failures
 from diffusers_align.training.run import Run
 
 Disk = namedtuple("Disk", "total used free")
@@ -37,16 +36,16 @@ def full(*args, **kwargs):
 
 def train_and_die_in_checkpoint(number, name, out, task, flags):  # noqa: F811
     """Train, and be killed when the state of checkpoint `number` is half on disk."""
-    save_state = Accelerator.save_state
+    write_state = checkpoints.write_state
 
-    def save_and_die(accelerator, folder):
-        save_state(accelerator, folder)
-        if folder.endswith(f".checkpoint-{number}.partial"):
-            file = os.path.join(folder, "optimizer.bin")
-            os.truncate(file, os.path.getsize(file) // 2)
+    def write_and_die(folder, name, state):
+        write_state(folder, name, state)
+        if folder.name == f".checkpoint-{number}.partial" and name == "optimizer":
+            file = folder / "optimizer.safetensors"
+            os.truncate(file, file.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Accelerator.save_state = save_and_die
+    checkpoints.write_state = write_and_die
     train(name, out, task, **flags)
 
 
@@ -126,7 +125,7 @@ def test_killed_while_it_wrote_a_checkpoint_and_resumed_equals_uninterrupted(fin
     process = processes(train_and_die_in_checkpoint, 2, name, out, task, flags)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    assert sorted(p.name for p in out.glob("*checkpoint-*")) == [".checkpoint-2.partial", "checkpoint-1"]
+    assert sorted(p.name for p in out.glob("*checkpoint-*")) == [".checkpoint-2.partial", "checkpoint-1"] and (out / ".lock").exists()
     train(name, out, task, resume_from_checkpoint="latest", **flags)
     assert_same_run(out, finished(name)[0], "checkpoint-3")
     assert not list(out.glob(".*"))
@@ -181,7 +180,7 @@ def sized(**flags):
     defaults = {"num_epochs": 10, "checkpointing_epochs": 4, "checkpoints_total_limit": None, "validation_epochs": 5, "num_validation_images": 16}
     weights = SimpleNamespace(state_dict=lambda: {"0": torch.zeros(10, 100)})
     run = SimpleNamespace(args=SimpleNamespace(**{**defaults, **flags}), epoch=0, parameters=[torch.zeros(10, 100)], checkpoints=lambda: [], output_dir="out")
-    run.accelerator = SimpleNamespace(_custom_objects=[weights, SimpleNamespace(state_dict=lambda: {"epoch": 3})])
+    run.registered = {"weights": weights, "run": SimpleNamespace(state_dict=lambda: {"epoch": 3})}
     return run
 
 
@@ -200,7 +199,7 @@ def test_how_much_will_be_written(changes, flags, number):
     vars(run).update(changes)
     expected = failures.expected_bytes(run)
     assert expected[f"checkpoints ({number} at a time)"] == number * 4 * 4000 and expected["weights"] == 4000
-    run.accelerator._custom_objects.append(SimpleNamespace(state_dict=lambda: {"nested": [torch.zeros(500, dtype=torch.float64)]}))
+    run.registered["other"] = SimpleNamespace(state_dict=lambda: {"nested": [torch.zeros(500, dtype=torch.float64)]})
     assert failures.expected_bytes(run)[f"checkpoints ({number} at a time)"] == number * 5 * 4000
 
 
@@ -235,24 +234,22 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(task
 
 ERRORS = {
     "file system": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-    "torch": RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"),
     "safetensors": SafetensorError("I/O error: No space left on device"),
 }
 
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(task, tmp_path, monkeypatch, kind):  # noqa: F811
-    save_state, saved = Accelerator.save_state, []
+    write_state = checkpoints.write_state
 
-    def save_until_full(accelerator, folder):
-        saved.append(folder)
-        save_state(accelerator, folder)
-        if len(saved) == 2:
+    def write_until_full(folder, name, state):
+        write_state(folder, name, state)
+        if (folder.name, name) == (".checkpoint-2.partial", "optimizer"):
             raise ERRORS[kind]
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Accelerator, "save_state", save_until_full)
+        patch.setattr(checkpoints, "write_state", write_until_full)
         message = "checkpoint after epoch 2 could not be written and is left out: .*checkpoint-1 is complete .1 of 3 epochs.*--resume_from_checkpoint latest"
         with pytest.raises(OSError, match=message):
             train("ddpo", out, task, num_epochs=3)

@@ -18,7 +18,7 @@ from .. import __version__
 from ..data import LazyImage, Prompt
 from ..front_doors import front_door
 from ..rewards import InvalidReward
-from . import hub
+from . import resuming
 from .pictures import before_and_after
 from .pictures import save as save_picture
 from .scoring import Scorer, columns_of
@@ -151,7 +151,7 @@ def describe(transported: Transported, asked: Iterable[str]) -> dict[str, str]:
 
 
 def save(run, pipeline, transported: Transported, asked: Iterable[str], judged: str) -> None:
-    """The pipeline with the file that loads it, the picture, and the model card, in the output folder; uploaded if asked for."""
+    """The pipeline with the file that loads it, the picture, and the model card, in the output folder."""
     args, folder = run.args, run.output_dir
     pipeline.save_pretrained(folder)
     shutil.copy(front_door("pipelines", "preference_flow"), folder)
@@ -160,8 +160,6 @@ def save(run, pipeline, transported: Transported, asked: Iterable[str], judged: 
     if number:
         save_picture(before_and_after(*shown), folder / "before_after.png")
     (folder / "README.md").write_text(_card(run, describe(transported, asked), judged), encoding="utf-8")
-    if args.push_to_hub:
-        run.print(f"Pushed to {hub.push(run)}.")
 
 
 def _card(run, results: dict[str, str], judged: str) -> str:
@@ -198,7 +196,7 @@ Outputs of {judged} before and after the flow (mean ± standard error; 95 % inte
 ## Training
 
 ```bash
-{args.command}
+{resuming.commands(run)}
 ```
 
 ```yaml
