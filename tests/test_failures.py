@@ -1,9 +1,11 @@
 """What a run loses to a kill, Ctrl-C, a full or an unwritable disk: nothing that a checkpoint holds, and no time."""
 
 import errno
+import gc
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -15,11 +17,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
+from script_tools import make_run
 from test_scripts import ENVIRONMENT, LORA, SCRIPTS, STATEFUL, arguments, assert_same_run, rows, script, started, train
 from test_scripts import task as task  # noqa: F401 - a fixture
 
 from diffusers_align import embedded
-from diffusers_align.training import checkpoints, failures
+from diffusers_align.training import checkpoints, failures, hub
 from diffusers_align.training.run import Run
 
 Disk = namedtuple("Disk", "total used free")
@@ -170,6 +173,67 @@ def test_a_second_ctrl_c_is_pythons_own():
                 time.sleep(1)
     finally:
         signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_one_line_wherever_it_comes(tmp_path, capfd, number):
+    before = signal.getsignal(number)
+    run = make_run(tmp_path / "run", num_epochs=4, checkpointing_epochs=2)
+    run.train_parameters([torch.nn.Parameter(torch.zeros(3))], lambda folder: None)
+    run.load_optimizer(4)
+    run.resume()
+    places = [("before training. There is no checkpoint yet to resume from.", lambda: None)]
+    epochs = run.epochs()
+    places += [("in epoch 0. There is no checkpoint", lambda: next(epochs))]
+    places += [(f"in epoch 2. {run.output_dir}/checkpoint-2 is complete .2 of 4 epochs.: go on with --resume", lambda: (next(epochs), next(epochs)))]
+    places += [("after training, before the results were complete. .*checkpoint-4 is complete .4 of 4", lambda: list(epochs))]
+    for line, walk in places:
+        walk()
+        with failures.interruptible(run), pytest.raises(failures.Interrupted) as stop:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        assert stop.value.code == 130 and re.search(f"^Interrupted {line}", capfd.readouterr().err, re.MULTILINE)
+    assert signal.getsignal(number) != before
+    run.end()
+    assert signal.getsignal(number) == before
+
+
+def test_a_run_that_is_gone_leaves_the_signals_as_they_were(tmp_path):
+    before = [signal.getsignal(number) for number in failures.SIGNALS]
+    run = make_run(tmp_path / "run")
+    assert all(signal.getsignal(number) != handler for number, handler in zip(failures.SIGNALS, before))
+    del run
+    gc.collect()
+    assert [signal.getsignal(number) for number in failures.SIGNALS] == before
+
+
+# --- upload --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_the_hub_does_not_allow_is_found_before_anything_is_loaded(task, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("diffusers_align.training.report.load_reward", None)
+    with pytest.raises(ValueError, match="--push_to_hub: the output folder's name, for want of --hub_model_id, 'my run' is no name of a repository"):
+        train("ddpo", tmp_path / "my run", task, push_to_hub=True)
+    with pytest.raises(ValueError, match="--push_to_hub: --hub_model_id 'a/b/c' is no name of a repository"):
+        train("ddpo", tmp_path / "run", task, push_to_hub=True, hub_model_id="a/b/c")
+
+
+def test_a_hub_that_cannot_be_reached_is_found_before_anything_is_loaded(task, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("diffusers_align.training.report.load_reward", None)
+    monkeypatch.setattr(hub, "create_repo", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("[Errno 111] Connection refused\nmore")))
+    with pytest.raises(OSError, match="repository 'run' could not be made: .*Connection refused. Look at the network, at the login"):
+        train("ddpo", tmp_path / "run", task, push_to_hub=True)
+
+
+def test_a_failed_upload_comes_last_and_says_how_to_make_up_for_it(task, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(hub, "create_repo", lambda name, **kwargs: SimpleNamespace(repo_id=f"me/{name}"))
+    monkeypatch.setattr(hub, "upload_folder", lambda **kwargs: (_ for _ in ()).throw(RuntimeError("403 Forbidden: you have no write access")))
+    out = tmp_path / "run"
+    message = rf"upload to me/run failed: 403 Forbidden: you have no write access. Everything is in {out}; to upload it: hf upload me/run {out} . --exclude"
+    with pytest.raises(OSError, match=message):
+        train("ddpo", out, task, push_to_hub=True)
+    printed = capsys.readouterr().out
+    assert re.search(r"^gain in .*: [-+]\d", printed, re.MULTILINE) and f"LoRA, pictures and model card: {out}" in printed and (out / "README.md").is_file()
 
 
 # --- disk --------------------------------------------------------------------------------------------------------------
