@@ -109,6 +109,7 @@ class Report:
             folder = run.output_dir / "samples"
             picture = grid(now.images, now.prompts[: len(now.images)])
             with failures.resumable(run):
+                folder.mkdir(exist_ok=True)
                 save(picture, folder / f"epoch-{epoch + 1:04d}.png")
             self._track(picture, epoch)
 

@@ -49,8 +49,8 @@ TAKES_EFFECT = frozenset(
 # Decide what is measured: free, but part of what is learned where an early stop looks at it.
 MEASURED = frozenset(
     """
-    eval_dataset_name eval_dataset_split eval_guidance_scale eval_num_inference_steps eval_prompts eval_reward eval_reward_model num_eval_samples
-    iterations outputs solver strength validation_epochs
+    eval_dataset_name eval_dataset_split eval_guidance_scale eval_num_inference_steps eval_prompts eval_reward eval_reward_model eval_scheduler
+    iterations num_eval_samples outputs solver strength validation_epochs
     """.split()
 )
 # Change nothing of what is learned or measured. The batch and its accumulation count by their product, `samples_a_step`.
