@@ -206,13 +206,14 @@ def test_the_folder_of_a_run_is_no_checkpoint(tmp_path):
 def test_an_error_that_is_none_of_the_disk_stays_what_it_is(tmp_path):
     run = train(tmp_path / "run", 1)
     run.epoch = 2
-    for error in (RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError("NCCL communicator was aborted")):
+    errors = (RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError("NCCL communicator was aborted"), failures.Interrupted(130))
+    for error in errors:
 
         def save(folder, error=error):
             raise error
 
         run.save_weights = save
-        with pytest.raises(RuntimeError, match="^(CUDA|NCCL)"):
+        with pytest.raises(type(error), match=r"^(CUDA|NCCL|130)"):
             run.checkpoint()
         assert [path.name for path in run.output_dir.glob("*checkpoint-*")] == ["checkpoint-1"]
 
@@ -304,6 +305,21 @@ def test_a_new_run_sets_the_earlier_one_aside_and_says_so(tmp_path, capsys):
     assert "those that were set aside before it are deleted" in capsys.readouterr().out
     aside = {path.name for path in folder.glob(".previous-*")}
     assert {".previous-checkpoint-1", ".previous-metrics.jsonl"} <= aside and ".previous-checkpoint-2" not in aside
+
+
+def test_checkpoints_that_are_trained_again_are_set_aside_and_said(tmp_path, capsys):
+    train(tmp_path / "run", 3)
+    run = train(tmp_path / "run", resume_from_checkpoint="checkpoint-1")
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-1"] and (tmp_path / "run" / ".previous-checkpoint-3").is_dir()
+    assert "epochs that are now trained again: checkpoint-2, checkpoint-3 renamed to .previous-*." in capsys.readouterr().out
+
+
+def test_the_logs_of_an_earlier_run_are_not_continued(tmp_path, capsys):
+    flags = {"trackers": ["tensorboard"], "run_name": "x"}
+    for expected in (1, 1):
+        train(tmp_path / "run", **flags).end()
+        assert len(list((tmp_path / "run" / "logs" / "x").glob("events*"))) == expected
+    assert "logs is of an earlier run: renamed to .previous-logs" in capsys.readouterr().out and (tmp_path / "run" / ".previous-logs" / "x").is_dir()
 
 
 def test_a_run_that_was_set_aside_can_be_resumed(tmp_path, capsys):

@@ -1,12 +1,15 @@
 """A resumed run and its checkpoint's flags: what is refused, what takes effect, what is free, and that no flag is undecided."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from script_tools import Run, load_script
 from test_checkpoints import resumed, train, weights
 
 from diffusers_align.training import resuming
+from diffusers_align.training.options import Arguments, options_of
 
 # --- hyper-parameters take effect ----------------------------------------------------------------------------------------------
 
@@ -117,8 +120,6 @@ def test_the_batch_counts_by_the_samples_of_an_optimizer_step(tmp_path, monkeypa
         monkeypatch.setattr("script_tools.Run.load_optimizer", lambda run, steps, load=load: (run.batches(8), load(run, steps)))
         return train(tmp_path / "run", train_batch_size=batch, gradient_accumulation_steps=accumulation, **flags)
 
-    from script_tools import Run
-
     load = Run.load_optimizer
     run = run_of(2, 2)
     run.epoch = 1
@@ -196,28 +197,13 @@ def test_the_commands_that_made_a_run(tmp_path):
 
 
 def flags_of_scripts():
-    """The flags of every script that makes a `Run`, from its parser."""
-    from script_tools import load_script
-
-    from diffusers_align.training import arguments
-
-    class Stop(Exception):
-        pass
-
-    def stop(parser, *args):
-        raise Stop(parser)
-
-    found, parse = {}, arguments.parse
-    arguments.parse = stop
-    try:
-        for path in sorted((resuming.Path(__file__).parents[1] / "training_scripts").glob("train_*.py")):
-            if "Run(args" in path.read_text():
-                with pytest.raises(Stop) as stopped:
-                    load_script(path.stem.removeprefix("train_")).parse_args([])
-                for action in stopped.value.args[0]._actions:
-                    found.setdefault(action.dest, path.stem)
-    finally:
-        arguments.parse = parse
+    """The flags of every script that makes a `Run`, with one that has them."""
+    found = {}
+    for path in sorted((Path(__file__).parents[1] / "training_scripts").glob("train_*.py")):
+        if "Run(args" in path.read_text():
+            module = load_script(path.stem.removeprefix("train_"))
+            classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Arguments) and c.__module__ == module.__name__]
+            found |= {name: path.stem for own in classes for name in options_of(own)}
     return found
 
 
@@ -225,6 +211,6 @@ def test_every_flag_of_every_script_is_decided_once():
     flags, lists = flags_of_scripts(), (resuming.LEARNED, resuming.TAKES_EFFECT, resuming.MEASURED, resuming.FREE)
     assert len(flags) > 200
     decided = [name for names in lists for name in names]
-    assert {name: script for name, script in flags.items() if decided.count(name) != 1 and name != "help"} == {}, "put each into one list of resuming.py"
+    assert {name: script for name, script in flags.items() if decided.count(name) != 1} == {}, "put each into one list of resuming.py"
     assert set(decided) - set(flags) == set(), "flags that no script has"
     assert resuming.CONTENTS <= resuming.LEARNED and resuming.UNSAID <= resuming.FREE

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -260,6 +261,8 @@ def test_resumed_equals_uninterrupted(finished, task, tmp_path, name, checkpoint
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [0, 1]
     train(name, tmp_path / "run", task, num_epochs=4, resume_from_checkpoint=checkpoint, **STATEFUL[name])
     assert_same_run(tmp_path / "run", finished(name), "checkpoint-4")
+    first, second = re.findall(r"^(?:# resumed after epoch 2\n)?accelerate launch .*$", (tmp_path / "run" / "README.md").read_text(), re.MULTILINE)
+    assert "--num_epochs 2 " in first and second.startswith("# resumed") and f"--resume_from_checkpoint {checkpoint}" in second
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}

@@ -20,7 +20,7 @@ from . import costs, failures, resuming
 from .resumable import random_state, restore_random_state
 from .state_files import read_state, write_state
 
-MANIFEST, RANDOM = "manifest.json", "random_states"
+MANIFEST, RANDOM, LOGS = "manifest.json", "random_states", "logs"
 LORA = "pytorch_lora_weights.safetensors"
 # What a run leaves beside its checkpoints, and a preference flow.
 RESULTS = ("metrics.jsonl", "reward_curve.png", "before_after.png", "samples", costs.FILE, "README.md", LORA, "model_index.json", "vector_field")
@@ -172,7 +172,8 @@ def restore(run) -> None:
     resuming.check_epochs(run, folder.name)
     made_by["commands"] = resuming.history(manifest["commands"], made_by["commands"], run.epoch)
     run.meter.resume(run.on_main(lambda: costs.Cost.read(folder)))
-    run.on_main(lambda: set_aside(run.output_dir, [path for path in run.checkpoints() if epoch_of(path) > run.epoch]))
+    if later := run.on_main(lambda: set_aside(run.output_dir, [path for path in run.checkpoints() if epoch_of(path) > run.epoch])):
+        notes.append(f"Later checkpoints are of epochs that are now trained again: {', '.join(later)} renamed to .previous-*.")
     run.print(f"Resumed from {folder.name}: {run.epoch} of {run.args.num_epochs} epochs are done.")
     for note in notes:
         run.print(note)
@@ -212,7 +213,7 @@ def begin(run) -> None:
     if not results:
         return
     set_aside(folder, results)
-    kept = {f".previous-{path.name}" for path in results}
+    kept = {f".previous-{name}" for name in (*(path.name for path in results), LOGS)}
     stale = [path for path in folder.glob(".previous-*") if path.name not in kept]
     for path in stale:
         _remove(path)
@@ -222,12 +223,22 @@ def begin(run) -> None:
     )
 
 
-def set_aside(folder: Path, paths: Iterable[Path]) -> None:
-    """Rename what is not to be resumed, counted or overwritten to `.previous-<name>`, in the place of what has that name."""
+def set_aside(folder: Path, paths: Iterable[Path]) -> list[str]:
+    """Rename what is not to be resumed, counted or overwritten to `.previous-<name>`, in the place of what has that name. Returns the names."""
+    paths = list(paths)
     for path in paths:
         aside = folder / f".previous-{path.name}"
         _remove(aside)
         path.rename(aside)
+    return [path.name for path in paths]
+
+
+def set_logs_aside(run) -> None:
+    """Trackers append to the logs in a folder: those of an earlier run are not to be continued by a new one. Before the trackers are opened."""
+    logs = run.output_dir / LOGS
+    if not run.args.resume_from_checkpoint and logs.is_dir():
+        set_aside(run.output_dir, [logs])
+        run.print(f"{logs} is of an earlier run: renamed to .previous-{LOGS}.")
 
 
 def _remove(path: Path) -> None:

@@ -81,9 +81,9 @@ def made_by(run) -> dict[str, Any]:
         "algorithm": run.algorithm,
         "flags": flags,
         "contents": {name: value for name, value in contents.items() if value is not None},
-        "samples_a_step": run.samples_a_step,
+        "samples_a_step": run.samples_a_step or args["train_batch_size"] * run.accelerator.num_processes * (args["gradient_accumulation_steps"] or 1),
         "processes": run.accelerator.num_processes,
-        "commands": [{"epoch": run.epoch, "command": without_secrets(args.get("command", ""))}],
+        "commands": [{"epoch": run.epoch, "command": without_secrets(run.args.command)}],
     }
 
 
@@ -190,10 +190,10 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str,
                 continue
         if old != new:
             yield name, f"--{name} was {_shown(old)}, now {_shown(new)}"
-    if None not in (steps := (before["samples_a_step"], now["samples_a_step"])) and steps[0] != steps[1]:
+    if before["samples_a_step"] != now["samples_a_step"]:
         yield (
             "samples_a_step",
-            f"samples of an optimizer step were {steps[0]}, now {steps[1]} "
+            f"samples of an optimizer step were {before['samples_a_step']}, now {now['samples_a_step']} "
             f"(--train_batch_size, --gradient_accumulation_steps, {before['processes']} processes then, {now['processes']} now)",
         )
 

@@ -45,7 +45,7 @@ class Run:
         self.args, self.algorithm = args, algorithm
         self.output_dir = check_output_dir(args.output_dir)
         self.sharded = sharding.wanted(args.shard_denoiser)
-        project = ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir / "logs"))
+        project = ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir / checkpoints.LOGS))
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=args.trackers or None, project_config=project)
         self.services, self.doing = ExitStack(), "before training"
         self.services.enter_context(failures.interruptible(weakref.proxy(self)))
@@ -54,6 +54,7 @@ class Run:
         if args.push_to_hub:
             args.hub_model_id = self.on_main(lambda: hub.create(self))
         if args.trackers:
+            self.on_main(lambda: checkpoints.set_logs_aside(self))
             self.accelerator.init_trackers(args.run_name or self.output_dir.name, config={k: str(v) for k, v in vars(args).items() if k != "hub_token"})
         set_seed(args.seed)
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
@@ -68,7 +69,7 @@ class Run:
 
     def _lock_folder(self) -> str | None:
         """Refuse a second run in the output folder. Returns why there is no lock, if so."""
-        lock = FolderLock(self.output_dir, without_secrets(getattr(self.args, "command", "")))
+        lock = FolderLock(self.output_dir, without_secrets(self.args.command))
         self.services.callback(lock.release)
         return lock.warning
 
