@@ -38,6 +38,10 @@ class Run:
         history: one dict of metrics an epoch, also written to `metrics.jsonl` and drawn in `reward_curve.png`.
         epoch: the next epoch to train.
         meter: counts what the run costs, for `costs.json`.
+        registered: what checkpoints hold, by name.
+        made_by: the algorithm, flags and commands that a checkpoint keeps; None before `resume`.
+        samples_a_step: samples of an optimizer step, over all processes.
+        doing: what is interrupted by a signal, in words; None within the epochs.
         early_stop: ends `epochs` before their number is reached, as soon as it has a reason; None never does.
     """
 
