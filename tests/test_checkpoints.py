@@ -356,3 +356,12 @@ def test_manifest_lists_every_file(tmp_path):
     folder = tmp_path / "run" / "checkpoint-1"
     listed = json.loads((folder / "manifest.json").read_text())["files"]
     assert set(listed) == {path.name for path in folder.iterdir()} - {"manifest.json"} and checkpoints.fault(folder) is None
+
+
+def test_nothing_is_kept_but_by_the_run():
+    """accelerate's own checkpoints are pickles."""
+    root = Path(__file__).parents[1]
+    sources = [*(root / "diffusers_align").rglob("*.py"), *(root / "training_scripts").glob("*.py")]
+    assert len(sources) > 100
+    unpickling = re.compile(r"register_for_checkpointing|accelerator\.(save|load)_state|import pickle|torch\.load\((?!.*weights_only=True)")
+    assert [path.name for path in sources if unpickling.search(path.read_text())] == []
