@@ -18,6 +18,7 @@ from tiny_pipelines import FAMILIES
 from diffusers_align import GaussianTransition, Policy
 from diffusers_align.algorithms.dpok import describe_kl, dpok_loss, output_mse, output_weight
 from diffusers_align.rl.values import ValueBaseline, ValueNetwork, explained_variance, value_advantages
+from diffusers_align.training.state_files import read_state
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
@@ -405,8 +406,7 @@ def train(tmp_path):
 
 def value_state(checkpoint):
     """What the value baseline left in a checkpoint."""
-    found = (torch.load(path, weights_only=False) for path in sorted(checkpoint.glob("custom_checkpoint_*.pkl")))
-    return next(state for state in found if "network" in state)
+    return read_state(checkpoint, "value_baseline")
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train):

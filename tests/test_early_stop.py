@@ -24,8 +24,8 @@ PLAN = [0.0, 3.0, 1.0, 9.0]
 
 def stop_of(number=4, **flags):
     args = {"early_stop_metric": None, "early_stop_patience": 2, "early_stop_diversity": None, "eval_reward": "other", "num_eval_samples": number, **flags}
-    accelerator = SimpleNamespace(register_for_checkpointing=lambda it: None)
-    return EarlyStop(SimpleNamespace(args=SimpleNamespace(**args), accelerator=accelerator, parameters=[torch.nn.Parameter(torch.zeros(3))]), PROMPTS)
+    parameters = [torch.nn.Parameter(torch.zeros(3))]
+    return EarlyStop(SimpleNamespace(args=SimpleNamespace(**args), register=lambda name, it, fresh=None: None, parameters=parameters), PROMPTS)
 
 
 def look(stop, epoch, reward=0.0, other=0.0, spread=1.0):

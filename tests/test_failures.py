@@ -1,9 +1,11 @@
 """What a run loses to a kill, Ctrl-C, a full or an unwritable disk: nothing that a checkpoint holds, and no time."""
 
 import errno
+import gc
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -13,14 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
+from script_tools import make_run
 from test_scripts import ENVIRONMENT, LORA, SCRIPTS, STATEFUL, arguments, assert_same_run, rows, script, started, train
 from test_scripts import task as task  # noqa: F401 - a fixture
 
 from diffusers_align import embedded
-from diffusers_align.training import failures
+from diffusers_align.training import checkpoints, failures, hub
 from diffusers_align.training.run import Run
 
 Disk = namedtuple("Disk", "total used free")
@@ -37,16 +39,16 @@ def full(*args, **kwargs):
 
 def train_and_die_in_checkpoint(number, name, out, task, flags):  # noqa: F811
     """Train, and be killed when the state of checkpoint `number` is half on disk."""
-    save_state = Accelerator.save_state
+    write_state = checkpoints.write_state
 
-    def save_and_die(accelerator, folder):
-        save_state(accelerator, folder)
-        if folder.endswith(f".checkpoint-{number}.partial"):
-            file = os.path.join(folder, "optimizer.bin")
-            os.truncate(file, os.path.getsize(file) // 2)
+    def write_and_die(folder, name, state):
+        write_state(folder, name, state)
+        if folder.name == f".checkpoint-{number}.partial" and name == "optimizer":
+            file = folder / "optimizer.safetensors"
+            os.truncate(file, file.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Accelerator.save_state = save_and_die
+    checkpoints.write_state = write_and_die
     train(name, out, task, **flags)
 
 
@@ -126,7 +128,7 @@ def test_killed_while_it_wrote_a_checkpoint_and_resumed_equals_uninterrupted(fin
     process = processes(train_and_die_in_checkpoint, 2, name, out, task, flags)
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
-    assert sorted(p.name for p in out.glob("*checkpoint-*")) == [".checkpoint-2.partial", "checkpoint-1"]
+    assert sorted(p.name for p in out.glob("*checkpoint-*")) == [".checkpoint-2.partial", "checkpoint-1"] and (out / ".lock").exists()
     train(name, out, task, resume_from_checkpoint="latest", **flags)
     assert_same_run(out, finished(name)[0], "checkpoint-3")
     assert not list(out.glob(".*"))
@@ -173,6 +175,67 @@ def test_a_second_ctrl_c_is_pythons_own():
         signal.signal(signal.SIGINT, inherited)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_one_line_wherever_it_comes(tmp_path, capfd, number):
+    before = signal.getsignal(number)
+    run = make_run(tmp_path / "run", num_epochs=4, checkpointing_epochs=2)
+    run.train_parameters([torch.nn.Parameter(torch.zeros(3))], lambda folder: None)
+    run.load_optimizer(4)
+    run.resume()
+    places = [("before training. There is no checkpoint yet to resume from.", lambda: None)]
+    epochs = run.epochs()
+    places += [("in epoch 0. There is no checkpoint", lambda: next(epochs))]
+    places += [(f"in epoch 2. {run.output_dir}/checkpoint-2 is complete .2 of 4 epochs.: go on with --resume", lambda: (next(epochs), next(epochs)))]
+    places += [("after training, before the results were complete. .*checkpoint-4 is complete .4 of 4", lambda: list(epochs))]
+    for line, walk in places:
+        walk()
+        with failures.interruptible(run), pytest.raises(failures.Interrupted) as stop:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        assert stop.value.code == 130 and re.search(f"^Interrupted {line}", capfd.readouterr().err, re.MULTILINE)
+    assert signal.getsignal(number) != before
+    run.end()
+    assert signal.getsignal(number) == before
+
+
+def test_a_run_that_is_gone_leaves_the_signals_as_they_were(tmp_path):
+    before = [signal.getsignal(number) for number in failures.SIGNALS]
+    run = make_run(tmp_path / "run")
+    assert all(signal.getsignal(number) != handler for number, handler in zip(failures.SIGNALS, before))
+    del run
+    gc.collect()
+    assert [signal.getsignal(number) for number in failures.SIGNALS] == before
+
+
+# --- upload --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_that_the_hub_does_not_allow_is_found_before_anything_is_loaded(task, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("diffusers_align.training.report.load_reward", None)
+    with pytest.raises(ValueError, match="--push_to_hub: the output folder's name, for want of --hub_model_id, 'my run' is no name of a repository"):
+        train("ddpo", tmp_path / "my run", task, push_to_hub=True)
+    with pytest.raises(ValueError, match="--push_to_hub: --hub_model_id 'a/b/c' is no name of a repository"):
+        train("ddpo", tmp_path / "run", task, push_to_hub=True, hub_model_id="a/b/c")
+
+
+def test_a_hub_that_cannot_be_reached_is_found_before_anything_is_loaded(task, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("diffusers_align.training.report.load_reward", None)
+    monkeypatch.setattr(hub, "create_repo", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("[Errno 111] Connection refused\nmore")))
+    with pytest.raises(OSError, match="repository 'run' could not be made: .*Connection refused. Look at the network, at the login"):
+        train("ddpo", tmp_path / "run", task, push_to_hub=True)
+
+
+def test_a_failed_upload_comes_last_and_says_how_to_make_up_for_it(task, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(hub, "create_repo", lambda name, **kwargs: SimpleNamespace(repo_id=f"me/{name}"))
+    monkeypatch.setattr(hub, "upload_folder", lambda **kwargs: (_ for _ in ()).throw(RuntimeError("403 Forbidden: you have no write access")))
+    out = tmp_path / "run"
+    message = rf"upload to me/run failed: 403 Forbidden: you have no write access. Everything is in {out}; to upload it: hf upload me/run {out} . --exclude"
+    with pytest.raises(OSError, match=message):
+        train("ddpo", out, task, push_to_hub=True)
+    printed = capsys.readouterr().out
+    assert re.search(r"^gain in .*: [-+]\d", printed, re.MULTILINE) and f"LoRA, pictures and model card: {out}" in printed and (out / "README.md").is_file()
+
+
 # --- disk --------------------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +244,7 @@ def sized(**flags):
     defaults = {"num_epochs": 10, "checkpointing_epochs": 4, "checkpoints_total_limit": None, "validation_epochs": 5, "num_validation_images": 16}
     weights = SimpleNamespace(state_dict=lambda: {"0": torch.zeros(10, 100)})
     run = SimpleNamespace(args=SimpleNamespace(**{**defaults, **flags}), epoch=0, parameters=[torch.zeros(10, 100)], checkpoints=lambda: [], output_dir="out")
-    run.accelerator = SimpleNamespace(_custom_objects=[weights, SimpleNamespace(state_dict=lambda: {"epoch": 3})])
+    run.registered = {"weights": weights, "run": SimpleNamespace(state_dict=lambda: {"epoch": 3})}
     return run
 
 
@@ -200,7 +263,7 @@ def test_how_much_will_be_written(changes, flags, number):
     vars(run).update(changes)
     expected = failures.expected_bytes(run)
     assert expected[f"checkpoints ({number} at a time)"] == number * 4 * 4000 and expected["weights"] == 4000
-    run.accelerator._custom_objects.append(SimpleNamespace(state_dict=lambda: {"nested": [torch.zeros(500, dtype=torch.float64)]}))
+    run.registered["other"] = SimpleNamespace(state_dict=lambda: {"nested": [torch.zeros(500, dtype=torch.float64)]})
     assert failures.expected_bytes(run)[f"checkpoints ({number} at a time)"] == number * 5 * 4000
 
 
@@ -235,24 +298,22 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(task
 
 ERRORS = {
     "file system": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-    "torch": RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"),
     "safetensors": SafetensorError("I/O error: No space left on device"),
 }
 
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before_it(task, tmp_path, monkeypatch, kind):  # noqa: F811
-    save_state, saved = Accelerator.save_state, []
+    write_state = checkpoints.write_state
 
-    def save_until_full(accelerator, folder):
-        saved.append(folder)
-        save_state(accelerator, folder)
-        if len(saved) == 2:
+    def write_until_full(folder, name, state):
+        write_state(folder, name, state)
+        if (folder.name, name) == (".checkpoint-2.partial", "optimizer"):
             raise ERRORS[kind]
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Accelerator, "save_state", save_until_full)
+        patch.setattr(checkpoints, "write_state", write_until_full)
         message = "checkpoint after epoch 2 could not be written and is left out: .*checkpoint-1 is complete .1 of 3 epochs.*--resume_from_checkpoint latest"
         with pytest.raises(OSError, match=message):
             train("ddpo", out, task, num_epochs=3)

@@ -343,7 +343,7 @@ def test_the_clip_follows_the_norms(monkeypatch):
     norms, limits = iter([1.0, 3.0, float("inf"), 2.0, 10.0]), []
     run = SimpleNamespace(
         args=argparse.Namespace(max_grad_norm=5.0, grad_clip_quantile=0.5),
-        accelerator=SimpleNamespace(register_for_checkpointing=lambda it: None),
+        register=lambda name, it: None,
         optimizer_step=lambda limit: limits.append(limit) or next(norms),
     )
     monkeypatch.setattr(shared, "MIN_NORMS", 2)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from diffusers_align import embedded
 from diffusers_align.rewards.base import InvalidReward
 from diffusers_align.training.model_card import public
+from diffusers_align.training.state_files import read_state
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
@@ -138,11 +140,10 @@ def assert_same_run(actual, expected, last):
     assert (actual / "metrics.jsonl").read_text() == (expected / "metrics.jsonl").read_text()
     assert_same_lora(actual, expected)
     assert (actual / "before_after.png").read_bytes() == (expected / "before_after.png").read_bytes()
-    states = sorted(path.name for path in (expected / last).iterdir() if path.suffix in (".pkl", ".bin") and "random" not in path.name)
-    assert len(states) >= 4
+    states = json.loads((expected / last / "manifest.json").read_text())["states"]
+    assert {"run", "weights", "optimizer", "schedule"} < set(states)
     for name in states:
-        mine, theirs = (torch.load(folder / last / name, weights_only=False) for folder in (actual, expected))
-        assert_same_state(mine, theirs)
+        assert_same_state(*(read_state(folder / last, name) for folder in (actual, expected)))
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +264,8 @@ def test_resumed_equals_uninterrupted(finished, task, tmp_path, name, checkpoint
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [0, 1]
     train(name, tmp_path / "run", task, num_epochs=4, resume_from_checkpoint=checkpoint, **STATEFUL[name])
     assert_same_run(tmp_path / "run", finished(name), "checkpoint-4")
+    first, second = re.findall(r"^(?:# resumed after epoch 2\n)?accelerate launch .*$", (tmp_path / "run" / "README.md").read_text(), re.MULTILINE)
+    assert "--num_epochs 2 " in first and second.startswith("# resumed") and f"--resume_from_checkpoint {checkpoint}" in second
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
@@ -303,7 +306,7 @@ def test_ddpo_with_the_score_function_pushed_to_the_hub(task, tmp_path, monkeypa
         files = hub.repositories["tester/bright-cats"]
         local = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
         assert set(files) - {".gitattributes"} == {path for path in local if not path.startswith("checkpoint-")} and LORA in files
-        assert "checkpoint-1/optimizer.bin" in local
+        assert "checkpoint-1/optimizer.safetensors" in local
         assert not any(b"hf_secret" in content for content in files.values())
         assert b'load_lora_weights("tester/bright-cats"' in files["README.md"]
 

@@ -58,7 +58,7 @@ def main(argv=None):
     report = Report(run)
     policy = run.load_policy()
     forward, lagging = ForwardProcess(policy.scheduler), LaggingWeights(policy.trainable_parameters())
-    run.accelerator.register_for_checkpointing(lagging)
+    run.register("lagging_policy", lagging)
     run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
     run.resume()
     report.start()

@@ -113,7 +113,7 @@ def main(argv=None):
         batches_a_step = num_batches
     run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
     statistics = PromptStatistics(args.per_prompt_stat_buffer_size, args.per_prompt_stat_min_count)
-    run.accelerator.register_for_checkpointing(statistics)
+    run.register("prompt_statistics", statistics)
     run.resume()
     report.start()
 

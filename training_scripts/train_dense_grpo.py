@@ -66,7 +66,7 @@ def main(argv=None):
     policy = run.load_policy(sde_type="dance_grpo", sde_window=args.sde_window)
     run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
     levels = NoiseLevels(args.psi_init, args.num_inference_steps)
-    run.accelerator.register_for_checkpointing(levels)
+    run.register("noise_levels", levels)
     run.resume()
     report.start()
     calibrate_noise(run, policy, report.reward, report.prompts, levels)

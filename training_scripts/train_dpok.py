@@ -132,7 +132,7 @@ def main(argv=None):
     policy = run.load_policy(**{n: getattr(args, n) for n in ("eta", "sde_type", "noise_level") if getattr(args, n) is not None})
     run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
     values = make_values(args, run.accelerator.device)
-    run.accelerator.register_for_checkpointing(values)
+    run.register("value_baseline", values)
     run.resume()
     report.start()
 

@@ -104,7 +104,7 @@ def main(argv=None):
     examples, reference = offline.Examples(run, policy, rows, draw=draw), offline.Reference(run, policy)
     args.beta = args.beta if args.beta is not None else BETA[examples.noising.forward.is_flow]
     point_of = ReferencePoint(args.reference_point, decay=args.reference_point_decay, clamp=args.clamp)
-    run.accelerator.register_for_checkpointing(point_of)
+    run.register("reference_point", point_of)
     run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
     run.resume()
     report.start()

@@ -53,7 +53,7 @@ def main(argv=None):
     report = Report(run)
     policy = run.load_policy()
     forward, old = ForwardProcess(policy.scheduler), LaggingWeights(policy.trainable_parameters())
-    run.accelerator.register_for_checkpointing(old)
+    run.register("old_policy", old)
     run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
     run.resume()
     report.start()

@@ -230,8 +230,6 @@ def main(argv=None):
     judged = judged_on((prompt.text for prompt, _ in outputs), {row["prompt"] for row in rows})
     run.print(f"The flow is judged by {len(outputs)} outputs of {judged}.")
     call = {name: getattr(args, name) for name in ("num_inference_steps", "solver", "iterations", "strength")}
-    if args.push_to_hub and run.is_main:
-        hub.create(run)
 
     for epoch in run.epochs():
         metrics = train_epoch(run, flow, pairs, epoch)
@@ -251,7 +249,9 @@ def main(argv=None):
         if run.is_main:
             preference_flow.save(run, flow, transported, rewards, judged)
     run.print(f"Pipeline, pictures and model card: {run.output_dir}")
-    run.accelerator.end_training()
+    if args.push_to_hub:
+        run.print(f"Pushed to {run.on_main(lambda: hub.push(run))}.")
+    run.end()
     transported.check_scored(rewards)
 
 

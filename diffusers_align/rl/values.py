@@ -144,6 +144,8 @@ class ValueBaseline:
             self._build(self.buffer[0][0].numel(), self.buffer[1].shape[1])
             self.network.load_state_dict(state["network"])
             self.optimizer.load_state_dict(state["optimizer"])
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate  # this object's, not that of the state
 
 
 def value_advantages(rewards: Tensor, values: Tensor, *, lam: float = 1.0) -> Tensor:

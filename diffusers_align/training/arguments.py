@@ -185,6 +185,9 @@ class OutputArguments(Arguments):
     checkpointing_epochs: Count = option(20, "a checkpoint every so many epochs")
     checkpoints_total_limit: Count | None = option(None, "keep at most so many; all if absent")
     resume_from_checkpoint: str | None = option(None, "a checkpoint folder, or 'latest'")
+    allow_changes: bool = option(
+        False, "resume although flags that decide what is learned differ from the checkpoint's", needs={"resume_from_checkpoint": True}
+    )
     validation_epochs: Count = option(20, "a sample grid at fixed seeds every so many epochs")
     num_validation_images: Annotated[int, Interval(ge=1, le=10**4)] = option(16, "its images")
     report_to: str = option("none", f"none, {', '.join(TRACKERS)}, or several, comma-separated (pictures go to the first two)")

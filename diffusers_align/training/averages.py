@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class LaggingWeights:
     """A copy of `parameters` that moves to them by `update`, stands in for them within `applied`, and is part of checkpoints.
 
-    Register it with `run.accelerator.register_for_checkpointing` before `run.resume`.
+    Register it with `run.register` before `run.resume`.
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
@@ -50,7 +50,7 @@ class LaggingWeights:
 
 
 class CheckpointedWeights:
-    """The trainable parameters as something that accelerate checkpoints, in float32 and in order."""
+    """The trainable parameters as something that a checkpoint keeps, in float32 and in order."""
 
     def __init__(self, parameters: list[nn.Parameter]):
         self.parameters = parameters
@@ -62,9 +62,7 @@ class CheckpointedWeights:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         parameters = self.parameters
         if len(parameters) != len(state) or any(p.shape != state[f"{i:05d}"].shape for i, p in enumerate(parameters)):
-            raise ValueError(
-                "The checkpoint's weights have other shapes: resume with the model and the flags of its size (such as --rank) it was trained with."
-            )
+            raise ValueError("The checkpoint's weights have other shapes: resume with the model, --rank and --lora_layers that it was trained with.")
         for i, parameter in enumerate(parameters):
             parameter.copy_(state[f"{i:05d}"])
 

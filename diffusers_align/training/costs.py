@@ -110,7 +110,7 @@ class Meter:
             self.before.seconds + self._seconds + self._elapsed(),
         )
 
-    def resume(self, checkpoint: Path) -> None:
-        """Go on from what `checkpoint` records, or from nothing."""
-        self.before = Cost.read(checkpoint) or Cost()
+    def resume(self, spent: Cost | None) -> None:
+        """Go on from what has been spent before, if anything."""
+        self.before = spent or Cost()
         self._images, self._rows, self._seconds = 0, {False: 0, True: 0}, 0.0

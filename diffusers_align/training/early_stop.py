@@ -44,7 +44,7 @@ class EarlyStop:
                 f"Diversity needs at least two images of each prompt, but --num_eval_samples {number} gives {min(counts, key=counts.get)!r} only one. "
                 f"Raise it to {2 * len(prompts)}, or give fewer --eval_prompts."
             )
-        run.accelerator.register_for_checkpointing(self)
+        run.register("early_stop", self, fresh=lambda: None)
 
     @classmethod
     def of_run(cls, run, prompts: list[Prompt]) -> EarlyStop | None:

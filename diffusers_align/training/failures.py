@@ -1,7 +1,8 @@
-"""What interrupts a run from outside: too little disk space, a checkpoint that cannot be written, Ctrl-C."""
+"""What interrupts a run from outside: too little disk space, a file that cannot be written, Ctrl-C, a scheduler's SIGTERM."""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -16,6 +17,11 @@ from torch.utils import _pytree as pytree
 
 # A picture and its caption in a grid, uncompressed.
 CELL_BYTES = 3 * 128 * 142
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(SystemExit):
+    """The run was asked to end by a signal, and has said how to go on."""
 
 
 def expected_bytes(run) -> dict[str, int]:
@@ -31,7 +37,7 @@ def expected_bytes(run) -> dict[str, int]:
         due = min(due, max(1, args.checkpoints_total_limit + 1 - len(run.checkpoints())))
     grids = args.num_epochs // args.validation_epochs - run.epoch // args.validation_epochs + 2
     return {
-        f"checkpoints ({due} at a time)": due * (3 * weights + sum(map(_state_bytes, run.accelerator._custom_objects))),
+        f"checkpoints ({due} at a time)": due * (3 * weights + sum(_state_bytes(kept) for name, kept in run.registered.items() if name != "optimizer")),
         "weights": weights,
         "pictures": grids * args.num_validation_images * CELL_BYTES,
     }
@@ -50,9 +56,12 @@ def check_free_space(run) -> None:
     expected, free = expected_bytes(run), shutil.disk_usage(run.output_dir).free
     if free < sum(expected.values()):
         parts = ", ".join(f"{kind} {_readable(size)}" for kind, size in expected.items())
+        aside = [path.name for path in run.output_dir.glob(".previous-*")]
+        earlier = f" Of an earlier run there is still {', '.join(aside)}, which may be deleted." if aside else ""
         raise OSError(
             f"--output_dir {run.output_dir} has {_readable(free)} free, and this run will write about {_readable(sum(expected.values()))}: {parts}. "
             "Free some space, choose another folder, keep fewer checkpoints (--checkpoints_total_limit) or write them less often (--checkpointing_epochs)."
+            + earlier
         )
 
 
@@ -60,21 +69,44 @@ def _readable(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
+# What the file system raises, itself or through safetensors; errors of devices and of other processes are none of these.
+WRITE_ERRORS = (OSError, SafetensorError)
+DISK_ERRORS = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES", "EFBIG", "ESTALE") if hasattr(errno, name)}
+
+
 @contextmanager
 def complete_or_absent(run, partial: Path) -> Iterator[None]:
-    """While a checkpoint is written to `partial`: on an error, remove it and say what can be resumed.
+    """While a checkpoint is written to `partial`: on any error, remove it; where it could not be written, say what can be resumed.
 
     Raises:
-        OSError: in the place of what torch, safetensors or the file system raise.
+        OSError: in the place of what safetensors or the file system raise. Other errors stay what they are.
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except BaseException as error:
         free = _readable(shutil.disk_usage(run.output_dir).free)
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(
-            f"The checkpoint after epoch {run.epoch} could not be written and is left out: {error} ({free} were free). {how_to_resume(run)}"
-        ) from error
+        if isinstance(error, WRITE_ERRORS):
+            raise OSError(
+                f"The checkpoint after epoch {run.epoch} could not be written and is left out: {error} ({free} were free). {how_to_resume(run)}"
+            ) from error
+        raise
+
+
+@contextmanager
+def resumable(run) -> Iterator[None]:
+    """While files of a run are written: a disk that is full or fails says how much space there is and how to resume.
+
+    Raises:
+        OSError: in the place of what safetensors or the file system raise.
+    """
+    try:
+        yield
+    except WRITE_ERRORS as error:
+        if getattr(error, "errno", errno.ENOSPC) not in DISK_ERRORS:
+            raise
+        free = _readable(shutil.disk_usage(run.output_dir).free)
+        raise OSError(f"{run.output_dir} could not be written in epoch {run.epoch}: {error} ({free} are free). {how_to_resume(run)}") from error
 
 
 def how_to_resume(run) -> str:
@@ -86,31 +118,39 @@ def how_to_resume(run) -> str:
     return f"{found[-1]} is complete ({done} of {run.args.num_epochs} epochs): go on with --resume_from_checkpoint latest."
 
 
-class Interrupted(SystemExit):
-    """Ctrl-C's way out, told from a `sys.exit` in a reward by its class."""
-
-
 @contextmanager
 def interruptible(run) -> Iterator[None]:
-    """Ctrl-C ends the process with one line that says how to resume, and exit status 130, in the place of a traceback.
+    """Ctrl-C, or a scheduler's SIGTERM, ends the process with one line that says how to resume, and exit status 130, in the place of a traceback.
 
-    A second Ctrl-C is Python's own again. Outside the main thread, where Python allows no handlers, nothing changes.
+    A second one is Python's own again. SIGTERM ends the other processes of a run at once, as it would without this. Outside the main thread,
+    where Python allows no handlers, nothing changes. A weak reference does for `run`: without it, the handlers are those before.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (SIGNALS if run.is_main else SIGNALS[:1])}
 
-    def stop(signum, frame):
-        signal.signal(signal.SIGINT, before)
-        if run.is_main:
+    def restore() -> None:
+        for number, handler in before.items():
+            if signal.getsignal(number) is stop:
+                signal.signal(number, handler)
+
+    def stop(number, frame):
+        restore()
+        try:
+            line = f"Interrupted {getattr(run, 'doing', None) or f'in epoch {run.epoch}'}. {how_to_resume(run)}" if run.is_main else ""
+        except ReferenceError:  # the run is gone
+            os.kill(os.getpid(), number)
+            return
+        if line:
             # Not print: the signal may come in the middle of another one.
-            os.write(2, f"\nInterrupted in epoch {run.epoch}. {how_to_resume(run)}\n".encode())
+            os.write(2, f"\n{line}\n".encode())
         raise Interrupted(130)
 
-    signal.signal(signal.SIGINT, stop)
+    for number in before:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGINT) is stop:
-            signal.signal(signal.SIGINT, before)
+        if threading.current_thread() is threading.main_thread():
+            restore()

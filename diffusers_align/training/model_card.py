@@ -13,6 +13,7 @@ import yaml
 from .. import __version__, embedded, lora
 from ..front_doors import folder as front_doors
 from ..given_names import is_repository
+from . import resuming
 from .pictures import to_pil
 
 HIDDEN = ("hub_token", "config", "trackers", "command")
@@ -42,6 +43,9 @@ def public_command(command: str) -> str:
     lines = []
     for line in command.splitlines():
         words = []
+        if not line or line.startswith("#"):
+            lines.append(line)
+            continue
         for word in shlex.split(line):
             flag, separator, value = word.partition("=") if word.startswith("--") else ("", "", word)
             path = Path(value)
@@ -131,7 +135,7 @@ A LoRA that aligns `{public(given)}` with {aim}, trained by {run.algorithm} with
 ## Training
 
 {f"{note}{chr(10) * 2}" if note else ""}```bash
-{public_command(args.command)}
+{public_command(resuming.commands(run))}
 ```
 
 ```yaml

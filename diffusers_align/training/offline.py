@@ -112,7 +112,7 @@ class Reference:
         self.run, self.policy, self.decay = run, policy, decay
         self.lagging = None if decay is None else LaggingWeights(policy.trainable_parameters())
         if self.lagging is not None:
-            run.accelerator.register_for_checkpointing(self.lagging)
+            run.register("moving_reference", self.lagging)
 
     @torch.no_grad()
     def __call__(self, *sides: Noised) -> None:

@@ -18,7 +18,7 @@ from ..data import LazyImage, Prompt
 from ..front_doors import front_door
 from ..rewards import InvalidReward
 from ..weight_files import settle_all
-from . import hub
+from . import resuming
 from .model_card import front_matter, public, public_command, public_configuration
 from .pictures import before_and_after
 from .pictures import save as save_picture
@@ -152,7 +152,7 @@ def describe(transported: Transported, asked: Iterable[str]) -> dict[str, str]:
 
 
 def save(run, pipeline, transported: Transported, asked: Iterable[str], judged: str) -> None:
-    """The pipeline with the file that loads it, the picture, and the model card, in the output folder; uploaded if asked for."""
+    """The pipeline with the file that loads it, the picture, and the model card, in the output folder."""
     args, folder = run.args, run.output_dir
     pipeline.save_pretrained(folder)
     for name in pipeline.components:
@@ -163,8 +163,6 @@ def save(run, pipeline, transported: Transported, asked: Iterable[str], judged: 
     if number:
         save_picture(before_and_after(*shown), folder / "before_after.png")
     (folder / "README.md").write_text(_card(run, describe(transported, asked), judged), encoding="utf-8")
-    if args.push_to_hub:
-        run.print(f"Pushed to {hub.push(run)}.")
 
 
 def _card(run, results: dict[str, str], judged: str) -> str:
@@ -198,7 +196,7 @@ Outputs of {judged} before and after the flow (mean ± standard error; 95 % inte
 ## Training
 
 ```bash
-{public_command(args.command)}
+{public_command(resuming.commands(run))}
 ```
 
 ```yaml

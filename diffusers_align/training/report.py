@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from ..data.prompts import Prompt, load_prompts
 from ..lora import stock_lines
-from . import hub
+from . import failures, hub
 from .early_stop import EarlyStop
 from .held_out_pairs import HeldOutPairs, margins
 from .offline import reading_options
@@ -66,10 +66,8 @@ class Report:
         return found
 
     def start(self) -> None:
-        """Make the repository if the run will be pushed; evaluate the pretrained model."""
+        """Evaluate the pretrained model."""
         args = self.run.args
-        if args.push_to_hub and self.run.is_main:
-            hub.create(self.run)
         first = self.early_stop is not None and self.early_stop.seen is None
         with self.run.policy.reference():
             self.before = self._evaluate(look=0 if first else None)
@@ -109,9 +107,10 @@ class Report:
         run.accelerator.log({f"validation/{name}": value for name, value in found.items()}, step=epoch)
         if run.is_main and now.images:
             folder = run.output_dir / "samples"
-            folder.mkdir(exist_ok=True)
             picture = grid(now.images, now.prompts[: len(now.images)])
-            save(picture, folder / f"epoch-{epoch + 1:04d}.png")
+            with failures.resumable(run):
+                folder.mkdir(exist_ok=True)
+                save(picture, folder / f"epoch-{epoch + 1:04d}.png")
             self._track(picture, epoch)
 
     def _track(self, picture, step: int) -> None:
@@ -140,7 +139,8 @@ class Report:
         with self._kept_weights():
             after = self._evaluate()
             if run.is_main:
-                self.run.policy.save_lora(run.output_dir)
+                with failures.resumable(run):
+                    self.run.policy.save_lora(run.output_dir)
         results, gains = {}, {}
         for name, values in self.before.rewards.items():
             if name not in self.rewards:
@@ -148,15 +148,14 @@ class Report:
             results[f"{name}, before"], results[f"{name}, after"] = mean_and_error(values), mean_and_error(after.rewards[name])
             results[f"{name}, paired gain"] = gains[name] = paired_gain(values, after.rewards[name])
         if run.is_main:
-            if after.images:
-                captions = after.prompts[: len(after.images)]
-                save(before_and_after(self.before.images, after.images, captions), run.output_dir / "before_after.png")
-            pictures = [name for name in ("before_after.png", "reward_curve.png") if (run.output_dir / name).is_file()]
-            note = self.early_stop.summary() if self.early_stop is not None else ""
-            judged_on = f"{self.judged_on}, by {described_solver(args, after.solver)},"
-            hub.write_model_card(run, results, pictures, note, judged_on, list(zip(after.prompts, after.images)))
-            if args.push_to_hub:
-                run.print(f"Pushed to {hub.push(run)}.")
+            with failures.resumable(run):
+                if after.images:
+                    captions = after.prompts[: len(after.images)]
+                    save(before_and_after(self.before.images, after.images, captions), run.output_dir / "before_after.png")
+                pictures = [name for name in ("before_after.png", "reward_curve.png") if (run.output_dir / name).is_file()]
+                note = self.early_stop.summary() if self.early_stop is not None else ""
+                judged_on = f"{self.judged_on}, by {described_solver(args, after.solver)},"
+                hub.write_model_card(run, results, pictures, note, judged_on, list(zip(after.prompts, after.images)))
         if self.early_stop is not None:
             run.print(self.early_stop.summary())
         if self.rewards:
@@ -168,7 +167,9 @@ class Report:
             where = args.hub_model_id if args.push_to_hub else str(run.output_dir)
             run.print("The LoRA has a file for each denoiser. Load them all, into the stock pipeline `pipe`:")
             run.print("\n".join(["  " + line for line in stock_lines(run.policy.pipeline, run.policy.denoisers, where)]))
-        run.accelerator.end_training()
+        if args.push_to_hub:  # last: what was found is not lost with the network
+            run.print(f"Pushed to {run.on_main(lambda: hub.push(run))}.")
+        run.end()
         return gains
 
 

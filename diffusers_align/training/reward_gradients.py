@@ -176,7 +176,7 @@ class GradientClip:
 
     def __init__(self, run):
         self.run, self.norms = run, []
-        run.accelerator.register_for_checkpointing(self)
+        run.register("gradient_clip", self)
 
     @property
     def limit(self) -> float:

@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..driver import denoisers
 from ..policy import Policy
-from . import costs, failures, sharding
+from . import checkpoints, costs, failures, hub, sharding
 from .arguments import check_output_dir
 from .averages import Averaged, CheckpointedWeights
+from .folder_lock import FolderLock
 from .loading import call_arguments, load_pipeline, training_scheduler
 from .pictures import reward_curve
+from .resumable import AverageState, OptimizerState, ScheduleState
+from .resuming import without_secrets
 
 
 class Run:
@@ -33,6 +37,10 @@ class Run:
         history: one dict of metrics an epoch, also written to `metrics.jsonl` and drawn in `reward_curve.png`.
         epoch: the next epoch to train.
         meter: counts what the run costs, for `costs.json`.
+        registered: what checkpoints hold, by name.
+        made_by: the algorithm, flags and commands that a checkpoint keeps; None before `resume`.
+        samples_a_step: samples of an optimizer step, over all processes.
+        doing: what is interrupted by a signal, in words; None within the epochs.
         early_stop: ends `epochs` before their number is reached, as soon as it has a reason; None never does.
     """
 
@@ -40,18 +48,33 @@ class Run:
         self.args, self.algorithm = args, algorithm
         self.output_dir = check_output_dir(args.output_dir)
         self.sharded = sharding.wanted(args.shard_denoiser)
-        project = ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir / "logs"))
+        project = ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir / checkpoints.LOGS))
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=args.trackers or None, project_config=project)
+        self.services, self.doing = ExitStack(), "before training"
+        self.services.enter_context(failures.interruptible(weakref.proxy(self)))
+        if unlocked := self.on_main(self._lock_folder):
+            self.print(unlocked)
+        if args.push_to_hub:
+            args.hub_model_id = self.on_main(lambda: hub.create(self))
         if args.trackers:
+            self.on_main(lambda: checkpoints.set_logs_aside(self))
             self.accelerator.init_trackers(args.run_name or self.output_dir.name, config={k: str(v) for k, v in vars(args).items() if k != "hub_token"})
         set_seed(args.seed)
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
         self.history: list[dict[str, float]] = []
-        self.epoch, self.ema, self.optimizer_steps, self.num_batches = 0, None, 0, 0
+        self.epoch, self.ema, self.optimizer_steps, self.num_batches, self.samples_a_step = 0, None, 0, 0, None
         self.meter = costs.Meter()
-        self.early_stop = None
+        self.early_stop, self.made_by = None, None
         self._explained: set[str] = set()
-        self.accelerator.register_for_checkpointing(self)
+        self.registered: dict[str, Any] = {}
+        self.fresh: dict[str, Callable[[], None] | None] = {}
+        self.register("run", self)
+
+    def _lock_folder(self) -> str | None:
+        """Refuse a second run in the output folder. Returns why there is no lock, if so."""
+        lock = FolderLock(self.output_dir, without_secrets(self.args.command))
+        self.services.callback(lock.release)
+        return lock.warning
 
     @property
     def is_main(self) -> bool:
@@ -91,7 +114,7 @@ class Run:
     def train_parameters(self, parameters: list[torch.nn.Parameter], save: Callable[[Path], None]) -> None:
         """What is optimised, averaged and resumed, in float32, and what writes it to a folder in the form that users load."""
         self.parameters, self.save_weights = parameters, save
-        self.accelerator.register_for_checkpointing(CheckpointedWeights(parameters))
+        self.register("weights", CheckpointedWeights(parameters))
 
     def load_optimizer(self, steps: int) -> None:
         """AdamW over the parameters, a learning-rate schedule of `steps` optimizer steps, and the moving average if asked for."""
@@ -100,10 +123,14 @@ class Run:
         optimizer = torch.optim.AdamW(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=steps)
-        self.accelerator.register_for_checkpointing(self.lr_scheduler)
+        self.register("optimizer", OptimizerState(optimizer))
+        self.register("schedule", ScheduleState(self.lr_scheduler))
+        if self.accelerator.scaler is not None:
+            self.register("loss_scaler", self.accelerator.scaler)
         if args.use_ema:
             self.ema = EMAModel(parameters, decay=args.ema_decay)
-            self.accelerator.register_for_checkpointing(self.ema)
+            average = AverageState(self.ema)
+            self.register("moving_average", average, fresh=lambda: average.start_from(parameters))
 
     def batches(self, num_samples: int, steps: int = 2) -> tuple[int, int]:
         """How many batches an epoch's samples make on each process, and how many of them make an optimizer step.
@@ -121,7 +148,9 @@ class Run:
                 "Change --train_batch_size or the number of samples."
             )
         number = self.num_batches = num_samples // (processes * args.train_batch_size)
-        return number, min(number, args.gradient_accumulation_steps or -(-number // steps))
+        batches_a_step = min(number, args.gradient_accumulation_steps or -(-number // steps))
+        self.samples_a_step = batches_a_step * processes * args.train_batch_size
+        return number, batches_a_step
 
     @staticmethod
     def chunks(num_batches: int, batches_a_step: int) -> list[range]:
@@ -182,7 +211,8 @@ class Run:
         """The epochs that are left, under a progress bar; checkpoints on the way and at the end."""
         args = self.args
         bar_style = {"desc": self.algorithm, "unit": "epoch", "disable": not self.is_main}
-        with failures.interruptible(self), self.meter.running(), tqdm(total=args.num_epochs, initial=self.epoch, **bar_style) as bar:
+        self.doing = None
+        with self.meter.running(), tqdm(total=args.num_epochs, initial=self.epoch, **bar_style) as bar:
             while self.epoch < args.num_epochs and not self.stopped:
                 yield self.epoch
                 self.epoch += 1
@@ -191,6 +221,7 @@ class Run:
                 bar.set_postfix({name: f"{latest[name]:.3g}" for name in shown if name in latest})
                 if self.epoch % args.checkpointing_epochs == 0 or self.epoch == args.num_epochs or self.stopped:
                     self.checkpoint()
+        self.doing = "after training, before the results were complete"
 
     @property
     def stopped(self) -> bool:
@@ -220,10 +251,22 @@ class Run:
         self.history.append(row)
         self.accelerator.log(row, step=self.epoch)
         if self.is_main:
-            _write_atomically(self.output_dir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
-            reward_curve(self.history, self.output_dir / "reward_curve.png")
+            with failures.resumable(self):
+                _write_atomically(self.output_dir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
+                reward_curve(self.history, self.output_dir / "reward_curve.png")
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
+
+    def register(self, name: str, state: Any, fresh: Callable[[], None] | None = None) -> None:
+        """Make an object part of checkpoints, by its `state_dict` and `load_state_dict`; before `resume`.
+
+        Args:
+            name: of its files, such as "value_network".
+            fresh: starts it where a checkpoint does not hold it; without, such a checkpoint is refused.
+        """
+        if name in self.registered:
+            raise ValueError(f"Something is registered as {name!r} already.")
+        self.registered[name], self.fresh[name] = state, fresh
 
     def checkpoint(self) -> None:
         """Save everything to `checkpoint-<epoch>`: complete or not at all, so that a kill in between loses nothing.
@@ -231,78 +274,46 @@ class Run:
         Raises:
             OSError: it could not be written; those before it are intact.
         """
-        final, partial = self.output_dir / f"checkpoint-{self.epoch}", self.output_dir / f".checkpoint-{self.epoch}.partial"
-        if self.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        cost = self.meter.total()
-        self.accelerator.wait_for_everyone()
-        with failures.complete_or_absent(self, partial):
-            self.accelerator.save_state(str(partial))
-            if self.is_main:
-                self.save_weights(partial)
-                cost.write(partial)
-        self.accelerator.wait_for_everyone()
-        if self.is_main:
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            shutil.copy(final / costs.FILE, self.output_dir)
-            self._prune()
-        self.accelerator.wait_for_everyone()
+        checkpoints.save(self)
 
     def checkpoints(self) -> list[Path]:
-        found = [path for path in self.output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
-
-    def _set_aside(self, later_than: int) -> None:
-        """Checkpoints of an earlier run in the same folder are not to be resumed, counted or overwritten: rename them."""
-        if self.is_main:
-            for old in self.checkpoints():
-                if int(old.name.split("-")[1]) > later_than:
-                    aside = old.with_name(f".previous-{old.name}")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    old.rename(aside)
-        self.accelerator.wait_for_everyone()
-
-    def _prune(self) -> None:
-        limit = self.args.checkpoints_total_limit
-        for old in self.checkpoints()[: -limit if limit else 0]:
-            shutil.rmtree(old)
+        """Those in the output folder, in order."""
+        return checkpoints.found(self.output_dir)
 
     def resume(self) -> None:
         """Go on from `--resume_from_checkpoint`, if given; call when policy, optimizer and other state are registered.
 
         Raises:
             FileNotFoundError: the named checkpoint does not exist.
-            OSError: the disk is too small for what is still to be written.
+            ValueError: it is of another algorithm, or of other flags that decide what is learned.
+            OSError: it is damaged, or the disk is too small for what is still to be written.
         """
-        self._restore()
-        if self.is_main:
-            failures.check_free_space(self)
+        checkpoints.restore(self)
+        self.on_main(lambda: failures.check_free_space(self))
 
-    def _restore(self) -> None:
-        wanted = self.args.resume_from_checkpoint
-        if not wanted:
-            self._set_aside(later_than=-1)
-            return
-        found = self.checkpoints()
-        if wanted == "latest" and not found:
-            self.print(f"No checkpoint in {self.output_dir} yet: starting from the beginning.")
-            return
-        folder = found[-1] if wanted == "latest" else Path(wanted) if Path(wanted).is_dir() else self.output_dir / wanted
-        if not folder.is_dir():
-            raise FileNotFoundError(f"No checkpoint {wanted!r}; {self.output_dir} has {', '.join(p.name for p in found) or 'none'}.")
-        self.accelerator.load_state(str(folder))
-        self.meter.resume(folder)
-        if self.ema is not None:
-            self.ema.to(self.accelerator.device)
-        self._set_aside(later_than=self.epoch)
-        self.print(f"Resumed from {folder.name}: {self.epoch} of {self.args.num_epochs} epochs are done.")
+    def on_main(self, function: Callable[[], Any]) -> Any:
+        """What `function` gives, or raises, on the main process: on all of them, which call this together."""
+        result = [None, None]
+        if self.is_main:
+            try:
+                result[0] = function()
+            except Exception as error:
+                result[1] = error
+        value, error = broadcast_object_list(result)
+        if error is not None:
+            raise error
+        return value
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "history": self.history, "optimizer_steps": self.optimizer_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.history, self.optimizer_steps = state["epoch"], list(state["history"]), state["optimizer_steps"]
+
+    def end(self) -> None:
+        """The run is over: close the trackers, let go of the output folder and of the signals."""
+        self.accelerator.end_training()
+        self.services.close()
 
 
 def _write_atomically(path: Path, text: str) -> None:
