@@ -69,11 +69,11 @@ from diffusers_align.training.sampling import sample_epoch
 from diffusers_align.training.trust_region import trust_region_update
 
 
-def trained_steps(trajectory, args, epoch, batch):
+def trained_steps(trajectory, args, epoch, block):
     """The stochastic steps, or a random share of them, in order."""
     steps = trajectory.noisy_steps
     number = min(len(steps), max(1, round(len(steps) * args.timestep_fraction)))
-    return sorted(random.Random(f"{args.seed}/{epoch}/{batch}/steps").sample(steps, number))
+    return sorted(random.Random(f"{args.seed}/{epoch}/{block}/steps").sample(steps, number))
 
 
 def gradient_steps(run, policy, samples, advantages, args, epoch, chunks):
@@ -85,7 +85,7 @@ def gradient_steps(run, policy, samples, advantages, args, epoch, chunks):
         diagnostics.append([])
         for b in chunk:
             trajectory, advantage = samples.batches[b], advantages[samples.index[b]]
-            steps = trained_steps(trajectory, args, epoch, b)
+            steps = trained_steps(trajectory, args, epoch, run.division.block(b))
             weight = run.loss_weight(samples, chunk, len(steps))
 
             def on_step(k, transition):
@@ -119,7 +119,7 @@ def main(argv=None):
 
     for epoch in run.epochs():
         # 1 roll out
-        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_samples_per_epoch, 1)
+        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_samples_per_epoch, None)
 
         # 2 advantages
         if args.per_prompt_stat_tracking:

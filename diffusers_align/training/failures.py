@@ -102,6 +102,7 @@ def interruptible(run) -> Iterator[None]:
         if run.is_main:
             # Not print: the signal may come in the middle of another one.
             os.write(2, f"\nInterrupted in epoch {run.epoch}. {how_to_resume(run)}\n".encode())
+        run.exit_status = 130
         raise SystemExit(130)
 
     signal.signal(signal.SIGINT, stop)

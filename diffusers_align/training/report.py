@@ -163,7 +163,7 @@ class Report:
         for name, (gain, error) in gains.items():
             run.print(f"gain in {args.reward if name == 'reward' else name} on {self.judged_on}: {gain:+.4f} ± {error:.4f} (paired, s.e.)")
         run.print(f"LoRA, pictures and model card: {run.output_dir}")
-        run.accelerator.end_training()
+        run.close()
         return gains
 
 

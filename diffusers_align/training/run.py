@@ -19,10 +19,13 @@ from tqdm.auto import tqdm
 
 from ..driver import denoisers
 from ..policy import Policy
+from ..rewards import InvalidReward
 from ..schedulers import sde_twin
-from . import costs, failures, sharding
+from . import costs, endings, failures, sharding
 from .arguments import check_output_dir
 from .averages import Averaged, CheckpointedWeights
+from .division import Division, divide
+from .health import Health
 from .loading import call_arguments, load_pipeline
 from .pictures import reward_curve
 
@@ -34,6 +37,10 @@ class Run:
         history: one dict of metrics an epoch, also written to `metrics.jsonl` and drawn in `reward_curve.png`.
         epoch: the next epoch to train.
         meter: counts what the run costs, for `costs.json`.
+        division: which samples of an epoch make which optimizer step and batch; `batches` sets it.
+        optimizer_steps: those made; what a loss scaler leaves out counts in `skipped_steps` alone.
+        rates: learning rates of the epoch's optimizer steps so far.
+        finished: whether the script has come to its end, `close`. Before that, its process ends with `exit_status`, or with 1.
         early_stop: ends `epochs` before their number is reached, as soon as it has a reason; None never does.
     """
 
@@ -49,10 +56,13 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
         self.history: list[dict[str, float]] = []
         self.epoch, self.ema, self.optimizer_steps, self.num_batches = 0, None, 0, 0
-        self.meter = costs.Meter()
+        self.division: Division | None = None
+        self.skipped_steps, self.rates, self.finished, self.exit_status = 0, [], False, None
+        self.health, self.meter = Health(self), costs.Meter()
         self.early_stop = None
         self._explained: set[str] = set()
         self.accelerator.register_for_checkpointing(self)
+        endings.watch(self)
 
     @property
     def is_main(self) -> bool:
@@ -92,6 +102,7 @@ class Run:
     def train_parameters(self, parameters: list[torch.nn.Parameter], save: Callable[[Path], None]) -> None:
         """What is optimised, averaged and resumed, in float32, and what writes it to a folder in the form that users load."""
         self.parameters, self.save_weights = parameters, save
+        self.health.watch(parameters)
         self.accelerator.register_for_checkpointing(CheckpointedWeights(parameters))
 
     def load_optimizer(self, steps: int) -> None:
@@ -107,7 +118,7 @@ class Run:
             self.accelerator.register_for_checkpointing(self.ema)
 
     def batches(self, num_samples: int, steps: int = 2) -> tuple[int, int]:
-        """How many batches an epoch's samples make on each process, and how many of them make an optimizer step.
+        """How many batches an epoch's samples make on each process, and how many of them make an optimizer step: see `division`.
 
         Args:
             steps: optimizer steps an epoch where `--gradient_accumulation_steps` does not say.
@@ -115,14 +126,12 @@ class Run:
         Raises:
             ValueError: the samples do not divide into equal batches.
         """
-        args, processes = self.args, self.accelerator.num_processes
-        if num_samples % (processes * args.train_batch_size):
-            raise ValueError(
-                f"{num_samples} samples an epoch do not divide into batches of {args.train_batch_size} on {processes} processes. "
-                "Change --train_batch_size or the number of samples."
-            )
-        number = self.num_batches = num_samples // (processes * args.train_batch_size)
-        return number, min(number, args.gradient_accumulation_steps or -(-number // steps))
+        accelerator = self.accelerator
+        self.division, changed = divide(self.args, num_samples, steps, accelerator.process_index, accelerator.num_processes)
+        if changed:
+            self.explain_once(changed)
+        self.num_batches = len(self.division.batches)
+        return self.num_batches, self.division.batches_a_step
 
     @staticmethod
     def chunks(num_batches: int, batches_a_step: int) -> list[range]:
@@ -142,17 +151,15 @@ class Run:
     def optimizer_step(self, max_norm: float | None = None) -> float:
         """All-reduce, clip at `max_norm` (`--max_grad_norm` if absent), step, average. Returns the gradient's norm before clipping.
 
-        Gradients are summed by hand: a data-parallel wrapper would hide the denoiser's class from the pipeline.
+        Gradients are summed by hand: a data-parallel wrapper would hide the denoiser's class from the pipeline. A step that a loss scaler
+        skips moves neither the schedule nor the average on.
 
         Raises:
             FloatingPointError: the gradient is not finite, and there is no loss scaler to skip the step. The weights are untouched.
         """
         parameters = self.parameters
         if self.accelerator.num_processes > 1:
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
+            sharding.sum_over_processes(parameters)
         limit = self.args.max_grad_norm if max_norm is None else max_norm
         norm = self.accelerator.clip_grad_norm_(parameters, limit or math.inf)  # infinity: measured, not clipped
         if self.accelerator.scaler is None and not math.isfinite(norm):
@@ -161,8 +168,12 @@ class Run:
                 f"that overflows, or lower the learning rate. {failures.how_to_resume(self)}"
             )
         self.optimizer.step()
-        self.lr_scheduler.step()
         self.optimizer.zero_grad()
+        if self.optimizer.step_was_skipped:  # by the loss scaler: nothing has changed, so nothing moves on
+            self.skipped_steps += 1
+            return float(norm)
+        self.rates.append(self.lr_scheduler.get_last_lr()[0])
+        self.lr_scheduler.step()
         self.count_update()
         return float(norm)
 
@@ -180,13 +191,16 @@ class Run:
     # --- epochs, metrics -------------------------------------------------------------------------------------------
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are left, under a progress bar; checkpoints on the way and at the end."""
+        """The epochs that are left, under a progress bar; a look at the run's health after each, checkpoints on the way and at the end."""
         args = self.args
+        self.health.begin()
         bar_style = {"desc": self.algorithm, "unit": "epoch", "disable": not self.is_main}
         with failures.interruptible(self), self.meter.running(), tqdm(total=args.num_epochs, initial=self.epoch, **bar_style) as bar:
             while self.epoch < args.num_epochs and not self.stopped:
+                self.rates.clear()
                 yield self.epoch
                 self.epoch += 1
+                self.health.look()
                 bar.update()
                 latest, shown = (self.history or [{}])[-1], ("reward", "accuracy", "loss", "ratio_error", "kl")
                 bar.set_postfix({name: f"{latest[name]:.3g}" for name in shown if name in latest})
@@ -196,11 +210,26 @@ class Run:
     @property
     def stopped(self) -> bool:
         """Whether the run has ended before its last epoch."""
-        return self.early_stop is not None and self.early_stop.reason is not None
+        return self.health.hopeless or (self.early_stop is not None and self.early_stop.reason is not None)
+
+    def close(self) -> None:
+        """The end of a script, when all files are written.
+
+        Raises:
+            SystemExit: with a status other than 0, and the reason in words, where nothing was learned; not with `--allow_no_signal`.
+        """
+        self.accelerator.end_training()
+        self.finished = True
+        self.health.verdict()
 
     def epoch_metrics(self, samples, diagnostics: list[list[dict]], norms: list[float], others: dict[str, list[float]]) -> dict[str, float]:
         """Reward metrics of `samples` (None: there are none); `ratio_error` before the first update, clipping after the last, if there are
-        ratios; means of `others` over whatever any process has logged of a name: one may have seen nothing of its kind."""
+        ratios; means of `others` over whatever any process has logged of a name: one may have seen nothing of its kind. `lr` is the mean of
+        the rates that the epoch's optimizer steps used.
+
+        Raises:
+            InvalidReward: there are rewards among `others`, and not one is a number.
+        """
         metrics = samples.metrics() if samples is not None else {}
         own = {name: list(values) for name, values in others.items()}
         if diagnostics:
@@ -211,9 +240,11 @@ class Run:
         for name in dict.fromkeys(name for part in gathered for name in part):
             if values := [value for part in gathered for value in part.get(name, ())]:
                 metrics[name] = max(values) if name == "ratio_error" else sum(values) / len(values)
+        if "reward" not in metrics and any("reward" in part for part in gathered):
+            raise InvalidReward(f"Not one sample of epoch {self.epoch} has a reward, so there is nothing to learn from: repair the reward or the prompts.")
         # A loss scaler's first steps overflow, by design.
-        finite = [norm for norm in norms if math.isfinite(norm)] or [0.0]
-        return {**metrics, "grad_norm": sum(finite) / len(finite), "lr": self.lr_scheduler.get_last_lr()[0]}
+        finite, rates = [norm for norm in norms if math.isfinite(norm)] or [0.0], self.rates or self.lr_scheduler.get_last_lr()[:1]
+        return {**metrics, "grad_norm": sum(finite) / len(finite), "lr": sum(rates) / len(rates)}
 
     def log(self, metrics: dict[str, float]) -> None:
         """Add an epoch's metrics to the history, `metrics.jsonl`, the curve and the trackers."""
@@ -222,7 +253,10 @@ class Run:
         self.accelerator.log(row, step=self.epoch)
         if self.is_main:
             _write_atomically(self.output_dir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
-            reward_curve(self.history, self.output_dir / "reward_curve.png")
+            try:
+                reward_curve(self.history, self.output_dir / "reward_curve.png")
+            except Exception as error:  # no picture is worth a run
+                self.explain_once(f"reward_curve.png could not be drawn ({type(error).__name__}: {error}); metrics.jsonl has the numbers.")
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
