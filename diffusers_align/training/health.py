@@ -140,11 +140,12 @@ class Health:
             if 2 * self.silent >= self.epochs > 1:
                 run.print(f"WARNING: {self.silent} of {self.epochs} epochs had no signal: no two rewards of a group differed (zero_std 1).")
             return
+        epochs = _count(self.epochs, "epoch")
         if not self.moved:
-            what = f"after {_epochs(self.epochs)} the weights are those that it started from"
+            what = f"after {epochs} the weights are those that it started from"
         else:
-            what = f"in {_epochs(self.epochs)} " + ("no two rewards that are compared differed" if self.gradient else "every gradient was 0")
-        early = f" It ended by itself after {_epochs(PATIENCE)} without a change." if self.hopeless else ""
+            what = f"in {epochs} " + ("no two rewards that are compared differed" if self.gradient else "every gradient was 0")
+        early = f" It ended by itself after {PATIENCE} epochs without a change." if self.hopeless else ""
         text = _banner(f"NOTHING WAS LEARNED: {what}.{early}", self._seen().symptoms() or ["See metrics.jsonl for what its epochs had in common."])
         if self._allowed:
             run.print(text)
@@ -166,14 +167,15 @@ def in_words(seen: Seen) -> str:
     if "grad_norm" in row:
         parts.append(f"gradient norm {row['grad_norm']:.3g}")
     rate = f" at learning rate {max(seen.rates):.3g}" if seen.rates else ""
-    parts.append(f"{seen.made} optimizer steps{rate}" + (f", {seen.skipped} more skipped by the loss scaler" if seen.skipped else ""))
+    skipped = f", {seen.skipped} more skipped by the loss scaler" if seen.skipped else ""
+    parts.append(f"{_count(seen.made, 'optimizer step')}{rate}{skipped}")
     if "ratio_error" in row:
         parts.append(f"ratio error {row['ratio_error']:.2g}")
     return ", ".join([*parts, "the weights have moved" if seen.moved else "no weight has moved"])
 
 
-def _epochs(number: int) -> str:
-    return "1 epoch" if number == 1 else f"{number} epochs"
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _banner(title: str, lines: list[str]) -> str:

@@ -49,7 +49,7 @@ def _pairs(seen) -> Iterator[str]:
             f"No pairs: no two rewards of a prompt differ by more than --min_margin {getattr(args, 'min_margin', 0):g}. "
             "Lower it, or take a larger --group_size."
         )
-    if row.get("kept") == 0:
+    if row.get("kept") == 0 and row.get("zero_std") != 1.0:
         yield (
             f"No pairs: at no step do best and worst candidate differ by --threshold {getattr(args, 'threshold', 0):g} in preference (their scaled scores "
             f"differ by {row.get('score_gap', 0):.3g} on average). Raise --score_scale to the scale of logits, lower --threshold, or take more "
