@@ -282,10 +282,10 @@ def test_results_do_not_depend_on_the_batch_size(task, tmp_path, name, flags):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, flags", [("dpo", {}), ("kto", {"reference_point": "class_mean", "gamma": 0.5, "beta": 20})])
 def test_results_do_not_depend_on_the_number_of_processes(task, tmp_path, name, flags):
-    one = train(name, tmp_path / "one", task, train_batch_size=4, gradient_accumulation_steps=1, **STEADY, **flags)
-    # At a batch of one and gamma 1/2, each process sees images of one class only.
-    size = 1 if name == "kto" else 2
-    flags |= {"dataset_name": task / f"{SET[name]}.jsonl", "train_batch_size": size, "gradient_accumulation_steps": 2 // size, **STEADY}
+    # At a step of two and gamma 1/2, each process sees images of one class only.
+    flags |= {"train_batch_size": 2 if name == "kto" else 4, "gradient_accumulation_steps": 1, **STEADY}
+    one = train(name, tmp_path / "one", task, **flags)
+    flags |= {"dataset_name": task / f"{SET[name]}.jsonl"}
     two = run_script_on_two_processes(name, tmp_path / "two", task, **flags)
     for mine, theirs in zip(rows(one), rows(two)):
         assert mine.keys() == theirs.keys()
