@@ -14,7 +14,6 @@ from diffusers_align.rewards import InvalidReward
 from diffusers_align.training import endings, reward_learning
 from diffusers_align.training.health import PATIENCE, Health, Seen, Start
 from diffusers_align.training.pictures import reward_curve
-from diffusers_align.training.run import Run
 from diffusers_align.training.sampling import Samples
 
 CONSTANT = "def constant(images, prompts, **columns):\n    return 0 * images.flatten(1).mean(1) + 0.5\n"
@@ -309,7 +308,7 @@ def test_a_curve_with_gaps_ends_no_run(history, tmp_path):
 
 def test_a_curve_that_cannot_be_drawn_ends_no_run(stepping, monkeypatch, capsys):
     run, _ = stepping
-    monkeypatch.setattr("diffusers_align.training.run.reward_curve", lambda history, path: 1 / 0)
+    monkeypatch.setattr("diffusers_align.training.metrics.reward_curve", lambda history, path: 1 / 0)
     run.log({"reward": 1.0})
     assert json.loads((run.output_dir / "metrics.jsonl").read_text()) == {"epoch": 0, "reward": 1.0}
     assert "reward_curve.png could not be drawn (ZeroDivisionError" in capsys.readouterr().out
@@ -369,8 +368,8 @@ def test_an_exception_has_its_own_status_and_an_imported_script_its_caller(made,
     assert endings.unfinished() == []
 
 
-def test_finishing_is_closing(stepping):
+def test_a_run_that_ended_has_finished(stepping):
     run, parameter = stepping
     assert not run.finished
-    run.close()
-    assert run.finished and isinstance(run.health, Health) and Run.close is not None
+    run.end()
+    assert run.finished and isinstance(run.health, Health)

@@ -200,7 +200,7 @@ def test_metrics_leave_out_masked_samples(run):
 def test_metrics_take_in_what_any_process_has_logged(monkeypatch):
     """This process saw no undesirable image, the other one no desirable one."""
     theirs = {"ratio_error": [0.5], "clip_fraction": [0.0], "approx_kl": [0.0], "gain_undesirable": [4.0], "loss": [3.0]}
-    monkeypatch.setattr("diffusers_align.training.run.gather_object", lambda own: own + [theirs])
+    monkeypatch.setattr("diffusers_align.training.metrics.gather_object", lambda own: own + [theirs])
     one = SimpleNamespace(rates=[0.2, 0.0], epoch=0)
     diagnostics = [[{"ratio_error": 0.25, "clip_fraction": 0.5, "approx_kl": 1.0}]]
     metrics = Run.epoch_metrics(one, None, diagnostics, [2.0, math.inf], {"gain_desirable": [1.0, 3.0], "loss": [1.0, 2.0], "none": []})

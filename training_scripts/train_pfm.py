@@ -253,7 +253,7 @@ def main(argv=None):
             preference_flow.save(run, flow, transported, rewards, judged)
     run.print(f"Pipeline, pictures and model card: {run.output_dir}")
     transported.check_scored(rewards)
-    run.close()
+    run.end()
 
 
 if __name__ == "__main__":

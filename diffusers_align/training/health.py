@@ -109,6 +109,11 @@ class Health:
         return self.epochs >= PATIENCE and not self.moved and not self._allowed
 
     @property
+    def failed(self) -> bool:
+        """Whether nothing was learned, and `--allow_no_signal` does not say that it may be so."""
+        return self.learned_nothing and not self._allowed
+
+    @property
     def _allowed(self) -> bool:
         return bool(getattr(self.run.args, "allow_no_signal", False))
 
@@ -133,7 +138,7 @@ class Health:
         """At the end, with all files written.
 
         Raises:
-            SystemExit: nothing was learned, and `--allow_no_signal` does not say that it may be so.
+            SystemExit: the run has `failed`.
         """
         run = self.run
         if not self.learned_nothing:
@@ -147,13 +152,13 @@ class Health:
             what = f"in {epochs} " + ("no two rewards that are compared differed" if self.gradient else "every gradient was 0")
         early = f" It ended by itself after {PATIENCE} epochs without a change." if self.hopeless else ""
         text = _banner(f"NOTHING WAS LEARNED: {what}.{early}", self._seen().symptoms() or ["See metrics.jsonl for what its epochs had in common."])
-        if self._allowed:
+        if not self.failed:
             run.print(text)
             return
         if run.is_main:
-            print(
-                f"{text}\nThe files in {run.output_dir} are complete. The exit status is 1; with --allow_no_signal it would be 0.", file=sys.stderr, flush=True
-            )
+            kept = " They were not pushed to the Hub." if getattr(run.args, "push_to_hub", False) else ""
+            files = f"The files in {run.output_dir} are complete.{kept} The exit status is 1; with --allow_no_signal it would be 0."
+            print(f"{text}\n{files}", file=sys.stderr, flush=True)
         raise SystemExit(1)
 
 

@@ -160,7 +160,7 @@ def save(run, pipeline, transported: Transported, asked: Iterable[str], judged: 
     if number:
         save_picture(before_and_after(*shown), folder / "before_after.png")
     (folder / "README.md").write_text(_card(run, describe(transported, asked), judged), encoding="utf-8")
-    if args.push_to_hub:
+    if args.push_to_hub and not run.health.failed:
         run.print(f"Pushed to {hub.push(run)}.")
 
 

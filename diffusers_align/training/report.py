@@ -154,7 +154,7 @@ class Report:
             pictures = [name for name in ("before_after.png", "reward_curve.png") if (run.output_dir / name).is_file()]
             note = self.early_stop.summary() if self.early_stop is not None else ""
             hub.write_model_card(run, results, pictures, note, judged_on=f"{self.judged_on}, by {described_solver(args, after.solver)},")
-            if args.push_to_hub:
+            if args.push_to_hub and not run.health.failed:
                 run.print(f"Pushed to {hub.push(run)}.")
         if self.early_stop is not None:
             run.print(self.early_stop.summary())
@@ -163,7 +163,7 @@ class Report:
         for name, (gain, error) in gains.items():
             run.print(f"gain in {args.reward if name == 'reward' else name} on {self.judged_on}: {gain:+.4f} ± {error:.4f} (paired, s.e.)")
         run.print(f"LoRA, pictures and model card: {run.output_dir}")
-        run.close()
+        run.end()
         return gains
 
 

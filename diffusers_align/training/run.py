@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,14 +10,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..driver import denoisers
 from ..policy import Policy
-from ..rewards import InvalidReward
 from ..schedulers import sde_twin
 from . import costs, endings, failures, sharding
 from .arguments import check_output_dir
@@ -27,7 +24,7 @@ from .averages import Averaged, CheckpointedWeights
 from .division import Division, divide
 from .health import Health
 from .loading import call_arguments, load_pipeline
-from .pictures import reward_curve
+from .metrics import epoch_metrics, write_history
 
 
 class Run:
@@ -40,7 +37,7 @@ class Run:
         division: which samples of an epoch make which optimizer step and batch; `batches` sets it.
         optimizer_steps: those made; what a loss scaler leaves out counts in `skipped_steps` alone.
         rates: learning rates of the epoch's optimizer steps so far.
-        finished: whether the script has come to its end, `close`. Before that, its process ends with `exit_status`, or with 1.
+        finished: whether the script has come to its end, `end`. Before that, its process ends with `exit_status`, or with 1.
         early_stop: ends `epochs` before their number is reached, as soon as it has a reason; None never does.
     """
 
@@ -212,7 +209,7 @@ class Run:
         """Whether the run has ended before its last epoch."""
         return self.health.hopeless or (self.early_stop is not None and self.early_stop.reason is not None)
 
-    def close(self) -> None:
+    def end(self) -> None:
         """The end of a script, when all files are written.
 
         Raises:
@@ -223,28 +220,8 @@ class Run:
         self.health.verdict()
 
     def epoch_metrics(self, samples, diagnostics: list[list[dict]], norms: list[float], others: dict[str, list[float]]) -> dict[str, float]:
-        """Reward metrics of `samples` (None: there are none); `ratio_error` before the first update, clipping after the last, if there are
-        ratios; means of `others` over whatever any process has logged of a name: one may have seen nothing of its kind. `lr` is the mean of
-        the rates that the epoch's optimizer steps used.
-
-        Raises:
-            InvalidReward: there are rewards among `others`, and not one is a number.
-        """
-        metrics = samples.metrics() if samples is not None else {}
-        own = {name: list(values) for name, values in others.items()}
-        if diagnostics:
-            first, last = diagnostics[0], diagnostics[-1]
-            means = {name: [sum(d[name] for d in last) / len(last)] for name in ("clip_fraction", "approx_kl")}
-            own = {"ratio_error": [max(d["ratio_error"] for d in first)], **means, **own}
-        gathered = gather_object([own])
-        for name in dict.fromkeys(name for part in gathered for name in part):
-            if values := [value for part in gathered for value in part.get(name, ())]:
-                metrics[name] = max(values) if name == "ratio_error" else sum(values) / len(values)
-        if "reward" not in metrics and any("reward" in part for part in gathered):
-            raise InvalidReward(f"Not one sample of epoch {self.epoch} has a reward, so there is nothing to learn from: repair the reward or the prompts.")
-        # A loss scaler's first steps overflow, by design.
-        finite, rates = [norm for norm in norms if math.isfinite(norm)] or [0.0], self.rates or self.lr_scheduler.get_last_lr()[:1]
-        return {**metrics, "grad_norm": sum(finite) / len(finite), "lr": sum(rates) / len(rates)}
+        """What to log of an epoch: see `metrics.epoch_metrics`."""
+        return epoch_metrics(self, samples, diagnostics, norms, others)
 
     def log(self, metrics: dict[str, float]) -> None:
         """Add an epoch's metrics to the history, `metrics.jsonl`, the curve and the trackers."""
@@ -252,11 +229,7 @@ class Run:
         self.history.append(row)
         self.accelerator.log(row, step=self.epoch)
         if self.is_main:
-            _write_atomically(self.output_dir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
-            try:
-                reward_curve(self.history, self.output_dir / "reward_curve.png")
-            except Exception as error:  # no picture is worth a run
-                self.explain_once(f"reward_curve.png could not be drawn ({type(error).__name__}: {error}); metrics.jsonl has the numbers.")
+            write_history(self)
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -338,9 +311,3 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.history, self.optimizer_steps = state["epoch"], list(state["history"]), state["optimizer_steps"]
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
