@@ -466,7 +466,7 @@ def test_masked_rewards_and_filtered_ones_teach_nothing(train):
     rows = train("masked", reward="no_dogs", invalid_rewards="mask", num_eval_samples=4, num_epochs=1)
     assert rows[0]["invalid_rewards"] > 0 and all(math.isfinite(value) for value in rows[0].values())
     # Every reward is below 0, so the filter leaves equal ones: the batch's advantage is 0, and so is the gradient.
-    rows = train("filtered", reward="terrible", reward_filter=True, kl_weight=0, num_epochs=1, **{"no-value_baseline": True})
+    rows = train("filtered", reward="terrible", reward_filter=True, kl_weight=0, num_epochs=1, allow_no_signal=True, **{"no-value_baseline": True})
     assert rows[0]["reward"] < -1 and rows[0]["grad_norm"] == 0.0
 
 

@@ -126,7 +126,7 @@ class Reference:
 
     def follow(self) -> None:
         """After each optimizer step; one that a loss scaler skipped is none."""
-        if self.lagging is not None and not self.run.optimizer.step_was_skipped:
+        if self.lagging is not None and not self.run.step_skipped:
             self.lagging.update(self.decay)
 
 

@@ -54,7 +54,8 @@ class Run:
         self.history: list[dict[str, float]] = []
         self.epoch, self.ema, self.optimizer_steps, self.num_batches = 0, None, 0, 0
         self.division: Division | None = None
-        self.skipped_steps, self.rates, self.finished, self.exit_status = 0, [], False, None
+        self.skipped_steps, self.step_skipped, self.rates = 0, False, []
+        self.finished, self.exit_status = False, None
         self.health, self.meter = Health(self), costs.Meter()
         self.early_stop = None
         self._explained: set[str] = set()
@@ -166,7 +167,8 @@ class Run:
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.optimizer.step_was_skipped:  # by the loss scaler: nothing has changed, so nothing moves on
+        self.step_skipped = self.optimizer.step_was_skipped  # by the loss scaler: nothing has changed, so nothing moves on
+        if self.step_skipped:
             self.skipped_steps += 1
             return float(norm)
         self.rates.append(self.lr_scheduler.get_last_lr()[0])

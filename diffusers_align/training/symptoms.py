@@ -94,7 +94,7 @@ def _standstill(seen) -> Iterator[str]:
     elif row.get("grad_norm", 1.0) == 0:
         yield (
             "The gradient is 0 in every step: the loss does not depend on the weights. Look for a limit that cuts everything off (--adv_clip_max, "
-            "--clip_range, --loss_clip), a weight of 0, or data whose two sides are equal."
+            "--clip_range, --loss_clip, --reward_filter), a weight of 0, or data whose two sides are equal."
         )
 
 
