@@ -74,7 +74,6 @@ def seen(row, made=2, skipped=0, rates=(1e-3,), moved=False, number=8, **args):
 @pytest.mark.parametrize(
     "look, message",
     [
-        (seen({"zero_std": 1.0, "grad_norm": 0}, group_size=1), "--group_size 1 a sample has no other"),
         (seen({"zero_std": 1.0, "reward": 0.5, "grad_norm": 0}, group_size=4), r"no two rewards that are compared differ \(mean 0.5\).*black images"),
         (seen({"zero_std": 1.0}, num_samples_per_epoch=1), "--num_samples_per_epoch 1"),
         (seen({"pairs": 0, "zero_std": 0, "grad_norm": 0}, made=0, rates=(), min_margin=3.0), "by more than --min_margin 3"),
@@ -186,7 +185,7 @@ GROUPS = {"num_prompts_per_epoch": 2, "group_size": 2}
 @pytest.mark.parametrize(
     "script, flags, message",
     [
-        ("flow_grpo", {"num_prompts_per_epoch": 4, "group_size": 1}, "--group_size 1"),
+        ("flow_grpo", {**GROUPS, "reward": "constant"}, r"rewards that are compared differ \(mean 0.5\)"),
         ("nft", {**GROUPS, "reward": "constant", "num_train_timesteps": 1}, r"rewards that are compared differ \(mean 0.5\)"),
         ("d3po", {**GROUPS, "reward": "constant"}, r"rewards that are compared differ \(mean 0.5\)"),
         ("ddpo", {"num_samples_per_epoch": 4, "reward": "constant"}, r"rewards that are compared differ \(mean 0.5\)"),
@@ -210,7 +209,7 @@ def test_a_script_that_learns_nothing_says_why_after_its_files_are_written(scrip
 
 
 def test_it_may_be_allowed(task, tmp_path, capsys):
-    run_script("flow_grpo", tmp_path / "run", task, num_prompts_per_epoch=2, group_size=1, allow_no_signal=True)
+    run_script("flow_grpo", tmp_path / "run", task, **GROUPS, reward=f"{task / 'constant.py'}:constant", allow_no_signal=True)
     assert "NOTHING WAS LEARNED" in capsys.readouterr().out
 
 

@@ -106,11 +106,9 @@ def gradient_steps(run, policy, samples, advantages, args, epoch, chunks):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "DDPO")
-    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
+    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch, steps=1 if args.estimator == "sf" else 2)
     report = Report(run)
     policy = run.load_policy(eta=args.eta)
-    if args.estimator == "sf":
-        batches_a_step = num_batches
     run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
     statistics = PromptStatistics(args.per_prompt_stat_buffer_size, args.per_prompt_stat_min_count)
     run.accelerator.register_for_checkpointing(statistics)

@@ -24,8 +24,8 @@ from ..gradient_check import check_gradient
 from ..policy import Policy, noise_seed
 from ..rl.reward_maps import distance, hinge, shortfall
 from .adjoints import bound_reward
-from .method_arguments import RewardGradientArguments
 from .division import division_of
+from .method_arguments import RewardGradientArguments
 from .offline import epoch_batches
 
 # So many gradient norms make a quantile, so many are remembered.

@@ -25,15 +25,11 @@ def symptoms_of(seen) -> Iterator[str]:
 
 
 def _groups(seen) -> Iterator[str]:
-    row, alone = seen.row, {name: getattr(seen.args, name, None) for name in ("group_size", "num_samples_per_epoch")}
+    row, args = seen.row, seen.args
     if row.get("zero_std") != 1.0:
         return
-    if 1 in alone.values():
-        flag = next(name for name, value in alone.items() if value == 1)
-        yield (
-            f"No advantage (zero_std 1): with --{flag} 1 a sample has no other to be compared with. Take 2 or more (groups of the papers: 12 to 24)"
-            + ("; train_ddpo.py needs no groups." if flag == "group_size" else ".")
-        )
+    if getattr(args, "num_samples_per_epoch", None) == 1:
+        yield "No advantage (zero_std 1): with --num_samples_per_epoch 1 a sample has no other to be compared with. Take 2 or more."
     else:
         yield (
             f"No signal (zero_std 1): no two rewards that are compared differ (mean {row.get('reward', float('nan')):.4g}). The reward is constant or "
