@@ -36,7 +36,7 @@ def _at_exit() -> None:
     run = left[-1]
     if run.exit_status is None and run.is_main:
         print(
-            f"The run has not finished: its process was ended after {run.epoch} of {run.args.num_epochs} epochs, by sys.exit in a reward or other code that it "
+            f"\nThe run has not finished: its process was ended after {run.epoch} of {run.args.num_epochs} epochs, by sys.exit in a reward or other code that it "
             f"calls, or by leaving the loop over its epochs. {how_to_resume(run)}",
             file=sys.stderr,
         )
