@@ -67,7 +67,7 @@ def test_a_resumed_run_is_measured_from_where_it_goes_on():
 
 
 def seen(row, made=2, skipped=0, rates=(1e-3,), moved=False, number=8, **args):
-    flags = {"lr_scheduler": "constant", "lr_warmup_steps": 0, "learning_rate": 1e-3, "max_grad_norm": 1.0, **args}
+    flags = {"lr_scheduler": "constant", "lr_warmup_steps": 0, "learning_rate": 1e-3, "max_grad_norm": 1.0, "push_to_hub": False, **args}
     return Seen({"grad_norm": 0.1, **row}, SimpleNamespace(**flags), number, made, skipped, list(rates), moved)
 
 
@@ -112,6 +112,7 @@ def trained(rows_seen, moved, allow=False):
     """A run's health after epochs with these metrics."""
     printed = []
     run = SimpleNamespace(args=seen({}).args, history=[], epoch=0, optimizer_steps=0, skipped_steps=0, rates=[], division=None, output_dir="out", is_main=True)
+    run.early_stop = None
     run.args.allow_no_signal, run.print = allow, lambda *values: printed.append(" ".join(map(str, values)))
     health, parameters = Health(run), lora()
     health.watch(parameters)
@@ -150,6 +151,16 @@ def test_nothing_learned_ends_with_another_status(rows_seen, moved, message, cap
 @pytest.mark.parametrize("rows_seen", [[ALIVE], [SILENT, ALIVE], [ALIVE, SILENT], [{"loss": 1.0}], [{"grad_norm": 0.2}]])
 def test_a_run_that_learned_ends_as_a_success(rows_seen):
     health, _ = trained(rows_seen, True)
+    health.verdict()
+
+
+def test_an_early_stop_that_keeps_the_weights_before_training_has_learned_nothing(capsys):
+    health, _ = trained([ALIVE, ALIVE], True)
+    health.run.early_stop = SimpleNamespace(epoch=0)
+    with pytest.raises(SystemExit):
+        health.verdict()
+    assert "no validation of 2 epochs was better than that before training" in capsys.readouterr().err
+    health.run.early_stop.epoch = 1
     health.verdict()
 
 

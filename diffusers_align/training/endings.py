@@ -35,11 +35,9 @@ def _at_exit() -> None:
         return
     run = left[-1]
     if run.exit_status is None and run.is_main:
-        print(
-            f"\nThe run has not finished: its process was ended after {run.epoch} of {run.args.num_epochs} epochs, by sys.exit in a reward or other code that it "
-            f"calls, or by leaving the loop over its epochs. {how_to_resume(run)}",
-            file=sys.stderr,
-        )
+        done = f"{run.epoch} of {run.args.num_epochs} epochs"
+        why = "by sys.exit in a reward or other code that it calls, or by leaving the loop over its epochs"
+        print(f"\nThe run has not finished: its process was ended after {done}, {why}. {how_to_resume(run)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(run.exit_status or 1)  # an exception would not change the status here

@@ -109,9 +109,15 @@ class Health:
         return self.epochs >= PATIENCE and not self.moved and not self._allowed
 
     @property
+    def kept_start(self) -> bool:
+        """Whether an early stop found nothing better than the weights before training, which are those that the run leaves."""
+        stop = self.run.early_stop
+        return self.epochs > 0 and stop is not None and stop.epoch == 0
+
+    @property
     def failed(self) -> bool:
-        """Whether nothing was learned, and `--allow_no_signal` does not say that it may be so."""
-        return self.learned_nothing and not self._allowed
+        """Whether nothing was learned or kept, and `--allow_no_signal` does not say that it may be so."""
+        return (self.learned_nothing or self.kept_start) and not self._allowed
 
     @property
     def _allowed(self) -> bool:
@@ -141,25 +147,35 @@ class Health:
             SystemExit: the run has `failed`.
         """
         run = self.run
-        if not self.learned_nothing:
+        if not (self.learned_nothing or self.kept_start):
             if 2 * self.silent >= self.epochs > 1:
                 run.print(f"WARNING: {self.silent} of {self.epochs} epochs had no signal: no two rewards of a group differed (zero_std 1).")
             return
-        epochs = _count(self.epochs, "epoch")
-        if not self.moved:
-            what = f"after {epochs} the weights are those that it started from"
-        else:
-            what = f"in {epochs} " + ("no two rewards that are compared differed" if self.gradient else "every gradient was 0")
-        early = f" It ended by itself after {PATIENCE} epochs without a change." if self.hopeless else ""
-        text = _banner(f"NOTHING WAS LEARNED: {what}.{early}", self._seen().symptoms() or ["See metrics.jsonl for what its epochs had in common."])
+        title, causes = self._diagnosis()
+        text = _banner(f"NOTHING WAS LEARNED: {title}.", causes or ["See metrics.jsonl for what its epochs had in common."])
         if not self.failed:
             run.print(text)
             return
         if run.is_main:
-            kept = " They were not pushed to the Hub." if getattr(run.args, "push_to_hub", False) else ""
+            kept = " They were not pushed to the Hub." if run.args.push_to_hub else ""
             files = f"The files in {run.output_dir} are complete.{kept} The exit status is 1; with --allow_no_signal it would be 0."
             print(f"{text}\n{files}", file=sys.stderr, flush=True)
         raise SystemExit(1)
+
+    def _diagnosis(self) -> tuple[str, list[str]]:
+        """In what sense nothing was learned, and why."""
+        epochs, causes = _count(self.epochs, "epoch"), self._seen().symptoms()
+        if not self.moved:
+            early = f", and ended by itself after {PATIENCE} epochs without a change" if self.hopeless else ""
+            return f"after {epochs} the weights are those that it started from{early}", causes
+        if self.gradient == 0.0:
+            return f"in {epochs} every gradient was 0", causes
+        if self.silent == self.epochs:
+            return f"in {epochs} no two rewards that are compared differed", causes
+        worse = (
+            "Training made the held-out images worse: lower --learning_rate, validate more often (--validation_epochs), or see whether the reward rises at all."
+        )
+        return f"no validation of {epochs} was better than that before training, whose weights are kept", [worse]
 
 
 def in_words(seen: Seen) -> str:
