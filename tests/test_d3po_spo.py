@@ -200,6 +200,13 @@ def test_spo_prefers_the_better_candidate(task, tmp_path):
     assert first["margin"] == pytest.approx(0, abs=1e-3) and second["loss"] != first["loss"]
 
 
+def test_one_noise_a_group_makes_pairs_where_the_pipeline_hands_its_generator_to_the_scheduler(task, tmp_path):
+    """The samples of a group share their initial noise and differ by that of their steps."""
+    model = {"pretrained_model_name_or_path": "mini-sd", "call_kwargs": "{}"}
+    (row,) = rows(run_script("d3po", tmp_path / "run", task, **{**D3PO, **model, "num_epochs": 1}))
+    assert row["pairs"] > 0 and row["zero_std"] == 0 and row["reward_std"] > 1e-4 and row["grad_norm"] > 0
+
+
 def test_pairs_that_are_not_kept_have_no_gradient(task, tmp_path):
     out = run_script("spo", tmp_path / "run", task, **{**SPO, "score_scale": 1e-6}, allow_no_signal=True)
     assert rows(out)[0]["kept"] == 0 and rows(out)[0]["grad_norm"] == 0
