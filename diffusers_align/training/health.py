@@ -116,8 +116,8 @@ class Health:
 
     @property
     def failed(self) -> bool:
-        """Whether nothing was learned or kept, and `--allow_no_signal` does not say that it may be so."""
-        return (self.learned_nothing or self.kept_start) and not self._allowed
+        """Whether nothing was learned, and `--allow_no_signal` does not say that it may be so."""
+        return self.learned_nothing and not self._allowed
 
     @property
     def _allowed(self) -> bool:
@@ -147,7 +147,9 @@ class Health:
             SystemExit: the run has `failed`.
         """
         run = self.run
-        if not (self.learned_nothing or self.kept_start):
+        if not self.learned_nothing:
+            if self.kept_start:
+                run.print("WARNING: no validation was better than that before training, whose weights are kept: lower --learning_rate or validate more often.")
             if 2 * self.silent >= self.epochs > 1:
                 run.print(f"WARNING: {self.silent} of {self.epochs} epochs had no signal: no two rewards of a group differed (zero_std 1).")
             return
@@ -170,12 +172,7 @@ class Health:
             return f"after {epochs} the weights are those that it started from{early}", causes
         if self.gradient == 0.0:
             return f"in {epochs} every gradient was 0", causes
-        if self.silent == self.epochs:
-            return f"in {epochs} no two rewards that are compared differed", causes
-        worse = (
-            "Training made the held-out images worse: lower --learning_rate, validate more often (--validation_epochs), or see whether the reward rises at all."
-        )
-        return f"no validation of {epochs} was better than that before training, whose weights are kept", [worse]
+        return f"in {epochs} no two rewards that are compared differed", causes
 
 
 def in_words(seen: Seen) -> str:
