@@ -131,7 +131,7 @@ def load_flow(args, device):
 
 def load_data(args):
     """Canonical pairs to train on, pairs held out, and outputs to judge by: [(Prompt, image)]."""
-    columns = parse_column_map(args.column_map)
+    columns = parse_column_map(args.column_map) if args.column_map else None
     rows, report = load_preferences(args.data, "pair", column_map=columns, split=args.data_split)
     print(report)
     rows, held_out = preference_flow.split_by_prompt(rows, args.held_out, args.seed)
