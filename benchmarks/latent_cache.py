@@ -69,6 +69,7 @@ class Session:
         flags |= {"num_samples_per_epoch": PAIRS, "train_batch_size": BATCH, "num_inference_steps": 2, "guidance_scale": 1}
         flags |= {"cache_dir": cache} if cache else {}
         self.run = Run(script.parse_args([f"--{name}={value}" for name, value in flags.items()]), "Diffusion-DPO")
+        self.run.finished = True  # there is no loop to come to the end of
         self.num_batches, _ = self.run.batches(PAIRS)
         self.rows = offline.load_rows(self.run, "pair")
         self.policy = offline.load_policy(self.run)

@@ -200,8 +200,15 @@ def test_spo_prefers_the_better_candidate(task, tmp_path):
     assert first["margin"] == pytest.approx(0, abs=1e-3) and second["loss"] != first["loss"]
 
 
+def test_one_noise_a_group_makes_pairs_where_the_pipeline_hands_its_generator_to_the_scheduler(task, tmp_path):
+    """The samples of a group share their initial noise and differ by that of their steps."""
+    model = {"pretrained_model_name_or_path": "mini-sd", "call_kwargs": "{}"}
+    (row,) = rows(run_script("d3po", tmp_path / "run", task, **{**D3PO, **model, "num_epochs": 1}))
+    assert row["pairs"] > 0 and row["zero_std"] == 0 and row["reward_std"] > 1e-4 and row["grad_norm"] > 0
+
+
 def test_pairs_that_are_not_kept_have_no_gradient(task, tmp_path):
-    out = run_script("spo", tmp_path / "run", task, **{**SPO, "score_scale": 1e-6})
+    out = run_script("spo", tmp_path / "run", task, **{**SPO, "score_scale": 1e-6}, allow_no_signal=True)
     assert rows(out)[0]["kept"] == 0 and rows(out)[0]["grad_norm"] == 0
 
 
@@ -249,7 +256,7 @@ def test_two_processes_make_the_same_update_as_one(name, flags, task, tmp_path):
     # Adam's own epsilon would make a full step of the rounding in a gradient of 0.
     flags |= {"num_epochs": 2, "gradient_accumulation_steps": 2, "adam_epsilon": 1e-6}
     one = run_script(name, tmp_path / "one", task, **flags, train_batch_size=4, reward=f"{task / 'rewards.py'}:recorded")
-    two = run_script_on_two_processes(name, tmp_path / "two", task, **flags, train_batch_size=2)
+    two = run_script_on_two_processes(name, tmp_path / "two", task, **flags, train_batch_size=4)
     assert rows(two)[0]["grad_norm"] == pytest.approx(rows(one)[0]["grad_norm"], rel=1e-2)
     assert_same_lora(two, one, rtol=1e-2, atol=1e-3)
 

@@ -254,9 +254,15 @@ def test_flags_that_make_no_sense(finished, tmp_path, capsys, flags, message):
 def test_two_processes_train_what_one_does(tmp_path):
     """Gains, calibration and advantages are of the samples of all processes."""
     task = write_task(tmp_path)
-    flags = {**FLAGS, "num_epochs": 2, "train_batch_size": 1, "seed": 43}  # with this seed, both groups straddle the processes
-    two = run_script_on_two_processes("dense_grpo", tmp_path / "two", task, **{**flags, "gradient_accumulation_steps": 1})
-    one = run_script("dense_grpo", tmp_path / "one", task, **{**flags, "gradient_accumulation_steps": 2}, reward=f"{task / 'rewards.py'}:recorded")
+    flags = {
+        **FLAGS,
+        "num_epochs": 2,
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "seed": 43,
+    }  # with this seed, both groups straddle the processes
+    two = run_script_on_two_processes("dense_grpo", tmp_path / "two", task, **flags)
+    one = run_script("dense_grpo", tmp_path / "one", task, **flags, reward=f"{task / 'rewards.py'}:recorded")
     assert_same_lora(two, one, rtol=0, atol=1e-5)
     for mine, theirs in zip(rows(two), rows(one)):
         assert mine["ratio_error"] == 0.0 and all(mine[key] == pytest.approx(theirs[key], abs=1e-5) for key in ("reward", "gain/0", "gained/1"))

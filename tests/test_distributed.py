@@ -26,20 +26,19 @@ CONFIGS = sorted((ROOT / "training_scripts" / "accelerate_configs").glob("*.yaml
 
 # --- two processes -----------------------------------------------------------------------------------------------------
 
-TWO = {"num_epochs": 2, "train_batch_size": 1, "seed": 43, "num_eval_samples": 3, "num_validation_images": 3}
-FLOW = {**TWO, "use_ema": True, "ema_interval": 1, "kl_form": "gaussian"}
 # Gradients that are nearly zero are rounding; Adam would make whole steps of them.
-DDPO = {**TWO, "adam_epsilon": 1e-3, "per_prompt_stat_min_count": 2, "per_prompt_stat_buffer_size": 4}
-ONE_STEP = {"gradient_accumulation_steps": 1}  # of two processes: the two samples that make a step on one
-SPREAD = {**ONE_STEP, "shard_denoiser": True}
+TWO = {"num_epochs": 2, "train_batch_size": 2, "seed": 43, "num_eval_samples": 3, "num_validation_images": 3, "adam_epsilon": 1e-3}
+FLOW = {**TWO, "use_ema": True, "ema_interval": 1, "kl_form": "gaussian"}
+DDPO = {**TWO, "per_prompt_stat_min_count": 2, "per_prompt_stat_buffer_size": 4, "timestep_fraction": 0.7}
+SPREAD = {"shard_denoiser": True}
 JOBS = {
-    "flow_grpo": {"script": "flow_grpo", "flags": {**FLOW, **ONE_STEP}},
-    "ddpo": {"script": "ddpo", "flags": {**DDPO, **ONE_STEP}},
+    "flow_grpo": {"script": "flow_grpo", "flags": FLOW},
+    "ddpo": {"script": "ddpo", "flags": DDPO},
     "flow_grpo_sharded": {"script": "flow_grpo", "flags": {**FLOW, **SPREAD, "gradient_checkpointing": True}},
     "flow_grpo_stopped": {"script": "flow_grpo", "flags": {**FLOW, **SPREAD, "num_epochs": 1}, "out": "flow_grpo_resumed"},
     "flow_grpo_resumed": {"script": "flow_grpo", "flags": {**FLOW, **SPREAD, "resume_from_checkpoint": "latest"}},
     # As accelerate launch --config_file fsdp2.yaml sets it.
-    "ddpo_sharded": {"script": "ddpo", "flags": {**DDPO, **ONE_STEP}, "environment": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}},
+    "ddpo_sharded": {"script": "ddpo", "flags": DDPO, "environment": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}},
 }
 
 
@@ -69,13 +68,12 @@ def seen(two):
 
 @pytest.fixture(scope="module")
 def one(task, tmp_path_factory):  # noqa: F811
-    """The same on one process, with the same global batch."""
+    """The same flags on one process."""
     folders = {}
 
     def get(name):
         if name not in folders:
-            flags = {**JOBS[name]["flags"], "gradient_accumulation_steps": 2}
-            folders[name] = train(name, tmp_path_factory.mktemp("one") / name, task, **flags)
+            folders[name] = train(name, tmp_path_factory.mktemp("one") / name, task, **JOBS[name]["flags"])
         return folders[name]
 
     return get
@@ -97,7 +95,7 @@ def assert_same_training(actual, expected):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flow_grpo", "ddpo"])
 def test_two_processes_train_what_one_does(two, seen, one, name):
-    """Samples go to processes in turn; the same two samples make each optimizer step."""
+    """The same two samples make each of an epoch's two optimizer steps, one on each process."""
     assert all(rank[name]["share"] == 1.0 and not rank[name]["classes"][0].startswith(("FSDP", "Distributed")) for rank in seen)
     assert_same_training(two / name, one(name))
     assert results(two / name) == results(one(name)) != [], "three evaluation samples on two processes"
@@ -128,7 +126,7 @@ def test_a_sharded_run_resumes(two, one, task, tmp_path):  # noqa: F811
     assert_same_lora(two / "flow_grpo_resumed", two / "flow_grpo_sharded")
     assert (two / "flow_grpo_resumed" / "metrics.jsonl").read_text() == (two / "flow_grpo_sharded" / "metrics.jsonl").read_text()
     checkpoint = two / "flow_grpo_sharded" / "checkpoint-1"
-    flags = {**FLOW, "gradient_accumulation_steps": 2, "resume_from_checkpoint": checkpoint}
+    flags = {**FLOW, "resume_from_checkpoint": checkpoint}
     assert_same_training(train("flow_grpo", tmp_path / "run", task, **flags), one("flow_grpo"))
 
 

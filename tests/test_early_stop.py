@@ -160,6 +160,7 @@ def test_the_end_is_looked_at_even_between_validations(task, tmp_path):
 @pytest.mark.slow
 def test_processes_stop_together(task, tmp_path):
     flags = {**FLAGS, "train_batch_size": 1, "num_epochs": 6, "num_eval_samples": 6, "learning_rate": 0.1, "early_stop_diversity": 0.9}
-    run_script_on_two_processes("draft", task / "two", task, **flags, gradient_accumulation_steps=1)
-    one = run_script("draft", tmp_path / "one", task, **{**flags, "reward": f"{task / 'rewards.py'}:recorded"}, gradient_accumulation_steps=2)
+    flags |= {"gradient_accumulation_steps": 2}
+    run_script_on_two_processes("draft", task / "two", task, **flags)
+    one = run_script("draft", tmp_path / "one", task, **{**flags, "reward": f"{task / 'rewards.py'}:recorded"})
     assert len(rows(task / "two")) == len(rows(one)) < 6 and "diversity fell" in (task / "two" / "README.md").read_text()

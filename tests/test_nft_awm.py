@@ -283,7 +283,8 @@ def test_two_processes_train_what_one_does(tmp_path, name):
     task = write_task(tmp_path)
     # A large epsilon, so that Adam does not blow up the rounding of gradients near 0.
     flags = {"num_epochs": 2, "num_prompts_per_epoch": 2, "group_size": 4, "num_train_timesteps": 2, "learning_rate": 1e-2, "adam_epsilon": 0.1}
-    two = run_script_on_two_processes(name, tmp_path / "two", task, **flags, train_batch_size=1, gradient_accumulation_steps=2)
-    one = run_script(name, tmp_path / "one", task, **flags, train_batch_size=1, gradient_accumulation_steps=4, reward=f"{task / 'rewards.py'}:recorded")
+    flags |= {"train_batch_size": 1, "gradient_accumulation_steps": 4}
+    two = run_script_on_two_processes(name, tmp_path / "two", task, **flags)
+    one = run_script(name, tmp_path / "one", task, **flags, reward=f"{task / 'rewards.py'}:recorded")
     assert_same_lora(two, one, rtol=0, atol=1e-5)
     assert [row["reward"] for row in rows(two)] == pytest.approx([row["reward"] for row in rows(one)], abs=1e-4)

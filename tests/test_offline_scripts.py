@@ -282,10 +282,10 @@ def test_results_do_not_depend_on_the_batch_size(task, tmp_path, name, flags):
 @pytest.mark.slow
 @pytest.mark.parametrize("name, flags", [("dpo", {}), ("kto", {"reference_point": "class_mean", "gamma": 0.5, "beta": 20})])
 def test_results_do_not_depend_on_the_number_of_processes(task, tmp_path, name, flags):
-    one = train(name, tmp_path / "one", task, train_batch_size=4, gradient_accumulation_steps=1, **STEADY, **flags)
-    # At a batch of one and gamma 1/2, each process sees images of one class only.
-    size = 1 if name == "kto" else 2
-    flags |= {"dataset_name": task / f"{SET[name]}.jsonl", "train_batch_size": size, "gradient_accumulation_steps": 2 // size, **STEADY}
+    # At a step of two and gamma 1/2, each process sees images of one class only.
+    flags |= {"train_batch_size": 2 if name == "kto" else 4, "gradient_accumulation_steps": 1, **STEADY}
+    one = train(name, tmp_path / "one", task, **flags)
+    flags |= {"dataset_name": task / f"{SET[name]}.jsonl"}
     two = run_script_on_two_processes(name, tmp_path / "two", task, **flags)
     for mine, theirs in zip(rows(one), rows(two)):
         assert mine.keys() == theirs.keys()
@@ -322,18 +322,17 @@ def test_kto_takes_pairs_and_other_reference_points(task, tmp_path, flags, capsy
 def test_mismatched_images_get_the_next_ones_captions(task, tmp_path):
     run, policy, found, examples = prepared(tmp_path, task, proportion_empty_prompts=0)
     (side, other), _, _ = pair_at(examples, found, policy)
-    turned = load_script("kto").with_others_captions(policy, [side, other])
-    captions = side.condition.prompts + other.condition.prompts
+    others, captions = load_script("kto").with_others_captions, side.condition.prompts + other.condition.prompts
+    turned = others(policy, [side, other], captions, [range(4), range(4, 8)])
     assert [prompt for own in turned for prompt in own.condition.prompts] == captions[1:] + captions[:1]
     assert turned[0].x_t is side.x_t
 
-    def captioned(*prompts):
-        return [offline.Noised(side.x_t, side.t, policy.condition(list(prompts)), side.target, side.weight)]
-
-    (turned,) = load_script("kto").with_others_captions(policy, captioned("a", "a", "b", "a"))
+    (turned,) = others(policy, [side], ["a", "a", "b", "a"], [range(4)])
     assert list(turned.condition.prompts) == ["b", "b", "a", "b"], "nobody keeps a caption of his own"
+    (turned,) = others(policy, [side], [*"aaaa", *"abba"], [range(4, 8)])
+    assert list(turned.condition.prompts) == ["b", "a", "a", "b"], "the step's captions on other processes count"
     with pytest.raises(ValueError, match="one caption .'a'. has no other's"):
-        load_script("kto").with_others_captions(policy, captioned("a", "a", "a", "a"))
+        others(policy, [side], ["a"] * 4, [range(4)])
 
 
 def test_kto_finds_a_class_that_is_missing_before_it_loads_a_model(task, tmp_path, monkeypatch):

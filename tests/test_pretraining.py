@@ -40,7 +40,7 @@ def run_of(folder, task, **flags):
     required = {"pretrained_model_name_or_path": "tiny", "prompts": "mini_train", "reward": "clip_score", "output_dir": folder}
     required |= {"pretrain_dataset_name": task / "captioned.jsonl", "proportion_empty_prompts": 0, "train_batch_size": 2, **flags}
     run = make_run(folder, **vars(load_script("refl").parse_args([word for key, value in required.items() for word in (f"--{key}", str(value))])))
-    run.num_batches = 2
+    run.batches(4)
     return run
 
 

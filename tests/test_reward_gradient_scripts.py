@@ -139,9 +139,9 @@ def test_videos(task, tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(task, tmp_path):
     flags = {**FLAGS, "method": "drtune", "num_trained_steps": 1, "early_stop": 2, "adam_epsilon": 1e-3}
-    run_script_on_two_processes("draft", task / "two", task, **{**flags, "train_batch_size": 1, "gradient_accumulation_steps": 1})
-    one = {"train_batch_size": 1, "gradient_accumulation_steps": 2, "reward": f"{task / 'rewards.py'}:recorded"}
-    run_script("draft", tmp_path / "one", task, **{**flags, **one})
+    flags |= {"train_batch_size": 2, "gradient_accumulation_steps": 1}
+    run_script_on_two_processes("draft", task / "two", task, **flags)
+    run_script("draft", tmp_path / "one", task, **{**flags, "reward": f"{task / 'rewards.py'}:recorded"})
     assert_same_lora(task / "two", tmp_path / "one", rtol=1e-3, atol=1e-6)
     assert rows(tmp_path / "one")[-1]["reward"] == pytest.approx(rows(task / "two")[-1]["reward"], abs=1e-4)
 
@@ -188,16 +188,16 @@ REPORT = SimpleNamespace(prompts=[Prompt(f"a cat number {i}") for i in range(5)]
 
 
 def test_updates_do_not_depend_on_the_number_of_processes():
-    def updates(world, num_batches, batches_a_step):
+    def updates(world):
         found = []
         for rank in range(world):
-            run = fake_run(tiny("sd3"), rank, world, batch_size=2)
-            for number, update in enumerate(shared.updates_of_epoch(run, tiny("sd3"), REPORT, 3, num_batches, batches_a_step)):
+            run = fake_run(tiny("sd3"), rank, world, batch_size=2, gradient_accumulation_steps=2)
+            for number, update in enumerate(shared.updates_of_epoch(run, tiny("sd3"), REPORT, 3, *Run.batches(run, 8))):
                 samples = [pair for batch in update.batches for pair in zip(batch.condition.seeds, batch.condition.prompts)]
                 found.append((number, int(torch.randint(10**9, (), generator=update.generator)), update.weight, samples))
         return found
 
-    one, two = updates(1, 4, 2), updates(2, 2, 1)
+    one, two = updates(1), updates(2)
     assert [u[0] for u in one] == [0, 1] and one[0][1] != one[1][1]
     for number in (0, 1):
         mine = [u for u in two if u[0] == number]
@@ -208,7 +208,7 @@ def test_updates_do_not_depend_on_the_number_of_processes():
 @pytest.mark.parametrize("truncation", [2, 4])
 def test_the_adjoint_gives_the_same_gradient(truncation):
     policy, run = tiny("sd3"), fake_run(tiny("sd3"), 0, 1, 2)
-    update = next(shared.updates_of_epoch(run, policy, REPORT, 0, 4, 1))
+    update = next(shared.updates_of_epoch(run, policy, REPORT, 0, *Run.batches(run, 8)))
     batch = update.batches[0]
     rollout = differentiable_rollout(policy, batch.condition, grad_steps=range(4 - truncation, 4))
     expected = torch.autograd.grad(-batch.reward(rollout.images).sum() * update.weight, run.parameters)

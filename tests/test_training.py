@@ -109,13 +109,13 @@ def test_chunks(number, step, expected):
     assert [list(chunk) for chunk in Run.chunks(number, step)] == expected
 
 
-@pytest.mark.parametrize("accumulation, expected", [(None, (3, 2)), (1, (3, 1)), (3, (3, 3)), (8, (3, 3))])
+@pytest.mark.parametrize("accumulation, expected", [(None, (4, 2)), (1, (6, 1)), (3, (4, 2)), (6, (3, 3)), (8, (3, 3))])
 def test_batches(accumulation, expected):
-    fake = SimpleNamespace(args=parse("--train_batch_size", 2), accelerator=SimpleNamespace(num_processes=2))
+    fake = SimpleNamespace(args=parse("--train_batch_size", 2), accelerator=SimpleNamespace(num_processes=2, process_index=1))
     fake.args.gradient_accumulation_steps = accumulation
     assert Run.batches(fake, 12) == expected
-    with pytest.raises(ValueError, match="14 samples an epoch do not divide into batches of 2 on 2 processes. Change --train_batch_size"):
-        Run.batches(fake, 14)
+    with pytest.raises(ValueError, match="13 samples an epoch .* do not divide into batches of 2. Change --train_batch_size"):
+        Run.batches(fake, 13)
 
 
 def test_loss_weight():
@@ -200,8 +200,8 @@ def test_metrics_leave_out_masked_samples(run):
 def test_metrics_take_in_what_any_process_has_logged(monkeypatch):
     """This process saw no undesirable image, the other one no desirable one."""
     theirs = {"ratio_error": [0.5], "clip_fraction": [0.0], "approx_kl": [0.0], "gain_undesirable": [4.0], "loss": [3.0]}
-    monkeypatch.setattr("diffusers_align.training.run.gather_object", lambda own: own + [theirs])
-    one = SimpleNamespace(lr_scheduler=SimpleNamespace(get_last_lr=lambda: [0.1]))
+    monkeypatch.setattr("diffusers_align.training.metrics.gather_object", lambda own: own + [theirs])
+    one = SimpleNamespace(rates=[0.2, 0.0], epoch=0)
     diagnostics = [[{"ratio_error": 0.25, "clip_fraction": 0.5, "approx_kl": 1.0}]]
     metrics = Run.epoch_metrics(one, None, diagnostics, [2.0, math.inf], {"gain_desirable": [1.0, 3.0], "loss": [1.0, 2.0], "none": []})
     expected = {"ratio_error": 0.5, "clip_fraction": 0.25, "approx_kl": 0.5, "gain_desirable": 2.0, "gain_undesirable": 4.0, "loss": 2.0}

@@ -97,8 +97,7 @@ def targets(policy, trajectory, steps, reward, args, condition):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "Adjoint Matching")
-    num_batches, batches_a_step = run.batches(args.num_prompts_per_epoch)
-    batches_a_step = batches_a_step if args.gradient_accumulation_steps else num_batches
+    num_batches, batches_a_step = run.batches(args.num_prompts_per_epoch, steps=1)
     report, beside = Report(run), pretraining.Pretraining(run)
     policy = run.load_policy()
     make_memoryless(policy, args.sde_type)
@@ -111,7 +110,7 @@ def main(argv=None):
     for epoch in run.epochs():
         # 1 roll out
         call = unguided if args.cfg == "none" else {}
-        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_prompts_per_epoch, 1, **call)
+        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_prompts_per_epoch, None, **call)
         check_chain(samples.batches[0])
         run.explain_once(describe_memory(policy.scheduler))
 
@@ -123,7 +122,7 @@ def main(argv=None):
                 condition = replace(trajectory.condition, kwargs=trajectory.condition.kwargs | unguided)
                 reward = bound_reward(report.reward, [samples.asked[i] for i in samples.index[b].tolist()], args.invalid_rewards)
                 noisy = noisy_steps(policy.scheduler, trajectory, args.min_std)
-                steps = matched_steps(noisy, args.last_steps, args.random_steps, random.Random(f"{args.seed}/{epoch}/{b}/steps"))
+                steps = matched_steps(noisy, args.last_steps, args.random_steps, random.Random(f"{args.seed}/{epoch}/{run.division.block(b)}/steps"))
                 with run.accelerator.autocast():
                     target = targets(policy, trajectory, steps, reward, args, condition)
                 logged["gradient"].append(target.reward.gradient.flatten(1).norm(dim=1).mean().item())

@@ -10,13 +10,13 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from diffusers_align.training.arguments import SamplingArguments
-from diffusers_align.training.method_arguments import GroupArguments, NoisingArguments
+from diffusers_align.training.method_arguments import NoiselessGroupArguments, NoisingArguments
 from diffusers_align.training.options import Decay, NonNegative, Positive, option, parse
 
 DEFAULTS = {"guidance_scale": 1.0, "num_inference_steps": 14, "num_train_timesteps": 6, "timestep_fraction": 0.9, "shared_timesteps": True}
 
 
-class AWMArguments(GroupArguments, NoisingArguments, SamplingArguments, defaults=DEFAULTS):
+class AWMArguments(NoiselessGroupArguments, NoisingArguments, SamplingArguments, defaults=DEFAULTS):
     """AWM"""
 
     weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = option("ghuber", "of the matching error, by its time and size")
@@ -103,7 +103,7 @@ def main(argv=None):
                     logged["log_prob"].append(log_prob.mean().item())
                     diagnostics[-1].append(ratio_diagnostics(log_prob, before, args.clip_range))
             norms.append(run.optimizer_step())
-        lagging.update(lagging_decay(run.optimizer_steps, maximum=args.lag_decay))
+        lagging.update(lagging_decay(run.optimizer_steps, maximum=args.lag_decay) if run.rates else 1.0)  # without an optimizer step it stays
         run.log(run.epoch_metrics(samples, diagnostics, norms, logged))
         report.validate(epoch)
     report.finish()

@@ -69,11 +69,11 @@ from diffusers_align.training.sampling import sample_epoch
 from diffusers_align.training.trust_region import trust_region_update
 
 
-def trained_steps(trajectory, args, epoch, batch):
+def trained_steps(trajectory, args, epoch, block):
     """The stochastic steps, or a random share of them, in order."""
     steps = trajectory.noisy_steps
     number = min(len(steps), max(1, round(len(steps) * args.timestep_fraction)))
-    return sorted(random.Random(f"{args.seed}/{epoch}/{batch}/steps").sample(steps, number))
+    return sorted(random.Random(f"{args.seed}/{epoch}/{block}/steps").sample(steps, number))
 
 
 def gradient_steps(run, policy, samples, advantages, args, epoch, chunks):
@@ -85,7 +85,7 @@ def gradient_steps(run, policy, samples, advantages, args, epoch, chunks):
         diagnostics.append([])
         for b in chunk:
             trajectory, advantage = samples.batches[b], advantages[samples.index[b]]
-            steps = trained_steps(trajectory, args, epoch, b)
+            steps = trained_steps(trajectory, args, epoch, run.division.block(b))
             weight = run.loss_weight(samples, chunk, len(steps))
 
             def on_step(k, transition):
@@ -106,11 +106,9 @@ def gradient_steps(run, policy, samples, advantages, args, epoch, chunks):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "DDPO")
-    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
+    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch, steps=1 if args.estimator == "sf" else 2)
     report = Report(run)
     policy = run.load_policy(eta=args.eta)
-    if args.estimator == "sf":
-        batches_a_step = num_batches
     run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
     statistics = PromptStatistics(args.per_prompt_stat_buffer_size, args.per_prompt_stat_min_count)
     run.register("prompt_statistics", statistics)
@@ -119,7 +117,7 @@ def main(argv=None):
 
     for epoch in run.epochs():
         # 1 roll out
-        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_samples_per_epoch, 1)
+        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_samples_per_epoch, None)
 
         # 2 advantages
         if args.per_prompt_stat_tracking:

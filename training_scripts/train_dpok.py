@@ -138,7 +138,7 @@ def main(argv=None):
 
     for epoch in run.epochs():
         # 1 roll out
-        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_samples_per_epoch, 1)
+        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_samples_per_epoch, None)
         trajectory = samples.batches[0]
         if trajectory.num_steps != args.num_inference_steps:
             raise ValueError(f"The pipeline takes {trajectory.num_steps} steps: say so with --num_inference_steps {trajectory.num_steps}.")

@@ -68,8 +68,8 @@ def balanced(run, rows):
     drawn = round(args.gamma * args.num_samples_per_epoch)
     run.print(f"an epoch: {describe_balance(drawn, args.num_samples_per_epoch - drawn, args.lambda_d, args.lambda_u)}")
 
-    def draw(step, size, seed, rank=0, world=1):
-        return balanced_batch_of(step, size, *classes, seed, rank, world, gamma=args.gamma)
+    def draw(step, size, seed):
+        return balanced_batch_of(step, size, *classes, seed, gamma=args.gamma)
 
     draw(0, 1, args.seed)  # raises now what it would raise after the model is loaded and evaluated
     return draw
@@ -82,15 +82,17 @@ def gains(run, policy, reference, sides):
     return torch.cat([side.ref_error - offline.measure(run, policy, side).error for side in sides])
 
 
-def with_others_captions(policy, sides):
-    """The same noised images, each under the caption of the next of the optimizer step that has another one."""
-    prompts = [prompt for side in sides for prompt in side.condition.prompts]
-    if len(set(prompts)) < 2:
+def with_others_captions(policy, sides, captions, places):
+    """The same noised images, each under the caption of the next of the optimizer step that has another one.
+
+    `captions` are those of the step on all processes, `places` for each of `sides` where its images are among them.
+    """
+    if len(set(captions)) < 2:
         raise ValueError(
-            f"An optimizer step whose images have one caption ({prompts[0]!r}) has no other's: raise --train_batch_size, or choose another --reference_point."
+            f"An optimizer step whose images have one caption ({captions[0]!r}) has no other's: raise --train_batch_size, or choose another --reference_point."
         )
-    turned = iter([next(other for other in prompts[i:] + prompts[:i] if other != own) for i, own in enumerate(prompts)])
-    return [replace(side, condition=policy.condition([next(turned) for _ in side.condition.prompts])) for side in sides]
+    turned = [next(other for other in captions[i:] + captions[:i] if other != own) for i, own in enumerate(captions)]
+    return [replace(side, condition=policy.condition([turned[i] for i in own])) for side, own in zip(sides, places)]
 
 
 def main(argv=None):
@@ -119,7 +121,10 @@ def main(argv=None):
             # 2 their gains over the pretrained model, and those that they are compared with
             gain, other = gains(run, policy, reference, sides), None
             if args.reference_point == "mismatched":
-                other = gains(run, policy, reference, with_others_captions(policy, sides))
+                step = run.division.step(run.division.step_of(chunk[0]))
+                captions = examples.captions(examples.at(epoch, step))
+                places = [[i - step.start for i in run.division.batches[b]] for b in chunk]
+                other = gains(run, policy, reference, with_others_captions(policy, sides, captions, places))
             point = point_of(gain, torch.cat(labels), mismatched_gain=other, reduce=lambda total: run.accelerator.reduce(total, "sum"))
 
             # 3 loss and update

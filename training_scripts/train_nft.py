@@ -8,12 +8,12 @@ The algorithm's page is `diffusers_align/algorithms/diffusion_nft.py` (https://a
 from typing import Literal
 
 from diffusers_align.training.arguments import SamplingArguments
-from diffusers_align.training.method_arguments import GroupArguments, NoisingArguments
+from diffusers_align.training.method_arguments import NoiselessGroupArguments, NoisingArguments
 from diffusers_align.training.options import NonNegative, Positive, option, parse
 
 
 # Predictions are without guidance, so the rollouts must be: it would be distilled in.
-class NFTArguments(GroupArguments, NoisingArguments, SamplingArguments, defaults={"guidance_scale": 1.0}):
+class NFTArguments(NoiselessGroupArguments, NoisingArguments, SamplingArguments, defaults={"guidance_scale": 1.0}):
     """DiffusionNFT"""
 
     beta: Positive = option(1.0, "the smaller, the farther from the old policy the optimum (official: 1, or 0.1)")
@@ -92,7 +92,7 @@ def main(argv=None):
                         logged["kl"].append(kl.mean().item())
                     run.accelerator.backward(loss.sum() * weight)
             norms.append(run.optimizer_step())
-        decay = old_policy_decay(run.optimizer_steps, args.decay)
+        decay = old_policy_decay(run.optimizer_steps, args.decay) if run.rates else 1.0  # without an optimizer step it stays
         old.update(decay)
         run.log(run.epoch_metrics(samples, [], norms, {**logged, "decay": [decay]}))
         report.validate(epoch)

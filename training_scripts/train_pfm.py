@@ -86,6 +86,7 @@ from diffusers_align.policy import noise_seed
 from diffusers_align.rewards.base import listed
 from diffusers_align.training import hub, preference_flow
 from diffusers_align.training.loading import DTYPES, model_source, raise_if_missing
+from diffusers_align.training.offline import epoch_batches
 from diffusers_align.training.pictures import grid, save
 from diffusers_align.training.report import judged_on
 from diffusers_align.training.run import Run
@@ -128,7 +129,7 @@ def load_flow(args, device):
 
 def load_data(args):
     """Canonical pairs to train on, pairs held out, and outputs to judge by: [(Prompt, image)]."""
-    columns = parse_column_map(args.column_map)
+    columns = parse_column_map(args.column_map) if args.column_map else None
     rows, report = load_preferences(args.data, "pair", column_map=columns, split=args.data_split)
     print(report)
     rows, held_out = preference_flow.split_by_prompt(rows, args.held_out, args.seed)
@@ -167,46 +168,47 @@ def held_out_loss(run, flow, pairs):
     return float(torch.cat(losses).mean())
 
 
-def draw(run, pairs, batch):
-    """The rows of this process's share of a batch, their times (B,) and, if asked for, their noise: the same however it is shared."""
-    args, rank, world = run.args, run.accelerator.process_index, run.accelerator.num_processes
-    size, generator = args.train_batch_size, torch.Generator().manual_seed(noise_seed(args.seed, "batch", batch))
-    share = slice(rank * size, (rank + 1) * size)
-    t = torch.rand(size * world, generator=generator)[share]
-    noise = torch.randn(size * world, *pairs.y0.shape[1:], generator=generator)[share] if args.sigma > 0 else None
-    return batch_of(batch, size, len(pairs), args.seed, rank, world), t, noise
+def draw(run, pairs, epoch, b):
+    """The rows of one of this process's batches, their times (B,) and, if asked for, their noise: the same however an epoch is divided."""
+    args, first = run.args, epoch * run.division.num_samples
+    rows, times, noises = [], [], []
+    for position in run.division.batches[b]:
+        place = first + position
+        generator = torch.Generator().manual_seed(noise_seed(args.seed, "sample", place))
+        rows += batch_of(place, 1, len(pairs), args.seed)
+        times.append(torch.rand((), generator=generator))
+        noises.append(torch.randn(pairs.y0.shape[1:], generator=generator) if args.sigma > 0 else torch.zeros(()))
+    return rows, torch.stack(times), torch.stack(noises) if args.sigma > 0 else None
 
 
-def steps_of_epoch(run, pairs):
-    """Optimizer steps of a pass over the pairs; what is over comes first in the next one."""
-    args = run.args
-    return max(1, len(pairs) // (args.train_batch_size * run.accelerator.num_processes * args.gradient_accumulation_steps))
+def samples_of_epoch(args, pairs):
+    """A pass over the pairs in whole optimizer steps; what is over comes first in the next one."""
+    size = args.train_batch_size * args.gradient_accumulation_steps
+    return size * max(1, len(pairs) // size)
 
 
-def train_epoch(run, flow, pairs, epoch):
+def train_epoch(run, flow, pairs, epoch, num_batches, batches_a_step):
     """One pass over the pairs. Returns the epoch's metrics."""
     args, accelerator = run.args, run.accelerator
-    accumulated, number = args.gradient_accumulation_steps, steps_of_epoch(run, pairs)
-    samples = args.train_batch_size * accelerator.num_processes * accumulated
 
     # 1 couple
     generator = torch.Generator().manual_seed(noise_seed(args.seed, "coupling", epoch))
     target = couple(args.coupling, pairs.y0, pairs.y1, pairs.prompts, generator=generator)
     losses, norms = [], []
-    for step in range(epoch * number, (epoch + 1) * number):
-        for batch in range(step * accumulated, (step + 1) * accumulated):
+    for chunk, share in epoch_batches(run, num_batches, batches_a_step):
+        for b in chunk:
             # 2 draw points between losers and winners
-            index, t, noise = draw(run, pairs, batch)
+            index, t, noise = draw(run, pairs, epoch, b)
 
             # 3 loss and update
             loss = batch_loss(run, flow, pairs, target, index, t, noise)
             weight = (pairs.weight[index] / pairs.weight.mean()).to(loss)
-            accelerator.backward((weight * loss).sum() / samples)
+            accelerator.backward((weight * loss).sum() * share)
             losses.append(loss.detach())
         norms.append(run.optimizer_step())
     loss = accelerator.gather(torch.cat(losses))
     error = loss.std() / len(loss) ** 0.5
-    return {"loss": float(loss.mean()), "loss_se": float(error), "grad_norm": sum(norms) / len(norms), "lr": run.lr_scheduler.get_last_lr()[0]}
+    return run.epoch_metrics(None, [], norms, {"loss": [float(loss.mean())], "loss_se": [float(error)]})
 
 
 def main(argv=None):
@@ -225,14 +227,15 @@ def main(argv=None):
     pairs, held_out = (preference_flow.encode_pairs(flow, part, args.train_batch_size, args.resolution, device) if part else None for part in (rows, held_out))
     run.train_parameters(list(flow.vector_field.parameters()), lambda folder: flow.vector_field.save_pretrained(folder / "vector_field"))
     run.meter.watch([flow.vector_field])
-    run.load_optimizer(args.num_epochs * steps_of_epoch(run, pairs))
+    batches = run.batches(samples_of_epoch(args, pairs))
+    run.load_optimizer(args.num_epochs * run.division.num_steps)
     run.resume()
     judged = judged_on((prompt.text for prompt, _ in outputs), {row["prompt"] for row in rows})
     run.print(f"The flow is judged by {len(outputs)} outputs of {judged}.")
     call = {name: getattr(args, name) for name in ("num_inference_steps", "solver", "iterations", "strength")}
 
     for epoch in run.epochs():
-        metrics = train_epoch(run, flow, pairs, epoch)
+        metrics = train_epoch(run, flow, pairs, epoch, *batches)
         if (epoch + 1) % args.validation_epochs == 0:
             with run.averaged(), run.meter.paused():
                 metrics |= {"eval_loss": held_out_loss(run, flow, held_out)} if held_out else {}
@@ -249,10 +252,10 @@ def main(argv=None):
         if run.is_main:
             preference_flow.save(run, flow, transported, rewards, judged)
     run.print(f"Pipeline, pictures and model card: {run.output_dir}")
-    if args.push_to_hub:
+    transported.check_scored(rewards)
+    if args.push_to_hub and not run.health.failed:  # last: what was found is not lost with the network
         run.print(f"Pushed to {run.on_main(lambda: hub.push(run))}.")
     run.end()
-    transported.check_scored(rewards)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ class RewardModelArguments(SourceArguments, BadRowArguments, StepAwareArguments)
     learning_rate: LearningRate = option(1e-3, "of AdamW")
     weight_decay: Annotated[float, Interval(ge=0, le=100)] = option(0.1, "of AdamW")
     seed: Seed = option(42, "of the split, the order and the noise")
+    allow_no_signal: bool = option(False, "end with status 0 although nothing is learned")
     output_dir: str = required("the reward: learned_reward.json, head.safetensors and perhaps lora.safetensors")
 
 
@@ -108,7 +109,7 @@ def main(argv=None):
     model = RewardModel(args.model, args.hidden, args.rank, args.step_aware).to("cuda" if torch.cuda.is_available() else "cpu")
     logits = Logits(model, args.batch_size)
     logits.embed(examples)
-    fit(args, logits, train)
+    learned = fit(args, logits, train)
 
     # 3 judge and save
     metrics = {name: judge(args.kind, logits, part) for name, part in (("train", train), ("held_out", held_out))}
@@ -119,6 +120,11 @@ def main(argv=None):
         for level, worth in by_level.items():
             print(f"  noise level {level}: " + ", ".join(f"{key} {value:.4g}" for key, value in worth.items()))
     print(f"Use it as --reward {args.output_dir}")
+    if not (learned or args.allow_no_signal):
+        raise SystemExit(
+            f"NOTHING WAS LEARNED: no weight has moved in {args.num_epochs} epochs. --learning_rate {args.learning_rate:g} is too small to change a weight in "
+            "float32: raise it (as a rule 1e-4 to 1e-2). The files are complete; with --allow_no_signal the exit status would be 0."
+        )
 
 
 if __name__ == "__main__":

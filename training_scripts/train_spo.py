@@ -97,9 +97,8 @@ def main(argv=None):
         # 2 loss and update: the mean over the pairs that are kept
         norms, logged = [], defaultdict(list)
         logged["kept"], logged["score_gap"] = [samples.keep.float().mean().item()], [samples.gap.mean().item()]
-        size = args.train_batch_size * run.accelerator.num_processes
-        for chunk in run.chunks(num_batches, batches_a_step):
-            kept = samples.keep[chunk.start * size : chunk.stop * size].sum().item()
+        for number, chunk in enumerate(run.chunks(num_batches, batches_a_step)):
+            kept = samples.keep[list(run.division.step(number))].sum().item()
             if kept == 0:
                 continue
             for b in chunk:

@@ -150,9 +150,9 @@ class OptimisationArguments(Arguments):
 
     seed: Seed = option(42, "seed of everything: prompts, noise, LoRA")
     num_epochs: Count = option(100, "rollouts, each followed by its updates")
-    train_batch_size: Count = option(8, "samples of a rollout or replay at a time, on each process")
+    train_batch_size: Count = option(8, "samples of a rollout or replay at a time, at most, on each process")
     gradient_accumulation_steps: Count | None = option(
-        None, "batches of one optimizer step; half of an epoch's if absent, so two steps an epoch (NFT, AWM: one)"
+        None, "times --train_batch_size are the samples of an optimizer step, of all processes together; half an epoch's if absent (NFT, AWM: all)"
     )
     learning_rate: LearningRate = option(3e-4, "of AdamW")
     lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"] = option(
@@ -164,6 +164,7 @@ class OptimisationArguments(Arguments):
     adam_weight_decay: Annotated[float, Interval(ge=0, le=100)] = option(1e-4, "times the learning rate, the share of the weights that a step takes off")
     adam_epsilon: Annotated[float, Interval(gt=0, le=1)] = option(1e-8, "added to the denominator")
     max_grad_norm: NonNegative = option(1.0, "clip the gradient at this norm; 0 does not clip")
+    allow_no_signal: bool = option(False, "go on, and end with status 0, although nothing is learned")
     use_ema: bool = option(False, "evaluate and save an exponential moving average of the LoRA")
     ema_decay: Decay = option(0.9, "of the average, every --ema_interval optimizer steps", needs={"use_ema": True})
     ema_interval: Count = option(8, "optimizer steps between two updates of the average", needs={"use_ema": True})

@@ -19,6 +19,7 @@ from ..driver import Step
 from ..policy import Policy, noise_seed
 from ..trajectory import Trajectory
 from ..transition import GaussianTransition
+from .division import division_of
 from .sampling import Samples
 from .scoring import Scorer, gather_scores
 
@@ -128,12 +129,11 @@ def sample_pairs(run, policy: Policy, reward, prompts, epoch: int, number: int) 
     args, accelerator = run.args, run.accelerator
     chosen = prompts_of_epoch(prompts, number, args.seed, epoch)
     asked = [prompts[i] for i in chosen]
-    mine = list(range(number))[accelerator.process_index :: accelerator.num_processes]
-    run.meter.count_images(len(mine))
+    parts = [list(part) for part in division_of(run, number).batches]
+    run.meter.count_images(sum(map(len, parts)))
     found, index, steps = [], [], []
     with Scorer.of_run(reward, args) as scorer, Scorer.of_run(reward, args) as final:
-        for start in range(0, len(mine), args.train_batch_size):
-            part = mine[start : start + args.train_batch_size]
+        for part in parts:
             with accelerator.autocast():
                 candidates = roll_out_candidates(
                     policy, [asked[i].text for i in part], [noise_seed(args.seed, epoch, i, chosen[i]) for i in part], args.num_candidates
@@ -152,7 +152,7 @@ def sample_pairs(run, policy: Policy, reward, prompts, epoch: int, number: int) 
     winner, loser, keep, gap = (value.reshape(number, len(steps)) for value in (pairs.winner, pairs.loser, pairs.keep, pairs.gap))
     batches = [trajectory for trajectory, _ in found]
     best, worst = ([_picked(drawn, side[i]) for (_, drawn), i in zip(found, index)] for side in (winner, loser))
-    images = Samples(batches, index, [p.text for p in asked], torch.arange(number), components["reward"], components, asked)
+    images = Samples(batches, index, [p.text for p in asked], torch.zeros(number, dtype=torch.long), components["reward"], components, asked)
     return StepSamples(batches, index, best, worst, steps, keep, gap, images)
 
 

@@ -145,6 +145,7 @@ def interruptible(run) -> Iterator[None]:
         if line:
             # Not print: the signal may come in the middle of another one.
             os.write(2, f"\n{line}\n".encode())
+        run.exit_status = 130
         raise Interrupted(130)
 
     for number in before:

@@ -46,6 +46,17 @@ class GroupArguments(Arguments):
         return self
 
 
+class NoiselessGroupArguments(GroupArguments):
+    """groups and advantages"""
+
+    # Of methods that sample along the ODE.
+    @model_validator(mode="after")
+    def _check_same_latent(self):
+        if self.same_latent:
+            raise ValueError("--same_latent: this script samples without noise in its steps, so all images of a group would be equal. Leave it out")
+        return self
+
+
 class NoisingArguments(Arguments):
     """noised samples"""
 

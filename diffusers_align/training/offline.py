@@ -56,7 +56,7 @@ class Examples:
     Args:
         rows: of `load_rows`.
         stream: what tells its noise from that of another data set of the run.
-        draw: another way than `batch_of` to choose rows, with the arguments (step, batch_size, seed, rank, world).
+        draw: another way than `batch_of` to choose rows, with the arguments (step, batch_size, seed).
 
     Attributes:
         latents, noising: `LatentImages` and `Noising`, where their product `noised` is not what is wanted.
@@ -68,19 +68,22 @@ class Examples:
 
     def positions(self, epoch: int, batch: int) -> list[Position]:
         """The rows that this process sees in a batch of an epoch."""
-        args, rank, world = self.run.args, self.run.accelerator.process_index, self.run.accelerator.num_processes
-        step, size = epoch * self.run.num_batches + batch, args.train_batch_size
-        if self.draw is None:
-            rows = batch_of(step, size, len(self.rows), args.seed, rank, world)
-        else:
-            rows = self.draw(step, size, args.seed, rank, world)
-        first = (step * world + rank) * size
-        return [Position(row, noise_seed(args.seed, self.stream, first + i), epoch) for i, row in enumerate(rows)]
+        return self.at(epoch, self.run.division.batches[batch])
 
-    def condition(self, places: list[Position]) -> Condition:
+    def at(self, epoch: int, numbers: range) -> list[Position]:
+        """The rows at these positions of an epoch's samples (`Division`), the same on every process."""
+        seed, first = self.run.args.seed, epoch * self.run.division.num_samples
+        draw = self.draw or (lambda place, size, seed: batch_of(place, size, len(self.rows), seed))
+        return [Position(draw(first + i, 1, seed)[0], noise_seed(seed, self.stream, first + i), epoch) for i in numbers]
+
+    def captions(self, places: list[Position]) -> list[str]:
         """The captions of the places, some of them emptied: whatever is noised there is seen under the same."""
         share = self.run.args.proportion_empty_prompts
-        return self.policy.condition(["" if random.Random(place.seed).random() < share else self.rows[place.row]["prompt"] for place in places])
+        return ["" if random.Random(place.seed).random() < share else self.rows[place.row]["prompt"] for place in places]
+
+    def condition(self, places: list[Position]) -> Condition:
+        """The pipeline's call with the places' `captions`."""
+        return self.policy.condition(self.captions(places))
 
     def noised(self, images: list[LazyImage], places: list[Position], condition: Condition) -> Noised:
         return self.noising(self.latents(images, places, condition), places, condition)
@@ -122,8 +125,8 @@ class Reference:
                 side.reference = predict(self.run, self.policy, side)
 
     def follow(self) -> None:
-        """After each optimizer step."""
-        if self.lagging is not None:
+        """After each optimizer step; one that a loss scaler skipped is none."""
+        if self.lagging is not None and not self.run.step_skipped:
             self.lagging.update(self.decay)
 
 
@@ -176,7 +179,7 @@ def descend(run, policy: Policy, loss: Callable[..., Tensor], sides: list[Noised
 
 def sample_weight(run, batches: range) -> float:
     """What makes the sum over the samples of an optimizer step's batches, on all processes, their mean."""
-    return 1 / (len(batches) * run.args.train_batch_size * run.accelerator.num_processes)
+    return 1 / (sum(len(run.division.batches[b]) for b in batches) * run.accelerator.num_processes)
 
 
 def epoch_batches(run, num_batches: int, batches_a_step: int) -> Iterator[tuple[range, float]]:

@@ -130,23 +130,24 @@ def _paste(sheet: Image.Image, image: Tensor, x: int, y: int, width: int, height
 
 def reward_curve(history: list[dict[str, float]], path: Path) -> None:
     """Mean reward an epoch with its spread between samples, or where there are no rollouts the accuracy on pairs or the loss; and the KL
-    to the reference where logged."""
+    to the reference where logged. Epochs without a number are gaps; without any there is no picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    epochs = [row["epoch"] for row in history]
-    with_kl = all("kl" in row for row in history)
+    labels = {"reward": "reward of rollouts (mean, s.e.)", "accuracy": "accuracy on the epoch's pairs", "loss": "training loss"}
+    name = next((name for name in labels if any(name in row for row in history)), None)
+    if name is None:
+        return
+    epochs, with_kl = [row["epoch"] for row in history], any("kl" in row for row in history)
     figure = Figure(figsize=(6, 5 if with_kl else 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2 if with_kl else 1, 1, sharex=True, squeeze=False)[:, 0]
-    labels = {"reward": "reward of rollouts (mean, s.e.)", "accuracy": "accuracy on the epoch's pairs", "loss": "training loss"}
-    name, label = next((name, label) for name, label in labels.items() if name in history[0])
-    values, error = [row[name] for row in history], [row.get(f"{name}_se", 0.0) for row in history]
+    values, error = [row.get(name, float("nan")) for row in history], [row.get(f"{name}_se", 0.0) for row in history]
     axes[0].plot(epochs, values, color="tab:blue")
     axes[0].fill_between(epochs, [v - e for v, e in zip(values, error)], [v + e for v, e in zip(values, error)], alpha=0.25, color="tab:blue")
-    axes[0].set_ylabel(label)
+    axes[0].set_ylabel(labels[name])
     if with_kl:
-        axes[1].plot(epochs, [row["kl"] for row in history], color="tab:red")
+        axes[1].plot(epochs, [row.get("kl", float("nan")) for row in history], color="tab:red")
         axes[1].set_ylabel("KL to the reference")
     axes[-1].set_xlabel("epoch")
     figure.savefig(path, dpi=110)

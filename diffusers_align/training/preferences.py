@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data.prompts import Prompt, prompts_of_epoch
 from ..policy import Policy
 from ..trajectory import Trajectory
+from .division import division_of
 from .sampling import Samples
 
 NOISE_FIELDS = ("sde_type", "noise_level", "sde_window", "eta")
@@ -93,12 +94,10 @@ class StoredTrajectories:
 
     def epoch(self, run, epoch: int, num_prompts: int) -> Samples:
         """The trajectories of `num_prompts` prompts, as `sample_epoch` would have drawn them."""
-        args, accelerator = run.args, run.accelerator
-        chosen = prompts_of_epoch(self.prompts, num_prompts, args.seed, epoch)
+        chosen = prompts_of_epoch(self.prompts, num_prompts, run.args.seed, epoch)
         rows = [(place, row) for place, prompt in enumerate(chosen) for row in self.groups[prompt]]
-        mine = list(range(len(rows)))[accelerator.process_index :: accelerator.num_processes]
-        index = [mine[start : start + args.train_batch_size] for start in range(0, len(mine), args.train_batch_size)]
-        batches = [Trajectory.cat([self._load(rows[i][1], accelerator.device) for i in part]) for part in index]
+        index = [list(part) for part in division_of(run, len(rows)).batches]
+        batches = [Trajectory.cat([self._load(rows[i][1], run.accelerator.device) for i in part]) for part in index]
         rewards, asked = torch.tensor([row["reward"] for _, row in rows]), [self.prompts[chosen[place]] for place, _ in rows]
         groups = torch.tensor([place for place, _ in rows])
         return Samples(batches, [torch.tensor(part) for part in index], [p.text for p in asked], groups, rewards, {"reward": rewards}, asked)

@@ -81,7 +81,7 @@ def made_by(run) -> dict[str, Any]:
         "algorithm": run.algorithm,
         "flags": flags,
         "contents": {name: value for name, value in contents.items() if value is not None},
-        "samples_a_step": run.samples_a_step or args["train_batch_size"] * run.accelerator.num_processes * (args["gradient_accumulation_steps"] or 1),
+        "samples_a_step": run.division.step_size if run.division else args["train_batch_size"] * (args["gradient_accumulation_steps"] or 1),
         "processes": run.accelerator.num_processes,
         "commands": [{"epoch": run.epoch, "command": without_secrets(run.args.command)}],
     }

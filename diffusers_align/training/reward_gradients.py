@@ -24,6 +24,7 @@ from ..gradient_check import check_gradient
 from ..policy import Policy, noise_seed
 from ..rl.reward_maps import distance, hinge, shortfall
 from .adjoints import bound_reward
+from .division import division_of
 from .method_arguments import RewardGradientArguments
 from .offline import epoch_batches
 
@@ -109,13 +110,13 @@ class Update:
 
 def updates_of_epoch(run, policy: Policy, report, epoch: int, num_batches: int, batches_a_step: int) -> Iterator[Update]:
     """The optimizer steps of an epoch; `num_batches` and `batches_a_step` as `Run.batches` has them."""
-    args, rank, world = run.args, run.accelerator.process_index, run.accelerator.num_processes
+    args = run.args
     chosen = prompts_of_epoch(report.prompts, args.num_samples_per_epoch, args.seed, epoch)
-    mine = range(args.num_samples_per_epoch)[rank::world]
-    run.meter.count_images(len(mine))
+    parts = division_of(run, args.num_samples_per_epoch).batches
+    run.meter.count_images(sum(map(len, parts)))
 
     def batch(b: int) -> Batch:
-        places = mine[b * args.train_batch_size : (b + 1) * args.train_batch_size]
+        places = parts[b]
         asked = [report.prompts[chosen[i]] for i in places]
         condition = policy.condition([p.text for p in asked], seeds=[noise_seed(args.seed, epoch, i, chosen[i]) for i in places])
         return Batch(condition, asked, bound_reward(report.reward, asked, args.invalid_rewards))

@@ -15,6 +15,7 @@ from ..data.augment import to_tensor
 from ..policy import Policy, noise_seed
 from ..rewards.learned import RewardModel
 from ..rl.preferences import pair_loss, plackett_luce_loss
+from .health import Start
 from .noised_images import LatentImages, Noising, Position, as_they_are, predict
 
 TARGET = {"pair": "label_0", "binary": "label", "scored": "reward", "ranked": "ranks"}
@@ -157,11 +158,41 @@ def losses(kind: str, outputs: Tensor, targets: Tensor) -> Tensor:
     return plackett_luce_loss(outputs, targets) if kind == "ranked" else (outputs[:, 0] - targets).square()
 
 
-def fit(args, logits: Logits, examples: list[Example]) -> None:
-    """AdamW on minibatches in an order that the seed gives."""
+def check_signal(kind: str, targets: Tensor) -> None:
+    """Find out before fitting that there is nothing to fit.
+
+    Raises:
+        ValueError: the targets prefer nothing: ties alone, one label, or one score.
+    """
+    known = ~targets.isnan()
+    if kind == "ranked":
+        equal = (targets.where(known, -torch.inf).amax(1) == targets.where(known, torch.inf).amin(1)).all()
+    else:
+        equal = (targets == 0.5).all() if kind == "pair" else (targets == targets[0]).all()
+    if equal:
+        what = {
+            "pair": "all pairs are ties",
+            "ranked": "all images of a prompt have one rank",
+            "binary": "all labels are equal",
+            "scored": "all scores are equal",
+        }
+        raise ValueError(
+            f"There is nothing to learn from {len(targets)} examples of kind {kind}: {what[kind]}. Give data that prefers something, or check --column_map."
+        )
+
+
+def fit(args, logits: Logits, examples: list[Example]) -> bool:
+    """AdamW on minibatches in an order that the seed gives. Returns whether it has moved a weight.
+
+    Raises:
+        ValueError: the examples prefer nothing.
+    """
+    check_signal(args.kind, targets_of(examples))
     model, order = logits.model, torch.Generator().manual_seed(args.seed)
     parameters = [*model.head.parameters(), *(p for name, p in model.clip.named_parameters() if "lora_" in name)]
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay)
+    start = Start(parameters)
+    start.mark()
     model.head.train()
     for _ in (bar := tqdm(range(args.num_epochs), desc="fitting", unit="epoch")):
         for index in torch.randperm(len(examples), generator=order).split(args.batch_size):
@@ -174,6 +205,7 @@ def fit(args, logits: Logits, examples: list[Example]) -> None:
             optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.4f}")
     model.head.eval()
+    return start.moved()
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 10) -> float:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -13,19 +11,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..driver import denoisers
 from ..policy import Policy
-from . import checkpoints, costs, failures, hub, sharding
+from . import checkpoints, costs, endings, failures, hub, sharding
 from .arguments import check_output_dir
 from .averages import Averaged, CheckpointedWeights
+from .division import Division, divide
 from .folder_lock import FolderLock
+from .health import Health
 from .loading import call_arguments, load_pipeline, training_scheduler
-from .pictures import reward_curve
+from .metrics import epoch_metrics, write_history
 from .resumable import AverageState, OptimizerState, ScheduleState
 from .resuming import without_secrets
 
@@ -39,8 +39,11 @@ class Run:
         meter: counts what the run costs, for `costs.json`.
         registered: what checkpoints hold, by name.
         made_by: the algorithm, flags and commands that a checkpoint keeps; None before `resume`.
-        samples_a_step: samples of an optimizer step, over all processes.
+        division: which samples of an epoch make which optimizer step and batch; `batches` sets it.
         doing: what is interrupted by a signal, in words; None within the epochs.
+        optimizer_steps: those made; what a loss scaler leaves out counts in `skipped_steps` alone.
+        rates: learning rates of the epoch's optimizer steps so far.
+        finished: whether the script has come to its end, `end`. Before that, its process ends with `exit_status`, or with 1.
         early_stop: ends `epochs` before their number is reached, as soon as it has a reason; None never does.
     """
 
@@ -62,13 +65,17 @@ class Run:
         set_seed(args.seed)
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
         self.history: list[dict[str, float]] = []
-        self.epoch, self.ema, self.optimizer_steps, self.num_batches, self.samples_a_step = 0, None, 0, 0, None
-        self.meter = costs.Meter()
+        self.epoch, self.ema, self.optimizer_steps, self.num_batches = 0, None, 0, 0
+        self.division: Division | None = None
+        self.skipped_steps, self.step_skipped, self.rates = 0, False, []
+        self.finished, self.exit_status = False, None
+        self.health, self.meter = Health(self), costs.Meter()
         self.early_stop, self.made_by = None, None
         self._explained: set[str] = set()
         self.registered: dict[str, Any] = {}
         self.fresh: dict[str, Callable[[], None] | None] = {}
         self.register("run", self)
+        endings.watch(self)
 
     def _lock_folder(self) -> str | None:
         """Refuse a second run in the output folder. Returns why there is no lock, if so."""
@@ -114,6 +121,7 @@ class Run:
     def train_parameters(self, parameters: list[torch.nn.Parameter], save: Callable[[Path], None]) -> None:
         """What is optimised, averaged and resumed, in float32, and what writes it to a folder in the form that users load."""
         self.parameters, self.save_weights = parameters, save
+        self.health.watch(parameters)
         self.register("weights", CheckpointedWeights(parameters))
 
     def load_optimizer(self, steps: int) -> None:
@@ -133,7 +141,7 @@ class Run:
             self.register("moving_average", average, fresh=lambda: average.start_from(parameters))
 
     def batches(self, num_samples: int, steps: int = 2) -> tuple[int, int]:
-        """How many batches an epoch's samples make on each process, and how many of them make an optimizer step.
+        """How many batches an epoch's samples make on each process, and how many of them make an optimizer step: see `division`.
 
         Args:
             steps: optimizer steps an epoch where `--gradient_accumulation_steps` does not say.
@@ -141,16 +149,12 @@ class Run:
         Raises:
             ValueError: the samples do not divide into equal batches.
         """
-        args, processes = self.args, self.accelerator.num_processes
-        if num_samples % (processes * args.train_batch_size):
-            raise ValueError(
-                f"{num_samples} samples an epoch do not divide into batches of {args.train_batch_size} on {processes} processes. "
-                "Change --train_batch_size or the number of samples."
-            )
-        number = self.num_batches = num_samples // (processes * args.train_batch_size)
-        batches_a_step = min(number, args.gradient_accumulation_steps or -(-number // steps))
-        self.samples_a_step = batches_a_step * processes * args.train_batch_size
-        return number, batches_a_step
+        accelerator = self.accelerator
+        self.division, changed = divide(self.args, num_samples, steps, accelerator.process_index, accelerator.num_processes)
+        if changed:
+            self.explain_once(changed)
+        self.num_batches = len(self.division.batches)
+        return self.num_batches, self.division.batches_a_step
 
     @staticmethod
     def chunks(num_batches: int, batches_a_step: int) -> list[range]:
@@ -170,17 +174,15 @@ class Run:
     def optimizer_step(self, max_norm: float | None = None) -> float:
         """All-reduce, clip at `max_norm` (`--max_grad_norm` if absent), step, average. Returns the gradient's norm before clipping.
 
-        Gradients are summed by hand: a data-parallel wrapper would hide the denoiser's class from the pipeline.
+        Gradients are summed by hand: a data-parallel wrapper would hide the denoiser's class from the pipeline. A step that a loss scaler
+        skips moves neither the schedule nor the average on.
 
         Raises:
             FloatingPointError: the gradient is not finite, and there is no loss scaler to skip the step. The weights are untouched.
         """
         parameters = self.parameters
         if self.accelerator.num_processes > 1:
-            for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
+            sharding.sum_over_processes(parameters)
         limit = self.args.max_grad_norm if max_norm is None else max_norm
         norm = self.accelerator.clip_grad_norm_(parameters, limit or math.inf)  # infinity: measured, not clipped
         if self.accelerator.scaler is None and not math.isfinite(norm):
@@ -189,8 +191,13 @@ class Run:
                 f"that overflows, or lower the learning rate. {failures.how_to_resume(self)}"
             )
         self.optimizer.step()
-        self.lr_scheduler.step()
         self.optimizer.zero_grad()
+        self.step_skipped = self.optimizer.step_was_skipped  # by the loss scaler: nothing has changed, so nothing moves on
+        if self.step_skipped:
+            self.skipped_steps += 1
+            return float(norm)
+        self.rates.append(self.lr_scheduler.get_last_lr()[0])
+        self.lr_scheduler.step()
         self.count_update()
         return float(norm)
 
@@ -208,14 +215,17 @@ class Run:
     # --- epochs, metrics -------------------------------------------------------------------------------------------
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are left, under a progress bar; checkpoints on the way and at the end."""
+        """The epochs that are left, under a progress bar; a look at the run's health after each, checkpoints on the way and at the end."""
         args = self.args
+        self.health.begin()
         bar_style = {"desc": self.algorithm, "unit": "epoch", "disable": not self.is_main}
         self.doing = None
         with self.meter.running(), tqdm(total=args.num_epochs, initial=self.epoch, **bar_style) as bar:
             while self.epoch < args.num_epochs and not self.stopped:
+                self.rates.clear()
                 yield self.epoch
                 self.epoch += 1
+                self.health.look()
                 bar.update()
                 latest, shown = (self.history or [{}])[-1], ("reward", "accuracy", "loss", "ratio_error", "kl")
                 bar.set_postfix({name: f"{latest[name]:.3g}" for name in shown if name in latest})
@@ -226,24 +236,22 @@ class Run:
     @property
     def stopped(self) -> bool:
         """Whether the run has ended before its last epoch."""
-        return self.early_stop is not None and self.early_stop.reason is not None
+        return self.health.hopeless or (self.early_stop is not None and self.early_stop.reason is not None)
+
+    def end(self) -> None:
+        """The end of a script, when all files are written.
+
+        Raises:
+            SystemExit: with a status other than 0, and the reason in words, where nothing was learned; not with `--allow_no_signal`.
+        """
+        self.accelerator.end_training()
+        self.services.close()
+        self.finished = True
+        self.health.verdict()
 
     def epoch_metrics(self, samples, diagnostics: list[list[dict]], norms: list[float], others: dict[str, list[float]]) -> dict[str, float]:
-        """Reward metrics of `samples` (None: there are none); `ratio_error` before the first update, clipping after the last, if there are
-        ratios; means of `others` over whatever any process has logged of a name: one may have seen nothing of its kind."""
-        metrics = samples.metrics() if samples is not None else {}
-        own = {name: list(values) for name, values in others.items()}
-        if diagnostics:
-            first, last = diagnostics[0], diagnostics[-1]
-            means = {name: [sum(d[name] for d in last) / len(last)] for name in ("clip_fraction", "approx_kl")}
-            own = {"ratio_error": [max(d["ratio_error"] for d in first)], **means, **own}
-        gathered = gather_object([own])
-        for name in dict.fromkeys(name for part in gathered for name in part):
-            if values := [value for part in gathered for value in part.get(name, ())]:
-                metrics[name] = max(values) if name == "ratio_error" else sum(values) / len(values)
-        # A loss scaler's first steps overflow, by design.
-        finite = [norm for norm in norms if math.isfinite(norm)] or [0.0]
-        return {**metrics, "grad_norm": sum(finite) / len(finite), "lr": self.lr_scheduler.get_last_lr()[0]}
+        """What to log of an epoch: see `metrics.epoch_metrics`."""
+        return epoch_metrics(self, samples, diagnostics, norms, others)
 
     def log(self, metrics: dict[str, float]) -> None:
         """Add an epoch's metrics to the history, `metrics.jsonl`, the curve and the trackers."""
@@ -252,8 +260,7 @@ class Run:
         self.accelerator.log(row, step=self.epoch)
         if self.is_main:
             with failures.resumable(self):
-                _write_atomically(self.output_dir / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self.history))
-                reward_curve(self.history, self.output_dir / "reward_curve.png")
+                write_history(self)
 
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -309,14 +316,3 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.history, self.optimizer_steps = state["epoch"], list(state["history"]), state["optimizer_steps"]
-
-    def end(self) -> None:
-        """The run is over: close the trackers, let go of the output folder and of the signals."""
-        self.accelerator.end_training()
-        self.services.close()
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -16,6 +16,7 @@ from ..policy import Policy, noise_seed
 from ..rewards import InvalidReward
 from ..stock import stock_images
 from ..trajectory import Condition, Trajectory
+from .division import division_of
 from .scoring import Scorer, columns_of, gather_scores
 from .statistics import mean_and_error
 
@@ -28,7 +29,7 @@ class Samples:
         batches: this process's trajectories, in the batches in which they are to be replayed: equal shapes make equal bits.
         index: for each of `batches`, the positions (B,) of its samples among the N.
         prompts: N texts.
-        groups: (N,) integers, equal where prompt and occasion are.
+        groups: (N,) integers, equal where rewards are compared: where prompt and occasion are equal, or without groups everywhere.
         rewards: (N,) float32; NaN where masked.
         components: every reward by name, (N,).
         asked: the N prompts with the data set's other fields.
@@ -43,12 +44,11 @@ class Samples:
     asked: list[Prompt]
 
     def metrics(self) -> dict[str, float]:
-        """Mean and s.e. of the reward, its spread within groups, the share of groups without any, means of its components."""
+        """Mean and s.e. of the reward, its spread within groups, the share of groups without any (`zero_std`), means of its components."""
         valid = self.rewards[~self.rewards.isnan()]
         out = {"reward": valid.mean(), **({"reward_se": valid.std() / len(valid) ** 0.5} if len(valid) > 1 else {})}
-        if len(self.groups.unique()) < len(self.groups):
-            spread = torch.stack([_spread(self.rewards[self.groups == g]) for g in self.groups.unique()])
-            out |= {"reward_std": spread.mean(), "zero_std": (spread < 1e-6).float().mean()}
+        spread = torch.stack([_spread(self.rewards[self.groups == g]) for g in self.groups.unique()])
+        out |= {"reward_std": spread.mean(), "zero_std": (spread < 1e-6).float().mean()}
         parts = {f"reward/{name}": values[~values.isnan()].mean() for name, values in self.components.items() if name != "reward" and not values.isnan().all()}
         invalid = {"invalid_rewards": self.rewards.isnan().sum()} if len(valid) < len(self.rewards) else {}
         return {name: float(value) for name, value in {**out, **parts, **invalid}.items()}
@@ -66,7 +66,7 @@ def sample_epoch(
     prompts: list[Prompt],
     epoch: int,
     num_prompts: int,
-    group_size: int,
+    group_size: int | None,
     same_latent: bool = False,
     deterministic: bool = False,
     **call_kwargs: Any,
@@ -76,23 +76,28 @@ def sample_epoch(
     Noise is keyed by (seed, epoch, prompt, sample), so neither the batch size nor the number of processes changes a sample.
 
     Args:
+        group_size: None for one sample of each and no groups: all of the epoch are compared with each other.
         same_latent: the samples of a group share their initial noise, so that their rewards differ by the steps' noise alone.
         deterministic: walk the ODE, for methods that need no log-probabilities.
         call_kwargs: arguments of the pipeline's calls that override the policy's.
+
+    Raises:
+        ValueError: `same_latent` and `deterministic`: the images of a group would be equal, and so their rewards.
     """
+    if same_latent and deterministic:
+        raise ValueError("One initial noise a group (same_latent) and no other noise (deterministic) make equal images: leave out one of the two.")
     args, accelerator = run.args, run.accelerator
     chosen = prompts_of_epoch(prompts, num_prompts, args.seed, epoch)
-    order = [(group, sample) for group in range(num_prompts) for sample in range(group_size)]
+    order = [(group, sample) for group in range(num_prompts) for sample in range(group_size or 1)]
     random.Random(f"{args.seed}/{epoch}/order").shuffle(order)
     step_seeds = [noise_seed(args.seed, epoch, group, chosen[group], sample) for group, sample in order]
     seeds = [noise_seed(args.seed, epoch, group, chosen[group]) for group, _ in order] if same_latent else step_seeds
-    mine = list(range(len(order)))[accelerator.process_index :: accelerator.num_processes]
     asked = [prompts[chosen[group]] for group, _ in order]
-    run.meter.count_images(len(mine))
+    parts = [list(part) for part in division_of(run, len(order)).batches]
+    run.meter.count_images(sum(map(len, parts)))
     batches, index = [], []
     with Scorer.of_run(reward, args) as scorer:
-        for start in range(0, len(mine), args.train_batch_size):
-            part = mine[start : start + args.train_batch_size]
+        for part in parts:
             with accelerator.autocast():
                 noise = {"seeds": [seeds[i] for i in part], "step_seeds": [step_seeds[i] for i in part]}
                 trajectory = policy.rollout([asked[i].text for i in part], **noise, deterministic=deterministic, **call_kwargs)
@@ -103,7 +108,7 @@ def sample_epoch(
                 images = policy.decode(trajectory.final, trajectory.condition).float()
             scorer.submit(part, images, [asked[i] for i in part])
         components = gather_scores(run, scorer, asked)
-    groups = torch.tensor([group for group, _ in order])
+    groups = torch.tensor([group if group_size else 0 for group, _ in order])
     return Samples(batches, index, [p.text for p in asked], groups, components["reward"], components, asked)
 
 

@@ -98,3 +98,12 @@ def shard(denoisers: Iterable[nn.Module], device: torch.device) -> None:
             part.register_forward_hook(_without_views)
             # The root too: a process that saves lets go of what it has gathered, and would then gather at another call than the others.
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
+
+
+def sum_over_processes(parameters: list[torch.nn.Parameter]) -> None:
+    """All gradients, in one message; that of a parameter without one counts as 0."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    total = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(total)
+    for parameter, part in zip(parameters, total.split([p.numel() for p in parameters])):
+        parameter.grad = part.view_as(parameter)

@@ -129,5 +129,6 @@ def trust_region_update(
         problem.parameters, problem.value_and_gradient, problem.fisher_product, problem.evaluate,
         max_kl=max_kl, cg_iterations=cg_iterations, damping=cg_damping,
     )  # fmt: skip
-    run.count_update()
+    if report["accepted"]:
+        run.count_update()
     return {**report, "ratio_error": problem.ratio_error, "ess": problem.ess}

@@ -1,0 +1,114 @@
+"""What can keep a run from learning, told by its numbers: what was seen, the likely cause, what to change.
+
+Each rule takes what an epoch showed (`health.Seen`) and yields sentences, or nothing. The order is that of cause and effect: rewards, what is
+made of them, the optimizer's steps. Where an earlier rule explains that the weights stand still, later ones keep quiet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+# A replay of the roll-out's own steps must give its log-probabilities: anything above rounding is another computation.
+MAX_RATIO_ERROR = 1e-6
+# From this share of missing rewards on, it is no matter of single samples.
+MANY_MISSING = 0.25
+
+
+def symptoms_of(seen) -> Iterator[str]:
+    """All that the rules find, causes before effects."""
+    causes = [text for rule in (_groups, _pairs, _optimizer) for text in rule(seen)]
+    yield from causes
+    if not causes and not seen.moved:
+        yield from _standstill(seen)
+    yield from _missing(seen)
+    yield from _ratio(seen)
+
+
+def _groups(seen) -> Iterator[str]:
+    row, args = seen.row, seen.args
+    if row.get("zero_std") != 1.0:
+        return
+    if getattr(args, "num_samples_per_epoch", None) == 1:
+        yield "No advantage (zero_std 1): with --num_samples_per_epoch 1 a sample has no other to be compared with. Take 2 or more."
+    else:
+        yield (
+            f"No signal (zero_std 1): no two rewards that are compared differ (mean {row.get('reward', float('nan')):.4g}). The reward is constant or "
+            "too coarse (a threshold, a limit that all reach), does not see what it needs (a missing column, black images), or the images themselves "
+            "are equal. Look at samples/, call the reward on two different images, or choose a finer one."
+        )
+
+
+def _pairs(seen) -> Iterator[str]:
+    row, args = seen.row, seen.args
+    if row.get("pairs") == 0 and row.get("zero_std") != 1.0:
+        yield (
+            f"No pairs: no two rewards of a prompt differ by more than --min_margin {getattr(args, 'min_margin', 0):g}. "
+            "Lower it, or take a larger --group_size."
+        )
+    if row.get("kept") == 0 and row.get("zero_std") != 1.0:
+        yield (
+            f"No pairs: at no step do best and worst candidate differ by --threshold {getattr(args, 'threshold', 0):g} in preference (their scaled scores "
+            f"differ by {row.get('score_gap', 0):.3g} on average). Raise --score_scale to the scale of logits, lower --threshold, or take more "
+            "--num_candidates."
+        )
+
+
+def _optimizer(seen) -> Iterator[str]:
+    row, args = seen.row, seen.args
+    if row.get("accepted") == 0 and row.get("grad_norm", 0) > 0:
+        yield (
+            f"No trust-region step was accepted: the line search found none within --max_kl {getattr(args, 'max_kl', 0):g} that improves the surrogate "
+            f"(the last it tried: KL {row.get('kl', 0):.3g}, improvement {row.get('improvement', 0):.3g}). Raise --cg_damping or --cg_iterations, change "
+            "--max_kl, or take more samples."
+        )
+    if seen.skipped and not seen.made:
+        yield (
+            f"The loss scaler of fp16 skipped all {seen.skipped} optimizer steps: their gradients overflowed. Some at the start are its way of finding a "
+            "scale; if it goes on, use --mixed_precision bf16, or scale the loss down (--reward_scale, where the script has it)."
+        )
+    elif seen.rates and max(seen.rates) == 0 and not seen.moved:
+        yield (
+            f"The learning rate was 0 in every optimizer step: --lr_scheduler {args.lr_scheduler} with --lr_warmup_steps {args.lr_warmup_steps} begins or "
+            "ends there. Make more steps (--num_epochs, a smaller --gradient_accumulation_steps), or use --lr_scheduler constant."
+        )
+
+
+def _standstill(seen) -> Iterator[str]:
+    """No weight has moved although rewards differ and the optimizer has made its steps."""
+    row, args = seen.row, seen.args
+    if row.get("grad_norm", 0) > 0 and seen.made:
+        yield (
+            f"No weight has moved although the gradient is not 0 (norm {row['grad_norm']:.3g}): steps of --learning_rate {args.learning_rate:g} with gradients "
+            f"cut at --max_grad_norm {args.max_grad_norm:g} are too small to change a weight in float32. Raise what is unusually small "
+            "(as a rule 1e-6 to 1e-3, and 1)."
+        )
+    elif row.get("hinge_inactive") == 1 or getattr(args, "reward_map", None) == "hinge":
+        yield (
+            f"The gradient is 0: all rewards lie above --reward_target {getattr(args, 'reward_target', None)}, where --reward_map hinge asks for nothing "
+            "more. Raise the target."
+        )
+    elif row.get("grad_norm", 1.0) == 0:
+        yield (
+            "The gradient is 0 in every step: the loss does not depend on the weights. Look for a limit that cuts everything off (--adv_clip_max, "
+            "--clip_range, --loss_clip, --reward_filter), a weight of 0, or data whose two sides are equal."
+        )
+
+
+def _missing(seen) -> Iterator[str]:
+    missing = seen.row.get("invalid_rewards", 0)
+    if seen.number and missing >= MANY_MISSING * seen.number:
+        yield (
+            f"{missing:.0f} of {seen.number} rewards ({missing / seen.number:.0%}) are missing (NaN, or the reward failed) and their samples left out. "
+            "Repair the reward, or leave out the prompts that it cannot score; they are named above."
+        )
+
+
+def _ratio(seen) -> Iterator[str]:
+    error = seen.row.get("ratio_error", 0.0)
+    if not error <= MAX_RATIO_ERROR:
+        yield (
+            f"ratio_error is {error:.2g} and should be 0: before the first update, replayed steps have other log-probabilities than when they were drawn, "
+            "which the clip takes for a change of the policy. Look for what differs between the two: dropout or other randomness in the model, kernels that "
+            "are not deterministic or depend on the batch, a cache on the denoiser, a pipeline that reads something beside its arguments. "
+            "--train_batch_size 1 or --mixed_precision no tell more."
+        )
