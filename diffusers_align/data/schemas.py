@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 from .conversions import CONVERSIONS
-from .records import FALSE, KINDS, BadRow, LeftOut, boolean
+from .files import BadRow
+from .records import FALSE, KINDS, LeftOut, boolean
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 # Diffusion-KTO's annotation of Pick-a-Pic; its default policy `wi_l` calls an image desirable that won at least once.
