@@ -130,9 +130,7 @@ def _check_header(path: Path, header: list[str], delimiter: str) -> None:
         raise ValueError(f"{path}: its first line, the header, names the column {twice[0]!r} twice. Give each a name of its own.")
     if len(header) == 1 and (other := [mark for mark in ";\t|," if mark in header[0]]):
         kind = "commas" if delimiter == "," else "tabs"
-        raise ValueError(
-            f"{path} has one column, {header[0]!r}: its fields are to be separated by {kind}, not by {other[0]!r}. Save it so, or as .jsonl."
-        )
+        raise ValueError(f"{path} has one column, {header[0]!r}: its fields are to be separated by {kind}, not by {other[0]!r}. Save it so, or as .jsonl.")
 
 
 def _unequal(fields: list[str], header: list[str]) -> str:

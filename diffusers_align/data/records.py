@@ -29,7 +29,7 @@ def canonical(kind: str, fields: dict) -> dict:
         BadRow: a field is missing, empty, not a number, or outside its range.
         LeftOut: the row has no label.
     """
-    row: dict[str, Any] = {"prompt": _text(fields.get("prompt"))}
+    row: dict[str, Any] = {"prompt": text_of(fields.get("prompt"))}
     if kind == "ranked":
         row |= {"images": _list(fields, "images"), "ranks": [_number(rank, "ranks") for rank in _list(fields, "ranks")]}
         if len(row["images"]) != len(row["ranks"]):
@@ -56,9 +56,16 @@ def images_of(row: dict) -> list[tuple[str, Any]]:
     return single + [(f"images[{i}]", image) for i, image in enumerate(row.get("images", ()))]
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
+    """A prompt without the blanks around it.
+
+    Raises:
+        BadRow: it is empty, no text, or holds half of a surrogate pair, which no tokenizer takes.
+    """
     if not isinstance(value, str) or not value.strip():
         raise BadRow("the prompt is empty" if value is None or isinstance(value, str) else f"the prompt is no text: {value!r:.60}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise BadRow(f"the prompt holds half of a surrogate pair, a character cut in two: {value!r:.60}")
     return value.strip()
 
 
