@@ -10,7 +10,7 @@ import pytest
 import torch
 from script_tools import script, write_task
 
-from diffusers_align.data import load_preferences
+from diffusers_align.data import Prompt, load_preferences
 from diffusers_align.trajectory import Trajectory
 
 torch.set_num_threads(1)
@@ -103,7 +103,7 @@ def test_an_interrupted_run_goes_on_and_another_reward_draws_nothing(made, task,
 
 def test_images_belong_to_their_prompts_and_to_the_loras_weights(tmp_path):
     def check(*texts):
-        script.check_settings(args, [types.SimpleNamespace(text=text) for text in texts], tmp_path / "lora.safetensors", tmp_path)
+        script.check_settings(args, [Prompt(text) for text in texts], tmp_path / "lora.safetensors", tmp_path)
 
     script = load()
     args = script.parse_args(["--pretrained_model_name_or_path=m", "--prompts=p", "--reward=r", "--lora=lora.safetensors", f"--output_dir={tmp_path}"])

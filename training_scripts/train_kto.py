@@ -90,7 +90,7 @@ def with_others_captions(policy, sides):
             f"An optimizer step whose images have one caption ({prompts[0]!r}) has no other's: raise --train_batch_size, or choose another --reference_point."
         )
     turned = iter([next(other for other in prompts[i:] + prompts[:i] if other != own) for i, own in enumerate(prompts)])
-    return [replace(side, condition=policy.condition([next(turned) for _ in side.condition.prompts])) for side in sides]
+    return [replace(side, condition=replace(side.condition, prompts=[next(turned) for _ in side.condition.prompts])) for side in sides]
 
 
 def main(argv=None):

@@ -121,6 +121,17 @@ def opened(value: Any) -> Any:
     return value.open() if isinstance(value, LazyImage) else value
 
 
+def key_of(inputs: dict[str, Any], content: bool = False) -> str:
+    """What tells the inputs of one sample from another's: the pictures' files (`content`: what these hold) and sizes, and the plain values."""
+
+    def key(value: Any) -> Any:
+        if isinstance(value, list):
+            return [key(part) for part in value]
+        return (value.content_hash() if content else value.identity, value.fit) if isinstance(value, LazyImage) else value
+
+    return repr([(name, key(value)) for name, value in sorted(inputs.items())]) if inputs else ""
+
+
 def sizes_of(inputs: dict[str, Any]) -> tuple:
     """What must be equal for samples to share a batch: each picture's (width, height) and number."""
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from .conversions import CONVERSIONS, apply_ties, weight_by_prompt
 from .files import BadRow
 from .images import LazyImage
+from .inputs import Inputs
 from .records import KINDS, LeftOut, canonical
 from .schemas import Schema, names_of, recognise, renamed
 from .sources import Table, open_table
@@ -91,6 +92,7 @@ class _Scan:
     root: Path
     verify: str
     changes: Counter
+    inputs: Inputs | None = None
     verified: set[Path] = field(default_factory=set)
 
     def row(self, number: int) -> dict:
@@ -104,6 +106,8 @@ class _Scan:
                 row[name] = self.image(row[name], name, fields.get(f"{name}_uid"), number, name, None)
         if "images" in row:
             row["images"] = [self.image(image, f"images[{i}]", None, number, "images", i) for i, image in enumerate(row["images"])]
+        if self.inputs:
+            row["inputs"] = self.inputs.of_row(raw, self.root, self.changes)
         if fields.get("group") is not None and self.schema.kind == "ranked":
             row["group"] = fields["group"]
         return row
@@ -146,6 +150,7 @@ def load_preferences(
     verify: str = "full",
     image_root: str | None = None,
     weighting: str = "row",
+    inputs: Inputs | None = None,
     progress: bool = True,
 ) -> tuple[list[dict], Report]:
     """Rows of `kind` (see `KINDS`) from a file, a folder or a Hub set, their images as `LazyImage`, and a report.
@@ -161,6 +166,7 @@ def load_preferences(
         verify: decode each image now (`full`), read its header (`header`: finds missing files and no-images, not truncated ones), or `none`.
         image_root: folder of relative image paths; the one of the file if absent.
         weighting: weights of pairs as they are (`row`), or summing to 1 for each prompt (`prompt`).
+        inputs: columns that are arguments of the pipeline's call: rows have them under `inputs`, by the argument's name.
 
     Raises:
         ValueError: an unknown source, split, option or layout; a bad row with `bad_rows="error"`; or no rows left.
@@ -175,8 +181,12 @@ def load_preferences(
     names = names_of(table.columns, column_map)
     first = next((row for row in table.rows if isinstance(row, dict)), {})
     schema = recognise(names, kind, renamed(first, names), source)
+    if inputs:
+        inputs.check_columns(table.columns, source)
+        if schema.kind != kind:
+            raise ValueError(f"{source} holds {schema.kind!r} rows, which would mix images of different {inputs} as {kind!r}. Give rows of that kind.")
     report = Report(source, kind, schema.name, ties, prompt_column=names.get("prompt", "prompt"))
-    scan = _Scan(table, names, schema, Path(image_root) if image_root else table.root, verify, report.images)
+    scan = _Scan(table, names, schema, Path(image_root) if image_root else table.root, verify, report.images, inputs)
     rows = _read(scan, report, max_rows, bad_rows, progress)
     if schema.kind == "ranked":
         rows = _merge_groups(rows, report)

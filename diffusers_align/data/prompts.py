@@ -6,14 +6,14 @@ import difflib
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .files import READERS, BadRow, columns_of, lines_of, read_rows, read_text
-from .inputs import Inputs
+from .inputs import Inputs, key_of, opened
 from .records import text_of
 
 _SHIPPED = Path(__file__).parent / "prompts"
@@ -34,6 +34,11 @@ class Prompt:
     text: str
     columns: dict = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What tells the task from another: the text alone, or with what else the pipeline gets."""
+        return self.text + key_of(self.inputs)
 
 
 def shipped_sets() -> list[str]:
@@ -115,14 +120,19 @@ def _notes(prompts: list[Prompt], columns: list[str], changes: Counter, blank: i
             yield f"the column {name!r} is not handed to rewards, which have an argument of that name. Rename it if a reward needs it"
     if blank:
         yield f"{blank} blank lines between the prompts are left out"
-    # pictures by their files: equal ones are equal inputs
-    keys = [(p.text, repr({name: getattr(value, "source", value) for name, value in p.columns.items()})) for p in prompts]
-    if repeated := [key[0] for key, number in Counter(keys).items() if number > 1]:
+    keys = Counter((p.text, key_of(p.columns)) for p in prompts)
+    if repeated := [key[0] for key, number in keys.items() if number > 1]:
         yield f"{len(repeated)} prompts stand there more than once, the first is {repeated[0]!r:.60}. Each is sampled as often as it stands there"
     if long := [p.text for p in prompts if len(p.text) > LONG]:
         yield f"{len(long)} prompts have more than {LONG} characters, of which text encoders read the first few hundred words: {long[0][:40]!r}..."
     for change, number in sorted(changes.items()):
         yield f"{number} pictures {change}"
+
+
+def fields_of(prompts: Sequence[Prompt]) -> dict[str, list]:
+    """The data set's fields of these prompts as rewards get them, one value a prompt (None where one lacks the field), pictures read."""
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    return {name: [opened(prompt.columns.get(name)) for prompt in prompts] for name in names}
 
 
 def prompts_of_epoch(prompts: list[Prompt], number: int, seed: int, epoch: int) -> list[int]:

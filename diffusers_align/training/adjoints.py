@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..algorithms.adjoint_matching import lean_adjoints, smoothed_gradient, terminal_adjoint
 from ..condition import Condition
-from ..data.prompts import Prompt
+from ..data.prompts import Prompt, fields_of
 from ..decoding import decode_latents
 from ..forward_process import ForwardProcess
 from ..policy import Policy, noise_seed
@@ -108,7 +108,7 @@ class RewardGradient:
 
 def bound_reward(reward, asked: list[Prompt], on_invalid: str) -> Callable[[Tensor], Tensor]:
     """The reward of the images of these prompts: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1] to (B,), NaN where it is masked."""
-    columns = {name: [prompt.columns.get(name) for prompt in asked] for name in asked[0].columns}
+    columns = fields_of(asked)
     return lambda images: score(reward, images, [prompt.text for prompt in asked], on_invalid=on_invalid, **columns)["reward"]
 
 

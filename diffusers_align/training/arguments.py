@@ -100,6 +100,9 @@ class PromptArguments(Arguments):
 
     prompts: str = required("a .txt, .jsonl or .csv file, or a shipped set")
     prompt_column: str = option("prompt", "field of the prompt in .jsonl and .csv files; rewards get the other fields")
+    input_columns: list[str] | None = option(
+        None, "columns that the pipeline's call takes one of a sample, COLUMN or ARGUMENT=COLUMN: image mask_image=mask; strings are files, if not texts"
+    )
 
 
 class TaskArguments(PromptArguments, RewardArguments):

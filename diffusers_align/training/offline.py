@@ -15,6 +15,7 @@ from ..data import LazyImage, batch_of, load_preferences, parse_column_map
 from ..policy import Policy, noise_seed
 from ..rl.matching import error_coefficients
 from .averages import LaggingWeights
+from .inputs import check_one_size, condition_of, inputs_of, prompt_of, prompts_of_rows
 from .noised_images import LatentImages, Noised, Noising, Position, disk_cache, predict
 
 
@@ -23,13 +24,15 @@ def load_rows(run, kind: str) -> list[dict]:
     args, pairs = run.args, {}
     if kind == "pair":
         pairs = {"ties": args.ties, "weighting": args.pair_weighting}
-    return _loaded(run, args.dataset_name, kind, split=args.dataset_split, **reading_options(args), **pairs)
+    rows = _loaded(run, args.dataset_name, kind, split=args.dataset_split, **reading_options(args), **pairs)
+    check_one_size(prompts_of_rows(rows), args.dataset_name)
+    return rows
 
 
 def reading_options(args) -> dict[str, Any]:
     """How the flags have a data set's rows read: arguments of `load_preferences`, for the held-out pairs as for the others."""
     columns = parse_column_map(args.column_map) if args.column_map else None
-    return {"column_map": columns, "image_root": args.image_root, "bad_rows": args.bad_rows, "verify": args.verify}
+    return {"column_map": columns, "image_root": args.image_root, "bad_rows": args.bad_rows, "verify": args.verify, "inputs": inputs_of(args)}
 
 
 def load_captioned(run, source: str) -> list[dict]:
@@ -64,7 +67,7 @@ class Examples:
 
     def __init__(self, run, policy: Policy, rows: list[dict], stream: str = "data", draw: Callable[..., list[int]] | None = None):
         self.run, self.policy, self.rows, self.stream, self.draw = run, policy, rows, stream, draw
-        self.latents, self.noising = LatentImages(run, policy), Noising(run, policy)
+        self.latents, self.noising = LatentImages(run, policy, prompt_of(rows[0], "")), Noising(run, policy)
 
     def positions(self, epoch: int, batch: int) -> list[Position]:
         """The rows that this process sees in a batch of an epoch."""
@@ -80,7 +83,8 @@ class Examples:
     def condition(self, places: list[Position]) -> Condition:
         """The captions of the places, some of them emptied: whatever is noised there is seen under the same."""
         share = self.run.args.proportion_empty_prompts
-        return self.policy.condition(["" if random.Random(place.seed).random() < share else self.rows[place.row]["prompt"] for place in places])
+        emptied = [random.Random(place.seed).random() < share for place in places]
+        return condition_of(self.policy, [prompt_of(self.rows[place.row], "" if empty else None) for place, empty in zip(places, emptied)])
 
     def noised(self, images: list[LazyImage], places: list[Position], condition: Condition) -> Noised:
         return self.noising(self.latents(images, places, condition), places, condition)

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..data.prompts import Prompt
+from ..data.prompts import Prompt, fields_of
 from ..rewards import InvalidReward, RewardError, RewardTimeout, score
 from ..rewards.base import listed
 from ..rewards.loading import reward_name
@@ -105,7 +105,7 @@ class Scorer:
             return [{"reward": float("nan")} for _ in prompts]
 
     def _rows(self, images: Tensor, prompts: list[Prompt]) -> list[Row]:
-        columns: dict[str, list[Any]] = {name: [p.columns.get(name) for p in prompts] for name in prompts[0].columns}
+        columns = fields_of(prompts)
         texts = [p.text for p in prompts]
 
         def scores() -> dict[str, list[float]]:
