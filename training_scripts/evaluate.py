@@ -99,7 +99,7 @@ from diffusers_align.training.comparison import describe, table, without_nan
 from diffusers_align.training.costs import Cost
 from diffusers_align.training.evaluation import Session, diversities, find_lora, load_rewards, lora_loaded, sampled_kl
 from diffusers_align.training.held_out_pairs import HeldOutPairs, margins
-from diffusers_align.training.inputs import inputs_of
+from diffusers_align.training.inputs import check_one_size, inputs_of
 from diffusers_align.training.loading import call_arguments, load_pipeline
 from diffusers_align.training.pictures import comparison, save
 from diffusers_align.training.sampling import described_solver, evaluate
@@ -108,6 +108,8 @@ from diffusers_align.training.sampling import described_solver, evaluate
 def load_task(args, say=None):
     """The prompts; `--num_samples` becomes two a prompt if absent, and enough for diversity if that is measured."""
     prompts = load_prompts(args.prompts, args.prompt_column, inputs_of(args), say)
+    if args.diversity:
+        check_one_size(prompts, args.prompts, "Diversity (--no-diversity leaves it out)")
     args.num_samples = args.num_samples or 2 * len(prompts)
     samples = Counter(prompts[i % len(prompts)].key for i in range(args.num_samples))
     if args.diversity and min(samples.values()) < 2:

@@ -70,8 +70,9 @@ def prompt_of(row: dict, text: str | None = None) -> Prompt:
     return Prompt(row["prompt"] if text is None else text, dict(inputs), inputs)
 
 
-def check_one_size(prompts: Sequence[Prompt], source: str) -> None:
-    """Samples of one batch need pictures of one size, or each would depend on its neighbours, and so do losses that count dimensions.
+def check_one_size(prompts: Sequence[Prompt], source: str, who: str = "Training") -> None:
+    """Samples of one batch need pictures of one size, or each would depend on its neighbours; losses and distances that count dimensions
+    need it in all batches. `who` is it that does.
 
     Raises:
         ValueError: there are several.
@@ -80,7 +81,7 @@ def check_one_size(prompts: Sequence[Prompt], source: str) -> None:
     if len(sizes) > 1:
         listed = "; ".join(f"{_words(size)} ({number} rows)" for size, number in sizes.most_common(5)) + (" ..." if len(sizes) > 5 else "")
         raise ValueError(
-            f"--input_columns: the pictures of {source} have {len(sizes)} sizes: {listed}. Training takes one: give --height and --width, to which they "
+            f"--input_columns: the pictures of {source} have {len(sizes)} sizes: {listed}. {who} takes one: give --height and --width, to which they "
             "are then resized (aspect kept, the overhang cropped), or resize the files."
         )
 

@@ -43,7 +43,6 @@ class Report:
             self.rewards[args.eval_reward] = load_reward(args.eval_reward, device=run.accelerator.device, **model_option(args.eval_reward_model))
         if args.prompts or rows is None:
             self.prompts = self._load(args.prompts)
-            check_one_size(self.prompts, args.prompts)
         else:
             self.prompts = prompts_of_rows(rows)
         self.judged = self._load(args.eval_prompts) if args.eval_prompts else self.prompts
@@ -57,7 +56,9 @@ class Report:
         self.early_stop = run.early_stop = EarlyStop.of_run(run, self.judged)
 
     def _load(self, source: str) -> list[Prompt]:
-        return load_prompts(source, self.run.args.prompt_column, inputs_of(self.run.args), self.run.print)
+        prompts = load_prompts(source, self.run.args.prompt_column, inputs_of(self.run.args), self.run.print)
+        check_one_size(prompts, source)
+        return prompts
 
     def _evaluate(self, look: int | None = None) -> Evaluation:
         """Of the weights that are in place; `look` shows it to the early stop, as what so many epochs have led to."""
