@@ -23,6 +23,8 @@ def parse_input_columns(words: Sequence[str]) -> dict[str, str]:
         ValueError: an argument named twice or an empty name.
     """
     found: dict[str, str] = {}
+    if not words:
+        raise ValueError("--input_columns names no column. Example: --input_columns image mask_image=mask.")
     for word in words:
         argument, equals, column = (part.strip() for part in word.partition("="))
         if not argument or equals and not column:

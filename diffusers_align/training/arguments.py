@@ -104,6 +104,14 @@ class PromptArguments(Arguments):
         None, "columns that the pipeline's call takes one of a sample, COLUMN or ARGUMENT=COLUMN: image mask_image=mask; strings are files, if not texts"
     )
 
+    @model_validator(mode="after")
+    def _check_input_columns(self):
+        if self.input_columns is not None:
+            from ..data.inputs import parse_input_columns
+
+            parse_input_columns(self.input_columns)
+        return self
+
 
 class TaskArguments(PromptArguments, RewardArguments):
     """prompts and reward"""

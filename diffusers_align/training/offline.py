@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..condition import Condition
 from ..data import LazyImage, batch_of, load_preferences, parse_column_map
+from ..data.conversions import indifferent
 from ..policy import Policy, noise_seed
 from ..rl.matching import error_coefficients
 from .averages import LaggingWeights
@@ -25,6 +26,9 @@ def load_rows(run, kind: str) -> list[dict]:
     if kind == "pair":
         pairs = {"ties": args.ties, "weighting": args.pair_weighting}
     rows = _loaded(run, args.dataset_name, kind, split=args.dataset_split, **reading_options(args), **pairs)
+    # likes alone are something to learn from, where the script takes them
+    if kind != "binary" and (reason := indifferent(rows, kind)) and not getattr(args, "allow_no_signal", False):
+        raise ValueError(f"{args.dataset_name}: {reason}, so there is nothing to learn. Give other data, or pass --allow_no_signal.")
     check_one_size(prompts_of_rows(rows), args.dataset_name)
     return rows
 
