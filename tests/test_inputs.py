@@ -76,7 +76,9 @@ def write(path, rows):
 
 def flags(folder, name):
     _, columns, call = PIPELINES[name]
-    return {"pretrained_model_name_or_path": folder / name, "input_columns": tuple(columns), "call_kwargs": json.dumps(call), "num_inference_steps": 3}
+    size = {side: call.get(side) for side in ("height", "width") if side in call}
+    call = {key: value for key, value in call.items() if key not in size}
+    return size | {"pretrained_model_name_or_path": folder / name, "input_columns": tuple(columns), "call_kwargs": json.dumps(call), "num_inference_steps": 3}
 
 
 def trained(out):

@@ -85,7 +85,7 @@ from tqdm.auto import tqdm
 from diffusers_align import lora as lora_files
 from diffusers_align.data import load_prompts
 from diffusers_align.data.augment import to_tensor
-from diffusers_align.data.inputs import key_of
+from diffusers_align.data.inputs import key_of, sizes_of
 from diffusers_align.policy import Policy, noise_seed
 from diffusers_align.rewards import load_reward
 from diffusers_align.rewards.loading import model_option
@@ -222,6 +222,8 @@ def main(argv=None):
     session = Session(args, Accelerator(mixed_precision=args.mixed_precision))
     accelerator, folder = session.accelerator, Path(arguments.check_output_dir(args.output_dir))
     prompts = load_prompts(args.prompts, args.prompt_column, inputs_of(args), session.print)[: args.num_prompts]
+    if args.save_trajectories and any(size is not None for _, size in sizes_of(prompts[0].inputs)):
+        raise ValueError("Trajectories are saved without pictures: leave out --save_trajectories, or the pictures of --input_columns.")
     reward = load_reward(args.reward, device=accelerator.device, **model_option(args.reward_model))
     lora = find_lora(args.lora) if args.lora else None
     jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(args.num_images_per_prompt)]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -142,7 +142,7 @@ def in_srgb(image: Image.Image) -> Image.Image:
     alpha = None
     if _transparent(image):
         image, alpha = _without_alpha(image)
-    elif image.mode == "P":
+    elif image.mode not in ("L", "CMYK"):
         image = image.convert("RGB")
     transform = _transform(profile, image.mode) if profile else None
     image = ImageCms.applyTransform(image, transform) if isinstance(transform, ImageCms.ImageCmsTransform) else image.convert("RGB")
@@ -190,14 +190,12 @@ def _colour_mode(image: Image.Image) -> str:
     """The mode in which `in_srgb` applies a profile."""
     if image.mode in ("LA", "La") or image.mode.startswith("I"):
         return "L"
-    return "RGB" if image.mode == "P" or image.mode != "L" and _transparent(image) else image.mode
+    return "L" if image.mode == "L" else "CMYK" if image.mode == "CMYK" and not _transparent(image) else "RGB"
 
 
 @lru_cache(maxsize=64)
-def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | str | None:
+def _transform(profile: bytes, mode: Literal["RGB", "L", "CMYK"]) -> ImageCms.ImageCmsTransform | str | None:
     """From an ICC profile to sRGB; None where that changes nothing, and the reason where the profile cannot be used."""
-    if mode not in ("RGB", "L", "CMYK"):
-        return f"pixels of mode {mode}"
     try:
         source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
         options = {"renderingIntent": ImageCms.Intent.RELATIVE_COLORIMETRIC, "flags": ImageCms.Flags.BLACKPOINTCOMPENSATION}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,22 @@ class Inputs:
         if missing := [column for column in self.columns.values() if column not in there]:
             raise ValueError(f"{source} has no column {', '.join(map(repr, missing))} for --input_columns. It has {', '.join(map(repr, there))}.")
 
-    def of_row(self, row: dict, root: Path, changes: Counter) -> dict[str, Any]:
+    def of_row(self, row: dict, root: Path, changes: Counter, again: Callable[[], dict] | None = None) -> dict[str, Any]:
         """{argument: value}; pictures as `LazyImage`, each decoded once; what is done about them is counted in `changes`.
+
+        Args:
+            again: reads the row anew: pictures that stand in it as bytes need not stay in memory then.
 
         Raises:
             BadRow: a column is empty, or a picture cannot be read.
         """
-        return {argument: self._value(argument, column, row.get(column), root, changes) for argument, column in self.columns.items()}
+        found = {}
+        for argument, column in self.columns.items():
+            value = self._value(argument, column, row.get(column), root, changes)
+            if again is not None and isinstance(value, LazyImage) and isinstance(value.source, bytes):
+                value = replace(value, source=lambda column=column: again()[column])
+            found[argument] = value
+        return found
 
     def _value(self, argument: str, column: str, value: Any, root: Path, changes: Counter) -> Any:
         if value is None or isinstance(value, str) and not value.strip() and argument not in self.words:

@@ -104,10 +104,12 @@ class _Scan:
         for name in ("image", "image_0", "image_1"):
             if name in row:
                 row[name] = self.image(row[name], name, fields.get(f"{name}_uid"), number, name, None)
+        if self.schema.kind == "pair" and isinstance(row["image_0"].source, Path) and row["image_0"].source == row["image_1"].source:
+            self.changes["are both sides of their own pair, which prefers nothing"] += 1
         if "images" in row:
             row["images"] = [self.image(image, f"images[{i}]", None, number, "images", i) for i, image in enumerate(row["images"])]
         if self.inputs:
-            row["inputs"] = self.inputs.of_row(raw, self.root, self.changes)
+            row["inputs"] = self.inputs.of_row(raw, self.root, self.changes, lambda: self.table.rows[number])
         if fields.get("group") is not None and self.schema.kind == "ranked":
             row["group"] = fields["group"]
         return row
@@ -182,9 +184,7 @@ def load_preferences(
     first = next((row for row in table.rows if isinstance(row, dict)), {})
     schema = recognise(names, kind, renamed(first, names), source)
     if inputs:
-        inputs.check_columns(table.columns, source)
-        if schema.kind != kind:
-            raise ValueError(f"{source} holds {schema.kind!r} rows, which would mix images of different {inputs} as {kind!r}. Give rows of that kind.")
+        _check_inputs(inputs, table, schema, kind, source)
     report = Report(source, kind, schema.name, ties, prompt_column=names.get("prompt", "prompt"))
     scan = _Scan(table, names, schema, Path(image_root) if image_root else table.root, verify, report.images, inputs)
     rows = _read(scan, report, max_rows, bad_rows, progress)
@@ -200,6 +200,12 @@ def load_preferences(
     if not rows:
         raise ValueError(f"No rows are left.\n{report}")
     return rows, report
+
+
+def _check_inputs(inputs: Inputs, table: Table, schema: Schema, kind: str, source: str) -> None:
+    inputs.check_columns(table.columns, source)
+    if schema.kind != kind:
+        raise ValueError(f"{source} holds {schema.kind!r} rows, which would mix images of different {inputs} as {kind!r}. Give rows of that kind.")
 
 
 def _check_options(**options: tuple) -> None:

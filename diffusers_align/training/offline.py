@@ -41,7 +41,7 @@ def reading_options(args) -> dict[str, Any]:
 
 def load_captioned(run, source: str) -> list[dict]:
     """The rows of a second data set, of images with captions in columns of a known layout."""
-    return _loaded(run, source, "captioned", bad_rows=run.args.bad_rows, verify=run.args.verify)
+    return _loaded(run, source, "captioned", bad_rows=run.args.bad_rows, verify=run.args.verify, inputs=inputs_of(run.args))
 
 
 def _loaded(run, source: str, kind: str, **options) -> list[dict]:
