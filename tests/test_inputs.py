@@ -6,14 +6,16 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
+from script_tools import make_run, run_script
 from script_tools import rows as metrics
-from script_tools import run_script
 from test_make_preferences import load as load_make_preferences
 from tiny_pipelines import LATENT_CHANNELS, SHORT, flux, quiet, seeded, stable_diffusion
 
-from diffusers_align.data import Prompt, load_preferences, load_prompts
+from diffusers_align.data import LazyImage, Prompt, load_preferences, load_prompts
 from diffusers_align.data.inputs import Inputs, parse_input_columns
+from diffusers_align.policy import Policy
 from diffusers_align.training.inputs import batches_by_size
+from diffusers_align.training.sampling import evaluate
 
 torch.set_num_threads(1)
 REWARDS = """
@@ -201,17 +203,23 @@ def test_training_takes_one_size_and_resizes_to_it(folder, tmp_path):
     assert metrics(run_script("draft", tmp_path, folder, **own, height=16, width=16))[0]["grad_norm"] > 0
 
 
-def test_batches_hold_one_size():
-    class Sized:
-        def __init__(self, *sizes):
-            self.sizes = sizes
+def test_an_evaluation_samples_size_by_size(tmp_path):
+    for i, size in enumerate([(16, 16), (24, 16), (16, 16)]):
+        Image.effect_noise(size, 50).convert("RGB").save(tmp_path / f"{i}.png")
+    prompts = loaded(tmp_path, write(tmp_path / "p.jsonl", [{"prompt": "x", "image": f"{i}.png"} for i in range(3)]))
+    run = make_run(tmp_path / "run")
+    policy = Policy(PIPELINES["img2img"][0](), num_inference_steps=3, guidance_scale=1.0, strength=0.8)
+    found = evaluate(run, policy, {"reward": lambda images, prompts, image: images.flatten(1).mean(1)}, prompts, 3, 3)
+    assert [image.shape[1:] for image in found.images] == [(16, 16), (16, 24), (16, 16)]
+    again = evaluate(run, policy, {"reward": lambda images, prompts, image: images.flatten(1).mean(1)}, prompts, 2, 2)
+    assert torch.allclose(found.rewards["reward"][:2], again.rewards["reward"], atol=1e-6), "no sample depends on its neighbours' sizes"
 
+
+def test_batches_hold_one_size():
     same = [Prompt(str(i)) for i in range(7)]
     assert batches_by_size(same, 3) == [[0, 1, 2], [3, 4, 5], [6]]
     assert [batches_by_size(same, 2, rank, 2) for rank in (0, 1)] == [[[0, 2], [4, 6]], [[1, 3], [5, 0]]]
     assert [batches_by_size(same, 2, rank, 2, even=False) for rank in (0, 1)] == [[[0, 2], [4, 6]], [[1, 3], [5]]]
-    from diffusers_align.data import LazyImage
-
     pictures = [Image.new("RGB", size) for size in ((8, 8), (8, 16))]
     mixed = [Prompt("x", {}, {"image": LazyImage(pictures[i % 2])}) for i in range(7)]
     assert batches_by_size(mixed, 3) == [[0, 2, 4], [6], [1, 3, 5]]
