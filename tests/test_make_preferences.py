@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import json
+import re
 import threading
 import types
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from script_tools import script, write_task
 
-from diffusers_align.data import load_preferences
+from diffusers_align.data import Prompt, load_preferences
+from diffusers_align.training.made_preferences import equal_images
 from diffusers_align.trajectory import Trajectory
 
 torch.set_num_threads(1)
@@ -103,7 +105,7 @@ def test_an_interrupted_run_goes_on_and_another_reward_draws_nothing(made, task,
 
 def test_images_belong_to_their_prompts_and_to_the_loras_weights(tmp_path):
     def check(*texts):
-        script.check_settings(args, [types.SimpleNamespace(text=text) for text in texts], tmp_path / "lora.safetensors", tmp_path)
+        script.check_settings(args, [Prompt(text) for text in texts], tmp_path / "lora.safetensors", tmp_path)
 
     script = load()
     args = script.parse_args(["--pretrained_model_name_or_path=m", "--prompts=p", "--reward=r", "--lora=lora.safetensors", f"--output_dir={tmp_path}"])
@@ -121,7 +123,9 @@ def test_processes_share_out_one_list_of_images(tmp_path):
     """The second process starts when the first waits for it: by then it must not have drawn."""
     script, barrier, waiting = load(), threading.Barrier(2, timeout=60), threading.Event()
     policy = types.SimpleNamespace(
-        rollout=lambda prompts, **_: types.SimpleNamespace(final=torch.zeros(len(prompts), 3, 4, 4), condition=None), decode=lambda final, _: final
+        condition=lambda prompts, **_: prompts,
+        rollout=lambda prompts, **_: types.SimpleNamespace(final=torch.zeros(len(prompts), 3, 4, 4), condition=None),
+        decode=lambda final, _: final,
     )
 
     class Process:
@@ -137,7 +141,7 @@ def test_processes_share_out_one_list_of_images(tmp_path):
     def work(index):
         if index == 1:
             waiting.wait(60)
-        script.sample(args, policy, Process(index), [types.SimpleNamespace(text="a")], jobs, tmp_path)
+        script.sample(args, policy, Process(index), [Prompt("a")], jobs, tmp_path)
 
     args, jobs = types.SimpleNamespace(batch_size=1, seed=0, same_latent=False, deterministic=True, save_trajectories=False), [(0, i) for i in range(6)]
     (tmp_path / "images").mkdir()
@@ -168,6 +172,42 @@ def test_images_without_a_score_are_in_no_set(task, tmp_path):
     with pytest.raises(ValueError, match="'unsure' has no score for 9 of 9 samples"):
         make(folder, task, "--invalid_rewards", "mask", "--reward", f"{task / 'unsure.py'}:unsure")
     assert {path: path.read_text() for path in folder.rglob("metadata.jsonl")} == files, "nothing was written"
+
+
+def test_no_pair_is_an_error_that_says_why(made, task, tmp_path, capsys):
+    import shutil
+
+    (task / "flat.py").write_text("def flat(images, prompts, **columns):\n    return images.new_zeros(len(images))\n")
+    flat = ("--reward", f"{task / 'flat.py'}:flat")
+    for flags, message in (
+        (("--min_margin", "1e9"), r"3 of 3 prompts have rewards that differ by less than --min_margin 1e\+09 \\(by 0\\.\d+ at most"),
+        (flat, "3 of 3 prompts have equal rewards for all images"),
+    ):
+        folder = shutil.copytree(made, tmp_path / message[-5:])
+        with pytest.raises(SystemExit) as stop:
+            make(folder, task, *flags)
+        assert re.search(f"No pair: {message}", repr(stop.value.code)) and "--allow_no_signal" in stop.value.code
+        assert (folder / "pairs" / "metadata.jsonl").read_text() == "" and len(rows_of(folder / "scored", "scored")) == 9
+        make(folder, task, *flags, "--allow_no_signal")
+        assert "pairs: 0 rows" in capsys.readouterr().out
+
+
+def test_images_that_are_the_same_are_counted(tmp_path):
+    for name, content in (("00000_00", b"a"), ("00000_01", b"a"), ("00000_02", b"b"), ("00001_00", b"a")):
+        (tmp_path / f"{name}.png").write_bytes(content)
+    assert equal_images(tmp_path, [(0, 0), (0, 1), (0, 2), (1, 0)]) == 1
+
+
+def test_settings_that_are_not_a_number_are_equal_to_themselves(tmp_path):
+    script = load()
+    base = ["--pretrained_model_name_or_path=m", "--prompts=p", "--reward=r", f"--output_dir={tmp_path}"]
+    args = script.parse_args(base)
+    args.noise_level = float("nan")
+    script.check_settings(args, [Prompt("a")], None, tmp_path)
+    script.check_settings(args, [Prompt("a")], None, tmp_path)
+    args.noise_level = 0.5
+    with pytest.raises(ValueError, match="noise_level was nan, now 0.5"):
+        script.check_settings(args, [Prompt("a")], None, tmp_path)
 
 
 @pytest.mark.parametrize(

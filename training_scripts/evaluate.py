@@ -101,16 +101,19 @@ from diffusers_align.training.comparison import describe, table, without_nan
 from diffusers_align.training.costs import Cost
 from diffusers_align.training.evaluation import Session, diversities, find_lora, load_rewards, lora_loaded, sampled_kl
 from diffusers_align.training.held_out_pairs import HeldOutPairs, margins
+from diffusers_align.training.inputs import check_one_size, inputs_of
 from diffusers_align.training.loading import call_arguments, load_pipeline
 from diffusers_align.training.pictures import comparison, save
 from diffusers_align.training.sampling import described_solver, evaluate
 
 
-def load_task(args):
+def load_task(args, say=None):
     """The prompts; `--num_samples` becomes two a prompt if absent, and enough for diversity if that is measured."""
-    prompts = load_prompts(args.prompts, args.prompt_column)
+    prompts = load_prompts(args.prompts, args.prompt_column, inputs_of(args), say)
+    if args.diversity:
+        check_one_size(prompts, args.prompts, "Diversity (--no-diversity leaves it out)")
     args.num_samples = args.num_samples or 2 * len(prompts)
-    samples = Counter(prompts[i % len(prompts)].text for i in range(args.num_samples))
+    samples = Counter(prompts[i % len(prompts)].key for i in range(args.num_samples))
     if args.diversity and min(samples.values()) < 2:
         raise ValueError(
             f"Diversity needs at least two samples of each prompt, but --num_samples {args.num_samples} gives {min(samples, key=samples.get)!r} only one. "
@@ -159,8 +162,8 @@ def main(argv=None):
     # 1 whatever can be missing, before the model is loaded
     out = arguments.check_output_dir(args.output_dir)
     loras = load_models(args)
-    prompts = load_task(args)
-    pairs = HeldOutPairs(session, args.pairs, args.pair_timesteps, args.pairs_split) if args.pairs else []
+    prompts = load_task(args, session.print)
+    pairs = HeldOutPairs(session, args.pairs, args.pair_timesteps, args.pairs_split, inputs=inputs_of(args)) if args.pairs else []
     rewards = load_rewards(args.reward, args.reward_model, device, args.reward_retries)
     embedder = CLIPEmbedder(**model_option(args.diversity_model)).to(device) if args.diversity and args.diversity_model else None
     pipeline = load_pipeline(args).to(device)

@@ -53,6 +53,7 @@ class PreferenceArguments(PromptArguments, SamplingArguments, RetryArguments):
     min_margin: NonNegative = option(0.0, "pairs whose rewards differ by less are left out")
     binary_quantile: Probability = option(0.5, "an image is desirable from this quantile of all rewards on")
     binary_threshold: Real | None = option(None, "an image is desirable from this reward on, in the place of the quantile")
+    allow_no_signal: bool = option(False, "end with status 0 although no two images of a prompt make a pair")
     num_sheet_prompts: Count = option(32, "rows of the contact sheet")
     output_dir: str = required("images, data sets and the contact sheet")
 
@@ -83,19 +84,21 @@ from tqdm.auto import tqdm
 from diffusers_align import lora_files
 from diffusers_align.data import load_prompts
 from diffusers_align.data.augment import to_tensor
-from diffusers_align.data.conversions import scored_to_binary, scored_to_pairs, scored_to_ranked
+from diffusers_align.data.inputs import key_of, sizes_of
 from diffusers_align.policy import Policy, noise_seed
 from diffusers_align.schedulers import sde_twin
 from diffusers_align.training import arguments
 from diffusers_align.training.evaluation import Session, find_lora, lora_loaded
+from diffusers_align.training.inputs import batches_by_size, condition_of, inputs_of
 from diffusers_align.training.loading import call_arguments, load_pipeline
+from diffusers_align.training.made_preferences import data_sets, describe_signal, equal_images, file_name, scored_groups
 from diffusers_align.training.pictures import grid, save, to_pil
 from diffusers_align.training.scoring import Scorer, gather_scores, reward_of_flags
 
 # What an image depends on besides its prompt and the LoRA's weights: a folder holds images of one such setting.
 SAMPLING = (
     "pretrained_model_name_or_path", "single_file_config", "revision", "variant", "mixed_precision", "lora", "num_inference_steps", "guidance_scale",
-    "height", "width", "call_kwargs", "seed", "deterministic", "same_latent", "save_trajectories", "sde_type", "noise_level", "eta",
+    "height", "width", "call_kwargs", "input_columns", "seed", "deterministic", "same_latent", "save_trajectories", "sde_type", "noise_level", "eta",
 )  # fmt: skip
 
 
@@ -107,10 +110,14 @@ def check_settings(args, prompts, lora, folder):
     Raises:
         ValueError: the folder holds images of other settings.
     """
-    settings, texts, file = {name: getattr(args, name) for name in SAMPLING}, [prompt.text for prompt in prompts], folder / "sampling.json"
+    settings, texts, file = (
+        {name: getattr(args, name) for name in SAMPLING},
+        [prompt.text + key_of(prompt.inputs, content=True) for prompt in prompts],
+        folder / "sampling.json",
+    )
     settings["lora_weights"] = hash_of(lora) if lora else None
     before = json.loads(file.read_text()) if file.is_file() else {**settings, "prompts": texts}
-    changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in settings.items() if before.get(name) != value]
+    changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in settings.items() if json.dumps(before.get(name)) != json.dumps(value)]
     changed += [f"prompt {i} was {old!r}, now {new!r}" for i, (old, new) in enumerate(zip(before["prompts"], texts), 1) if old != new]
     if changed:
         listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
@@ -121,11 +128,6 @@ def check_settings(args, prompts, lora, folder):
 def hash_of(lora):
     """SHA-256 of a LoRA's weights, by which one that was trained again under the same name is another."""
     return lora_files.digest(lora)
-
-
-def file_name(job):
-    prompt, sample = job
-    return f"{prompt:05d}_{sample:02d}"
 
 
 def replaced(path, write):
@@ -139,15 +141,15 @@ def sample(args, policy, accelerator, prompts, jobs, folder):
     """Draw the images of `jobs` that are not there yet; an image appears after its trajectory, so that what is there is complete."""
     missing = [job for job in jobs if not (folder / "images" / f"{file_name(job)}.png").is_file()]
     accelerator.wait_for_everyone()  # all share out the same list: none may draw before the last has made its own
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(total=len(mine), desc="sampling", unit="image", disable=not accelerator.is_main_process)
-    for start in range(0, len(mine), args.batch_size):
-        part = mine[start : start + args.batch_size]
+    mine = batches_by_size([prompts[prompt] for prompt, _ in missing], args.batch_size, accelerator.process_index, accelerator.num_processes, even=False)
+    bar = tqdm(total=sum(map(len, mine)), desc="sampling", unit="image", disable=not accelerator.is_main_process)
+    for batch in mine:
+        part = [missing[i] for i in batch]
         step_seeds = [noise_seed(args.seed, "preferences", *job) for job in part]
         seeds = [noise_seed(args.seed, "preferences", prompt) for prompt, _ in part] if args.same_latent else step_seeds
         with accelerator.autocast(), torch.no_grad():
-            noise = {"seeds": seeds, "step_seeds": step_seeds, "deterministic": args.deterministic}
-            trajectory = policy.rollout([prompts[prompt].text for prompt, _ in part], **noise)
+            condition = condition_of(policy, [prompts[prompt] for prompt, _ in part], seeds=seeds, step_seeds=step_seeds)
+            trajectory = policy.rollout(condition, deterministic=args.deterministic)
             images = policy.decode(trajectory.final, trajectory.condition)
         for i, job in enumerate(part):
             if args.save_trajectories:
@@ -160,37 +162,18 @@ def sample(args, policy, accelerator, prompts, jobs, folder):
 def score(args, session, reward, prompts, jobs, folder):
     """The rewards of the images as the files hold them, (N,) of all `jobs`."""
     accelerator = session.accelerator
-    mine = list(range(len(jobs)))[accelerator.process_index :: accelerator.num_processes]
+    asked = [prompts[prompt] for prompt, _ in jobs]
+    mine = batches_by_size(asked, args.batch_size, accelerator.process_index, accelerator.num_processes, even=False)
     with Scorer(reward, on_nan=args.invalid_rewards, on_failure=args.invalid_rewards, timeout=args.reward_timeout) as scorer:
-        for start in tqdm(range(0, len(mine), args.batch_size), desc="scoring", unit="batch", disable=not accelerator.is_main_process):
-            part = mine[start : start + args.batch_size]
+        for part in tqdm(mine, desc="scoring", unit="batch", disable=not accelerator.is_main_process):
             images = torch.stack([read(folder / "images" / f"{file_name(jobs[i])}.png") for i in part])
-            scorer.submit(part, images.to(accelerator.device), [prompts[jobs[i][0]] for i in part])
-        return gather_scores(session, scorer, [prompts[prompt] for prompt, _ in jobs])["reward"]
+            scorer.submit(part, images.to(accelerator.device), [asked[i] for i in part])
+        return gather_scores(session, scorer, asked)["reward"]
 
 
 def read(path):
     with Image.open(path) as image:
         return to_tensor(image.convert("RGB"), image.height, image.width)
-
-
-def data_sets(args, prompts, jobs, rewards):
-    """Rows of each kind; images without a score are in none of them. Prompts of equal text are kept apart by their number."""
-    groups = {}
-    for (number, sample_number), reward in zip(jobs, rewards.tolist()):
-        if reward == reward:
-            image = f"../images/{file_name((number, sample_number))}.png"
-            groups.setdefault(number, []).append({"prompt": prompts[number].text, "image": image, "reward": reward})
-    kept = [(number, row) for number, rows in groups.items() for row in rows]
-    limit = {"quantile": args.binary_quantile} if args.binary_threshold is None else {"threshold": args.binary_threshold}
-    labelled = scored_to_binary([row for _, row in kept], **limit)
-    found = {
-        "pairs": [(number, row) for number, rows in groups.items() for row in scored_to_pairs(rows, args.pairs, args.min_margin)],
-        "binary": [(number, row) for (number, _), row in zip(kept, labelled)],
-        "scored": kept,
-        "ranked": [(number, row) for number, rows in groups.items() for row in scored_to_ranked(rows)],
-    }
-    return {name: [{**prompts[number].columns, **row} for number, row in rows] for name, rows in found.items()}
 
 
 def contact_sheet(args, prompts, jobs, rewards, folder):
@@ -201,11 +184,43 @@ def contact_sheet(args, prompts, jobs, rewards, folder):
     return grid(images, [f"{reward:.3f} {prompts[job[0]].text}" for job, reward in order], columns=args.num_images_per_prompt)
 
 
+def write(args, prompts, jobs, rewards, folder):
+    """The data sets and the contact sheet, and what the rewards tell apart.
+
+    Raises:
+        SystemExit: they make no pair, so there is nothing to learn; the files are written all the same.
+    """
+    groups = scored_groups(prompts, jobs, rewards.tolist())
+    found = data_sets(args, prompts, groups, folder)
+    for name, rows in found.items():
+        (folder / name).mkdir(exist_ok=True)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        replaced(folder / name / "metadata.jsonl", lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        print(f"{folder / name}: {len(rows)} rows")
+    save(contact_sheet(args, prompts, jobs, rewards, folder), folder / "contact_sheet.png")
+    valid = rewards[~rewards.isnan()]
+    print(f"{args.reward}: {valid.mean():.4f} on average, from {valid.min():.4f} to {valid.max():.4f}. Contact sheet: {folder / 'contact_sheet.png'}")
+    if equal := equal_images(folder / "images", jobs):
+        print(
+            f"{equal} of {len(jobs)} images are the same as an earlier one of their prompt"
+            + (": with --same_latent, only noise tells them apart." * args.same_latent)
+        )
+    told, signal = describe_signal(args, len(prompts), groups, len(found["pairs"]))
+    print(told)
+    if not signal and not args.allow_no_signal:
+        raise SystemExit(
+            f"No pair: {told}. There is nothing to learn from {folder / 'pairs'}. Choose another --reward, lower --min_margin, raise "
+            "--num_images_per_prompt or the noise, or pass --allow_no_signal to end with status 0."
+        )
+
+
 def main(argv=None):
     args = parse_args(argv)
     session = Session(args, Accelerator(mixed_precision=args.mixed_precision))
     accelerator, folder = session.accelerator, Path(arguments.check_output_dir(args.output_dir))
-    prompts = load_prompts(args.prompts, args.prompt_column)[: args.num_prompts]
+    prompts = load_prompts(args.prompts, args.prompt_column, inputs_of(args), session.print)[: args.num_prompts]
+    if args.save_trajectories and any(size is not None for _, size in sizes_of(prompts[0].inputs)):
+        raise ValueError("Trajectories are saved without pictures: leave out --save_trajectories, or the pictures of --input_columns.")
     reward = reward_of_flags(args, accelerator.device)
     lora = find_lora(args.lora) if args.lora else None
     jobs = [(prompt, number) for prompt in range(len(prompts)) for number in range(args.num_images_per_prompt)]
@@ -226,14 +241,7 @@ def main(argv=None):
 
     # 3 data sets and contact sheet
     if accelerator.is_main_process:
-        for name, rows in data_sets(args, prompts, jobs, rewards).items():
-            (folder / name).mkdir(exist_ok=True)
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            replaced(folder / name / "metadata.jsonl", lambda path: path.write_text(text, encoding="utf-8"))
-            print(f"{folder / name}: {len(rows)} rows")
-        save(contact_sheet(args, prompts, jobs, rewards, folder), folder / "contact_sheet.png")
-        valid = rewards[~rewards.isnan()]
-        print(f"{args.reward}: {valid.mean():.4f} on average, from {valid.min():.4f} to {valid.max():.4f}. Contact sheet: {folder / 'contact_sheet.png'}")
+        write(args, prompts, jobs, rewards, folder)
     accelerator.end_training()
 
 

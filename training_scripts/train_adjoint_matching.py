@@ -68,6 +68,7 @@ from diffusers_align.training.adjoints import (
     reward_gradient,
     smoothed,
 )
+from diffusers_align.training.inputs import condition_of
 from diffusers_align.training.report import Report
 from diffusers_align.training.run import Run
 from diffusers_align.training.sampling import sample_epoch
@@ -76,7 +77,7 @@ from diffusers_align.training.sampling import sample_epoch
 def check_reward(run, policy, report):
     """Fail before training if the reward's gradient does not come through."""
     asked = report.prompts[:1]
-    condition = policy.condition([p.text for p in asked], seeds=[noise_seed(run.args.seed, "check")])
+    condition = condition_of(policy, asked, seeds=[noise_seed(run.args.seed, "check")])
     steps = count_steps(policy, condition, stochastic=True)
     with run.accelerator.autocast():
         check_gradient(policy, condition, bound_reward(report.reward, asked, run.args.invalid_rewards), grad_steps=[steps - 1], stochastic=True)
@@ -105,7 +106,7 @@ def main(argv=None):
     run.resume()
     check_reward(run, policy, report)
     report.start()
-    unguided = {} if args.cfg == "everywhere" else policy.guidance_off(policy.condition([report.prompts[0].text], seeds=[0]))
+    unguided = {} if args.cfg == "everywhere" else policy.guidance_off(condition_of(policy, report.prompts[:1], seeds=[0]))
 
     for epoch in run.epochs():
         # 1 roll out

@@ -121,7 +121,7 @@ def main(argv=None):
 
         # 2 advantages
         if args.per_prompt_stat_tracking:
-            advantages = statistics.update(samples.prompts, samples.rewards)
+            advantages = statistics.update([prompt.key for prompt in samples.asked], samples.rewards)
         else:
             advantages = batch_advantages(samples.rewards)
         advantages = advantages.clamp(-args.adv_clip_max, args.adv_clip_max).to(run.accelerator.device)

@@ -92,7 +92,7 @@ def with_others_captions(policy, sides, captions, places):
             f"An optimizer step whose images have one caption ({captions[0]!r}) has no other's: raise --train_batch_size, or choose another --reference_point."
         )
     turned = [next(other for other in captions[i:] + captions[:i] if other != own) for i, own in enumerate(captions)]
-    return [replace(side, condition=policy.condition([turned[i] for i in own])) for side, own in zip(sides, places)]
+    return [replace(side, condition=replace(side.condition, prompts=[turned[i] for i in own])) for side, own in zip(sides, places)]
 
 
 def main(argv=None):

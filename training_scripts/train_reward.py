@@ -56,7 +56,7 @@ class RewardModelArguments(SourceArguments, BadRowArguments, StepAwareArguments)
     learning_rate: LearningRate = option(1e-3, "of AdamW")
     weight_decay: Annotated[float, Interval(ge=0, le=100)] = option(0.1, "of AdamW")
     seed: Seed = option(42, "of the split, the order and the noise")
-    allow_no_signal: bool = option(False, "end with status 0 although nothing is learned")
+    allow_no_signal: bool = option(False, "end with status 0 although the data prefer nothing to anything, or nothing is learned")
     output_dir: str = required("the reward: learned_reward.json, head.safetensors and perhaps lora.safetensors")
 
 
@@ -73,12 +73,13 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_align.data import load_preferences, parse_column_map
+from diffusers_align.data.conversions import indifferent
 from diffusers_align.policy import Policy
 from diffusers_align.rewards.learned import RewardModel
 from diffusers_align.training import arguments
 from diffusers_align.training.loading import call_arguments, load_pipeline
 from diffusers_align.training.model_card import public
-from diffusers_align.training.reward_learning import Logits, examples_of, fit, judge, noised_examples, split, targets_of
+from diffusers_align.training.reward_learning import Logits, described, examples_of, fit, judge, noised_examples, split, targets_of
 
 
 def main(argv=None):
@@ -97,6 +98,8 @@ def main(argv=None):
         policy = Policy(load_pipeline(args).to(accelerator.device), **call_arguments(args))
         examples += noised_examples(args, accelerator, policy, rows, args.kind, args.num_noise_levels)
         del policy
+    if (reason := indifferent(rows, args.kind)) and not args.allow_no_signal:
+        raise ValueError(f"{args.dataset_name}: {reason}, so there is nothing to learn. Give other data, or pass --allow_no_signal.")
     train, held_out = ([examples[i] for i in part] for part in split([vars(example) for example in examples], args.held_out, args.seed))
     scale, shift = 1.0, 0.0
     if args.kind == "scored":
@@ -116,9 +119,9 @@ def main(argv=None):
     model.save(args.output_dir, scale, shift, kind=args.kind, data=public(args.dataset_name), metrics=metrics)
     for name, values in metrics.items():
         by_level = values.pop("by_noise_level", {})
-        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in values.items()))
+        print(f"{name}: {described(values)}")
         for level, worth in by_level.items():
-            print(f"  noise level {level}: " + ", ".join(f"{key} {value:.4g}" for key, value in worth.items()))
+            print(f"  noise level {level}: {described(worth)}")
     print(f"Use it as --reward {args.output_dir}")
     if not (learned or args.allow_no_signal):
         raise SystemExit(

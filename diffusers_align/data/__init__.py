@@ -2,9 +2,10 @@
 
 from .batches import balanced_batch_of, batch_of
 from .cache import TensorCache, key_of
+from .images import LazyImage
 from .loading import Report, load_preferences
 from .prompts import Prompt, load_prompts, prompts_of_epoch
-from .records import KINDS, LazyImage
+from .records import KINDS
 from .schemas import parse_column_map
 
 __all__ = [

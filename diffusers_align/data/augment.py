@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .images import covered
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -45,13 +47,7 @@ def to_tensor(image: Image.Image, height: int, width: int, augmentation: Augment
 
     The crop is a fraction of the overhang, so images of different sizes are cropped at corresponding places.
     """
-    image = image.convert("RGB")
-    scale = max(height / image.height, width / image.width)
-    # the part of the original that becomes the crop, resampled in one go
-    part_width, part_height = width / scale, height / scale
-    left, top = augmentation.left * (image.width - part_width), augmentation.top * (image.height - part_height)
-    box = (max(left, 0.0), max(top, 0.0), min(left + part_width, image.width), min(top + part_height, image.height))
-    image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    image = covered(image.convert("RGB"), height, width, augmentation.top, augmentation.left)
     if augmentation.flip:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255

@@ -29,6 +29,19 @@ def apply_ties(pairs: Sequence[dict], policy: str) -> tuple[list[dict], int]:
     return decided, len(ties)
 
 
+def indifferent(rows: Sequence[dict], kind: str) -> str | None:
+    """Why rows of a kind prefer nothing to anything, in words; None where they do."""
+    if kind == "pair" and all(row["label_0"] == TIE for row in rows):
+        return "all pairs are ties"
+    if kind == "binary" and len({row["label"] for row in rows}) == 1:
+        return f"all images are {'desirable' if rows[0]['label'] else 'undesirable'}"
+    if kind == "scored" and len({row["reward"] for row in rows}) == 1:
+        return f"all images have the reward {rows[0]['reward']:g}"
+    if kind == "ranked" and all(len(set(row["ranks"])) == 1 for row in rows):
+        return "all ranks of a prompt are equal"
+    return None
+
+
 def weight_by_prompt(pairs: Sequence[dict]) -> list[dict]:
     """Pairs whose weights sum to 1 for each prompt, so that prompts with many pairs do not dominate.
 

@@ -11,7 +11,10 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .conversions import CONVERSIONS, apply_ties, weight_by_prompt
-from .records import KINDS, BadRow, LazyImage, LeftOut, canonical
+from .files import BadRow
+from .images import LazyImage
+from .inputs import Inputs
+from .records import KINDS, LeftOut, canonical
 from .schemas import Schema, names_of, recognise, renamed
 from .sources import Table, open_table
 
@@ -28,6 +31,7 @@ class Report:
         kept: rows handed over (of the kind asked for, so after any conversion).
         left_out: sound rows without a preference, by reason.
         ties: pairs without a winner; `ties_policy` says what became of them.
+        images: images that are not read as they are, by what is done about them.
         bad: number and reason of every broken row; rows count from 1.
     """
 
@@ -41,6 +45,7 @@ class Report:
     kept: int = 0
     ties: int = 0
     left_out: Counter = field(default_factory=Counter)
+    images: Counter = field(default_factory=Counter)
     bad: list[tuple[int, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -53,6 +58,7 @@ class Report:
             fate = {"drop": "dropped", "soft": "kept with label 0.5", "keep": "kept in both directions at half the weight"}[self.ties_policy]
             lines.append(f"{self.ties} ties {fate}.")
         lines += [f"{number} rows {reason} left out." for reason, number in sorted(self.left_out.items())]
+        lines += [f"{number} images {change}." for change, number in sorted(self.images.items())]
         if self.bad:
             lines.append(f"{len(self.bad)} bad rows skipped:")
             lines += [f"  row {number}: {reason}" for number, reason in self.bad[:SHOWN_BAD_ROWS]]
@@ -85,21 +91,25 @@ class _Scan:
     schema: Schema
     root: Path
     verify: str
+    changes: Counter
+    inputs: Inputs | None = None
     verified: set[Path] = field(default_factory=set)
 
     def row(self, number: int) -> dict:
         raw = self.table.rows[number]
         if isinstance(raw, BadRow):
             raise raw
-        if not isinstance(raw, dict):
-            raise BadRow(f"not a row of named fields: {str(raw).strip()[:80]!r}")
         fields = self.schema.read(renamed(raw, self.names))
         row = canonical(self.schema.kind, fields)
         for name in ("image", "image_0", "image_1"):
             if name in row:
                 row[name] = self.image(row[name], name, fields.get(f"{name}_uid"), number, name, None)
+        if self.schema.kind == "pair" and isinstance(row["image_0"].source, Path) and row["image_0"].source == row["image_1"].source:
+            self.changes["are both sides of their own pair, which prefers nothing"] += 1
         if "images" in row:
             row["images"] = [self.image(image, f"images[{i}]", None, number, "images", i) for i, image in enumerate(row["images"])]
+        if self.inputs:
+            row["inputs"] = self.inputs.of_row(raw, self.root, self.changes, lambda: self.table.rows[number])
         if fields.get("group") is not None and self.schema.kind == "ranked":
             row["group"] = fields["group"]
         return row
@@ -114,7 +124,7 @@ class _Scan:
             raise BadRow(f"{name} is neither a path, bytes nor an image but a {type(value).__name__}")
         if self.verify != "none" and image.source not in self.verified:
             try:
-                image.check(self.verify)
+                self.changes.update(image.check(self.verify))
             except BadRow as error:
                 raise BadRow(f"{name} cannot be read: {error}") from error
             if isinstance(image.source, Path):
@@ -142,6 +152,7 @@ def load_preferences(
     verify: str = "full",
     image_root: str | None = None,
     weighting: str = "row",
+    inputs: Inputs | None = None,
     progress: bool = True,
 ) -> tuple[list[dict], Report]:
     """Rows of `kind` (see `KINDS`) from a file, a folder or a Hub set, their images as `LazyImage`, and a report.
@@ -157,6 +168,7 @@ def load_preferences(
         verify: decode each image now (`full`), read its header (`header`: finds missing files and no-images, not truncated ones), or `none`.
         image_root: folder of relative image paths; the one of the file if absent.
         weighting: weights of pairs as they are (`row`), or summing to 1 for each prompt (`prompt`).
+        inputs: columns that are arguments of the pipeline's call: rows have them under `inputs`, by the argument's name.
 
     Raises:
         ValueError: an unknown source, split, option or layout; a bad row with `bad_rows="error"`; or no rows left.
@@ -171,8 +183,10 @@ def load_preferences(
     names = names_of(table.columns, column_map)
     first = next((row for row in table.rows if isinstance(row, dict)), {})
     schema = recognise(names, kind, renamed(first, names), source)
+    if inputs:
+        _check_inputs(inputs, table, schema, kind, source)
     report = Report(source, kind, schema.name, ties, prompt_column=names.get("prompt", "prompt"))
-    scan = _Scan(table, names, schema, Path(image_root) if image_root else table.root, verify)
+    scan = _Scan(table, names, schema, Path(image_root) if image_root else table.root, verify, report.images, inputs)
     rows = _read(scan, report, max_rows, bad_rows, progress)
     if schema.kind == "ranked":
         rows = _merge_groups(rows, report)
@@ -186,6 +200,12 @@ def load_preferences(
     if not rows:
         raise ValueError(f"No rows are left.\n{report}")
     return rows, report
+
+
+def _check_inputs(inputs: Inputs, table: Table, schema: Schema, kind: str, source: str) -> None:
+    inputs.check_columns(table.columns, source)
+    if schema.kind != kind:
+        raise ValueError(f"{source} holds {schema.kind!r} rows, which would mix images of different {inputs} as {kind!r}. Give rows of that kind.")
 
 
 def _check_options(**options: tuple) -> None:
@@ -204,8 +224,8 @@ def _read(scan: _Scan, report: Report, max_rows: int | None, bad_rows: str, prog
             report.left_out[str(reason)] += 1
         except (ValueError, TypeError) as error:
             if bad_rows == "error":
-                raise ValueError(f"{report.source}, row {number + 1}: {error}.") from error
-            report.bad.append((number + 1, str(error)))
+                raise ValueError(f"{report.source}, row {number + 1}: {error}{scan.table.place(number)}.") from error
+            report.bad.append((number + 1, f"{error}{scan.table.place(number)}"))
     return rows
 
 

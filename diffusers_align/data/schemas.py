@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from .advice import WORDS, column_map_for
 from .conversions import CONVERSIONS
-from .records import FALSE, KINDS, BadRow, LeftOut, boolean
+from .files import BadRow
+from .records import FALSE, KINDS, LeftOut, boolean
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 # Diffusion-KTO's annotation of Pick-a-Pic; its default policy `wi_l` calls an image desirable that won at least once.
@@ -160,15 +162,29 @@ def recognise(names: dict[str, str], kind: str, first_row: dict, source: str) ->
     """
     fitting = [s for s in SCHEMAS if set(s.needs) <= set(names) and s.fits(first_row) and (s.kind == kind or (s.kind, kind) in CONVERSIONS)]
     if not fitting:
-        missing = [name for name in KINDS[kind] if name not in names]
-        example = ",".join(f"{name}=YOUR_COLUMN" for name in missing)
-        known = "; ".join(", ".join(s.needs) for s in SCHEMAS if s.kind == kind and s.read is not _same)
+        known = [s for s in SCHEMAS if s.kind == kind and s.read is not _same]
+        there = list(dict.fromkeys(names.values()))
         raise ValueError(
-            f"{source} is no data of kind {kind!r} that is known. Its columns: {', '.join(names)}. Needed: {', '.join(KINDS[kind])}"
-            + (f"; or one of the public layouts: {known}" if known else "")
-            + (f". Say which columns hold what is missing: --column_map '{example}'." if example else ".")
+            f"{source} is no data of kind {kind!r} that is known. Its columns: {', '.join(there)}. Needed: {', '.join(KINDS[kind])}"
+            + (f"; or one of the public layouts: {'; '.join(', '.join(s.needs) for s in known)}" if known else "")
+            + _advice(names, there, kind, [s.needs for s in known])
         )
     return max(fitting, key=lambda s: (s.kind == kind != "captioned", len(s.needs)))
+
+
+def _advice(names: dict[str, str], there: list[str], kind: str, layouts: list[tuple[str, ...]]) -> str:
+    """The end of the sentence: the `--column_map` that reads the columns, as far as their names tell."""
+    # layouts of plain words come before those that need a set's own columns
+    plain = [needs for needs in layouts if set(needs) <= set(WORDS)]
+    if found := column_map_for(there, [KINDS[kind], *plain]):
+        example = ",".join(f"{name}={column}" for name, column in found.items() if name != column)
+        return f". Perhaps these columns are meant: --column_map '{example}'." if example else "."
+    missing = [name for name in KINDS[kind] if name not in names]
+    if not missing:
+        return "."
+    example = ",".join(f"{name}=YOUR_COLUMN" for name in missing)
+    others = "".join(f", or '{','.join(f'{name}=YOUR_COLUMN' for name in needs if name not in names)}'" for needs in plain)
+    return f". Say which columns hold what is missing: --column_map '{example}'{others}."
 
 
 def renamed(row: Any, names: dict[str, str]) -> dict:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .records import BadRow
+from .files import NO_FIELDS, READERS, BadRow, columns_of, read_rows
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-METADATA = ("metadata.jsonl", "metadata.csv", "metadata.json", "metadata.parquet")
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+METADATA = tuple(f"metadata{suffix}" for suffix in (".jsonl", ".csv", ".json", ".parquet", ".tsv"))
+FILE_SUFFIXES = (*READERS, ".parquet")
 WHOLE = "train"  # the split that data without splits goes by, as in `datasets`
 SPLITS = (WHOLE, "validation", "valid", "val", "dev", "test", "eval")
 SHARD = re.compile(r"-\d+-of-\d+$")
@@ -23,11 +21,18 @@ SHARD = re.compile(r"-\d+-of-\d+$")
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows by number, their columns, and the folder that relative paths start from. A row that is no dict is broken; a `BadRow` says how."""
+    """Rows by number, their columns, the folder that relative paths start from, and in text files the rows' lines (0: unknown). Of a
+    broken row there is a `BadRow`, which says how."""
 
     rows: Sequence[Any]
     columns: list[str]
     root: Path
+    lines: Sequence[int] = ()
+
+    def place(self, number: int) -> str:
+        """Where the row stands in its file, where that is not what its number says already."""
+        line = self.lines[number] if self.lines else 0
+        return f" (line {line})" if line not in (0, number + 1) else ""
 
 
 def open_table(source: str, split: str) -> Table:
@@ -43,7 +48,7 @@ def open_table(source: str, split: str) -> Table:
         return _open_file(path)
     if path.is_dir():
         return _open_folder(path, split)
-    if path.suffix in FILE_SUFFIXES or path.is_absolute() or source.startswith("."):
+    if path.suffix.lower() in FILE_SUFFIXES or path.is_absolute() or source.startswith("."):
         raise ValueError(f"No file or folder {source!r}.")
     try:
         dataset = _datasets().load_dataset(source, split=split)
@@ -57,42 +62,17 @@ def _no_split(source: Path, split: str, there: Sequence[str]) -> ValueError:
 
 
 def _open_file(path: Path) -> Table:
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         return _open_parquet([path], path.parent)
-    if path.suffix not in FILE_SUFFIXES:
+    if suffix not in FILE_SUFFIXES:
         raise ValueError(f"{path} is no {', '.join(FILE_SUFFIXES)} file.")
-    try:
-        rows = _rows(path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8 ({error}): save it in that encoding.") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): repair it, or call it .jsonl if each line is an object of its own.") from error
-    except csv.Error as error:
-        raise ValueError(f"{path} cannot be read as CSV ({error}): repair it, or save it as .jsonl.") from error
-    columns = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
+    rows, lines = read_rows(path)
+    columns = columns_of(rows)
     if rows and not columns:
-        raise ValueError(f"{path} has no row of named fields; the first is {str(rows[0]).strip()[:60]!r}. Rows are JSON objects, or lines under a header.")
-    if path.suffix == ".csv" and len(columns) == 1 and re.search(r"[;\t|]", columns[0]):
-        raise ValueError(f"{path} has one column, {columns[0]!r}: its fields are to be separated by commas. Save it so, or as .jsonl.")
-    return Table(rows, columns, path.parent)
-
-
-def _rows(path: Path) -> list[Any]:
-    # utf-8-sig: spreadsheet programs put a byte order mark before the first column's name
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            return [row if None not in row else BadRow("more fields than columns") for row in csv.DictReader(file)]
-        if path.suffix == ".json":
-            rows = json.load(file)
-            return rows if isinstance(rows, list) else [rows]
-        return [_json_line(line) for line in file if line.strip()]
-
-
-def _json_line(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return line
+        first = str(rows[0]).removeprefix(NO_FIELDS)
+        raise ValueError(f"{path} has no row of named fields; the first is {first}. Rows are JSON objects, or lines under a header.")
+    return Table(rows, columns, path.parent, lines)
 
 
 def _open_folder(folder: Path, split: str) -> Table:

@@ -10,14 +10,13 @@ from torch import Tensor
 
 from ..algorithms.adjoint_matching import lean_adjoints, smoothed_gradient, terminal_adjoint
 from ..condition import Condition
-from ..data.prompts import Prompt
+from ..data.prompts import Prompt, fields_of
 from ..decoding import decode_latents
 from ..forward_process import ForwardProcess
 from ..policy import Policy, noise_seed
 from ..rewards.base import score_columns
 from ..trajectory import Trajectory
 from ..transition import GaussianTransition
-from .scoring import prompt_columns
 
 
 def make_memoryless(policy: Policy, sde_type: str = "memoryless") -> None:
@@ -109,7 +108,7 @@ class RewardGradient:
 
 def bound_reward(reward, asked: list[Prompt], on_invalid: str) -> Callable[[Tensor], Tensor]:
     """The reward of the images of these prompts: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1] to (B,), NaN where it is masked."""
-    columns = prompt_columns(asked)
+    columns = fields_of(asked)
     return lambda images: score_columns(reward, images, [prompt.text for prompt in asked], columns, on_invalid)["reward"]
 
 

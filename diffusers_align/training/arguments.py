@@ -118,6 +118,17 @@ class PromptArguments(Arguments):
 
     prompts: str = required("a .txt, .jsonl or .csv file, or a shipped set")
     prompt_column: str = option("prompt", "field of the prompt in .jsonl and .csv files; rewards get the other fields")
+    input_columns: list[str] | None = option(
+        None, "columns that the pipeline's call takes one of a sample, COLUMN or ARGUMENT=COLUMN: image mask_image=mask; strings are files, if not texts"
+    )
+
+    @model_validator(mode="after")
+    def _check_input_columns(self):
+        if self.input_columns is not None:
+            from ..data.inputs import parse_input_columns
+
+            parse_input_columns(self.input_columns)
+        return self
 
 
 class TaskArguments(PromptArguments, RewardArguments):

@@ -20,6 +20,7 @@ from ..policy import Policy, noise_seed
 from ..trajectory import Trajectory
 from ..transition import GaussianTransition
 from .division import division_of
+from .inputs import condition_of
 from .sampling import Samples
 from .scoring import Scorer, gather_scores
 
@@ -81,7 +82,7 @@ class _Sampler:
 
 
 @torch.no_grad()
-def roll_out_candidates(policy: Policy, prompts: list[str], seeds: list[int], number: int) -> Candidates:
+def roll_out_candidates(policy: Policy, prompts: list[Prompt | str], seeds: list[int], number: int) -> Candidates:
     """Sample one path a prompt, with `number` candidates at each step with noise, going on from one of them at random.
 
     Everything follows from the sample's seed, whatever the batch.
@@ -89,10 +90,10 @@ def roll_out_candidates(policy: Policy, prompts: list[str], seeds: list[int], nu
     Raises:
         ValueError: the pipeline denoises several modalities.
     """
-    rows = policy.condition([prompt for prompt in prompts for _ in range(number)], seeds=[seed for seed in seeds for _ in range(number)])
+    rows = condition_of(policy, [prompt for prompt in prompts for _ in range(number)], seeds=[seed for seed in seeds for _ in range(number)])
     sampler = _Sampler(number, seeds)
     policy._drive(rows, sampler)
-    return sampler.finish(policy.condition(prompts, seeds=seeds))
+    return sampler.finish(condition_of(policy, prompts, seeds=seeds))
 
 
 @dataclass
@@ -136,7 +137,7 @@ def sample_pairs(run, policy: Policy, reward, prompts, epoch: int, number: int) 
         for part in parts:
             with accelerator.autocast():
                 candidates = roll_out_candidates(
-                    policy, [asked[i].text for i in part], [noise_seed(args.seed, epoch, i, chosen[i]) for i in part], args.num_candidates
+                    policy, [asked[i] for i in part], [noise_seed(args.seed, epoch, i, chosen[i]) for i in part], args.num_candidates
                 )
             trajectory = candidates.trajectory
             steps = [k for k in trajectory.noisy_steps if k >= args.divert_start_step]

@@ -23,6 +23,7 @@ from ..rewards.clip_embedder import CLIPEmbedder
 from ..rewards.loading import model_option, reward_name
 from ..rewards.preprocessing import flatten_frames, mean_over_frames
 from . import costs
+from .inputs import batches_by_size, condition_of
 from .statistics import diversity, pairwise_cosine, pairwise_rms
 
 
@@ -84,7 +85,7 @@ def _layers(pipeline) -> list[BaseTunerLayer]:
     return [layer for module in pipeline.components.values() if isinstance(module, nn.Module) for layer in lora.layers_of(module)]
 
 
-def path_kl(policy: Policy, prompts: list[str], seeds: list[int]) -> tuple[Tensor, int]:
+def path_kl(policy: Policy, prompts: list[Prompt | str], seeds: list[int]) -> tuple[Tensor, int]:
     r"""KL from the policy to its reference over whole trajectories, in nats, (B,) float64, and the dimensions of a state. One term of
 
     $$ \mathrm{KL}\big(\pi_\theta(x_{0:T}) \,\|\, \pi_{\mathrm{ref}}(x_{0:T})\big)
@@ -100,7 +101,7 @@ def path_kl(policy: Policy, prompts: list[str], seeds: list[int]) -> tuple[Tenso
     others = [name for name, module in policy.pipeline.components.items() if name not in policy.denoisers and isinstance(module, nn.Module)]
     if adapted := [name for name in others if lora.layers_of(getattr(policy.pipeline, name))]:
         raise ValueError(f"The KL is that of the denoiser, but the LoRA changes {', '.join(adapted)} as well: leave it out with --kl_samples 0.")
-    trajectory = policy.rollout(prompts, seeds=seeds)
+    trajectory = policy.rollout(condition_of(policy, prompts, seeds=seeds))
     if not trajectory.stochastic.any():
         raise ValueError("No step has noise, so the path KL does not exist: raise --noise_level or --eta, or leave it out with --kl_samples 0.")
     if not any(lora.is_ours(module) for module in policy.denoisers.values()):
@@ -113,15 +114,13 @@ def path_kl(policy: Policy, prompts: list[str], seeds: list[int]) -> tuple[Tenso
 
 def sampled_kl(run, policy: Policy, prompts: list[Prompt], number: int, on_images: Callable[[int], Any]) -> dict[str, Tensor]:
     """`path_kl` of `number` trajectories at fixed prompts and seeds, shared among the processes; all get the whole: (number,) each."""
-    accelerator, size, rows = run.accelerator, run.args.train_batch_size, []
-    mine = list(range(number))[accelerator.process_index :: accelerator.num_processes]
-    for start in range(0, len(mine), size):
-        part = mine[start : start + size]
+    accelerator, asked, rows = run.accelerator, [prompts[i % len(prompts)] for i in range(number)], []
+    for part in batches_by_size(asked, run.args.train_batch_size, accelerator.process_index, accelerator.num_processes):
         with accelerator.autocast():
-            values, dimensions = path_kl(policy, [prompts[i % len(prompts)].text for i in part], [noise_seed(run.args.seed, "kl", i) for i in part])
+            values, dimensions = path_kl(policy, [asked[i] for i in part], [noise_seed(run.args.seed, "kl", i) for i in part])
         rows += [(i, value, value / dimensions) for i, value in zip(part, values.tolist())]
         on_images(len(part) * accelerator.num_processes)
-    _, nats, nats_per_dimension = (torch.tensor(column, dtype=torch.float64) for column in zip(*sorted(gather_object(rows))))
+    _, nats, nats_per_dimension = (torch.tensor(column, dtype=torch.float64) for column in zip(*sorted({row[0]: row for row in gather_object(rows)}.values())))
     return {"nats": nats, "nats_per_dimension": nats_per_dimension}
 
 

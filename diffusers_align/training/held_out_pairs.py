@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..data import load_preferences
 from ..policy import Policy, noise_seed
+from .inputs import check_one_size, condition_of, prompt_of, prompts_of_rows
 from .noised_images import LatentImages, Noising, Position, as_they_are, predict
 from .offline import pairs_of
 
@@ -40,6 +41,7 @@ class HeldOutPairs:
     def __init__(self, run, source: str, num_draws: int = 8, split: str = "train", **reading: Any):
         self.run = as_they_are(run.args, run.accelerator)
         self.rows, report = load_preferences(source, "pair", split=split, progress=run.accelerator.is_main_process, **reading)
+        check_one_size(prompts_of_rows(self.rows), source)
         self.num_draws, self.latents = num_draws, None
         run.print(f"Held-out pairs: {report}")
 
@@ -54,13 +56,13 @@ class HeldOutPairs:
         """
         args, accelerator, found = self.run.args, self.run.accelerator, []
         if self.latents is None or self.latents.policy is not policy:  # a roll-out finds their size
-            self.latents = LatentImages(self.run, policy)
+            self.latents = LatentImages(self.run, policy, prompt_of(self.rows[0]))
         latents, noising, number, processes = self.latents, Noising(self.run, policy), len(self.rows), accelerator.num_processes
         mine = [i % number for i in range(accelerator.process_index, -(-number // processes) * processes, processes)]
         for start in range(0, len(mine), args.train_batch_size):
             places = [Position(row, noise_seed(args.seed, "held-out pairs", row), 0) for row in mine[start : start + args.train_batch_size]]
             images, _, _ = pairs_of(self.rows, places, policy.device)
-            condition = policy.condition([self.rows[place.row]["prompt"] for place in places])
+            condition = condition_of(policy, [prompt_of(self.rows[place.row]) for place in places])
             means = [self._error(policy, noising.draws(latents(side, places, condition), places, condition, self.num_draws)) for side in images]
             found += zip((place.row for place in places), torch.stack(means, 1).cpu())
             on_pairs(len(places) * processes)

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from .. import embedded
 from ..given_names import did_you_mean, hub_reason, is_hub_error, is_repository, nearest_path
 from ..schedulers import sde_twin
+from .inputs import call_parameters
 from .single_file import SUFFIXES, load_single_file
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -100,4 +101,8 @@ def training_scheduler(pipeline, **sde_fields: Any):
 def call_arguments(args) -> dict[str, Any]:
     """What every call of the pipeline gets, from the flags that are given."""
     given = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
-    return {name: value for name, value in given.items() if value is not None} | args.call_kwargs
+    given = {name: value for name, value in given.items() if value is not None}
+    if getattr(args, "input_columns", None) and (accepted := call_parameters(args)) is not None:
+        # pipelines without a size of their own take that of their pictures, which are resized to it
+        given = {name: value for name, value in given.items() if name in accepted or name not in ("height", "width")}
+    return given | args.call_kwargs

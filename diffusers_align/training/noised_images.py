@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..condition import Condition
-from ..data import LazyImage, TensorCache, key_of
+from ..data import LazyImage, Prompt, TensorCache, key_of
 from ..data.augment import Augmentation, draw_augmentations, to_tensor
 from ..forward_process import ForwardProcess
 from ..policy import Policy
 from ..rl.matching import matching_error
+from .inputs import condition_of
 
 
 @dataclass
@@ -39,12 +40,16 @@ def disk_cache(args, policy: Policy, *about: str) -> TensorCache | None:
 
 
 class LatentImages:
-    """A data set's images as clean latents in the pipeline's own layout, from the cache where there is one."""
+    """A data set's images as clean latents in the pipeline's own layout, from the cache where there is one.
 
-    def __init__(self, run, policy: Policy):
+    Args:
+        like: what the pipeline is asked for to learn the size of its images.
+    """
+
+    def __init__(self, run, policy: Policy, like: Prompt | str = ""):
         self.args, self.policy = run.args, policy
         with torch.no_grad():
-            sample = policy.rollout([""], seeds=[0], deterministic=True)
+            sample = policy.rollout(condition_of(policy, [like], seeds=[0]), deterministic=True)
             self.shape = policy.decode(sample.final, sample.condition).shape[1:]
         self.cache = disk_cache(self.args, policy, "latents", str(tuple(self.shape)))
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from ..condition import Condition
-from ..data import LazyImage, batch_of, load_preferences, parse_column_map
+from ..data import LazyImage, Prompt, batch_of, load_preferences, parse_column_map
+from ..data.conversions import indifferent
 from ..policy import Policy, noise_seed
 from ..rl.matching import error_coefficients
 from .averages import LaggingWeights
+from .inputs import check_one_size, condition_of, inputs_of, prompt_of, prompts_of_rows
 from .noised_images import LatentImages, Noised, Noising, Position, disk_cache, predict
 
 
@@ -23,18 +25,23 @@ def load_rows(run, kind: str) -> list[dict]:
     args, pairs = run.args, {}
     if kind == "pair":
         pairs = {"ties": args.ties, "weighting": args.pair_weighting}
-    return _loaded(run, args.dataset_name, kind, split=args.dataset_split, **reading_options(args), **pairs)
+    rows = _loaded(run, args.dataset_name, kind, split=args.dataset_split, **reading_options(args), **pairs)
+    # likes alone are something to learn from, where the script takes them
+    if kind != "binary" and (reason := indifferent(rows, kind)) and not getattr(args, "allow_no_signal", False):
+        raise ValueError(f"{args.dataset_name}: {reason}, so there is nothing to learn. Give other data, or pass --allow_no_signal.")
+    check_one_size(prompts_of_rows(rows), args.dataset_name)
+    return rows
 
 
 def reading_options(args) -> dict[str, Any]:
     """How the flags have a data set's rows read: arguments of `load_preferences`, for the held-out pairs as for the others."""
     columns = parse_column_map(args.column_map) if args.column_map else None
-    return {"column_map": columns, "image_root": args.image_root, "bad_rows": args.bad_rows, "verify": args.verify}
+    return {"column_map": columns, "image_root": args.image_root, "bad_rows": args.bad_rows, "verify": args.verify, "inputs": inputs_of(args)}
 
 
 def load_captioned(run, source: str) -> list[dict]:
     """The rows of a second data set, of images with captions in columns of a known layout."""
-    return _loaded(run, source, "captioned", bad_rows=run.args.bad_rows, verify=run.args.verify)
+    return _loaded(run, source, "captioned", bad_rows=run.args.bad_rows, verify=run.args.verify, inputs=inputs_of(run.args))
 
 
 def _loaded(run, source: str, kind: str, **options) -> list[dict]:
@@ -64,7 +71,7 @@ class Examples:
 
     def __init__(self, run, policy: Policy, rows: list[dict], stream: str = "data", draw: Callable[..., list[int]] | None = None):
         self.run, self.policy, self.rows, self.stream, self.draw = run, policy, rows, stream, draw
-        self.latents, self.noising = LatentImages(run, policy), Noising(run, policy)
+        self.latents, self.noising = LatentImages(run, policy, prompt_of(rows[0], "")), Noising(run, policy)
 
     def positions(self, epoch: int, batch: int) -> list[Position]:
         """The rows that this process sees in a batch of an epoch."""
@@ -78,12 +85,16 @@ class Examples:
 
     def captions(self, places: list[Position]) -> list[str]:
         """The captions of the places, some of them emptied: whatever is noised there is seen under the same."""
-        share = self.run.args.proportion_empty_prompts
-        return ["" if random.Random(place.seed).random() < share else self.rows[place.row]["prompt"] for place in places]
+        return [prompt.text for prompt in self._asked(places)]
 
     def condition(self, places: list[Position]) -> Condition:
-        """The pipeline's call with the places' `captions`."""
-        return self.policy.condition(self.captions(places))
+        """The pipeline's call with the places' `captions`, and what else belongs to their rows."""
+        return condition_of(self.policy, self._asked(places))
+
+    def _asked(self, places: list[Position]) -> list[Prompt]:
+        share = self.run.args.proportion_empty_prompts
+        emptied = [random.Random(place.seed).random() < share for place in places]
+        return [prompt_of(self.rows[place.row], "" if empty else None) for place, empty in zip(places, emptied)]
 
     def noised(self, images: list[LazyImage], places: list[Position], condition: Condition) -> Noised:
         return self.noising(self.latents(images, places, condition), places, condition)

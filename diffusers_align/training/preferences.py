@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..data.files import read_rows
 from ..data.prompts import Prompt, prompts_of_epoch
 from ..policy import Policy
 from ..trajectory import Trajectory
@@ -83,8 +84,7 @@ class StoredTrajectories:
             )
         self.noise = {name: settings[name] for name in NOISE_FIELDS if settings.get(name) is not None}
         groups: dict[str, list[dict]] = defaultdict(list)
-        for line in files[1].read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in read_rows(files[1])[0]:
             groups[Path(row["image"]).stem.rpartition("_")[0]].append(row)
         self.groups = [rows[:group_size] for rows in groups.values() if len(rows) >= group_size]
         if not self.groups:

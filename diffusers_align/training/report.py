@@ -11,6 +11,7 @@ from ..lora import stock_lines
 from . import failures, hub
 from .early_stop import EarlyStop
 from .held_out_pairs import HeldOutPairs, margins
+from .inputs import check_one_size, inputs_of, prompts_of_rows
 from .offline import reading_options
 from .pictures import before_and_after, grid, save
 from .sampling import Evaluation, described_solver, evaluate, paired_gain
@@ -41,18 +42,23 @@ class Report:
         if args.eval_reward:
             self.rewards[args.eval_reward] = reward_of_flags(args, run.accelerator.device, "eval_")
         if args.prompts or rows is None:
-            self.prompts = load_prompts(args.prompts, args.prompt_column)
+            self.prompts = self._load(args.prompts)
         else:
-            self.prompts = [Prompt(text) for text in dict.fromkeys(row["prompt"] for row in rows)]
-        self.judged = load_prompts(args.eval_prompts, args.prompt_column) if args.eval_prompts else self.prompts
-        trained = {prompt.text for prompt in self.prompts} if rows is None else {row["prompt"] for row in rows}
-        self.judged_on = judged_on([prompt.text for prompt in self.judged[: args.num_eval_samples]], trained)
+            self.prompts = prompts_of_rows(rows)
+        self.judged = self._load(args.eval_prompts) if args.eval_prompts else self.prompts
+        trained = {prompt.key for prompt in (self.prompts if rows is None else prompts_of_rows(rows))}
+        self.judged_on = judged_on([prompt.key for prompt in self.judged[: args.num_eval_samples]], trained)
         held_out_pairs = getattr(args, "eval_dataset_name", None)
         self.pairs = HeldOutPairs(run, held_out_pairs, split=args.eval_dataset_split, **reading_options(args)) if held_out_pairs else None
         same = held_out_pairs and (held_out_pairs, args.eval_dataset_split) == (args.dataset_name, args.dataset_split)
         self._pairs_are = "training" if same else "held-out"
         self.before: Evaluation | None = None
         self.early_stop = run.early_stop = EarlyStop.of_run(run, self.judged)
+
+    def _load(self, source: str) -> list[Prompt]:
+        prompts = load_prompts(source, self.run.args.prompt_column, inputs_of(self.run.args), self.run.print)
+        check_one_size(prompts, source)
+        return prompts
 
     def _evaluate(self, look: int | None = None) -> Evaluation:
         """Of the weights that are in place; `look` shows it to the early stop, as what so many epochs have led to."""

@@ -25,6 +25,7 @@ from ..policy import Policy, noise_seed
 from ..rl.reward_maps import distance, hinge, shortfall
 from .adjoints import bound_reward
 from .division import division_of
+from .inputs import condition_of
 from .method_arguments import RewardGradientArguments
 from .offline import epoch_batches
 
@@ -57,7 +58,7 @@ def check_reward(run, policy: Policy, report, **options: Any) -> int:
         GradientError: it does not; the message names the component that cuts it.
     """
     asked = report.prompts[:1]
-    condition = policy.condition([p.text for p in asked], seeds=[noise_seed(run.args.seed, "check")])
+    condition = condition_of(policy, asked, seeds=[noise_seed(run.args.seed, "check")])
     steps = count_steps(policy, condition, stochastic=run.args.stochastic)
     with run.accelerator.autocast():
         check_gradient(
@@ -69,7 +70,7 @@ def check_reward(run, policy: Policy, report, **options: Any) -> int:
 @torch.no_grad()
 def count_frames(policy: Policy, prompt: Prompt) -> int | None:
     """The frames of a video; None for pipelines that make images. Costs one denoiser call and the autoencoder's."""
-    rollout = differentiable_rollout(policy, policy.condition([prompt.text], seeds=[0]), grad_steps=[], stop_step=0)
+    rollout = differentiable_rollout(policy, condition_of(policy, [prompt], seeds=[0]), grad_steps=[], stop_step=0)
     return rollout.images.shape[1] if rollout.images.ndim == 5 else None
 
 
@@ -118,7 +119,7 @@ def updates_of_epoch(run, policy: Policy, report, epoch: int, num_batches: int, 
     def batch(b: int) -> Batch:
         places = parts[b]
         asked = [report.prompts[chosen[i]] for i in places]
-        condition = policy.condition([p.text for p in asked], seeds=[noise_seed(args.seed, epoch, i, chosen[i]) for i in places])
+        condition = condition_of(policy, asked, seeds=[noise_seed(args.seed, epoch, i, chosen[i]) for i in places])
         return Batch(condition, asked, bound_reward(report.reward, asked, args.invalid_rewards))
 
     for number, (chunk, weight) in enumerate(epoch_batches(run, num_batches, batches_a_step)):

@@ -17,6 +17,7 @@ from ..rewards.learned import RewardModel
 from ..rl.preferences import pair_loss, plackett_luce_loss
 from .health import Start
 from .noised_images import LatentImages, Noising, Position, as_they_are, predict
+from .statistics import wilson_interval
 
 TARGET = {"pair": "label_0", "binary": "label", "scored": "reward", "ranked": "ranks"}
 NOISE_BINS = 4
@@ -251,7 +252,26 @@ def judge(kind: str, logits: Logits, examples: list[Example]) -> dict:
 
 def _worth(kind: str, logits: Tensor, labels: Tensor) -> dict[str, float]:
     decided = labels != 0.5
-    accuracy = ((logits > 0) == (labels > 0.5))[decided].float().mean().item()
+    right = ((logits > 0) == (labels > 0.5))[decided]
+    accuracy = right.float().mean().item()
+    low, high = wilson_interval(int(right.sum()), len(right))
     if kind != "binary":  # which image comes first means nothing: count each pair both ways
         logits, labels = torch.cat([logits, -logits]), torch.cat([labels, 1 - labels])
-    return {"accuracy": accuracy, "calibration_error": calibration_error(torch.sigmoid(logits), labels)}
+    return {
+        "accuracy": accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "decided": len(right),
+        "calibration_error": calibration_error(torch.sigmoid(logits), labels),
+    }
+
+
+def described(metrics: dict) -> str:
+    """The numbers of `judge` in a line, an accuracy with its 95 % interval (Wilson's) and what it is a share of."""
+    words = []
+    for name, value in metrics.items():
+        if name == "accuracy":
+            words.append(f"accuracy {value:.4g} [{metrics['accuracy_low']:.2f}, {metrics['accuracy_high']:.2f}] of {metrics['decided']}")
+        elif not name.startswith("accuracy_") and name != "decided":
+            words.append(f"{name} {value:.4g}")
+    return ", ".join(words)

@@ -11,12 +11,14 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..condition import Condition
 from ..data.prompts import Prompt, prompts_of_epoch
 from ..policy import Policy, noise_seed
 from ..rewards import InvalidReward
 from ..stock import stock_images
-from ..trajectory import Condition, Trajectory
+from ..trajectory import Trajectory
 from .division import division_of
+from .inputs import batches_by_size, condition_of
 from .scoring import Scorer, columns_of, gather_scores
 from .statistics import mean_and_error
 
@@ -100,7 +102,8 @@ def sample_epoch(
         for part in parts:
             with accelerator.autocast():
                 noise = {"seeds": [seeds[i] for i in part], "step_seeds": [step_seeds[i] for i in part]}
-                trajectory = policy.rollout([asked[i].text for i in part], **noise, deterministic=deterministic, **call_kwargs)
+                condition = condition_of(policy, [asked[i] for i in part], **noise, **call_kwargs)
+                trajectory = policy.rollout(condition, deterministic=deterministic)
                 policy.check_reproducible(trajectory)
             batches.append(trajectory)
             index.append(torch.tensor(part))
@@ -165,13 +168,13 @@ def evaluate(
     args, accelerator = run.args, run.accelerator
     jobs = [(i, prompts[i % len(prompts)], noise_seed(args.seed, "evaluation", i)) for i in range(number)]
     processes, rows = accelerator.num_processes, []
-    mine = [jobs[i % number] for i in range(accelerator.process_index, -(-number // processes) * processes, processes)]
+    mine = batches_by_size([prompt for _, prompt, _ in jobs], args.train_batch_size, accelerator.process_index, processes)
     call = {"num_inference_steps": args.eval_num_inference_steps, "guidance_scale": args.eval_guidance_scale}
     call = {name: value for name, value in call.items() if value is not None}
     scorers = {name: Scorer(reward, on_nan="mask", on_failure=args.invalid_rewards, timeout=args.reward_timeout) for name, reward in rewards.items()}
-    for start in range(0, len(mine), args.train_batch_size):
-        part = mine[start : start + args.train_batch_size]
-        condition = policy.condition([p.text for _, p, _ in part], seeds=[seed for _, _, seed in part], **call)
+    for batch in mine:
+        part = [jobs[i] for i in batch]
+        condition = condition_of(policy, [p for _, p, _ in part], seeds=[seed for _, _, seed in part], **call)
         images = evaluation_images(run, policy, condition).float().cpu()
         scored = {name: scorer(images.to(accelerator.device), [p for _, p, _ in part]) for name, scorer in scorers.items()}
         for j, (i, _, _) in enumerate(part):

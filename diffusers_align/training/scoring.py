@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ..data.prompts import Prompt
+from ..data.prompts import Prompt, fields_of
 from ..rewards import InvalidReward, Reward, RewardError, RewardTimeout, load_reward
 from ..rewards.base import listed, score_columns
 from ..rewards.loading import model_option, reward_name
@@ -113,7 +113,7 @@ class Scorer:
             return [{"reward": float("nan")} for _ in prompts]
 
     def _rows(self, images: Tensor, prompts: list[Prompt]) -> list[Row]:
-        texts, columns = [p.text for p in prompts], prompt_columns(prompts)
+        texts, columns = [p.text for p in prompts], fields_of(prompts)
 
         def scores() -> dict[str, list[float]]:
             # Threads have their own gradient mode and CUDA device.
@@ -157,12 +157,6 @@ def gather_scores(run, scorer: Scorer, prompts: list[Prompt]) -> dict[str, Tenso
             raise InvalidReward(f"{say} Nothing is left to train on: repair the reward or change the prompts.")
         run.print(f"Left out: {say}")
     return scores
-
-
-def prompt_columns(prompts: list[Prompt]) -> dict[str, list[Any]]:
-    """The data set's other fields by name, an entry a prompt, None where a prompt has none."""
-    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-    return {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
 
 
 def columns_of(rows: list[Row]) -> dict[str, Tensor]:

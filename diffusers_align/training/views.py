@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..condition import Condition
+from ..data.files import read_rows
 from ..data.prompts import Prompt
 from ..policy import Policy
 from ..rewards.loading import load_callable
@@ -34,7 +34,7 @@ def load_views(spec: str, prompts: list[Prompt], number: int) -> Writer:
         ValueError: no such file or function, or a prompt with fewer captions in the file (the message names it).
     """
     path = Path(spec)
-    if path.suffix not in (".json", ".jsonl"):
+    if path.suffix.lower() not in (".json", ".jsonl"):
         source, _, name = spec.rpartition(":")
         try:
             return load_callable(source, name, "They")
@@ -45,14 +45,22 @@ def load_views(spec: str, prompts: list[Prompt], number: int) -> Writer:
             ) from error
     if not path.is_file():
         raise ValueError(f"No views file {spec!r}.")
-    if path.suffix == ".json":
-        captions = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        captions = {row["prompt"]: row["captions"] for row in rows}
+    captions = _captions(path)
     for prompt in prompts:
         _check(captions.get(prompt.text, []), prompt.text, number, spec)
     return lambda prompt, images: captions[prompt]
+
+
+def _captions(path: Path) -> dict[str, list[str]]:
+    rows, lines = read_rows(path)
+    if path.suffix.lower() == ".json":
+        if len(rows) != 1 or not isinstance(rows[0], dict):
+            raise ValueError(f"{path} is no JSON object {{prompt: [captions]}}.")
+        return rows[0]
+    for row, line in zip(rows, lines):
+        if not isinstance(row, dict) or not {"prompt", "captions"} <= set(row):
+            raise ValueError(f"{path}, line {line}: no object with the fields 'prompt' and 'captions': {row!s:.100}.")
+    return {row["prompt"]: row["captions"] for row in rows}
 
 
 def _check(captions: list[str], prompt: str, number: int, source: str) -> list[str]:
