@@ -39,7 +39,7 @@ def check_first_steps(policy, trajectory: Trajectory, steps: int = 2) -> None:
         return True
 
     try:
-        with policy._noise(condition.step_seeds or condition.seeds, deterministic=not bool(trajectory.stochastic.any())):
+        with policy._noise(condition, deterministic=not bool(trajectory.stochastic.any())):
             policy._drive(condition, compare, needs_denoiser=leave)
     except _Enough:
         pass
