@@ -48,7 +48,7 @@ class Policy(Calls):
         super().__init__(pipeline, call_kwargs)
         if scheduler is not None and not isinstance(scheduler, SDESchedulerMixin):
             raise TypeError(f"{type(scheduler).__name__} returns no log-probabilities; pass sde_twin(scheduler) or leave it out.")
-        if getattr(pipeline, "scheduler", None) is None:
+        if not hasattr(getattr(pipeline, "scheduler", None), "step"):
             raise ValueError(f"{type(pipeline).__name__} has no scheduler, so that it takes no steps that could be a policy's.")
         self.stock_scheduler = put_in_place(pipeline, scheduler if scheduler is not None else sde_twin(pipeline.scheduler))
         for component in pipeline.components.values():

@@ -742,9 +742,10 @@ def test_the_remedy_of_the_message_has_a_twin(entry):
     assert isinstance(sde_twin(diffusers.EulerDiscreteScheduler.from_config(source.config, **{entry: False})), DDIMSDEScheduler)
 
 
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
 @pytest.mark.parametrize(
-    "name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler"]
+    ("name", "spacing"),
+    [(name, spacing) for name in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler") for spacing in ("leading", "trailing")]
+    + [("DPMSolverMultistepScheduler", "trailing"), ("UniPCMultistepScheduler", "trailing")],
 )
 def test_a_twin_steps_through_its_sources_timesteps(name, spacing):
     source = getattr(diffusers, name)(**SDXL, timestep_spacing=spacing, steps_offset=1)

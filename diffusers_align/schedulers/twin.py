@@ -121,7 +121,7 @@ def _ddim_twin(scheduler, config: dict, source: dict, sde_fields: dict) -> DDIMS
     known = inspect.signature(DDIMSDEScheduler.__init__).parameters
     # DDIM clips by default, latent models must not be clipped: clip only where the source asks for it.
     config = {"clip_sample": False} | {name: value for name, value in config.items() if name in known}
-    if config.get("final_sigmas_type") == "sigma_min":
+    if scheduler.config.get("final_sigmas_type") == "sigma_min":
         config["set_alpha_to_one"] = False  # the last step ends at the table's first noise level
     if type(scheduler).__name__.startswith("CogVideoX"):
         config["clip_sample"] = False  # registered by these classes, True by default, but never read
