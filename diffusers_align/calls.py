@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from .condition import Condition, belongs_to_samples, is_embedding, number_of_samples
 from .driver import denoisers, drive, encoded_prompt
 from .prompt_memory import PromptMemory, Store
+from .ranges import check_call
 from .schedulers.scheduling_utils import SDESchedulerMixin
 
 # What a policy's methods set in each call, and the value that says nothing else. None is the pipeline's own default for all of them.
@@ -156,6 +157,7 @@ def _check_arguments(pipeline: str, accepted: Collection[str], shared: dict[str,
         harmless, reason = _SET_BY_POLICY[name]
         if everything[name] is not None and everything[name] is not harmless:
             raise ValueError(f"{name} cannot be an argument of a policy's call: {reason}")
+    check_call(everything)
     if unknown := sorted(set(everything) - set(accepted)):
         raise ValueError(f"{pipeline}'s call has no {', '.join(unknown)}; it takes {', '.join(accepted)}.")
     if (images := per_sample.get("ip_adapter_image")) is not None and len(images) > 1:

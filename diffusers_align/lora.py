@@ -13,6 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .ranges import Count, Positive, check
+
 logger = diffusers_logging.get_logger(__name__)
 
 ADAPTER = "default"
@@ -35,8 +37,9 @@ def add(denoisers: dict[str, nn.Module], rank: int = 16, alpha: int | None = Non
         config: other fields of `peft.LoraConfig`. `lora_dropout` must stay 0: with dropout a replay is not the rollout's policy.
 
     Raises:
-        ValueError: dropout, or there is an adapter already.
+        ValueError: dropout, a rank below 1, a scale that is not positive (nothing would be learned), or there is an adapter already.
     """
+    check({"rank": Count, "alpha": Positive | None}, {"rank": rank, "alpha": alpha})
     if config.get("lora_dropout"):
         raise ValueError("lora_dropout must be 0: with dropout, rollout and replay see different policies and their ratio is not 1.")
     parameters = []

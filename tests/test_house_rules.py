@@ -17,23 +17,24 @@ MAX_FUNCTION, MAX_FILE = 60, 330
 
 # What each part of the package may import of the package: dependencies point one way.
 BELOW_POLICY = {
-    "calls", "condition", "prediction", "driver", "forward_process", "initial_noise", "latent_layout", "lora", "prompt_memory", "schedulers", "tape",
+    "calls", "condition", "prediction", "driver", "forward_process", "initial_noise", "latent_layout", "lora", "prompt_memory", "ranges", "schedulers", "tape",
     "trajectory", "transition",
 }  # fmt: skip
 LAYERS = {
     "transition": set(),
     "front_doors": set(),
+    "ranges": set(),
     "initial_noise": set(),
     "latent_layout": set(),
-    "lora": set(),
+    "lora": {"ranges"},
     "prompt_memory": set(),
     "data": set(),
     "embedded": set(),
     "rl": {"transition"},
-    "algorithms": {"rl", "transition"},
-    "schedulers": {"transition", "front_doors"},
+    "algorithms": {"ranges", "rl", "transition"},
+    "schedulers": {"ranges", "transition", "front_doors"},
     "condition": set(),
-    "calls": {"condition", "driver", "prompt_memory", "schedulers"},
+    "calls": {"condition", "driver", "prompt_memory", "ranges", "schedulers"},
     "trajectory": {"condition", "transition"},
     "driver": {"prompt_memory", "schedulers", "trajectory", "transition"},
     "tape": {"condition", "driver", "trajectory"},
