@@ -15,6 +15,7 @@ from .condition import Condition, belongs_to_samples, is_embedding, number_of_sa
 from .driver import denoisers, drive, encoded_prompt
 from .noise import noise_seed
 from .prompt_memory import PromptMemory, Store
+from .ranges import check_call
 from .safety_checker import unchecked
 from .schedulers.scheduling_utils import SDESchedulerMixin
 
@@ -159,6 +160,7 @@ def _check_arguments(pipeline: str, accepted: Collection[str], shared: dict[str,
         harmless, reason = _SET_BY_POLICY[name]
         if everything[name] is not None and everything[name] is not harmless:
             raise ValueError(f"{name} cannot be an argument of a policy's call: {reason}")
+    check_call(everything)
     if unknown := sorted(set(everything) - set(accepted)):
         raise ValueError(f"{pipeline}'s call has no {', '.join(unknown)}; it takes {', '.join(accepted)}.")
     if (images := per_sample.get("ip_adapter_image")) is not None and len(images) > 1:

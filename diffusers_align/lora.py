@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import lora_files, weight_files
 from .driver import denoisers as denoisers_of
 from .lora_files import METADATA, WEIGHTS
+from .ranges import Count, Positive, check
 from .wrappers import bare, unwrapped
 
 logger = diffusers_logging.get_logger(__name__)
@@ -57,8 +58,10 @@ def add(denoisers: dict[str, nn.Module], rank: int = 16, alpha: int | None = Non
         config: other fields of `peft.LoraConfig`. `lora_dropout` must stay 0: with dropout a replay is not the rollout's policy.
 
     Raises:
-        ValueError: dropout, there is a LoRA to train already, or one that is fused but still there.
+        ValueError: dropout, a rank below 1, a scale that is not positive (nothing would be learned), there is a LoRA to train already, or one that
+            is fused but still there.
     """
+    check({"rank": Count, "alpha": Positive | None}, {"rank": rank, "alpha": alpha})
     if config.get("lora_dropout"):
         raise ValueError("lora_dropout must be 0: with dropout, rollout and replay see different policies and their ratio is not 1.")
     parameters = []

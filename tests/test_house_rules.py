@@ -18,11 +18,12 @@ MAX_FUNCTION, MAX_FILE = 60, 330
 # What each part of the package may import of the package: dependencies point one way.
 BELOW_POLICY = {
     "calls", "condition", "driver", "forward_process", "given_names", "initial_noise", "latent_layout", "lora", "lora_files", "noise", "pipeline_state",
-    "prediction", "prompt_memory", "reproducibility", "safety_checker", "schedulers", "tape", "trajectory", "transition", "weight_files", "wrappers",
+    "prediction", "prompt_memory", "ranges", "reproducibility", "safety_checker", "schedulers", "tape", "trajectory", "transition", "weight_files", "wrappers",
 }  # fmt: skip
 LAYERS = {
     "transition": set(),
     "front_doors": set(),
+    "ranges": set(),
     "initial_noise": set(),
     "latent_layout": set(),
     "noise": set(),
@@ -32,15 +33,15 @@ LAYERS = {
     "wrappers": set(),
     "safety_checker": set(),
     "lora_files": {"given_names"},
-    "lora": {"driver", "lora_files", "weight_files", "wrappers"},
+    "lora": {"driver", "lora_files", "ranges", "weight_files", "wrappers"},
     "prompt_memory": set(),
     "data": set(),
     "embedded": set(),
     "rl": {"transition"},
-    "algorithms": {"rl", "transition"},
-    "schedulers": {"transition", "front_doors"},
+    "algorithms": {"ranges", "rl", "transition"},
+    "schedulers": {"ranges", "transition", "front_doors"},
     "condition": set(),
-    "calls": {"condition", "driver", "noise", "prompt_memory", "safety_checker", "schedulers"},
+    "calls": {"condition", "driver", "noise", "prompt_memory", "ranges", "safety_checker", "schedulers"},
     "trajectory": {"condition", "transition"},
     "driver": {"pipeline_state", "prompt_memory", "schedulers", "trajectory", "transition", "wrappers"},
     "tape": {"condition", "driver", "trajectory"},

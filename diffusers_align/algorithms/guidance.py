@@ -25,8 +25,9 @@ knows noise (`classifier`) or a correction by particles is asymptotically exact.
 Sources of the presets, and what differs: `classifier` https://arxiv.org/abs/2105.05233 and `glide_clip` https://arxiv.org/abs/2112.10741 (the
 score form, which holds for deterministic solvers); `clip_guided` is the community pipeline of diffusers, without cutouts; `energy`, the plug-in as
 a score; `dps` https://arxiv.org/abs/2209.14687; `lgd_mc` https://proceedings.mlr.press/v202/song23k.html; `freedom` https://arxiv.org/abs/2303.09833 and
-`mpgd` https://arxiv.org/abs/2311.16424 scale by the guidance of the classifier-free kind over the whole batch, here by the noise level and
-each sample by itself; `universal` https://arxiv.org/abs/2302.07121; `tfg`; `flowchef` https://arxiv.org/abs/2412.00100; `flow` (Feng et al.).
+`mpgd` https://arxiv.org/abs/2311.16424 (as its Algorithm 1, the clean estimate moves and the predicted noise stays) scale by the guidance of the
+classifier-free kind over the whole batch, here by the noise level and each sample by itself; `universal` https://arxiv.org/abs/2302.07121; `tfg`;
+`flowchef` https://arxiv.org/abs/2412.00100; `flow` (Feng et al.).
 
 Norms are of each sample by itself, so that results do not depend on the batch. The `dps` norm divides by twice the root of |s|: for
 s = -|y - A x0|^2 that is the gradient of -|y - A x0|.
@@ -47,6 +48,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..ranges import Count, NonNegative, Probability, check_fields
 
 NORMS = ("none", "unit", "rms", "dps")
 ENTRIES = ("output", "state", "renoised")
@@ -87,29 +90,28 @@ class Guidance:
     noisy: float = 0.0
     variance: float = 0.0
     mean: float = 0.0
-    iterations: int = 1
-    draws: int = 1
-    smoothing: float = 0.0
-    recurrence: int = 1
+    iterations: Count = 1
+    draws: Count = 1
+    smoothing: NonNegative = 0.0
+    recurrence: Count = 1
     norm: str = "none"
     variance_entry: str = "output"
     variance_schedule: str = "score"
     mean_entry: str = "output"
     mean_schedule: str = "constant"
     blend: bool = False
-    start: float = 0.0
-    stop: float = 1.0
+    start: Probability = 0.0
+    stop: Probability = 1.0
 
     def __post_init__(self):
+        check_fields(self)
         velocities = VELOCITY_SCHEDULES if self.variance_entry == "output" else STEP_SCHEDULES
         for name, known in {
             "norm": NORMS, "variance_entry": ENTRIES, "mean_entry": ENTRIES, "variance_schedule": velocities, "mean_schedule": STEP_SCHEDULES,
         }.items():  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}.")
-        if min(self.iterations, self.draws, self.recurrence) < 1:
-            raise ValueError("iterations, draws and recurrence are at least 1.")
-        if not 0 <= self.start < self.stop <= 1:
+        if self.start >= self.stop:
             raise ValueError(f"The window needs 0 <= start < stop <= 1, got {self.start} to {self.stop}.")
         if not (self.noisy or self.variance or self.mean):
             raise ValueError("Nothing guides: give noisy, variance or mean a strength.")
@@ -125,7 +127,7 @@ PRESETS = {
     "dps": Guidance(variance=1.0, norm="dps", variance_entry="state", variance_schedule="constant"),
     "lgd_mc": Guidance(variance=1.0, draws=4, smoothing=1.0, variance_entry="state", variance_schedule="constant"),
     "freedom": Guidance(variance=0.2, norm="rms", recurrence=3, start=0.3, stop=0.7, variance_entry="state", variance_schedule="constant"),
-    "mpgd": Guidance(mean=1.0, norm="rms"),
+    "mpgd": Guidance(mean=1.0, norm="rms", mean_entry="renoised"),
     "universal": Guidance(variance=1.0, mean=1.0, iterations=3, recurrence=2),
     "tfg": Guidance(
         variance=1.0, mean=1.0, draws=4, smoothing=0.01, variance_entry="renoised", variance_schedule="increase",

@@ -33,6 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ranges import CountOrNone, NonNegative, Positive, PositiveOrInfinite, check_fields
+
 Evaluate = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 
 
@@ -53,20 +55,17 @@ class NoiseOptimization:
     """
 
     optimizer: str
-    num_iterations: int
-    learning_rate: float
-    max_grad_norm: float = math.inf
+    num_iterations: CountOrNone
+    learning_rate: Positive
+    max_grad_norm: PositiveOrInfinite = math.inf
     regularizer: str = "norm"
-    regularization: float = 0.0
+    regularization: NonNegative = 0.0
 
     def __post_init__(self):
+        check_fields(self)
         for name, known in {"optimizer": OPTIMIZERS, "regularizer": REGULARIZERS}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}.")
-        if self.num_iterations < 0 or self.regularization < 0:
-            raise ValueError(f"num_iterations and regularization cannot be negative, got {self.num_iterations} and {self.regularization:g}.")
-        if not (self.learning_rate > 0 and self.max_grad_norm > 0):
-            raise ValueError(f"learning_rate and max_grad_norm must be positive, got {self.learning_rate:g} and {self.max_grad_norm:g}.")
         if self.optimizer == "lbfgs" and self.max_grad_norm < math.inf:
             raise ValueError("lbfgs searches along the true gradient, which clipping would bend: leave max_grad_norm out.")
 

@@ -32,6 +32,7 @@ from .. import lora
 from ..decoding import replaced
 from ..driver import Step, denoisers, drive
 from ..prompt_memory import PromptMemory
+from ..ranges import check_call
 from .base import WrappedPipeline
 from .guided_sampling import first_step
 from .noise_grid import position
@@ -68,6 +69,7 @@ class AdapterGuidancePipeline(WrappedPipeline):
         adapted = _adapted(self.pipeline)
         if adapter_scale is not None and guider is not None:
             raise ValueError("Give adapter_scale or guider: classifier-free guidance's guidance_scale is the adapter's scale.")
+        check_call(arguments)
         call = {**arguments, "prompt": prompt} if "prompt" in inspect.signature(type(self.pipeline).__call__).parameters else arguments
         memory = PromptMemory()  # of this call: text encoders may change
         mixture = _Mixture(self._rule(1.0 if adapter_scale is None else adapter_scale, guider, call, memory))

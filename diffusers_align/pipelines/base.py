@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -27,6 +27,7 @@ from ..decoding import light_decoding
 from ..driver import Step, drive
 from ..policy import Policy
 from ..prompt_memory import PromptMemory
+from ..ranges import check_call, check_value
 from ..rewards import load_reward
 from ..rewards.base import score_columns
 from ..safety_checker import unchecked
@@ -129,6 +130,7 @@ class WrappedPipeline(DiffusionPipeline):
         arguments.pop("per_sample", None)
         if unknown := sorted({*arguments, *own} - set(accepted)):
             raise ValueError(f"Neither {type(self).__name__} nor {type(self.pipeline).__name__} takes {', '.join(unknown)}.")
+        check_call({**arguments, **own})
         rest = {name: arguments.pop(name) for name in ("generator", "output_type", "return_dict", "latents", *_PER_PROMPT) if name in arguments}
         if prompt is None and any(map(is_embedding, {**arguments, **own})):
             prompt = unknown_prompts(type(self.pipeline).__name__, accepted, arguments, own, None)
@@ -244,7 +246,12 @@ class WrappedPipeline(DiffusionPipeline):
             ValueError: there is no reward, or a column of another length.
         """
         reward, rows = self.reward_of_call(reward), {}
+        check_value("on_invalid", on_invalid, Literal["error", "mask"])
+        if not isinstance(columns, dict | None):
+            raise ValueError(f"columns are the reward's other arguments by name, {{'name': [one a prompt]}}, got a {type(columns).__name__}.")
         for name, values in (columns or {}).items():
+            if isinstance(values, str) or not hasattr(values, "__len__"):
+                raise ValueError(f"The column {name!r} must be a list with an entry a prompt, got {values!r}.")
             if len(values) == 0 or len(condition) % len(values):
                 raise ValueError(f"The column {name!r} has {len(values)} entries, which do not go with {len(condition)} outputs: give one a prompt.")
             rows[name] = [value for value in values for _ in range(len(condition) // len(values))]

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +14,8 @@ from torch import Tensor
 from ..algorithms.best_of_n import best, neighbour
 from ..condition import Condition
 from ..policy import noise_seed
+from ..ranges import Count, Probability, checked
 from .base import Generators, Judge, WrappedPipeline, copied, copies_asked
-
-SEARCHES = ("random", "zero_order")
 
 
 class BestOfNPipeline(WrappedPipeline):
@@ -29,19 +28,20 @@ class BestOfNPipeline(WrappedPipeline):
     larger one: the reward of what is returned never falls.
     """
 
+    @checked
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
         *,
         reward=None,
-        num_candidates: int = 4,
-        search: str = "random",
-        rounds: int = 1,
-        cosine: float = 0.95,
-        batch_size: int | None = None,
+        num_candidates: Count = 4,
+        search: Literal["random", "zero_order"] = "random",
+        rounds: Count = 1,
+        cosine: Probability = 0.95,
+        batch_size: Count | None = None,
         columns: dict[str, list] | None = None,
-        on_invalid: str = "error",
+        on_invalid: Literal["error", "mask"] = "error",
         output_type: str | None = "pil",
         return_dict: bool = True,
         **kwargs: Any,
@@ -53,15 +53,18 @@ class BestOfNPipeline(WrappedPipeline):
             num_candidates: of each round and output.
             search: `random`, independent candidates; `zero_order`, from the second round on neighbours of the best so far.
             rounds: of the search: `rounds * num_candidates` samples an output.
-            cosine: of a neighbour's initial noise and the best one's.
+            cosine: of a neighbour's initial noise and the best one's: from 0, fresh noise, to 1, the best noise itself.
             batch_size: samples a call, for all but the first, which is the stock pipeline's own; a whole round if absent.
             columns: other arguments of the reward, a list for each with an entry a prompt.
             on_invalid: a candidate without a reward (NaN): "error", or "mask" to pass it over.
 
         Returns:
             The stock output with `rewards` (P, candidates) in the order drawn and `chosen` (P,), which of them are returned.
+
+        Raises:
+            ValueError: an argument out of range or unknown, no reward or prompt, initial latents, or noise that has no neighbours here.
         """
-        self._check(num_candidates, search, rounds, cosine, kwargs)
+        self._check(num_candidates, search, rounds, kwargs)
         condition, generator = self.condition(prompt, kwargs)
         judge, start = self.judge(reward, condition, columns, on_invalid), copied(generator)
         with self.progress_bar(total=rounds * num_candidates) as bar:
@@ -79,13 +82,7 @@ class BestOfNPipeline(WrappedPipeline):
         output = self.finish(found.states, condition, found.generators(start), output_type=output_type, return_dict=return_dict)
         return self.extended(output, rewards=found.rewards, chosen=found.chosen)
 
-    def _check(self, num_candidates: int, search: str, rounds: int, cosine: float, kwargs: dict[str, Any]) -> None:
-        if num_candidates < 1 or rounds < 1:
-            raise ValueError(f"num_candidates and rounds must be at least 1, got {num_candidates} and {rounds}.")
-        if search not in SEARCHES:
-            raise ValueError(f"Unknown search {search!r}; choose one of {', '.join(SEARCHES)}.")
-        if not 0 <= cosine <= 1:
-            raise ValueError(f"cosine must lie between 0 (fresh noise) and 1 (the best noise itself), got {cosine:g}.")
+    def _check(self, num_candidates: int, search: str, rounds: int, kwargs: dict[str, Any]) -> None:
         if kwargs.get("latents") is not None and num_candidates * rounds > 1:
             raise ValueError("latents fix the initial noise, so that all candidates would be one: leave them out.")
         if search == "zero_order" and rounds > 1:

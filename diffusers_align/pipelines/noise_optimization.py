@@ -19,6 +19,7 @@ from ..differentiable import DifferentiableRollout, differentiable_rollout
 from ..driver import Step
 from ..initial_noise import initial_noise
 from ..policy import Policy
+from ..ranges import Count, CountOrNone, NonNegative, Positive, PositiveOrInfinite, checked
 from ..schedulers import DDIMSDEScheduler
 from .base import Generators, Judge, WrappedPipeline, copied
 from .guided_sampling import GuidanceError
@@ -32,6 +33,7 @@ class NoiseOptimizationPipeline(WrappedPipeline):
     >>> output.images, output.rewards, output.reward_history  # doctest: +SKIP
     """
 
+    @checked
     @torch.no_grad()
     def __call__(
         self,
@@ -39,14 +41,14 @@ class NoiseOptimizationPipeline(WrappedPipeline):
         *,
         reward=None,
         optimizer: str = "sgd",
-        num_iterations: int | None = None,
-        learning_rate: float | None = None,
-        max_grad_norm: float | None = None,
+        num_iterations: CountOrNone | None = None,
+        learning_rate: Positive | None = None,
+        max_grad_norm: PositiveOrInfinite | None = None,
         regularizer: str | None = None,
-        regularization: float | None = None,
+        regularization: NonNegative | None = None,
         reward_scale: float = 1.0,
         grad_steps: list[int] | None = None,
-        batch_size: int | None = None,
+        batch_size: Count | None = None,
         columns: dict[str, list] | None = None,
         output_type: str | None = "pil",
         return_dict: bool = True,
@@ -84,7 +86,7 @@ class NoiseOptimizationPipeline(WrappedPipeline):
             generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         before = copied(generator)
         start, steps = self._start(condition, generator)
-        search = _Search(judge, condition, before, steps if grad_steps is None else grad_steps)
+        search = _Search(judge, condition, before, steps if grad_steps is None else _checked_steps(grad_steps, steps))
         rows = torch.arange(len(condition)).split(1 if chosen.optimizer == "lbfgs" else batch_size or len(condition))
         with self._differentiable() as policy, self.progress_bar(total=chosen.num_iterations * len(rows)) as bar:
             parts = [search.climb(policy, part.tolist(), start, chosen, reward_scale, bar.update) for part in rows]
@@ -177,6 +179,12 @@ class _Search:
                 "learning_rate, bound max_grad_norm, or run in float32.",
                 stacklevel=4,
             )
+
+
+def _checked_steps(grad_steps: list[int], steps: range) -> list[int]:
+    if not grad_steps or any(k not in steps for k in grad_steps):
+        raise ValueError(f"grad_steps are some of the {len(steps)} solver steps 0 to {len(steps) - 1}, at least one; got {grad_steps}.")
+    return list(grad_steps)
 
 
 _NO_GRADIENT = (

@@ -6,7 +6,7 @@ The algorithms' pages: `diffusers_align.algorithms.particle_steering` and `diffu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +16,14 @@ from ..algorithms.best_of_n import best
 from ..algorithms.svdd import choose
 from ..condition import Condition
 from ..policy import noise_seed
+from ..ranges import Count, NonNegative, Probability, check_fields, checked
 from ..rewards import InvalidReward
 from ..transition import GaussianTransition
 from .base import Generators, Judge, WrappedPipeline
 from .outputs import merged
 from .particles import Particles, Walk
 
-METHODS, RETURNS = ("smc", "svdd"), ("best", "sample", "all")
+Method, Returned = Literal["smc", "svdd"], Literal["best", "sample", "all"]
 
 
 @dataclass(frozen=True)
@@ -33,31 +34,26 @@ class Steering:
         ValueError: an argument that is out of range or unknown.
     """
 
-    method: str = "smc"
-    num_particles: int = 4
+    method: Method = "smc"
+    num_particles: Count = 4
     potential: str = "difference"
-    reward_scale: float = 10.0
+    reward_scale: NonNegative = 10.0
     resampler: str = "systematic"
-    ess_threshold: float = 0.5
-    resample_every: int | None = None
-    start: float = 0.2
-    end: float = 0.8
+    ess_threshold: Probability = 0.5
+    resample_every: Count | None = None
+    start: Probability = 0.2
+    end: Probability = 0.8
     gradient: bool = False
-    alpha: float = 0.0
-    returned: str = "best"
+    alpha: NonNegative = 0.0
+    returned: Returned = "best"
 
     def __post_init__(self):
-        for name, known in (("method", METHODS), ("potential", smc.POTENTIALS), ("resampler", smc.RESAMPLERS), ("returned", RETURNS)):
+        check_fields(self)
+        for name, known in (("potential", smc.POTENTIALS), ("resampler", smc.RESAMPLERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}.")
-        if not 0 <= self.reward_scale < float("inf"):
-            raise ValueError(f"reward_scale is lambda of the tilt exp(lambda * reward), finite and not negative; got {self.reward_scale:g}. Negate the reward.")
-        if self.num_particles < 1 or (self.resample_every is not None and self.resample_every < 1):
-            raise ValueError(f"num_particles and resample_every must be at least 1, got {self.num_particles} and {self.resample_every}.")
-        if not 0 <= self.ess_threshold <= 1 or not 0 <= self.start <= self.end <= 1:
-            raise ValueError(f"ess_threshold must lie in [0, 1], and start <= end too; got {self.ess_threshold:g}, {self.start:g}, {self.end:g}.")
-        if self.alpha < 0:
-            raise ValueError(f"alpha must not be negative, got {self.alpha:g}.")
+        if self.start > self.end:
+            raise ValueError(f"start must not lie behind end, got {self.start:g} and {self.end:g}.")
         if self.method == "svdd" and self.gradient:
             raise ValueError("SVDD chooses among draws of the sampler's own kernel: gradient=True is for method='smc'.")
 
@@ -86,28 +82,29 @@ class ParticleSteeringPipeline(WrappedPipeline):
     They walk on the pipeline's sampler with noise: its own if it is an SDE scheduler, else the SDE twin with the same noise table.
     """
 
+    @checked
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
         *,
         reward=None,
-        num_particles: int = 4,
-        reward_scale: float = 10.0,
+        num_particles: Count = 4,
+        reward_scale: NonNegative = 10.0,
         potential: str = "difference",
-        method: str = "smc",
+        method: Method = "smc",
         resampler: str = "systematic",
-        ess_threshold: float = 0.5,
-        resample_every: int | None = None,
-        start: float = 0.2,
-        end: float = 0.8,
+        ess_threshold: Probability = 0.5,
+        resample_every: Count | None = None,
+        start: Probability = 0.2,
+        end: Probability = 0.8,
         gradient: bool = False,
-        alpha: float = 0.0,
-        returned: str = "best",
-        batch_size: int | None = None,
+        alpha: NonNegative = 0.0,
+        returned: Returned = "best",
+        batch_size: Count | None = None,
         scheduler=None,
         columns: dict[str, list] | None = None,
-        on_invalid: str = "error",
+        on_invalid: Literal["error", "mask"] = "error",
         output_type: str | None = "pil",
         return_dict: bool = True,
         **kwargs: Any,
@@ -117,7 +114,7 @@ class ParticleSteeringPipeline(WrappedPipeline):
             prompt, kwargs: those of the stock call.
             reward: in the place of the pipeline's.
             num_particles: N, of each of the P outputs: so many denoiser calls. 4 in FK steering, 20 in SVDD.
-            reward_scale: lambda of the tilt exp(lambda * reward); 10 in FK steering. 0 is the sampler as it is.
+            reward_scale: lambda of the tilt exp(lambda * reward); 10 in FK steering. 0 is the sampler as it is; negate the reward for its opposite.
             potential: `difference`, `max` or `add`.
             method: `smc`, particles with weights; `svdd`, at each step the best of N candidates goes on.
             resampler, ess_threshold: how, and below what share of effective particles; 1 resamples whenever weights differ.

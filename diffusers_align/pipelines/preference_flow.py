@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..algorithms.preference_flow_matching import transport
+from ..ranges import Count, Probability, checked
 
 # The vector field's time, 0 to 1, in the units of diffusers' time embeddings.
 TIME_SCALE = 1000.0
@@ -99,19 +100,20 @@ class PreferenceFlowPipeline(DiffusionPipeline):
 
     # --- the call ----------------------------------------------------------------------------------------------------
 
+    @checked
     @torch.no_grad()
     def __call__(
         self,
         image: PipelineImageInput,
         prompt: str | list[str] | None = None,
         *,
-        num_inference_steps: int = 10,
-        iterations: int = 1,
-        strength: float = 1.0,
+        num_inference_steps: Count = 10,
+        iterations: Count = 1,
+        strength: Probability = 1.0,
         solver: str = "heun",
         reverse: bool = False,
-        height: int | None = None,
-        width: int | None = None,
+        height: Count | None = None,
+        width: Count | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple:

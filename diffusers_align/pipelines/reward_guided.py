@@ -18,6 +18,7 @@ from ..algorithms.guidance import preset as find_preset
 from ..condition import Condition
 from ..driver import Step
 from ..policy import noise_seed
+from ..ranges import Count, Probability, checked
 from ..safety_checker import unchecked
 from .base import Generators, Judge, WrappedPipeline, copied
 from .guided_sampling import Objective, guided_sample
@@ -31,6 +32,7 @@ class RewardGuidedPipeline(WrappedPipeline):
     >>> output.images, output.rewards  # doctest: +SKIP
     """
 
+    @checked
     @torch.no_grad()
     def __call__(
         self,
@@ -39,12 +41,12 @@ class RewardGuidedPipeline(WrappedPipeline):
         preset: str | Guidance = "dps",
         reward=None,
         reward_scale: float = 1.0,
-        start: float | None = None,
-        stop: float | None = None,
-        recurrence: int | None = None,
+        start: Probability | None = None,
+        stop: Probability | None = None,
+        recurrence: Count | None = None,
         guidance_overrides: dict[str, Any] | None = None,
         columns: dict[str, list] | None = None,
-        micro_batch_size: int | None = None,
+        micro_batch_size: Count | None = None,
         gradient_checkpointing: bool = False,
         **arguments: Any,
     ):

@@ -9,6 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from ..ranges import CountOrNone, NonNegative, Probability, check_value
 from ..transition import GaussianTransition
 from .kernels import KERNELS, Kernel
 from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, build_source
@@ -75,9 +76,11 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
         if sde_type not in KERNELS:
             raise ValueError(f"Unknown sde_type {sde_type!r}; choose one of {', '.join(KERNELS)}.")
         levels = [noise_level] if isinstance(noise_level, (int, float)) else noise_level
-        if any(level < 0 or (sde_type == "cps" and level > 1) for level in levels):
-            raise ValueError(f"noise_level must not be negative (nor above 1 for cps), got {noise_level}.")
-        if sde_window is not None and not 0 <= sde_window[0] < sde_window[1]:
+        for level in levels:
+            check_value("noise_level", level, Probability if sde_type == "cps" else NonNegative)
+        for end in sde_window or ():
+            check_value("sde_window", end, CountOrNone)
+        if sde_window is not None and not sde_window[0] < sde_window[1]:
             raise ValueError(f"sde_window must be (first, last + 1) with 0 <= first < last + 1, got {tuple(sde_window)}.")
         self._source = build_source(source)
         self._sigma_list = self.sigmas.tolist()

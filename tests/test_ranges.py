@@ -1,0 +1,191 @@
+"""Arguments out of range are refused, by one mechanism, in every pipeline and in the library."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from tiny_pipelines import FAMILIES
+
+from diffusers_align import Policy, pipelines
+from diffusers_align.algorithms.guidance import Guidance, preset
+from diffusers_align.pipelines import base
+from diffusers_align.pipelines.particle_steering import Steering
+from diffusers_align.ranges import Count, CountOrNone, NonNegative, Positive, PositiveOrInfinite, PositiveShare, Probability, Range, check_fields, checked
+from diffusers_align.schedulers import FlowMatchSDEScheduler, sde_twin
+
+torch.set_num_threads(1)
+NAN, INF = math.nan, math.inf
+BAD_FOR_ALL = [NAN, -INF, "3", "", True, [3], torch.ones(2)]
+WRAPPED = [pipelines.BestOfNPipeline, pipelines.ParticleSteeringPipeline, pipelines.RewardGuidedPipeline, pipelines.NoiseOptimizationPipeline]
+
+
+# --- the mechanism -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "annotation, good, bad",
+    [
+        (Count, [1, 10**9, np.int64(3), torch.tensor(2)], [0, -1, 1.0, INF, None]),
+        (CountOrNone, [0, 7], [-1, 0.5, None]),
+        (NonNegative, [0, 0.0, 1e9, np.float32(2)], [-1e-9, INF, None]),
+        (Positive, [1e-9, 3, torch.tensor(0.5)], [0, -1.0, INF]),
+        (PositiveOrInfinite, [1.0, INF], [0.0]),
+        (Probability, [0, 1, 0.5], [-0.1, 1.1, INF]),
+        (PositiveShare, [1, 0.1], [0, 1.1]),
+        (float, [-3.0, 0, 1e30], [INF, None]),
+        (int, [-3, 0], [1.5, None]),
+        (Count | None, [None, 1], [0]),
+        (Annotated[int, Range(-1, 2)], [-1, 2], [-2, 3]),
+    ],
+    ids=str,
+)
+def test_a_number_is_in_its_range_or_refused(annotation, good, bad):
+    @checked
+    def function(x: annotation):
+        return x
+
+    for value in good:
+        assert function(value) is value
+    for value in [*bad, *BAD_FOR_ALL]:
+        with pytest.raises(ValueError, match="^x must be a .*, got ") as error:
+            function(x=value)
+        assert str(error.value).endswith(f"got {value!r}.")
+
+
+def test_sentences():
+    @checked
+    def function(n: Count = 1, share: PositiveShare = 1, s: float = 0, kind: Literal["a", "b"] = "a", on: bool = False, free: str = ""):
+        return n
+
+    for bad, said in [
+        ({"n": 0}, "n must be a whole number, at least 1, got 0."),
+        ({"share": 0}, "share must be a finite number, above 0 and at most 1, got 0."),
+        ({"s": NAN}, "s must be a finite number, got nan."),
+        ({"kind": "c"}, "Unknown kind 'c'; choose one of a, b."),
+        ({"on": "no"}, "on must be True or False, got 'no'."),
+    ]:
+        with pytest.raises(ValueError) as error:
+            function(**bad)
+        assert str(error.value) == said
+    assert function(2, free=3) == 2, "what has no rule is let be"
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        function(m=1)
+
+
+def test_fields_of_a_dataclass():
+    @dataclass
+    class Settings:
+        rate: Positive = 1.0
+
+        def __post_init__(self):
+            check_fields(self)
+
+    assert Settings(0.5).rate == 0.5
+    with pytest.raises(ValueError, match="rate must be a finite number, above 0, got nan"):
+        Settings(NAN)
+
+
+# --- every pipeline ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def stock():
+    pipeline = FAMILIES["sd3"].build()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def numbers_of(cls):
+    """The arguments of a pipeline's call that are numbers, with their annotations."""
+    hints = get_type_hints(cls.__call__.__wrapped__.__wrapped__, include_extras=True)
+    return {name: hint for name, hint in hints.items() if "int" in str(hint) or "float" in str(hint)}
+
+
+@pytest.mark.parametrize("cls", WRAPPED, ids=lambda cls: cls.__name__)
+def test_no_number_of_a_pipelines_call_is_taken_unchecked(cls, monkeypatch):
+    monkeypatch.setattr(base, "drive", lambda *args, **kwargs: pytest.fail("the pipeline ran"))
+    pipe = cls(stock(), reward=lambda images, prompts: images.mean((1, 2, 3)))
+    numbers = numbers_of(cls)
+    assert len(numbers) >= 4
+    for name in set(numbers) - {"grad_steps"}:
+        for value in [NAN, -INF, "3", "", [2]]:
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                pipe("a cat", **{name: value}, **FAMILIES["sd3"].call)
+        if name != "reward_scale":
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                pipe("a cat", **{name: -1}, **FAMILIES["sd3"].call)
+
+
+@pytest.mark.parametrize("cls", [*WRAPPED], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "bad",
+    [{"num_inference_steps": 0}, {"num_inference_steps": 2.0}, {"guidance_scale": NAN}, {"num_images_per_prompt": 0}, {"height": 0}, {"width": -8}],
+    ids=str,
+)
+def test_the_stock_calls_numbers_are_checked(cls, bad, monkeypatch):
+    monkeypatch.setattr(base, "drive", lambda *args, **kwargs: pytest.fail("the pipeline ran"))
+    pipe = cls(stock(), reward=lambda images, prompts: images.mean((1, 2, 3)))
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        pipe("a cat", **{**FAMILIES["sd3"].call, **bad})
+
+
+@pytest.mark.parametrize("bad", [{"num_inference_steps": 0}, {"guidance_scale": INF}, {"height": -1}], ids=str)
+def test_a_policys_call_has_the_same_rule(bad):
+    policy = Policy(FAMILIES["sd3"].build())
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        policy.rollout(["a cat"], seeds=[0], **bad)
+
+
+@pytest.mark.parametrize("columns", ["ab", ["a"], {"weight": 3}, {"weight": "ab"}, {"weight": []}], ids=str)
+def test_columns_that_are_no_lists_by_name_are_refused(columns):
+    pipe = pipelines.BestOfNPipeline(stock(), reward=lambda images, prompts, **more: images.mean((1, 2, 3)))
+    with pytest.raises(ValueError, match="column"):
+        pipe("a cat", columns=columns, **FAMILIES["sd3"].call)
+
+
+# --- settings and schedulers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["noisy", "variance", "mean", "smoothing", "start", "stop", "iterations", "draws", "recurrence"])
+@pytest.mark.parametrize("value", [NAN, INF, "1"])
+def test_guidance_has_no_strength_that_is_no_number(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        Guidance(**{"variance": 1.0, name: value})
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        preset("dps", **{name: value})
+
+
+@pytest.mark.parametrize("bad", [{"alpha": NAN}, {"reward_scale": INF}, {"ess_threshold": NAN}, {"num_particles": 2.0}, {"resample_every": 0}], ids=str)
+def test_steering(bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        Steering(**bad)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"noise_level": NAN}, {"noise_level": INF}, {"noise_level": -1}, {"noise_level": [0.5, NAN]}, {"sde_window": (0, 1.5)}, {"sde_window": (-1, 2)}]
+)
+def test_schedulers(bad):
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        FlowMatchSDEScheduler(**bad)
+
+
+@pytest.mark.parametrize("eta", [NAN, INF, -1])
+def test_eta(eta):
+    with pytest.raises(ValueError, match="eta must"):
+        sde_twin(FAMILIES["sd15"].build().scheduler, eta=eta)
+
+
+@pytest.mark.parametrize("bad", [{"rank": 0}, {"rank": 2.5}, {"rank": -1}, {"alpha": 0}, {"alpha": NAN}, {"alpha": -4}], ids=str)
+def test_a_lora_that_could_learn_nothing_is_refused(bad):
+    policy = Policy(FAMILIES["sd3"].build())
+    (name,) = bad
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        policy.add_lora(**bad)
