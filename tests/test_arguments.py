@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_align import embedded
 from diffusers_align.data import load_prompts
 from diffusers_align.front_doors import folder
 from diffusers_align.rewards import BUILT_INS
@@ -133,6 +134,34 @@ def test_a_missing_recipe_is_an_error(capsys):
     assert "no recipe 'nowhere.yaml'" in message(capsys, "--config", "nowhere.yaml")
 
 
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (b"rank: 3\nseed: [1\n", "recipe.yaml, line 3: no YAML: "),
+        (b"rank: 3\n\x89PNG\xff\xfe", "recipe.yaml: no text in UTF-8 (byte 8); a recipe is a YAML file"),
+        (b"hello\n", "recipe.yaml: a recipe is lines of `flag: value`, and this file is none"),
+        (b"- rank\n", "a recipe is lines of `flag: value`"),
+        (b"seed: 1\nnum_epochs: null\n", "--num_epochs must be a whole number from 1 to 1e9, got null (in "),
+        (b"rank: 3\nseed: 1\nrank: 4\n", "recipe.yaml, line 3: rank stands there a second time; first in "),
+        (b"config: other.yaml\n", "unknown keys config: config in line 1"),
+        (b"rank: 3\nhelp: true\n", "unknown keys help: help in line 2"),
+        (b"learning_rat: 1\n", "learning_rat in line 1 (did you mean learning_rate?)"),
+        (b"rank: !!python/object/apply:os.getcwd []\n", "recipe.yaml, line 1: rank is no plain value"),
+        (b"learning_rate: .nan\n", "--learning_rate must be a number above 0 and at most 10, got nan (in "),
+        (b"mixed_precision: bf61\n", "must be one of no, fp16, bf16, got bf61 (did you mean bf16?)"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_a_sentence_with_its_line(tmp_path, capsys, content, expected):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    assert expected in message(capsys, "--config", str(tmp_path / "recipe.yaml"))
+
+
+def test_a_shipped_recipe_goes_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert load_script("train_ddpo").parse_args(["--config", "ddpo_mini_sd"]).pretrained_model_name_or_path == "mini-sd"
+    assert "ddpo_mini_sd" in message(capsys, "--config", "ddpo_mini_sdd")
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_parse_with_their_script(path):
     args = script_of(path).parse_args(["--config", str(path)])
@@ -209,6 +238,19 @@ def test_the_learning_rate_must_be_positive(capsys, rate):
 def test_call_kwargs_must_be_a_json_object(capsys, text):
     assert "--call_kwargs" in message(capsys, "--call_kwargs", text)
     assert parse("--call_kwargs", '{"num_frames": 9}').call_kwargs == {"num_frames": 9}
+
+
+@pytest.mark.parametrize("text, expected", [("prompt", "the script gives the pipeline itself"), ("output_type", "itself"), ("height", "use --height")])
+def test_call_kwargs_hold_nothing_that_the_script_decides(capsys, text, expected):
+    error = message(capsys, "--call_kwargs", f'{{"{text}": 1}}')
+    assert f"--call_kwargs holds {text}" in error and expected in error
+
+
+def test_names_that_are_nearly_right_are_suggested(capsys):
+    assert "did you mean --learning_rate?" in message(capsys, "--learning_rat", "1")
+    assert "did you mean mini-sd?" in message(capsys, "--pretrained_model_name_or_path", "mini-sdd")
+    assert "did you mean cosine?" in message(capsys, "--lr_scheduler", "cosin")
+    assert set(arguments.EMBEDDED) < set(embedded.NAMES)
 
 
 # trackers

@@ -266,8 +266,8 @@ def test_two_processes_make_the_same_update_as_one(name, flags, task, tmp_path):
     [
         ("d3po", ["--prompts", "p"], "--prompts and --reward are required"),
         ("d3po", ["--trajectories", "t", "--noise_level", "0.5"], "leave out --noise_level"),
-        ("d3po", ["--prompts", "p", "--reward", "r", "--group_size", "1"], "--group_size 2 or more"),
-        ("spo", ["--prompts", "p", "--reward", "r", "--num_candidates", "1"], "--num_candidates 2 or more"),
+        ("d3po", ["--prompts", "p", "--reward", "r", "--group_size", "1"], "--group_size must be a whole number from 2 to 1e6, got 1"),
+        ("spo", ["--prompts", "p", "--reward", "r", "--num_candidates", "1"], "--num_candidates must be a whole number from 2 to 10000, got 1"),
         ("spo", ["--prompts", "p", "--reward", "r", "--divert_start_step", "20"], "--divert_start_step must lie in the 20"),
         ("spo", ["--prompts", "p", "--reward", "r", "--threshold", "1.0"], "below 1"),
     ],

@@ -196,6 +196,7 @@ FLAGS = {
     "sde_window": (0, 2),
     "gradient_accumulation_steps": 2,
 }
+FIXED = {name: value for name, value in FLAGS.items() if name != "calibration_increment"} | {"calibration_rounds": 0}
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +231,7 @@ def test_each_step_is_trained_on_its_own_advantage(finished, tmp_path, monkeypat
 
     for k, trained in ((1, True), (2, False)):  # 2 is behind the window
         monkeypatch.setattr("diffusers_align.training.advantages.advantages_of", only_step(k))
-        out = run_script("dense_grpo", tmp_path / str(k), finished[0], **{**FLAGS, "calibration_rounds": 0, "kl_beta": 0})
+        out = run_script("dense_grpo", tmp_path / str(k), finished[0], **{**FIXED, "kl_beta": 0})
         assert (rows(out)[0]["grad_norm"] > 0) is trained
 
 
@@ -242,7 +243,11 @@ def test_recipes_parse(recipe):
 
 @pytest.mark.parametrize(
     "flags, message",
-    [({"psi_init": 0}, "--psi_init must be positive"), ({"sde_window": (2, 1)}, "sde_window must be"), ({"multi_reward": "gdpo"}, "for each step")],
+    [
+        ({"psi_init": 0}, "--psi_init must be a number above 0"),
+        ({"sde_window": (2, 1)}, "sde_window must be"),
+        ({"multi_reward": "gdpo"}, "for each step"),
+    ],
 )
 def test_flags_that_make_no_sense(finished, tmp_path, capsys, flags, message):
     with pytest.raises((SystemExit, ValueError)) as error:

@@ -374,6 +374,8 @@ SMALL = {
     "num_eval_samples": 2,
     "num_validation_images": 2,
     "checkpointing_epochs": 1,
+}
+VALUES = {
     "value_steps": 2,
     "value_learning_rate": 1e-3,
     "value_buffer_size": 16,
@@ -396,7 +398,8 @@ def train(tmp_path):
 
     def run(name, reward="brightness", **flags):
         task = {"prompts": tmp_path / "prompts.txt", "reward": f"{tmp_path / 'rewards.py'}:{reward}", "output_dir": tmp_path / name}
-        values = {**SMALL, **task, **flags}
+        learned = {} if "no-value_baseline" in flags else VALUES
+        values = {**SMALL, **learned, **task, **flags}
         script().main([word for key, value in values.items() for word in (f"--{key}", *([] if value is True else [str(value)]))])
         return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
 
@@ -431,7 +434,7 @@ def test_two_processes_train_what_one_does_with_the_same_value_network(train):
     # Adam's own epsilon would make a full step of the rounding in a gradient of 0.
     ours = {"train_batch_size": 1, "gradient_accumulation_steps": 2, "value_learning_rate": 1e-2, "learning_rate": 1e-3, "adam_epsilon": 1e-6}
     train("one", **ours)
-    values = {**SMALL, **ours, "prompts": train.folder / "prompts.txt"}
+    values = {**SMALL, **VALUES, **ours, "prompts": train.folder / "prompts.txt"}
     values |= {"reward": f"{train.folder / 'rewards.py'}:ranked", "output_dir": train.folder / "two"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "training_scripts" / "train_dpok.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

@@ -100,8 +100,8 @@ def test_diversity_needs_two_images_of_a_prompt():
     "flags, message",
     [
         (["--early_stop_metric", "eval_reward"], "needs --eval_reward"),
-        (["--early_stop_metric", "reward", "--early_stop_patience", "0"], "early_stop_patience must be at least 1"),
-        (["--early_stop_diversity", "1.5"], "must lie between 0 and 1"),
+        (["--early_stop_metric", "reward", "--early_stop_patience", "0"], "--early_stop_patience must be a whole number from 1 to 1e9, got 0"),
+        (["--early_stop_diversity", "1.5"], "--early_stop_diversity must be a number above 0 and below 1, got 1.5"),
     ],
 )
 def test_flags_that_make_no_sense(flags, message, tmp_path, capsys):

@@ -489,9 +489,9 @@ def test_the_run_and_its_card_say_what_it_was_judged_on(tmp_path, capsys, eval_p
         ({"lora_names": ("same", "same")}, "each LoRA needs a name of its own"),
         ({"lora_names": ("base", "b")}, "other than 'base'"),
         ({"reward_model": "mini-clip"}, "--reward_model has 1 entries for 2 rewards; write 'default'"),
-        ({"kl_samples": -1}, "--kl_samples must not be negative"),
-        ({"pair_timesteps": 0}, "--pair_timesteps must be at least 1"),
-        ({"num_samples": 0}, "--num_samples must be at least 1"),
+        ({"kl_samples": -1}, "--kl_samples must be a whole number from 0 to 1e9, got -1"),
+        ({"pair_timesteps": 0}, "--pair_timesteps must be a whole number from 1 to 1000, got 0"),
+        ({"num_samples": 0}, "--num_samples must be a whole number from 1 to 1e9, got 0"),
     ],
 )
 def test_bad_flags_are_named(task, tmp_path, capsys, flags, message):

@@ -213,10 +213,10 @@ def test_settings_that_are_not_a_number_are_equal_to_themselves(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--num_images_per_prompt", "1"], "at least 2"),
+        (["--num_images_per_prompt", "1"], "must be a whole number from 2 to 1e6, got 1"),
         (["--save_trajectories", "--deterministic"], "--no-deterministic"),
         (["--same_latent"], "--no-deterministic"),
-        (["--binary_quantile", "1.5"], "must lie in"),
+        (["--binary_quantile", "1.5"], "--binary_quantile must be a number from 0 to 1, got 1.5"),
     ],
 )
 def test_flags_that_make_no_sense(flags, message, capsys):

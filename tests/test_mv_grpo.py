@@ -264,7 +264,7 @@ def test_a_prompt_without_views_is_named_before_anything_is_loaded(finished, tmp
         run_script("mv_grpo", tmp_path / "run", finished[0], views=tmp_path / "views.json", **FLAGS)
 
 
-@pytest.mark.parametrize("flags, message", [({}, "--views is required"), ({"views": "x.json", "num_views": 0}, "--num_views must be at least 1")])
+@pytest.mark.parametrize("flags, message", [({}, "--views is required"), ({"views": "x.json", "num_views": 0}, "--num_views must be a whole number from 1")])
 def test_flags_that_make_no_sense(finished, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit):
         run_script("mv_grpo", tmp_path / "run", finished[0], **{**FLAGS, **flags})

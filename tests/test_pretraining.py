@@ -96,8 +96,9 @@ def test_other_scripts_log_it(name, flags, task, tmp_path):
     "flags, message",
     [
         (["--pretrain_weight", "1"], "--pretrain_dataset_name"),
-        (["--pretrain_dataset_name", "x", "--pretrain_weight", "-1"], "must not be negative"),
-        (["--pretrain_dataset_name", "x", "--proportion_empty_prompts", "2"], "must lie in"),
+        (["--pretrain_dataset_name", "x", "--pretrain_weight", "-1"], "--pretrain_weight must be a number from 0 to 1e9, got -1"),
+        (["--pretrain_dataset_name", "x", "--proportion_empty_prompts", "2"], "--proportion_empty_prompts must be a number from 0 to 1, got 2"),
+        (["--random_flip"], "--random_flip has no effect without --pretrain_dataset_name"),
     ],
 )
 def test_flags_that_make_no_sense(flags, message, tmp_path, capsys):

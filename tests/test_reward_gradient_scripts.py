@@ -104,10 +104,10 @@ def test_a_reward_without_a_gradient_stops_before_training(task, tmp_path):
     "script, flags, message",
     [
         ("draft", ["--reward_map", "hinge"], "needs --reward_target"),
-        ("draft", ["--reward_target", "1"], "belongs to"),
+        ("draft", ["--reward_target", "1"], "--reward_target has no effect without --reward_map hinge or distance or shortfall"),
         ("draft", ["--adjoint", "--kl_weight", "1"], "--adjoint is for"),
         ("draft", ["--method", "srpo", "--kl_weight", "1"], "none to hold"),
-        ("draft", ["--eta", "1"], "--stochastic"),
+        ("draft", ["--eta", "1"], "--eta has no effect without --stochastic"),
         ("draft", ["--grad_clip_quantile", "0"], "grad_clip_quantile"),
         ("refl", ["--window", "0.9", "0.1"], "in order"),
     ],

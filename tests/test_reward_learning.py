@@ -206,7 +206,7 @@ def test_spo_tells_a_reward_the_level(data, tmp_path):
 
 
 def test_flags_of_step_aware_rewards_go_together(capsys):
-    for more, message in ((["--step_aware"], "go together"), (["--rank", "-1"], "--rank must not be negative")):
+    for more, message in ((["--step_aware"], "go together"), (["--rank", "-1"], "--rank must be a whole number from 0 to 4096, got -1")):
         with pytest.raises(SystemExit):
             load_script("reward").parse_args(["--dataset_name", "d", "--output_dir", "o", *more])
         assert message in capsys.readouterr().err

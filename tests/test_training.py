@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from diffusers_align import Policy, embedded
@@ -53,7 +54,7 @@ def test_a_recipe_sets_defaults_and_flags_override_it(tmp_path):
 
 @pytest.mark.parametrize(
     "recipe, message",
-    [("rnak: 3\n", "unknown keys rnak"), ("mixed_precision: fp17\n", "mixed_precision: must be one of"), (None, "no recipe")],
+    [("rnak: 3\n", "unknown keys rnak"), ("mixed_precision: fp17\n", "--mixed_precision must be one of no, fp16, bf16, got fp17"), (None, "no recipe")],
 )
 def test_bad_recipes_are_named(tmp_path, capsys, recipe, message):
     file = tmp_path / "recipe.yaml"
@@ -67,8 +68,8 @@ def test_bad_recipes_are_named(tmp_path, capsys, recipe, message):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--num_epochs", 0], "--num_epochs must be at least 1"),
-        (["--learning_rate", -1], "--learning_rate must be positive"),
+        (["--num_epochs", 0], "--num_epochs must be a whole number from 1 to 1e9, got 0"),
+        (["--learning_rate", -1], "--learning_rate must be a number above 0 and at most 10, got -1"),
         (["--report_to", "mlflow"], "unknown tracker 'mlflow'"),
         (["--push_to_hub", "--hub_token", "secret", "--report_to", "wandb"], "would be logged"),
         (["--call_kwargs", "[1]"], "must be a JSON object"),
@@ -90,8 +91,19 @@ def test_missing_flags_are_named(capsys, name):
 
 @pytest.mark.parametrize("token", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]])
 def test_the_recorded_command_is_quoted_and_has_no_token(token):
-    command = parse(*token, "--call_kwargs", '{"a": 1}').command
+    command = parse("--push_to_hub", *token, "--call_kwargs", '{"a": 1}').command
     assert "secret" not in command and "hub_token" not in command and "'{\"a\": 1}'" in command
+
+
+@pytest.mark.parametrize("limit, moved", [(0.0, 100.0), (1.0, 1.0)])
+def test_a_gradient_is_clipped_at_a_norm_and_not_at_zero(limit, moved):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.full((1,), 100.0)
+    optimizer = torch.optim.SGD([weight], 1.0)
+    fake = SimpleNamespace(args=SimpleNamespace(max_grad_norm=limit), parameters=[weight], accelerator=Accelerator(cpu=True), optimizer=optimizer)
+    fake.lr_scheduler, fake.count_update = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), lambda: None
+    assert Run.optimizer_step(fake) == 100.0
+    assert weight.item() == pytest.approx(-moved, rel=1e-4)
 
 
 def test_an_output_folder_that_cannot_be_written_is_found_at_once(tmp_path):

@@ -29,14 +29,14 @@ class SamplingArguments(
     batch_size: Count = option(8, "images at a time, on each process")
     seed: Seed = option(42, "of the noise, with the prompt's number and the image's")
     deterministic: bool | None = option(None, "walk the ODE, or draw noise at each step; the ODE if absent, unless trajectories are saved")
-    same_latent: bool = option(False, "the images of a prompt share their initial noise, as D3PO's pairs do")
+    same_latent: bool = option(False, "the images of a prompt share their initial noise, as D3PO's pairs do", needs=NOISY)
     save_trajectories: bool = option(False, "keep all states of each image, unrounded, for train_d3po.py --trajectories")
 
     @model_validator(mode="after")
     def _fill_deterministic(self):
         self.deterministic = not self.save_trajectories if self.deterministic is None else self.deterministic
-        if self.deterministic and (self.save_trajectories or self.same_latent):
-            raise ValueError("without noise in its steps a trajectory has no log-probabilities, and one latent gives one image: use --no-deterministic")
+        if self.deterministic and self.save_trajectories:
+            raise ValueError("--save_trajectories: without noise in its steps a trajectory has no log-probabilities; use --no-deterministic")
         return self
 
 

@@ -79,7 +79,10 @@ class FlowGRPOArguments(GroupArguments, SamplingArguments):
         if end - first < size:
             raise ValueError(f"--sde_window_range {first} {end} has no room for a window of --sde_window_size {size}")
         if end > end_of_trained:
-            raise ValueError(f"--sde_window_range {first} {end} goes beyond the steps that are trained, 0 to {end_of_trained - 1}: end it at {end_of_trained}")
+            raise ValueError(
+                f"--sde_window_range {first} {end} (--sde_window_size {size}) goes beyond the steps that are trained, 0 to {end_of_trained - 1}: "
+                f"end it at {end_of_trained}"
+            )
         return self
 
 

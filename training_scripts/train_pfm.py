@@ -13,7 +13,7 @@ from pydantic import model_validator
 
 from diffusers_align.training.arguments import PipelineArguments, RewardArguments, RunArguments
 from diffusers_align.training.data_arguments import ColumnArguments
-from diffusers_align.training.options import Count, NonNegative, Pixels, Steps, option, parse, required
+from diffusers_align.training.options import Count, Decay, NonNegative, Pixels, Steps, option, parse, required
 
 # Adam as in the official code; the average is what is judged and saved.
 DEFAULTS = {
@@ -28,7 +28,7 @@ class FlowDataArguments(ColumnArguments):
 
     data: str = required("pairs of images: whatever `load_preferences` reads; rankings and scores become pairs")
     data_split: str = option("train", "of a Hub set")
-    held_out: Annotated[float, Interval(gt=0, lt=1)] = option(0.1, "share of the prompts whose pairs are not trained on")
+    held_out: Decay = option(0.1, "share of the prompts whose pairs are not trained on")
     outputs: str | None = option(None, "fresh outputs of the generator to judge the flow by (prompts and images); the held-out pairs' images if absent")
     prompts: str | None = option(None, "prompts with the other fields that the reward wants, looked up by prompt")
     resolution: Pixels | None = option(None, "resize images to this, squared; as they are if absent")
@@ -62,7 +62,7 @@ class PFMArguments(FlowDataArguments, RewardArguments, FieldArguments, RunArgume
     num_inference_steps: Steps = option(10, "solver steps of a pass, in evaluations")
     solver: Literal["euler", "heun", "rk4"] = option("heun", "of a pass, in evaluations")
     iterations: Annotated[int, Interval(ge=1, le=1000)] = option(1, "passes, in evaluations")
-    strength: Annotated[float, Interval(gt=0, le=10)] = option(1.0, "how far a pass goes, in evaluations")
+    strength: Annotated[float, Interval(ge=0, le=10)] = option(1.0, "how far a pass goes, in evaluations; 0 changes nothing")
 
 
 def parse_args(argv=None):

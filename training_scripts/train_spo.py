@@ -34,7 +34,7 @@ class SPOArguments(NoiseArguments, SamplingArguments, defaults=DEFAULTS):
     @model_validator(mode="after")
     def _check_divert_start_step(self):
         if self.divert_start_step >= self.num_inference_steps:
-            raise ValueError(f"--divert_start_step must lie in the {self.num_inference_steps} solver steps, got {self.divert_start_step}")
+            raise ValueError(f"--divert_start_step must lie in the {self.num_inference_steps} steps of --num_inference_steps, got {self.divert_start_step}")
         return self
 
 

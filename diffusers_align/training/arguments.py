@@ -11,8 +11,10 @@ from annotated_types import Interval
 from pydantic import model_validator
 
 from .options import Arguments, Count, Decay, Guidance, NonNegative, Pixels, Positive, Rank, Seed, Steps, option, required
+from .recipes import suggestion
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
+EMBEDDED = ("mini-sd", "mini-sd3")
 # Those of diffusers.optimization that need nothing but a number of steps, by whether they warm up.
 WARMING = ("constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 # What every call gets from the package itself.
@@ -47,6 +49,13 @@ class PipelineArguments(Arguments):
     single_file_config: str | None = option(None, "of a .safetensors file as the model: a folder or Hub name of a pipeline of its architecture")
     revision: str | None = option(None, "revision of the pipeline on the Hub")
     variant: str | None = option(None, "variant of its files, such as fp16")
+
+    @model_validator(mode="after")
+    def _check_name(self):
+        name = self.pretrained_model_name_or_path
+        if name and name not in EMBEDDED and "/" not in name and not Path(name).is_dir() and (near := suggestion(name, EMBEDDED)):
+            raise ValueError(f"--pretrained_model_name_or_path {name} is no folder and no embedded model{near}")
+        return self
 
 
 class SizeArguments(Arguments):
@@ -215,14 +224,14 @@ class OutputArguments(Arguments):
 
     @model_validator(mode="after")
     def _check_trackers(self):
+        if self.hub_token and "wandb" in self.trackers:
+            raise ValueError("--hub_token would be logged to wandb with the other arguments; log in with `hf auth login` instead")
         for name in self.trackers:
             if name not in TRACKERS:
                 raise ValueError(f"--report_to: unknown tracker {name!r}; choose among none, {', '.join(TRACKERS)}")
             # accelerate skips a tracker that is not installed without a word.
             if importlib.util.find_spec(name) is None:
                 raise ValueError(f"--report_to {name}: not installed. Run `pip install {name}`, or pass --report_to none.")
-        if self.hub_token and "wandb" in self.trackers:
-            raise ValueError("--hub_token would be logged to wandb with the other arguments; log in with `hf auth login` instead")
         if self.run_name and not self.trackers:
             raise ValueError("--run_name names the run in a tracker, and --report_to names none: leave it out, or give --report_to")
         return self

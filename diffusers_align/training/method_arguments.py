@@ -21,7 +21,7 @@ ClipRange = Annotated[float, Interval(gt=0, lt=1)]
 def check_window(window: tuple[int, int] | None, steps: int) -> None:
     """Raise ValueError where `--sde_window` is no part of the solver steps."""
     if window is not None and not window[0] < window[1] <= steps:
-        raise ValueError(f"--sde_window {window[0]} {window[1]} must be a first step and a later end within the {steps} solver steps")
+        raise ValueError(f"--sde_window {window[0]} {window[1]} must be a first step and a later end within the {steps} solver steps of --num_inference_steps")
 
 
 class GroupArguments(Arguments):
@@ -66,6 +66,12 @@ class NoisingArguments(Arguments):
     timestep_fraction: PositiveShare = option(0.99, "grid: train the first steps only; 0.99 leaves out the last one")
     shared_timesteps: bool = option(False, "the same timesteps for all samples of an epoch")
 
+    @model_validator(mode="after")
+    def _check_fraction(self):
+        if self.timestep_scheme != "grid" and self.num_train_timesteps is not None and "timestep_fraction" in self.model_fields_set:
+            raise ValueError(f"--timestep_fraction has no effect with --timestep_scheme {self.timestep_scheme} and --num_train_timesteps: leave it out")
+        return self
+
 
 class StrengthArguments(Arguments):
     """noise"""
@@ -97,21 +103,20 @@ class NoiseArguments(StrengthArguments):
         return self
 
 
-class PretrainingArguments(NoisedImageArguments):
+class PretrainingArguments(
+    NoisedImageArguments,
+    needs={name: {"pretrain_dataset_name": True} for name in NoisedImageArguments.model_fields if name != "config"},
+):
     """pre-training loss"""
 
-    # Used by `pretraining`; the flags of images have nothing to read without a data set.
+    # Used by `pretraining`.
     pretrain_dataset_name: str | None = option(None, "captioned images (a file, a folder, a set of the Hub) for plain fine-tuning beside the reward")
-    pretrain_weight: NonNegative | None = option(None, "of that loss; 1 if absent, as in ReFL's paper")
+    pretrain_weight: NonNegative | None = option(None, "of that loss; 1 if absent, as in ReFL's paper", needs={"pretrain_dataset_name": True})
 
     @model_validator(mode="after")
     def _fill_pretrain_weight(self):
         if self.pretrain_weight is None:
             self.pretrain_weight = 1.0 if self.pretrain_dataset_name else 0.0
-        elif not self.pretrain_dataset_name:
-            raise ValueError("--pretrain_weight needs the images: --pretrain_dataset_name")
-        if not self.pretrain_dataset_name and (unread := sorted(set(NoisedImageArguments.model_fields) & self.model_fields_set - {"config"})):
-            raise ValueError(f"--{', --'.join(unread)}: of the images of --pretrain_dataset_name, which is absent")
         return self
 
 
@@ -121,12 +126,12 @@ class RewardGradientArguments(PretrainingArguments, TrainingArguments, defaults=
     # Used by `reward_gradients`. One batch a step: on-policy however many updates an epoch has, each samples anew.
     num_samples_per_epoch: Count = option(128, "one a prompt: the stretch between two lines of the log")
     reward_map: Literal["none", "hinge", "distance", "shortfall"] = option("none", "the loss: -r, max(0, target - r), |target - r|, or target - r")
-    reward_target: Real | None = option(None, "of --reward_map: a margin, a target, or the best possible reward")
+    reward_target: Real | None = option(None, "a margin, a target, or the best possible reward", needs={"reward_map": ("hinge", "distance", "shortfall")})
     reward_scale: Positive = option(1.0, "factor of that loss: with Adam, its weight against --kl_weight and the clipping")
     kl_weight: NonNegative = option(0.0, "of the distance to the pretrained model at the trained steps; 0 saves its forward pass")
     grad_clip_quantile: PositiveShare | None = option(None, "also clip at this quantile of the last 100 updates' gradient norms")
     stochastic: bool = option(False, "roll out with the SDE twin's noise; otherwise by the pipeline's own solver")
-    eta: Probability | None = option(None, "of that noise for diffusion: 0 is DDIM's ODE, 1 (if absent) ancestral sampling")
+    eta: Probability | None = option(None, "of that noise for diffusion: 0 is DDIM's ODE, 1 (if absent) ancestral sampling", needs={"stochastic": True})
     checkpoint_steps: bool = option(True, "compute each step's activations again on the way back")
     checkpoint_decoder: bool = option(True, "compute the autoencoder's activations again on the way back")
 
@@ -136,10 +141,6 @@ class RewardGradientArguments(PretrainingArguments, TrainingArguments, defaults=
             self.reward_target = self.usual_target()
         if self.reward_map != "none" and self.reward_target is None:
             raise ValueError(f"--reward_map {self.reward_map} needs --reward_target")
-        if self.reward_map == "none" and self.reward_target is not None:
-            raise ValueError("--reward_target belongs to a --reward_map: hinge, distance or shortfall")
-        if self.eta is not None and not self.stochastic:
-            raise ValueError("--eta is the noise of --stochastic roll-outs")
         return self
 
     def usual_target(self) -> float | None:

@@ -18,22 +18,23 @@ that names the flags; `needs` says what a flag is without effect without.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 import shlex
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Interval
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from .option_types import Kind, kind_of
-from .recipes import Given, RecipeError, read_recipe
+from .recipes import Given, RecipeError, read_recipe, suggestion
 
 # Above these a number means nothing, or no longer fits into float32 when it is squared.
 MANY, LARGE = 10**9, 1e9
 
 Count = Annotated[int, Interval(ge=1, le=MANY)]
-CountOrNone = Annotated[int, Interval(ge=0, le=MANY)]
 Steps = Annotated[int, Interval(ge=1, le=1000)]
 StepIndex = Annotated[int, Interval(ge=0, le=1000)]
 Pixels = Annotated[int, Interval(ge=8, le=16384)]
@@ -123,6 +124,7 @@ class Option:
         return (self.text + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
 
 
+@functools.cache
 def options_of(arguments: type[Arguments]) -> dict[str, Option]:
     """All flags of a script, those of its own class first."""
     place = {name: number for number, cls in enumerate(arguments.__mro__) for name in cls.__dict__.get("__annotations__", {})}
@@ -146,10 +148,11 @@ def parse(arguments: type[Arguments], argv: list[str] | None = None, description
         description: of the script; its first line is shown.
     """
     argv, options = sys.argv[1:] if argv is None else argv, options_of(arguments)
-    parser = _parser(options, description)
+    parser = _parser(arguments, description, Path(sys.argv[0]).name)
     words, unknown = parser.parse_known_args(_joined(argv, options))
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        near = suggestion(unknown[0].partition("=")[0], [f"--{name}" for name in options])
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
     given = {name: Given(value, "on the command line") for name, value in vars(words).items()}
     if "config" in given:
         try:
@@ -162,16 +165,18 @@ def parse(arguments: type[Arguments], argv: list[str] | None = None, description
     return args
 
 
-def _parser(options: dict[str, Option], description: str | None) -> argparse.ArgumentParser:
+@functools.cache
+def _parser(arguments: type[Arguments], description: str | None, program: str) -> argparse.ArgumentParser:
     """Reads words; what they mean is the fields' business."""
     parser = argparse.ArgumentParser(
+        prog=program,
         description=(description or "").strip().partition("\n")[0].replace("%", "%%"),
         usage="%(prog)s [--config RECIPE] [--FLAG VALUE ...]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     groups: dict[str, Any] = {}
-    for name, option in options.items():
+    for name, option in options_of(arguments).items():
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
         group = groups[option.group]
@@ -218,8 +223,9 @@ def _sentence(error: dict[str, Any], options: dict[str, Option], given: dict[str
 
 
 def _refusal(option: Option, entry: Given, why: str | None) -> str:
-    why = why or f"must be {option.kind.range or option.kind.describe}"
-    return f"--{option.name} {why}, got {entry.shown} ({entry.source})"
+    why = why or f"must be {option.kind.describe}"
+    near = suggestion(entry.value, option.kind.choices) if isinstance(entry.value, str) else ""
+    return f"--{option.name} {why}, got {entry.shown}{near} ({entry.source})"
 
 
 def _refuse_void(parser: argparse.ArgumentParser, options: dict[str, Option], given: dict[str, Given], args: Arguments) -> None:

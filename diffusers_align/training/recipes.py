@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,36 +32,47 @@ class Given:
         """As whoever gave it would know it again."""
         if isinstance(self.value, bool) or self.value is None:
             return {True: "true", False: "false", None: "null"}[self.value]
-        return " ".join(map(str, self.value)) if isinstance(self.value, list) else repr(self.value) if self.value == "" else str(self.value)
+        words = self.value if isinstance(self.value, list) else [self.value]
+        return " ".join(str(word) or "''" for word in words)
 
 
-def read_recipe(path: str, flags: Collection[str]) -> dict[str, Given]:
+def suggestion(word: str, names: Collection[str]) -> str:
+    """` (did you mean NAME?)`, or nothing where no name is near."""
+    near = difflib.get_close_matches(word, list(names), n=1, cutoff=0.75)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def read_recipe(name: str, flags: Collection[str]) -> dict[str, Given]:
     """The values of a recipe, with the line of each.
+
+    Args:
+        name: a file, or the name of a recipe that the package ships.
+        flags: the keys that it may have.
 
     Raises:
         RecipeError: there is no such file, it is no YAML mapping, or it has a key that is no flag or stands there twice.
     """
     try:
-        file = find_recipe(path)
+        path = find_recipe(name)
     except FileNotFoundError as error:
         raise RecipeError(str(error)) from error
-    root = _composed(file)
+    root = _composed(path)
     if root is None:
         return {}
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{path}: a recipe is lines of `flag: value`, and this file is none")
     constructor, found = yaml.SafeLoader(""), {}
     for key, value in root.value:
-        name, line = str(key.value), key.start_mark.line + 1
-        if name in found:
-            raise RecipeError(f"{path}, line {line}: {name} stands there a second time; first {found[name].source}")
+        flag, line = str(key.value), key.start_mark.line + 1
+        if flag in found:
+            raise RecipeError(f"{path}, line {line}: {flag} stands there a second time; first {found[flag].source}")
         try:
-            found[name] = Given(constructor.construct_object(value, deep=True), f"in {path}, line {line}", is_recipe=True)
+            found[flag] = Given(constructor.construct_object(value, deep=True), f"in {path}, line {line}", is_recipe=True)
         except yaml.YAMLError as error:
-            raise RecipeError(f"{path}, line {line}: {name} is no plain value: {getattr(error, 'problem', error)}") from error
-    if unknown := sorted(name for name in found if name not in flags or name in NOT_IN_RECIPES):
-        lines = ", ".join(f"{name} {found[name].source.rpartition(', ')[2]}" for name in unknown)
-        raise RecipeError(f"{path}: unknown keys {', '.join(unknown)} ({lines}); the keys are the script's flags, see --help")
+            raise RecipeError(f"{path}, line {line}: {flag} is no plain value: {getattr(error, 'problem', error)}") from error
+    if unknown := sorted(flag for flag in found if flag not in flags or flag in NOT_IN_RECIPES):
+        where = "; ".join(f"{flag} in {found[flag].source.rpartition(', ')[2]}{suggestion(flag, flags)}" for flag in unknown)
+        raise RecipeError(f"{path}: unknown keys {', '.join(unknown)}: {where}. The keys are the script's flags, see --help")
     return found
 
 
