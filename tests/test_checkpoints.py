@@ -40,7 +40,7 @@ def train(folder, epochs=0, size=3, **flags):
         parameter.grad = torch.linspace(1, 2, size) * (run.epoch + 1) * (-1) ** run.epoch
         run.optimizer_step()
         run.epoch += 1
-        with mock.patch("diffusers_align.training.run.reward_curve"):  # drawing takes longer than the rest
+        with mock.patch("diffusers_align.training.metrics.reward_curve"):  # drawing takes longer than the rest
             run.log({"reward": run.epoch / 10})
         run.checkpoint()
     return run

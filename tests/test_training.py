@@ -100,7 +100,8 @@ def test_a_gradient_is_clipped_at_a_norm_and_not_at_zero(limit, moved):
     weight = torch.nn.Parameter(torch.zeros(1))
     weight.grad = torch.full((1,), 100.0)
     optimizer = torch.optim.SGD([weight], 1.0)
-    fake = SimpleNamespace(args=SimpleNamespace(max_grad_norm=limit), parameters=[weight], accelerator=Accelerator(cpu=True), optimizer=optimizer)
+    optimizer.step_was_skipped = False  # accelerate's
+    fake = SimpleNamespace(rates=[], args=SimpleNamespace(max_grad_norm=limit), parameters=[weight], accelerator=Accelerator(cpu=True), optimizer=optimizer)
     fake.lr_scheduler, fake.count_update = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), lambda: None
     assert Run.optimizer_step(fake) == 100.0
     assert weight.item() == pytest.approx(-moved, rel=1e-4)

@@ -24,8 +24,8 @@ LEARNED = frozenset(
     adaptive_weight adjoint adv_clip_max adv_mode attention_head_dim backprop_mode backprop_step bad_rows baseline best_of_n beta beta_pretrain
     block_out_channels calibration_increment calibration_rounds calibration_tolerance call_kwargs cfg cg_damping cg_iterations clamp clip clip_mode
     clip_range clip_range_high column_map coupling data data_split dataset_name dataset_split decay divert_start_step dmpo_alpha dspo_beta early_stop
-    early_stop_diversity early_stop_metric ema_beta error_weighting estimator eta force frames gamma ghuber_power global_std group_size
-    guidance_scale height held_out image_root inversion_steps ipo_tau kl_form label_smoothing lag_decay lambda_d lambda_u last_steps
+    early_stop_diversity early_stop_metric ema_beta error_weighting estimator eta force frames gae_lambda gamma ghuber_power global_std group_size
+    guidance_scale height held_out image_root input_columns inversion_steps ipo_tau kl_form label_smoothing lag_decay lambda_d lambda_u last_steps
     layers_per_block linear_eta lora_alpha lora_layers loss loss_clip max_kl max_rows max_weight method min_margin min_std mixed_precision
     multi_reward noise_level num_candidates num_inference_steps num_prompts_per_epoch num_renoised num_samples_per_epoch num_train_timesteps
     num_trained_steps num_updates_per_epoch num_views objective pair_weighting pairs per_prompt_stat_buffer_size per_prompt_stat_min_count
@@ -33,7 +33,8 @@ LEARNED = frozenset(
     prompt_column prompts proportion_empty_prompts psi_init random_crop random_flip random_steps random_timesteps rank reference_decay
     reference_point reference_point_decay resolution revision reward reward_filter reward_map reward_model reward_scale reward_target reward_weight
     safeguard_mu same_latent scope score_scale sde_type sde_window sde_window_interval sde_window_range sde_window_size sde_window_strategy seed
-    sees_prompt sft_weight shared_timesteps sigma smoothing_copies smoothing_quantile smoothing_std std_ddof stochastic temperature threshold ties
+    sees_prompt sft_weight shared_timesteps sigma single_file_config smoothing_copies smoothing_quantile smoothing_std std_ddof stochastic
+    temperature threshold ties
     timestep_fraction timestep_scheme top_k top_q trajectories truncation truncation_mean truncation_schedule truncation_std truncation_step
     unwanted_words update use_ema utility value_accumulation_steps value_baseline value_batch_size value_buffer_size variant verify views
     wanted_words weighting weights width window
@@ -56,9 +57,9 @@ MEASURED = frozenset(
 # Change nothing of what is learned or measured. The batch and its accumulation count by their product, `samples_a_step`.
 FREE = frozenset(
     """
-    allow_changes cache_dir checkpoint_decoder checkpoint_steps checkpointing_epochs checkpoints_total_limit config gradient_accumulation_steps
+    allow_changes allow_no_signal cache_dir checkpoint_decoder checkpoint_steps checkpointing_epochs checkpoints_total_limit config gradient_accumulation_steps
     gradient_checkpointing hub_model_id hub_token num_validation_images output_dir push_to_hub report_to resume_from_checkpoint
-    reward_in_background reward_timeout run_name shard_denoiser train_batch_size two_pass
+    reward_in_background reward_retries reward_timeout run_name shard_denoiser train_batch_size two_pass
     """.split()
 )
 # Differ in every resumed run, so that nobody need be told.
