@@ -6,7 +6,7 @@ scheduler replaced by an SDE scheduler that has the same noise table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -123,6 +123,10 @@ class Policy(Calls):
         wanted = set(trajectory.noisy_steps if steps is None else steps)
         condition = _of_samples(condition or trajectory.condition, len(trajectory), "trajectory")
         self._carried.refuse(trajectory, wanted)
+        self._forced(trajectory, on_step, wanted, condition)
+
+    def _forced(self, trajectory: Trajectory, on_step: Callable[[int, GaussianTransition], None], wanted: Collection[int], condition: Condition) -> None:
+        """The pass of `replay`."""
 
         def force(step: Step) -> Tensor:
             tape = trajectory if step.child == 0 else trajectory.children[step.child - 1]
