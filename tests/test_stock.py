@@ -13,7 +13,7 @@ from diffusers_align.data.prompts import Prompt
 from diffusers_align.policy import noise_seed
 from diffusers_align.schedulers import sde_twin
 from diffusers_align.stock import stock_images, stock_solver
-from diffusers_align.training.sampling import evaluate
+from diffusers_align.training.sampling import describe_walk, evaluate
 
 torch.set_num_threads(1)
 PROMPTS, SEEDS = ["a cat", "a large red dog"], [11, 12]
@@ -97,3 +97,13 @@ def test_the_twin_is_evaluated_where_it_is_asked_for():
     seeds = [noise_seed(7, "evaluation", i) for i in range(2)]
     ode = policy.rollout(PROMPTS, seeds=seeds, deterministic=True)
     assert found.solver == "DDIMSDEScheduler" and torch.equal(torch.stack(found.images[:2]), policy.decode(ode.final, ode.condition))
+
+
+@pytest.mark.parametrize("solver, said", [("DPMSolverMultistepScheduler", "DDIMSDEScheduler at the timesteps {}"), ("DDIMScheduler", None)])
+def test_training_says_what_it_walks_in_the_place_of_the_pipelines_solver(solver, said):
+    policy = Policy(built("sd15", solver), **FAMILIES["sd15"].call)
+    trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
+    words = describe_walk(policy, trajectory)
+    assert bool(words) == (said is not None)
+    if said:
+        assert said.format(", ".join(f"{t:g}" for t in trajectory.timesteps.tolist())) in words[0] and f"own {solver}" in words[0]

@@ -28,7 +28,9 @@ class SamplingArguments(
     lora: str | None = option(None, "of the model to sample from: folder of a run or a checkpoint, .safetensors file, or Hub name")
     batch_size: Count = option(8, "images at a time, on each process")
     seed: Seed = option(42, "of the noise, with the prompt's number and the image's")
-    deterministic: bool | None = option(None, "walk the ODE, or draw noise at each step; the ODE if absent, unless trajectories are saved")
+    deterministic: bool | None = option(
+        None, "the pipeline's own solver, or the SDE twin's noise at each step; its own if absent, unless trajectories are saved"
+    )
     same_latent: bool = option(False, "the images of a prompt share their initial noise, as D3PO's pairs do", needs=NOISY)
     save_trajectories: bool = option(False, "keep all states of each image, unrounded, for train_d3po.py --trajectories")
 
@@ -87,6 +89,7 @@ from diffusers_align.data.augment import to_tensor
 from diffusers_align.data.inputs import key_of, sizes_of
 from diffusers_align.policy import Policy, noise_seed
 from diffusers_align.schedulers import sde_twin
+from diffusers_align.stock import stock_images
 from diffusers_align.training import arguments
 from diffusers_align.training.evaluation import Session, find_lora, lora_loaded
 from diffusers_align.training.inputs import batches_by_size, condition_of, inputs_of
@@ -147,10 +150,16 @@ def sample(args, policy, accelerator, prompts, jobs, folder):
         part = [missing[i] for i in batch]
         step_seeds = [noise_seed(args.seed, "preferences", *job) for job in part]
         seeds = [noise_seed(args.seed, "preferences", prompt) for prompt, _ in part] if args.same_latent else step_seeds
-        with accelerator.autocast(), torch.no_grad():
-            condition = condition_of(policy, [prompts[prompt] for prompt, _ in part], seeds=seeds, step_seeds=step_seeds)
-            trajectory = policy.rollout(condition, deterministic=args.deterministic)
-            images = policy.decode(trajectory.final, trajectory.condition)
+        condition = condition_of(policy, [prompts[prompt] for prompt, _ in part], seeds=seeds, step_seeds=step_seeds)
+        if args.deterministic:
+            images = stock_images(policy, condition)  # what users of the pipeline see, by its own solver
+        else:
+            with accelerator.autocast(), torch.no_grad():
+                trajectory = policy.rollout(condition)
+                images = policy.decode(trajectory.final, trajectory.condition)
+        if not images.isfinite().all():
+            names = ", ".join(file_name(job) for job in part)
+            raise FloatingPointError(f"Among the images {names} are some that are not finite: sample with another --mixed_precision, bf16 or no.")
         for i, job in enumerate(part):
             if args.save_trajectories:
                 replaced(folder / "trajectories" / f"{file_name(job)}.safetensors", trajectory.select([i]).save)

@@ -105,6 +105,7 @@ def sample_epoch(
                 condition = condition_of(policy, [asked[i] for i in part], **noise, **call_kwargs)
                 trajectory = policy.rollout(condition, deterministic=deterministic)
                 policy.check_reproducible(trajectory)
+            run.explain_once(*describe_walk(policy, trajectory))
             batches.append(trajectory)
             index.append(torch.tensor(part))
             with torch.no_grad():
@@ -113,6 +114,16 @@ def sample_epoch(
         components = gather_scores(run, scorer, asked)
     groups = torch.tensor([group if group_size else 0 for group, _ in order])
     return Samples(batches, index, [p.text for p in asked], groups, components["reward"], components, asked)
+
+
+def describe_walk(policy: Policy, trajectory: Trajectory) -> list[str]:
+    """What training walks in the place of the pipeline's own solver, in words; nothing where it is the same sampler with noise."""
+    own, stock = policy.scheduler, policy.stock_scheduler
+    if isinstance(own, type(stock)):
+        return []
+    times, name = ", ".join(f"{t:g}" for t in trajectory.timesteps.tolist()[:12]), type(stock).__name__
+    more = ", ..." if trajectory.num_steps > 12 else ""
+    return [f"Training samples with {type(own).__name__} at the timesteps {times}{more}: the pipeline's own {name} has no log-probabilities."]
 
 
 def score_again(run, reward, samples: Samples, images_of: Callable[[int], Tensor], captions: list[str] | None = None) -> Tensor:
