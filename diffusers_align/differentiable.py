@@ -14,6 +14,7 @@ A step is a call of `scheduler.step`: a second-order solver takes two for one of
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -176,7 +177,8 @@ def differentiable_rollout(
 
     Args:
         condition: `policy.condition(prompts, seeds=...)`. The images are those of the stock pipeline at these seeds.
-        grad_steps: solver steps whose denoiser calls take part in the graph; draw them once a roll-out.
+        grad_steps: solver steps whose denoiser calls take part in the graph, counted from 0; draw them once a roll-out. Without any, images
+            have a gradient with respect to the initial noise at most.
         stop_step: ends the walk there: the clean sample that the model predicts at this step is decoded, later calls are not made.
         stochastic: draw from the policy's SDE kernels; otherwise walk the scheduler that the pipeline came with.
         detach_input: the denoiser's inputs are constants, so gradients pass through the solver alone (DRTune).
@@ -188,13 +190,14 @@ def differentiable_rollout(
         generator: what the call draws with, in the place of the condition's seeds.
 
     Raises:
-        ValueError: neither seeds nor a generator, a step that the call does not have, or noise that cannot be replaced.
+        ValueError: neither seeds nor a generator, a step that the call does not have, or noise of another shape or that cannot be replaced.
     """
     if condition.seeds is None and generator is None:
         raise ValueError("A differentiable roll-out needs seeds: policy.condition(prompts, seeds=[...]).")
-    walk = _Walk(frozenset(grad_steps), stop_step, detach_input, checkpoint)
+    stop_step = None if stop_step is None else _step_numbers("stop_step", [stop_step])[0]
+    walk = _Walk(frozenset(_step_numbers("grad_steps", grad_steps)), stop_step, detach_input, checkpoint)
     if stop_step is not None and any(k > stop_step for k in walk.grad_steps):
-        raise ValueError(f"Gradient steps {sorted(walk.grad_steps)} reach beyond stop_step {stop_step}, where the walk ends.")
+        raise ValueError(f"grad_steps {sorted(walk.grad_steps)} reach beyond stop_step {stop_step}, where the walk ends.")
     start, own = _Start(noise, noise_gradient), {} if generator is None else {"generator": generator}
     with ExitStack() as stack:
         stack.enter_context(_solver(policy, condition, stochastic))
@@ -207,22 +210,37 @@ def differentiable_rollout(
         stack.enter_context(torch.enable_grad())
         gate = None if stop_step is None else (lambda k: k <= stop_step)
         output = policy._drive(condition, walk.on_step, needs_denoiser=gate, **own, **({"output_type": "pt"} if decode else {}))
-    last = max([*walk.grad_steps, stop_step or 0])
-    if last >= walk.k or min(walk.grad_steps, default=0) < 0:
-        raise ValueError(f"The call took {walk.k} solver steps, 0 to {walk.k - 1}; it has no step {last}. count_steps(policy, condition) counts them.")
+    for name, last in (("grad_steps", max(walk.grad_steps, default=0)), ("stop_step", stop_step or 0)):
+        if last >= walk.k:
+            raise ValueError(
+                f"{name} names step {last}, but the call took {walk.k} solver steps, 0 to {walk.k - 1}; count_steps(policy, condition) counts them."
+            )
     images = _images(output) if decode else None
     return DifferentiableRollout(condition, images, walk.final[0], walk.states, walk.timesteps, walk.steps, stochastic, walk.actions, walk.call, start.noise)
+
+
+def _step_numbers(name: str, steps: Iterable[int]) -> list[int]:
+    """Whole numbers from 0 on, duplicates included."""
+    try:
+        found = [operator.index(k) for k in steps]
+    except TypeError:
+        raise ValueError(f"{name} must be whole numbers of solver steps, got {steps!r}.") from None
+    if any(k < 0 for k in found):
+        raise ValueError(f"{name} count solver steps from 0 on, got {found}; the last of K steps is K - 1 (count_steps).")
+    return found
 
 
 class _Start:
     """What a roll-out starts from."""
 
     def __init__(self, noise: Tensor | None, gradient: bool):
+        if noise is not None and not (isinstance(noise, Tensor) and noise.is_floating_point() and bool(noise.isfinite().all())):
+            raise ValueError("noise must be a tensor of finite floats (B, *D), standard normal.")
         self.noise, self.gradient = noise, gradient
 
     def put(self, drawn: Tensor) -> Tensor:
         if self.noise is not None and self.noise.shape != drawn.shape:
-            raise ValueError(f"The pipeline starts from noise of shape {tuple(drawn.shape)}, got {tuple(self.noise.shape)}.")
+            raise ValueError(f"noise has the shape {tuple(self.noise.shape)}; the pipeline starts from noise of shape {tuple(drawn.shape)}.")
         noise = drawn if self.noise is None else self.noise
         self.noise = noise.detach().requires_grad_() if self.gradient else noise
         return self.noise.to(drawn)

@@ -18,9 +18,16 @@ from .condition import Condition
 from .differentiable import DifferentiableRollout, count_steps, differentiable_rollout
 from .policy import Policy
 
+# Powers of two by which a loss is scaled on its way back through float16, the largest first that does not overflow.
+EXPONENTS = (16, 12, 8, 4, 0, -4)
+
 
 class GradientError(ValueError):
     """Reward gradients do not reach the trained parameters; the message names the link that is cut, and what to do."""
+
+
+class UnscoredError(GradientError):
+    """The reward could score none of the images, so the check says nothing."""
 
 
 def check_gradient(policy: Policy, condition: Condition, reward: Callable[[Tensor], Tensor], **rollout_options: Any) -> dict[str, float]:
@@ -35,6 +42,7 @@ def check_gradient(policy: Policy, condition: Condition, reward: Callable[[Tenso
         trainable `parameters`.
 
     Raises:
+        UnscoredError: the reward is NaN for all images. Where it is for some, the others are checked.
         GradientError: a link is cut.
     """
     _check_settings(policy)
@@ -42,6 +50,8 @@ def check_gradient(policy: Policy, condition: Condition, reward: Callable[[Tenso
         rollout = differentiable_rollout(policy, condition, **rollout_options)
         rewards = _rewards(reward, rollout)
     _check_graph(policy, rollout, rewards, culprits)
+    if rewards.isnan().all():
+        raise UnscoredError(f"The reward is NaN for all {len(rewards)} images of the check, prompts {condition.prompts}, so there is no gradient to look at.")
     _check_solver(policy, rollout)
     return _check_values(policy, rollout, rewards)
 
@@ -121,7 +131,8 @@ def _check_solver(policy: Policy, rollout: DifferentiableRollout) -> None:
 def _check_values(policy: Policy, rollout: DifferentiableRollout, rewards: Tensor) -> dict[str, float]:
     output, parameters = rollout.steps[max(rollout.steps)].model_output, policy.trainable_parameters()
     try:
-        found = torch.autograd.grad(rewards.sum(), [rollout.images, rollout.latents, output, *parameters], allow_unused=True)
+        inputs, half = [rollout.images, rollout.latents, output, *parameters], torch.float16 in (rollout.images.dtype, rollout.latents.dtype, output.dtype)
+        found = scaled_gradients(rewards[~rewards.isnan()].sum(), inputs, half=half)
     except RuntimeError as error:
         if "use_reentrant" not in str(error):
             raise
@@ -138,6 +149,23 @@ def _check_values(policy: Policy, rollout: DifferentiableRollout, rewards: Tenso
             reason = causes[name] if norm == 0 else "an overflow, or a NaN in the reward or behind it; try float32"
             raise GradientError(f"The reward's gradient with respect to the {name} is {norm:g}: {reason}.")
     return norms
+
+
+def scaled_gradients(total: Tensor, inputs: list[Tensor], *, half: bool) -> list[Tensor | None]:
+    """The gradients of a number, None where it does not depend on an input.
+
+    Args:
+        total: (), with its graph.
+        half: some of it is in float16, where small gradients vanish: then it is scaled on the way back, as a loss scaler does, by the
+            largest factor with which nothing overflows, and the gradients come in float32.
+    """
+    if not half:
+        return list(torch.autograd.grad(total, inputs, allow_unused=True))
+    for exponent in EXPONENTS:
+        found = torch.autograd.grad(total * 2.0**exponent, inputs, allow_unused=True, retain_graph=True)
+        if all(g is None or bool(g.isfinite().all()) for g in found):
+            break
+    return [None if g is None else g.float() * 2.0**-exponent for g in found]
 
 
 def _norm(gradients: tuple[Tensor | None, ...]) -> float:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from oracles import euler_step, exact_fisher_product, states_forwards
 from torch import nn
 
 from diffusers_align import GaussianTransition
@@ -11,7 +12,7 @@ from diffusers_align.algorithms.adjoint_matching import adjoint_matching_loss, l
 from diffusers_align.algorithms.advantage_weighted_matching import awm_loss, pseudo_log_prob, unit_advantages
 from diffusers_align.algorithms.alignprop import alignprop_loss, truncation
 from diffusers_align.algorithms.best_of_n import best
-from diffusers_align.algorithms.continuous_adjoint import adjoint_gradient, euler_step, states_forwards
+from diffusers_align.algorithms.continuous_adjoint import adjoint_gradient
 from diffusers_align.algorithms.d3po import d3po_loss
 from diffusers_align.algorithms.dance_grpo import best_and_worst
 from diffusers_align.algorithms.ddpo import ddpo_loss
@@ -43,12 +44,13 @@ from diffusers_align.algorithms.refl import middle_step, refl_loss
 from diffusers_align.algorithms.reinforce import reinforce_loss
 from diffusers_align.algorithms.reward_weighted_regression import reward_weighted_loss, reward_weights
 from diffusers_align.algorithms.spo import resample, spo_loss, step_pairs
-from diffusers_align.algorithms.srpo import recovered_sample, srpo_loss
+from diffusers_align.algorithms.srpo import discounts, recovered_sample, semantic_relative_preference, srpo_loss
 from diffusers_align.algorithms.svdd import choose
 from diffusers_align.algorithms.vader import grad_steps as random_steps
-from diffusers_align.rl import PromptStatistics, batch_advantages, exact_fisher_product, group_advantages, trust_region_step
+from diffusers_align.algorithms.vader import vader_loss
+from diffusers_align.rl import PromptStatistics, batch_advantages, group_advantages, trust_region_step
 from diffusers_align.rl.matching import matching_error
-from diffusers_align.rl.reward_maps import shortfall
+from diffusers_align.rl.reward_maps import RewardMap
 from diffusers_align.rl.values import ValueBaseline, value_advantages
 from diffusers_align.schedulers.kernels import flow_grpo as flow_grpo_kernel
 from diffusers_align.schedulers.kernels import memoryless as memoryless_kernel
@@ -642,16 +644,16 @@ def draft_lv(flow, prompt, generator):
 
 def alignprop(flow, prompt, generator):
     steps = range(truncation(STEPS, generator, strategy="uniform"), STEPS)
-    return alignprop_loss(shortfall(gain(differentiate(flow, prompt, steps, generator), prompt), best=0.0))
+    return alignprop_loss(gain(differentiate(flow, prompt, steps, generator), prompt), RewardMap("shortfall", 0.0, 0.01))
 
 
 def vader(flow, prompt, generator):
-    return shortfall(gain(differentiate(flow, prompt, random_steps(STEPS, generator, mode="random"), generator), prompt), best=0.0)
+    return vader_loss(gain(differentiate(flow, prompt, random_steps(STEPS, generator, mode="random"), generator), prompt), RewardMap("distance", 1.0))
 
 
 def refl(flow, prompt, generator):
     k = middle_step(STEPS, generator, window=(0.25, 0.975))
-    return refl_loss(gain(differentiate(flow, prompt, [k], generator, stop_step=k), prompt), margin=0.0)
+    return refl_loss(gain(differentiate(flow, prompt, [k], generator, stop_step=k), prompt), RewardMap("hinge", 0.0, 1e-3))
 
 
 def drtune(flow, prompt, generator):
@@ -665,7 +667,10 @@ def srpo(flow, prompt, generator):
     noise = torch.randn(x0.shape, generator=generator, dtype=x0.dtype)
     velocity = velocity_at(flow, prompt)((1 - SIGMAS[k]) * x0 + SIGMAS[k] * noise, k)
     denoised, inverted = (recovered_sample(x0, noise, velocity, sigma=SIGMAS[k], sigma_next=level) for level in (SIGMAS[k + 1], (SIGMAS[k] + 1) / 2))
-    return srpo_loss(gain(denoised, prompt), margin=0.0) + srpo_loss(-gain(inverted, prompt), margin=1.0)
+    nothing = torch.zeros(len(prompt), dtype=torch.float64)  # the reward under words that say nothing
+    reward = semantic_relative_preference(gain(denoised, prompt), nothing, float(discounts(STEPS)[k]))
+    penalty = semantic_relative_preference(nothing, gain(inverted, prompt), float(discounts(STEPS, inversion=True)[k]))
+    return srpo_loss(reward, penalty, RewardMap("hinge", 1.0))
 
 
 def continuous_adjoint(flow, prompt, generator):

@@ -7,17 +7,18 @@ import diffusers
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from oracles import linear_path
 from tiny_pipelines import FAMILIES
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusers_align import Policy
-from diffusers_align.algorithms import draft, drtune, srpo, vader
+from diffusers_align.algorithms import draft, srpo, vader
 from diffusers_align.algorithms.continuous_adjoint import adjoint_gradient
 from diffusers_align.decoding import decode_latents
 from diffusers_align.differentiable import count_steps, differentiable_rollout, outputs_along, solver_step
 from diffusers_align.forward_process import ForwardProcess
-from diffusers_align.gradient_check import GradientError, check_gradient
+from diffusers_align.gradient_check import GradientError, UnscoredError, check_gradient, scaled_gradients
 from diffusers_align.schedulers import sde_twin
 from diffusers_align.stock import stock_solver
 
@@ -204,7 +205,7 @@ def test_stopped_inputs_leave_the_linear_path(family):
     loss = score(rollout.images).sum()
     a = torch.autograd.grad(loss, rollout.latents, retain_graph=True)[0]
     sigmas = [t / 1000 for t in rollout.timesteps] + [0.0]
-    lengths = drtune.linear_path([1.0] * 4, [b - c for c, b in zip(sigmas, sigmas[1:])])
+    lengths = linear_path([1.0] * 4, [b - c for c, b in zip(sigmas, sigmas[1:])])
     expected = sum(it.gradient(rollout.steps[k].model_output, grad_outputs=lengths[k] * a, retain_graph=True) for k in range(4))
     close(it.gradient(loss), expected)
 
@@ -286,7 +287,7 @@ def test_the_noise_is_put_where_it_was_drawn(family):
 
 def test_noise_that_does_not_fit_is_refused():
     it = subject("sd15")
-    with pytest.raises(ValueError, match="starts from noise of shape"):
+    with pytest.raises(ValueError, match="noise has the shape"):
         it.rollout([], noise=torch.zeros(1, 4, 8, 8))
     given = it.policy.condition(PROMPTS, seeds=SEEDS, latents=torch.zeros(2, 4, 8, 8))
     with pytest.raises(ValueError, match="leave `latents` out"):
@@ -368,6 +369,26 @@ def test_stopping_saves_the_later_denoiser_calls(sd3):
     transformer.forward = counted
     sd3.rollout([1], stop_step=1)
     assert calls[0] == 2
+
+
+@pytest.mark.parametrize(
+    "grad_steps, options, message",
+    [
+        ([-1], {}, "grad_steps count solver steps from 0"),
+        ([1.5], {}, "grad_steps must be whole numbers"),
+        (2, {}, "grad_steps must be whole numbers"),
+        ([4], {}, "grad_steps names step 4, but the call took 4 solver steps, 0 to 3"),
+        ([0], {"stop_step": -1}, "stop_step count solver steps from 0"),
+        ([0], {"stop_step": 0.5}, "stop_step must be whole numbers"),
+        ([0], {"stop_step": 9}, "stop_step names step 9"),
+        ([], {"noise": [0.0]}, "noise must be a tensor"),
+        ([], {"noise": torch.zeros(2, 4, 8, 8, dtype=torch.long)}, "noise must be a tensor of finite floats"),
+        ([], {"noise": torch.full((2, 4, 8, 8), torch.nan)}, "noise must be a tensor of finite floats"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_by_name(grad_steps, options, message):
+    with pytest.raises(ValueError, match=message):
+        subject("sd3").rollout(grad_steps, decode=False, **options)
 
 
 def test_gradients_beyond_the_stop_are_refused():
@@ -466,7 +487,7 @@ def test_direct_alignment_through_a_pipeline(family):
     perfect = srpo.recovered_sample(x0, noise, forward.to_velocity(forward.target(x0, noise, t), x, t), sigma=0.6, sigma_next=0.5)
     close(perfect, x0, 1e-5)
     images = decode_latents(it.policy, srpo.recovered_sample(x0, noise, velocity, sigma=0.6, sigma_next=0.5), it.condition)
-    assert it.gradient(srpo.srpo_loss(brightness(images)).sum()).norm() > 0
+    assert it.gradient(srpo.srpo_loss(brightness(images), brightness(images)).sum()).norm() > 0
 
 
 # --- videos --------------------------------------------------------------------------------------------------------------
@@ -654,3 +675,42 @@ def test_nothing_to_train_is_found():
     with pytest.raises(GradientError, match="add_lora"):
         check_gradient(untrained, it.condition, brightness, grad_steps=[3])
     refused(it, "grad_steps is empty", grad_steps=[])
+
+
+# --- half precision ------------------------------------------------------------------------------------------------------
+
+
+class Halved(torch.autograd.Function):
+    """The identity, through float16 on the way back."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.half().to(gradient)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e6])
+def test_gradients_neither_vanish_nor_overflow_in_float16(size):
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    unused = torch.ones(1, requires_grad=True)
+    total = size * Halved.apply(x).square().sum() if size < 1e5 else Halved.apply(x * size).square().sum() / size
+    found = scaled_gradients(total, [x, unused], half=True)
+    torch.testing.assert_close(found[0], 2 * size * torch.tensor([1.0, 2.0]), rtol=1e-3, atol=0)
+    assert found[1] is None
+
+
+def test_a_small_reward_passes_the_check_in_float16():
+    """Gradients of 1e-6 an image are gone in float16 unless they are scaled on their way."""
+    pipeline = FAMILIES["sd3"].build().to(torch.float16)
+    policy = Policy(pipeline, **FAMILIES["sd3"].call)
+    policy.add_lora(rank=2)
+    norms = check_gradient(policy, policy.condition(PROMPTS, seeds=SEEDS), lambda images: 1e-4 * images.float().flatten(1).mean(1), grad_steps=[3])
+    assert all(0 < norm < 1e-2 for norm in norms.values())
+
+
+def test_a_check_without_any_score_says_so(sd3):
+    with pytest.raises(UnscoredError, match="NaN for all 2 images"):
+        check_gradient(sd3.policy, sd3.condition, lambda images: brightness(images) * torch.nan, grad_steps=[3])

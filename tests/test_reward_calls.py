@@ -10,7 +10,7 @@ import torch
 from diffusers_align.data.prompts import Prompt, load_prompts
 from diffusers_align.rewards import InvalidReward, RewardError, WeightedSum, load_reward, score
 from diffusers_align.rewards.base import score_columns
-from diffusers_align.training.adjoints import bound_reward
+from diffusers_align.training.bound_rewards import BoundReward
 from diffusers_align.training.failures import Interrupted
 from diffusers_align.training.scoring import Scorer
 
@@ -32,7 +32,7 @@ def scored_by_route(reward, images):
         "sum": score(WeightedSum([(reward, 1.0, "part")]), images, PROMPTS)["reward"],
         "run": torch.tensor([row["reward"] for row in Scorer(reward)(images, asked)]),
         "thread": torch.tensor([row["reward"] for row in Scorer(reward, timeout=20.0)(images, asked)]),
-        "gradients": bound_reward(reward, asked, "error")(images).detach(),
+        "gradients": BoundReward(reward, asked, "error")(images).detach(),
     }
 
 
@@ -152,7 +152,7 @@ def test_a_column_that_only_some_prompts_have_reaches_the_reward():
 
     asked = [Prompt("a", {}), Prompt("b", {"weight": 2.0})]
     assert [row["reward"] for row in Scorer(given)(torch.rand(2, 3, 4, 4), asked)] == [0, 2]
-    assert bound_reward(given, asked, "error")(torch.rand(2, 3, 4, 4)).tolist() == [0, 2]
+    assert BoundReward(given, asked, "error")(torch.rand(2, 3, 4, 4)).tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("name", ["metadata", "prompt_metadata"])
@@ -253,7 +253,7 @@ def test_sys_exit_in_a_reward_is_an_error_of_the_reward(code, options):
         scorer.submit([0], torch.rand(1, 3, 4, 4), [Prompt("a cat")])
         scorer.finish()
     asked = [Prompt("a cat")]
-    for call in (lambda: score(leaving, torch.rand(1, 3, 4, 4), ["a"]), lambda: bound_reward(leaving, asked, "mask")(torch.rand(1, 3, 4, 4))):
+    for call in (lambda: score(leaving, torch.rand(1, 3, 4, 4), ["a"]), lambda: BoundReward(leaving, asked)(torch.rand(1, 3, 4, 4))):
         with pytest.raises(RewardError, match=r"called sys.exit"):
             call()
     scorer = Scorer(leaving, on_failure="mask", **options)

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import time
 from types import SimpleNamespace
 
 import diffusers
@@ -17,9 +18,12 @@ from diffusers_align.data.prompts import Prompt
 from diffusers_align.differentiable import differentiable_rollout
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.gradient_check import GradientError
+from diffusers_align.rewards import InvalidReward, RewardError, RewardTimeout
 from diffusers_align.training import renoised_samples
 from diffusers_align.training import reward_gradients as shared
+from diffusers_align.training.bound_rewards import BoundReward
 from diffusers_align.training.run import Run
+from diffusers_align.training.scoring import Scorer
 
 torch.set_num_threads(1)
 FLAGS = {"num_samples_per_epoch": 4, "num_epochs": 2, "learning_rate": 1e-3}
@@ -155,10 +159,132 @@ def loss_args(**flags):
 
 @pytest.mark.parametrize("reward_map, expected", [("none", [-1.0, -3.0]), ("hinge", [1.0, 0.0]), ("distance", [1.0, 1.0]), ("shortfall", [1.0, -1.0])])
 def test_the_reward_in_the_loss(reward_map, expected):
-    args = loss_args(reward_map=reward_map, reward_target=2.0, reward_scale=0.5)
-    loss = shared.reward_loss(torch.tensor([1.0, 3.0, torch.nan]), args)
+    args = loss_args(reward_map=reward_map, reward_target=None if reward_map == "none" else 2.0, reward_scale=0.5)
+    loss = shared.reward_map(args)(torch.tensor([1.0, 3.0, torch.nan]))
     assert loss[:2].tolist() == [0.5 * e for e in expected] and loss[2].isnan()
     assert shared.scored_sum(loss) == 0.5 * sum(expected)
+
+
+def undefined_of_dogs(images, prompts, **columns):
+    """0/0 where the prompt has a dog: NaN on the way there and, even of a gradient of 0, on the way back."""
+    known = torch.tensor([0.0 if "dog" in prompt else 1.0 for prompt in prompts])
+    return images.flatten(1).mean(1) * known / known
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_a_sample_that_could_not_be_scored_has_no_part_in_the_gradient(family):
+    """Of a reward that divides 0 by 0 for one of two samples, the gradient is that of the other."""
+    policy, asked = tiny(family), [Prompt("a cat"), Prompt("a dog")]
+    gradients = []
+    for reward in (undefined_of_dogs, lambda images, prompts, **columns: images.flatten(1).mean(1) * torch.tensor([1.0, 0.0])):
+        rollout = differentiable_rollout(policy, conditioned(policy), grad_steps=[2, 3])
+        rewards = BoundReward(reward, asked, "mask")(rollout.images.float())
+        found = torch.autograd.grad(shared.scored_sum(-rewards), policy.trainable_parameters(), allow_unused=True)
+        gradients.append(torch.cat([g.flatten() for g in found if g is not None]))
+    assert gradients[0].isfinite().all() and gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-9)
+
+
+def test_a_masked_image_gets_the_gradient_zero_and_no_hook_where_nothing_is_masked():
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    rewards = BoundReward(undefined_of_dogs, [Prompt("a cat"), Prompt("a dog")], "mask")(images)
+    (found,) = torch.autograd.grad(shared.scored_sum(rewards), images)
+    assert torch.equal(found[0], torch.full((3, 4, 4), 1 / 48)) and not found[1].any()
+    with pytest.raises(InvalidReward, match="a dog"):
+        BoundReward(undefined_of_dogs, [Prompt("a dog")], "error")(images[:1])
+
+
+def raises_for_dogs(images, prompts, **columns):
+    if any("dog" in prompt for prompt in prompts):
+        raise KeyError("dog")
+    return images.flatten(1).mean(1)
+
+
+def sleeps(images, prompts, **columns):
+    time.sleep(5)
+    return images.flatten(1).mean(1)
+
+
+def test_a_reward_that_fails_is_masked_or_named_as_the_flag_says():
+    images, asked = torch.rand(2, 3, 4, 4, requires_grad=True), [Prompt("a cat"), Prompt("a dog")]
+    rewards = BoundReward(raises_for_dogs, asked, "mask")(images)
+    assert rewards[0] == images[0].mean() and rewards[1].isnan()
+    (found,) = torch.autograd.grad(shared.scored_sum(rewards), images)
+    assert torch.equal(found[0], torch.full((3, 4, 4), 1 / 48)) and not found[1].any()
+    with pytest.raises(RewardError, match="raised KeyError: 'dog', for 2 images of the prompts 'a cat', 'a dog'"):
+        BoundReward(raises_for_dogs, asked, "error")(images)
+    with pytest.raises(RewardTimeout, match="no answer in 0.05 s"):
+        BoundReward(sleeps, asked, "error", 0.05)(images)
+    late = BoundReward(sleeps, asked, "mask", 0.05)(images)
+    assert late.isnan().all() and not torch.autograd.grad(shared.scored_sum(late), images)[0].any()
+    timed = BoundReward(brightness, asked, "error", 60.0)(images)
+    torch.testing.assert_close(torch.autograd.grad(timed.sum(), images)[0], torch.full_like(images, 1 / 48))
+
+
+def test_a_reward_that_leaves_the_graph_is_no_matter_of_masks():
+    with pytest.raises(RewardError, match="requires grad"):
+        BoundReward(lambda images, prompts, **columns: torch.tensor(images.numpy().mean((1, 2, 3))), [Prompt("a cat")], "mask")(
+            torch.rand(1, 3, 4, 4, requires_grad=True)
+        )
+
+
+MASKED = """
+def dogless(images, prompts, **columns):
+    dogs = images.new_tensor([0.0 if "dog" in prompt or "apple" in prompt else 1.0 for prompt in prompts])
+    return images.flatten(1).mean(1) * dogs / dogs
+
+
+with_gradient = []
+
+
+def never(images, prompts, **columns):
+    if images.requires_grad:
+        with_gradient.append(len(prompts))  # the check before training, then the training
+    return images.flatten(1).mean(1) * (1.0 if len(with_gradient) < 2 else float("nan"))
+
+
+def nowhere(images, prompts, **columns):
+    return images.flatten(1).mean(1) * float("nan")
+"""
+MASK = {"invalid_rewards": "mask", "num_eval_samples": 2, "num_validation_images": 2, "num_epochs": 1}
+
+
+@pytest.mark.parametrize("name", ["draft_lv", "refl", "adjoint"])
+def test_masked_samples_do_not_stop_a_run(name, task, tmp_path, capsys):
+    (task / "masked.py").write_text(MASKED)
+    script, flags = METHODS[name]
+    run_script(script, tmp_path / "run", task, **{**FLAGS, **flags, **MASK, "reward": f"{task / 'masked.py'}:dogless"})
+    (row,) = rows(tmp_path / "run")
+    assert row["grad_norm"] > 0 and 0 < row["reward"] < 1
+    left_out = int(row["invalid_rewards"])
+    assert 0 < left_out < 4 and f"'dogless' has no score for {left_out} of 4 samples. Prompts: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("reward, message", [("never", "no score for 4 of 4 samples. Prompts: 'two dogs"), ("nowhere", "Nothing is left to train on|NaN")])
+def test_an_epoch_without_any_reward_stops_the_run(reward, message, task, tmp_path):
+    (task / "masked.py").write_text(MASKED)
+    with pytest.raises(InvalidReward, match=message):
+        run_script("draft", tmp_path / "run", task, **{**FLAGS, **MASK, "reward": f"{task / 'masked.py'}:{reward}"})
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_rewards_in_training_are_those_of_the_evaluation_in_bf16(family):
+    """To the bit, although the roll-out around them runs under autocast."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)).requires_grad_(False)
+
+    def learned(images, prompts, **columns):
+        return model(images.flatten(2).mean(2))[:, 0]
+
+    policy = Policy(FAMILIES[family].build().to(torch.bfloat16), **FAMILIES[family].call)
+    policy.add_lora(rank=2)
+    asked = [Prompt("a cat"), Prompt("a dog")]
+    with torch.autocast("cpu", torch.bfloat16):
+        rollout = differentiable_rollout(policy, conditioned(policy), grad_steps=[3])
+        trained = BoundReward(learned, asked, "error")(rollout.images.float())
+    evaluated = [row["reward"] for row in Scorer(learned)(rollout.images.detach().float(), asked)]
+    assert trained.dtype == torch.float32 and trained.requires_grad
+    assert trained.tolist() == evaluated
 
 
 def brightness(images, prompts, **columns):
@@ -166,7 +292,7 @@ def brightness(images, prompts, **columns):
 
 
 def fake_run(policy, rank, world, batch_size, **flags):
-    args = loss_args(num_samples_per_epoch=8, seed=7, train_batch_size=batch_size, invalid_rewards="error", **flags)
+    args = loss_args(num_samples_per_epoch=8, seed=7, train_batch_size=batch_size, invalid_rewards="error", reward_timeout=None, **flags)
     accelerator = SimpleNamespace(process_index=rank, num_processes=world, autocast=torch.enable_grad)
     meter = SimpleNamespace(count_images=lambda number: None)
     return SimpleNamespace(args=args, accelerator=accelerator, meter=meter, chunks=Run.chunks, parameters=policy.trainable_parameters())
@@ -207,7 +333,7 @@ def test_updates_do_not_depend_on_the_number_of_processes():
 
 @pytest.mark.parametrize("truncation", [2, 4])
 def test_the_adjoint_gives_the_same_gradient(truncation):
-    policy, run = tiny("sd3"), fake_run(tiny("sd3"), 0, 1, 2)
+    policy, run = tiny("sd3"), fake_run(tiny("sd3"), 0, 1, 2, gradient_accumulation_steps=1)
     update = next(shared.updates_of_epoch(run, policy, REPORT, 0, *Run.batches(run, 8)))
     batch = update.batches[0]
     rollout = differentiable_rollout(policy, batch.condition, grad_steps=range(4 - truncation, 4))
@@ -332,11 +458,14 @@ def test_relative_rewards_read_the_words():
     def lengths(images, prompts, **columns):
         return images.flatten(1).mean(1) * 0 + torch.tensor([float(len(prompt)) for prompt in prompts])
 
-    batch = shared.Batch(None, [Prompt("cat"), Prompt("mouse")], None)
-    found = shared.relative_rewards(
-        SimpleNamespace(reward=lengths), batch, torch.zeros(2, 3, 4, 4), ("red", "a"), 0.5, argparse.Namespace(invalid_rewards="error")
-    )
+    asked = [Prompt("cat"), Prompt("mouse")]
+    said = []
+    run = SimpleNamespace(explain_once=said.append)
+    found = shared.relative_rewards(run, shared.Batch(None, asked, BoundReward(lengths, asked)), torch.zeros(2, 3, 4, 4), ("red", "a"), 0.5)
     assert found.tolist() == [1.5 * 7 - 5, 1.5 * 9 - 7]
+    assert not said
+    shared.relative_rewards(run, shared.Batch(None, asked, BoundReward(brightness, asked)), torch.ones(2, 3, 4, 4), ("red", "a"), 0.5)
+    assert len(said) == 1 and "the same under 'red' and 'a'" in said[0]
 
 
 def test_the_clip_follows_the_norms(monkeypatch):

@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+from oracles import euler_step, linear_path, states_backwards, states_forwards
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusers_align import GaussianTransition
 from diffusers_align.algorithms import alignprop, draft, drtune, refl, srpo, vader
-from diffusers_align.algorithms.continuous_adjoint import adjoint_gradient, euler_step, states_backwards, states_forwards
-from diffusers_align.rl.reward_maps import distance, hinge, scored_mean, shortfall
+from diffusers_align.algorithms.continuous_adjoint import adjoint_gradient
+from diffusers_align.rl.reward_maps import RewardMap, distance, hinge, shortfall
 
 torch.set_num_threads(1)
 STEPS, BATCH, D = 6, 3, 4
@@ -120,7 +121,7 @@ def test_alignprops_detached_outputs_are_drafts_truncation(cut):
 def test_drtune_is_the_linear_path():
     model, (steps, _) = Velocity(), drtune.grad_steps(STEPS, torch.Generator().manual_seed(0), number=3)
     actual = gradient(reward(chain(model, steps, detach_input=True)), model)
-    weights = drtune.linear_path([1.0] * STEPS, [b - a for a, b in zip(SIGMAS, SIGMAS[1:])])
+    weights = linear_path([1.0] * STEPS, [b - a for a, b in zip(SIGMAS, SIGMAS[1:])])
     states = states_forwards(euler_step(model, SIGMAS), noise(), STEPS)
     a = final_gradient(states[-1])
     expected = sum(flat(torch.autograd.grad(model(states[k], SIGMAS[k]), list(model.parameters()), weights[k] * a)) for k in steps)
@@ -135,7 +136,7 @@ def test_the_linear_path_of_a_solver_that_shrinks_the_state():
     for a, b, output in zip(state_weights, output_weights, outputs):
         x = a * x + b * output
     expected = [float(g) for g in torch.autograd.grad(x, outputs)]
-    assert drtune.linear_path(state_weights, output_weights) == pytest.approx(expected, abs=1e-12)
+    assert linear_path(state_weights, output_weights) == pytest.approx(expected, abs=1e-12)
 
 
 def test_refl_is_the_one_step_gradient():
@@ -234,14 +235,31 @@ def test_refls_window_is_30_to_39_of_40():
 
 
 def test_alignprops_cuts_are_the_official_ones_rescaled():
-    cuts = torch.tensor(drawn(lambda g: alignprop.truncation(50, g)), dtype=torch.float64)
-    assert abs(cuts.mean() - 41.4) < 0.4 and 4 < cuts.std() < 5.2 and cuts.max() == 49
-    short = torch.tensor(drawn(lambda g: alignprop.truncation(10, g)), dtype=torch.float64)
-    assert abs(short.mean() - 7.9) < 0.2
-    assert set(drawn(lambda g: alignprop.truncation(5, g, strategy="uniform"))) == set(range(5))
+    """The official loop by hand: a normal draw until it lies in 1 to 49."""
+    generator, official = torch.Generator().manual_seed(0), []
+    while len(official) < 2000:
+        step = int(42 + 5 * float(torch.randn((), generator=generator)))
+        official += [step] if 0 < step < 50 else []
+    cuts = drawn(lambda g: alignprop.truncation(50, g))
+    assert cuts == official
+    assert sum(cut == 49 for cut in cuts) / 2000 == pytest.approx(0.027, abs=0.01), "a clamp would make it 8%"
+    assert 50 - sum(cuts) / 2000 == pytest.approx(9.10, abs=0.3)
+    assert drawn(lambda g: alignprop.truncation(10, g)) == [cut // 5 for cut in official]
+
+
+def test_alignprops_other_cuts():
+    assert set(drawn(lambda g: alignprop.truncation(5, g, strategy="uniform"))) == {1, 2, 3, 4}
+    assert set(drawn(lambda g: alignprop.truncation(4, g, mean=1.0, std=1.0))) == {1}, "the first step has no gradient on short chains either"
     assert alignprop.truncation(50, strategy="fixed") == 49 and alignprop.truncation(25, strategy="fixed") == 24
-    with pytest.raises(ValueError, match="strategy"):
-        alignprop.truncation(50, strategy="sometimes")
+    assert alignprop.truncation(10, strategy="fixed", fixed=0) == 0
+    assert [alignprop.truncation(1, strategy=strategy) for strategy in alignprop.STRATEGIES] == [0, 0, 0]
+    for options, match in (
+        ({"strategy": "sometimes"}, "strategy"),
+        ({"strategy": "fixed", "fixed": 50}, "fixed cut"),
+        ({"mean": 60.0, "std": 0.0}, "gave no step"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            alignprop.truncation(50, **options)
 
 
 def test_a_seed_fixes_the_choice():
@@ -288,16 +306,22 @@ def test_reward_maps():
     assert distance(r, target=3.0).tolist() == [4.0, 1.0, 2.0]
     assert shortfall(r).tolist() == [2.0, -1.0, -4.0]
     assert refl.refl_loss(r).tolist() == pytest.approx([3e-3, 0, 0])
-    assert alignprop.alignprop_loss(r).tolist() == pytest.approx([-0.01, 0.02, 0.05])
+    assert refl.refl_loss(r, RewardMap("hinge", 5.0, 1.0)).tolist() == [6.0, 3.0, 0.0]
+    assert alignprop.alignprop_loss(r).tolist() == pytest.approx([0.02, -0.01, -0.04])
+    assert vader.vader_loss(r).tolist() == [2.0, 1.0, 4.0]
+    assert draft.draft_loss(r).tolist() == [1.0, -2.0, -5.0]
+    assert draft.low_variance_loss([r, 2 * r, 3 * r], RewardMap("hinge", 3.0)).tolist() == pytest.approx([5.0, 0.0 + 1 / 3, 0.0])
 
 
-def test_rewards_that_could_not_be_scored_are_left_out():
-    r = torch.tensor([1.0, 4.0, 3.0], requires_grad=True)
-    loss = scored_mean(shortfall(torch.where(torch.tensor([True, False, True]), r, torch.nan), best=0.0))
-    loss.backward()
-    assert loss == -2.0 and r.grad.tolist() == [-0.5, 0.0, -0.5]
-    nothing = scored_mean(torch.full((2,), torch.nan, requires_grad=True) * 1)
-    assert nothing == 0 and nothing.requires_grad
+def test_reward_maps_as_values():
+    r = torch.tensor([-1.0, 2.0, torch.nan], dtype=torch.float64)
+    values = {"none": [1.0, -2.0], "hinge": [2.0, 0.0], "distance": [2.0, 1.0], "shortfall": [2.0, -1.0]}
+    for form, expected in values.items():
+        mapped = RewardMap(form, None if form == "none" else 1.0, scale=0.5)(r)
+        assert mapped[:2].tolist() == [0.5 * e for e in expected] and mapped[2].isnan()
+    for form, target, match in (("hinges", 1.0, "Unknown"), ("hinge", None, "needs a target"), ("none", 1.0, "has no target")):
+        with pytest.raises(ValueError, match=match):
+            RewardMap(form, target)
 
 
 def test_deviation_is_the_kl_where_there_is_noise_and_the_squared_error_elsewhere():
@@ -338,16 +362,24 @@ def test_the_two_branches_move_the_model_alike():
 
 
 def test_semantic_relative_preference():
+    """Of cosines it is the paper's product with the difference of the two texts' embeddings."""
     image, wanted, unwanted = (nn.functional.normalize(noise(seed), dim=1) for seed in (1, 2, 3))
     expected = (image * (1.2 * wanted - unwanted)).sum(1)
-    torch.testing.assert_close(srpo.semantic_relative_preference(image, wanted, unwanted, 0.2), expected, **EXACT)
-    per_sample = srpo.semantic_relative_preference(image, wanted, unwanted, torch.full((BATCH,), 0.2, dtype=torch.float64))
-    torch.testing.assert_close(per_sample, expected, **EXACT)
-    equal = srpo.semantic_relative_preference(image, wanted, wanted, 0.0)
-    torch.testing.assert_close(equal, torch.zeros(BATCH, dtype=torch.float64), **EXACT)
-    assert srpo.srpo_loss(torch.tensor([0.2, 0.9])).tolist() == pytest.approx([0.5, 0.0])
+    cosines = (image * wanted).sum(1), (image * unwanted).sum(1)
+    torch.testing.assert_close(srpo.semantic_relative_preference(*cosines, 0.2), expected, **EXACT)
+    assert srpo.semantic_relative_preference(cosines[0], cosines[0], 0.0).abs().max() == 0
+    assert srpo.srpo_loss(torch.tensor([0.2, 0.9]), torch.tensor([0.6, 0.1])).tolist() == pytest.approx([0.6, 0.6])
 
 
-def test_srpos_discounts():
-    assert srpo.discounts(5)[[0, -1]].tolist() == pytest.approx([0.1, 0.25])
-    assert srpo.discounts(5, inversion=True)[[0, -1]].tolist() == pytest.approx([0.3, 0.01])
+# (noise level, discount) of the official code, run at its levels: entries 5 to 25 of a schedule of 50 steps with shift 3.
+OFFICIAL_DISCOUNTS = {False: [(0.964, 0.244), (0.878, 0.176), (0.769, 0.108)], True: [(0.943, 0.036), (0.834, 0.183), (0.750, 0.297)]}
+
+
+@pytest.mark.parametrize("inversion", [False, True])
+def test_srpos_discounts_belong_to_the_official_noise_levels(inversion):
+    """Large at much noise, and small there for the inversion. Its step begins in between the levels, hence the tolerance."""
+    found = srpo.discounts(21, inversion=inversion)
+    assert found[[0, -1]].tolist() == pytest.approx([0.01, 0.3] if inversion else [0.25, 0.1])
+    for sigma, discount in OFFICIAL_DISCOUNTS[inversion]:
+        place = 50 * (1 - sigma / (3 - 2 * sigma)) - 5  # of the shifted level among the 21
+        assert float(found[round(place)]) == pytest.approx(discount, abs=0.03 if inversion else 0.01)

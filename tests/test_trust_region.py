@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import exact_fisher_product
 from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call, jacrev
@@ -16,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
 
 from diffusers_align import Policy, embedded, sde_twin
-from diffusers_align.rl import conjugate_gradient, exact_fisher_product, finite_difference_fisher_product, trust_region_step
+from diffusers_align.rl import conjugate_gradient, finite_difference_fisher_product, trust_region_step
 from diffusers_align.rl.trust_region import displaced
 
 torch.set_num_threads(1)

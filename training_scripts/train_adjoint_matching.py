@@ -54,12 +54,8 @@ from collections import defaultdict
 from dataclasses import replace
 
 from diffusers_align.algorithms.adjoint_matching import adjoint_matching_loss, loss_threshold, matched_steps, matching_diagnostics, summary, within
-from diffusers_align.differentiable import count_steps
-from diffusers_align.gradient_check import check_gradient
-from diffusers_align.policy import noise_seed
 from diffusers_align.training import pretraining
 from diffusers_align.training.adjoints import (
-    bound_reward,
     check_chain,
     describe_memory,
     make_memoryless,
@@ -68,19 +64,12 @@ from diffusers_align.training.adjoints import (
     reward_gradient,
     smoothed,
 )
+from diffusers_align.training.bound_rewards import bound_reward
 from diffusers_align.training.inputs import condition_of
 from diffusers_align.training.report import Report
+from diffusers_align.training.reward_gradients import check_on_prompts
 from diffusers_align.training.run import Run
 from diffusers_align.training.sampling import sample_epoch
-
-
-def check_reward(run, policy, report):
-    """Fail before training if the reward's gradient does not come through."""
-    asked = report.prompts[:1]
-    condition = condition_of(policy, asked, seeds=[noise_seed(run.args.seed, "check")])
-    steps = count_steps(policy, condition, stochastic=True)
-    with run.accelerator.autocast():
-        check_gradient(policy, condition, bound_reward(report.reward, asked, run.args.invalid_rewards), grad_steps=[steps - 1], stochastic=True)
 
 
 def targets(policy, trajectory, steps, reward, args, condition):
@@ -104,7 +93,7 @@ def main(argv=None):
     make_memoryless(policy, args.sde_type)
     run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
     run.resume()
-    check_reward(run, policy, report)
+    check_on_prompts(run, policy, report, stochastic=True)
     report.start()
     unguided = {} if args.cfg == "everywhere" else policy.guidance_off(condition_of(policy, report.prompts[:1], seeds=[0]))
 
@@ -121,7 +110,7 @@ def main(argv=None):
                 # 2 the reward's gradient and lean adjoints
                 trajectory = samples.batches[b]
                 condition = replace(trajectory.condition, kwargs=trajectory.condition.kwargs | unguided)
-                reward = bound_reward(report.reward, [samples.asked[i] for i in samples.index[b].tolist()], args.invalid_rewards)
+                reward = bound_reward(report.reward, [samples.asked[i] for i in samples.index[b].tolist()], args)
                 noisy = noisy_steps(policy.scheduler, trajectory, args.min_std)
                 steps = matched_steps(noisy, args.last_steps, args.random_steps, random.Random(f"{args.seed}/{epoch}/{run.division.block(b)}/steps"))
                 with run.accelerator.autocast():

@@ -23,7 +23,9 @@ class AlignPropArguments(RewardGradientArguments, defaults=DEFAULTS):
     """AlignProp"""
 
     truncation_schedule: Literal["gaussian", "uniform", "fixed"] = option("gaussian", "how the first step with gradient is drawn")
-    truncation_mean: Annotated[float, Interval(ge=0, le=50)] = option(42.0, "in steps of 50", needs={"truncation_schedule": "gaussian"})
+    truncation_mean: Annotated[float, Interval(ge=1, lt=50)] = option(
+        42.0, "in steps of 50; draws beyond 1 to 49 are repeated", needs={"truncation_schedule": "gaussian"}
+    )
     truncation_std: Annotated[float, Interval(ge=0, le=50)] = option(5.0, "in steps of 50", needs={"truncation_schedule": "gaussian"})
     truncation_step: Annotated[int, Interval(ge=0, le=49)] = option(49, "in steps of 50", needs={"truncation_schedule": "fixed"})
 
@@ -39,9 +41,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
-from collections import defaultdict
-
-from diffusers_align.algorithms.alignprop import grad_steps, truncation
+from diffusers_align.algorithms.alignprop import alignprop_loss, grad_steps, truncation
 from diffusers_align.differentiable import differentiable_rollout
 from diffusers_align.training import reward_gradients as shared
 from diffusers_align.training.pretraining import Pretraining
@@ -63,7 +63,7 @@ def main(argv=None):
     schedule = {"strategy": args.truncation_schedule, "mean": args.truncation_mean, "std": args.truncation_std, "fixed": args.truncation_step}
 
     for epoch in run.epochs():
-        logged, norms = defaultdict(list), []
+        logged = shared.EpochLog()
         for update in shared.updates_of_epoch(run, policy, report, epoch, *batches):
             steps = grad_steps(num_steps, truncation(num_steps, update.generator, **schedule))
             for batch in update.batches:
@@ -73,15 +73,15 @@ def main(argv=None):
 
                     # 2 reward and loss
                     rewards = batch.reward(rollout.images.float())
-                    loss = shared.total_loss(policy, rollout, shared.reward_loss(rewards, args), args, logged)
+                    loss = shared.total_loss(policy, rollout, alignprop_loss(rewards, shared.reward_map(args)), args, logged)
 
                 # 3 update
                 run.accelerator.backward(shared.scored_sum(loss) * update.weight)
-                logged["reward"] += shared.finite(rewards)
+                logged.add_rewards(batch, rewards)
             logged["truncation"].append(len(steps))
             pretraining.descend(policy, epoch, update.numbers, logged)
-            norms.append(clip.step())
-        run.log(run.epoch_metrics(None, [], norms, logged))
+            logged.norms.append(clip.step())
+        run.log(logged.metrics(run, report))
         report.validate(epoch)
     report.finish()
 

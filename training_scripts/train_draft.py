@@ -63,8 +63,6 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
-from collections import defaultdict
-
 import torch
 
 from diffusers_align.algorithms import draft, drtune, srpo
@@ -86,23 +84,26 @@ def choices(args, num_steps, generator):
     return {"grad_steps": draft.grad_steps(num_steps, {"draft": None, "draft_k": args.truncation, "draft_lv": 1}[args.method])}
 
 
-def scored_loss(args, policy, report, batch, rollout, k, logged):
+def scored_loss(run, policy, batch, rollout, k, logged):
     """The loss (B,) of a roll-out's rewards; `k` is SRPO's step."""
+    args, reward_map = run.args, shared.reward_map(run.args)
     if args.method == "srpo":
         denoised, inverted = renoised_samples.aligned_images(policy, rollout, k, **shared.checkpoint_options(args))
         words, number = (args.wanted_words, args.unwanted_words), len(renoised_samples.noising_times(policy, rollout))
-        rewards = shared.relative_rewards(report, batch, denoised, words, float(srpo.discounts(number)[k]), args)
-        penalty = shared.relative_rewards(report, batch, inverted, words[::-1], float(srpo.discounts(number, inversion=True)[k]), args)
+        rewards = shared.relative_rewards(run, batch, denoised, words, float(srpo.discounts(number)[k]))
+        penalty = shared.relative_rewards(run, batch, inverted, words[::-1], float(srpo.discounts(number, inversion=True)[k]))
         logged["penalty"] += shared.finite(penalty)
-        loss = shared.reward_loss(rewards, args) + shared.reward_loss(penalty, args)
+        loss = srpo.srpo_loss(rewards, penalty, reward_map)
+        if args.reward_map == "hinge":
+            logged["hinge_inactive"] += [float(r >= args.reward_target) for r in shared.finite(rewards)]
     else:
         rewards = batch.reward(rollout.images.float())
-        losses = [shared.reward_loss(rewards, args)]
         if args.method == "draft_lv":
             again = renoised_samples.renoised_images(policy, rollout, args.num_renoised, **shared.checkpoint_options(args))
-            losses += [shared.reward_loss(batch.reward(images), args) for images in again]
-        loss = torch.stack(losses).mean(0)
-    logged["reward"] += shared.finite(rewards)
+            loss = draft.low_variance_loss([rewards, *(batch.reward(images) for images in again)], reward_map)
+        else:
+            loss = draft.draft_loss(rewards, reward_map)
+    logged.add_rewards(batch, rewards)
     return loss
 
 
@@ -111,7 +112,7 @@ def adjoint_update(args, run, policy, update, num_steps, logged):
     truncation = len(draft.grad_steps(num_steps, None if args.method == "draft" else args.truncation))
     for batch in update.batches:
         rewards, mismatch = shared.adjoint_backward(run, policy, batch, truncation, update.weight)
-        logged["reward"] += shared.finite(rewards)
+        logged.add_rewards(batch, rewards)
         logged["mismatch"].append(mismatch)
 
 
@@ -125,10 +126,11 @@ def main(argv=None):
     run.load_optimizer(args.num_epochs * -(-batches[0] // batches[1]))
     run.resume()
     num_steps = shared.check_reward(run, policy, report)
+    choices(args, num_steps, torch.Generator())  # fails before the evaluation where the call has too few steps
     report.start()
 
     for epoch in run.epochs():
-        logged, norms = defaultdict(list), []
+        logged = shared.EpochLog()
         for update in shared.updates_of_epoch(run, policy, report, epoch, *batches):
             chosen = choices(args, num_steps, update.generator)
             drawn = float(torch.rand((), generator=update.generator))
@@ -141,7 +143,7 @@ def main(argv=None):
                     levels = renoised_samples.alignable_steps(policy, rollout) if args.method == "srpo" else [0]
 
                     # 2 reward and loss
-                    loss = scored_loss(args, policy, report, batch, rollout, levels[int(drawn * len(levels))], logged)
+                    loss = scored_loss(run, policy, batch, rollout, levels[int(drawn * len(levels))], logged)
                     loss = shared.total_loss(policy, rollout, loss, args, logged)
 
                 # 3 update
@@ -149,8 +151,8 @@ def main(argv=None):
             if args.method == "drtune":
                 logged["stop_step"].append(chosen["stop_step"])
             pretraining.descend(policy, epoch, update.numbers, logged)
-            norms.append(clip.step())
-        run.log(run.epoch_metrics(None, [], norms, logged))
+            logged.norms.append(clip.step())
+        run.log(logged.metrics(run, report))
         report.validate(epoch)
     report.finish()
 

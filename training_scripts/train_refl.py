@@ -38,9 +38,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
-from collections import defaultdict
-
-from diffusers_align.algorithms.refl import middle_step
+from diffusers_align.algorithms.refl import middle_step, refl_loss
 from diffusers_align.differentiable import differentiable_rollout
 from diffusers_align.training import reward_gradients as shared
 from diffusers_align.training.pretraining import Pretraining
@@ -61,7 +59,7 @@ def main(argv=None):
     report.start()
 
     for epoch in run.epochs():
-        logged, norms = defaultdict(list), []
+        logged = shared.EpochLog()
         for update in shared.updates_of_epoch(run, policy, report, epoch, *batches):
             k = middle_step(num_steps, update.generator, window=tuple(args.window))
             for batch in update.batches:
@@ -71,17 +69,17 @@ def main(argv=None):
 
                     # 2 reward and loss
                     rewards = batch.reward(rollout.images.float())
-                    loss = shared.total_loss(policy, rollout, shared.reward_loss(rewards, args), args, logged)
+                    loss = shared.total_loss(policy, rollout, refl_loss(rewards, shared.reward_map(args)), args, logged)
 
                 # 3 update
                 run.accelerator.backward(shared.scored_sum(loss) * update.weight)
-                logged["reward"] += shared.finite(rewards)
+                logged.add_rewards(batch, rewards)
                 if args.reward_map == "hinge":
                     logged["hinge_inactive"] += [float(r >= args.reward_target) for r in shared.finite(rewards)]
             logged["step"].append(k)
             pretraining.descend(policy, epoch, update.numbers, logged)
-            norms.append(clip.step())
-        run.log(run.epoch_metrics(None, [], norms, logged))
+            logged.norms.append(clip.step())
+        run.log(logged.metrics(run, report))
         report.validate(epoch)
     report.finish()
 

@@ -35,9 +35,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
-from collections import defaultdict
-
-from diffusers_align.algorithms.vader import frame_indices, grad_steps
+from diffusers_align.algorithms.vader import frame_indices, grad_steps, vader_loss
 from diffusers_align.differentiable import differentiable_rollout
 from diffusers_align.training import reward_gradients as shared
 from diffusers_align.training.pretraining import Pretraining
@@ -55,11 +53,13 @@ def main(argv=None):
     run.load_optimizer(args.num_epochs * -(-batches[0] // batches[1]))
     run.resume()
     num_frames = shared.count_frames(policy, report.prompts[0])
+    if num_frames is None and args.given("frames"):
+        run.print(f"--frames {args.frames} has no effect: the pipeline makes images, not videos.")
     num_steps = shared.check_reward(run, policy, report, frames=None if num_frames is None else [0])
     report.start()
 
     for epoch in run.epochs():
-        logged, norms = defaultdict(list), []
+        logged = shared.EpochLog()
         for update in shared.updates_of_epoch(run, policy, report, epoch, *batches):
             steps = grad_steps(num_steps, update.generator, mode=args.backprop_mode, specific=args.backprop_step)
             frames = None if num_frames is None else frame_indices(num_frames, update.generator, mode=args.frames)
@@ -70,15 +70,15 @@ def main(argv=None):
 
                     # 2 reward and loss
                     rewards = batch.reward(rollout.images.float())
-                    loss = shared.total_loss(policy, rollout, shared.reward_loss(rewards, args), args, logged)
+                    loss = shared.total_loss(policy, rollout, vader_loss(rewards, shared.reward_map(args)), args, logged)
 
                 # 3 update
                 run.accelerator.backward(shared.scored_sum(loss) * update.weight)
-                logged["reward"] += shared.finite(rewards)
+                logged.add_rewards(batch, rewards)
             logged["truncation"].append(len(steps))
             pretraining.descend(policy, epoch, update.numbers, logged)
-            norms.append(clip.step())
-        run.log(run.epoch_metrics(None, [], norms, logged))
+            logged.norms.append(clip.step())
+        run.log(logged.metrics(run, report))
         report.validate(epoch)
     report.finish()
 

@@ -5,7 +5,7 @@ Zero-order search goes on from the best noise so far, to others near it, round b
 
 $$ x^* = \arg\max_{i \le N} r(x^{(i)}), \qquad z' = c\, z + \sqrt{1 - c^2}\, \epsilon, \quad \epsilon \sim \mathcal N(0, I) $$
 
-Best-of-n is at most $\log N - (N - 1)/N$ nats away from the pretrained model (`kl_bound`), and hard to beat at equal cost. Neighbours
+Best-of-n is at most $\log N - (N - 1)/N$ nats away from the pretrained model, and hard to beat at equal cost. Neighbours
 have the law of fresh noise, so that no round leaves what the model was trained on, and the cosine c. The paper leaves the radius open; c is 0.95
 here, a distance of a third of the noise's norm.
 
@@ -34,8 +34,3 @@ def neighbour(pivot: Tensor, fresh: Tensor, *, cosine: float = 0.95) -> Tensor:
     if not 0 <= cosine <= 1:
         raise ValueError(f"cosine must lie between 0 (fresh noise) and 1 (the pivot itself), got {cosine:g}.")
     return cosine * pivot + math.sqrt(1 - cosine**2) * fresh
-
-
-def kl_bound(num_candidates: int) -> float:
-    """How many nats best-of-n can be away from what it draws from; attained where no two rewards are equal."""
-    return math.log(num_candidates) - (num_candidates - 1) / num_candidates

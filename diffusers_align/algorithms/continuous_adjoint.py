@@ -13,13 +13,13 @@ $$ a_k = a_{k+1} + \Delta\sigma_k \Big(\frac{\partial v}{\partial x}(x_k)\Big)^{
 \frac{dr}{d\theta} = \sum_k \Delta\sigma_k \Big(\frac{\partial v}{\partial\theta}(x_k)\Big)^{\!\top} a_{k+1} $$
 
 with $\Delta\sigma_k = \sigma_{k+1} - \sigma_k < 0$. It is autograd's gradient to rounding if the states x_k are those of the forward
-pass. They are stored, which costs a latent a step. The original integrates them backwards as well (`states_backwards`): no storage,
+pass. They are stored, which costs a latent a step. The original integrates them backwards as well: no storage,
 but the states that come back are not those that went, by O(step) along the chain, and stiff fields diverge.
 `AdjointResult.mismatch` states that error.
 
-Any one-step solver will do: `adjoint_gradient` takes the step itself, x_{k+1} = step(k, x_k), of which Euler's is one (`euler_step`).
+Any one-step solver will do: `adjoint_gradient` takes the step itself, x_{k+1} = step(k, x_k), of which Euler's is one.
 
-Logged: `reward`; `mismatch`, 0 with stored states; `adjoint_norm` at the first and the last step: its growth is the chain's.
+Logged (`train_draft.py --adjoint`): `reward`; `mismatch`, 0 with stored states. `AdjointResult.norms` has the adjoint's growth along the chain.
 """
 
 from __future__ import annotations
@@ -48,29 +48,6 @@ class AdjointResult:
     mismatch: float
 
 
-def euler_step(velocity: Callable[[Tensor, float], Tensor], sigmas: Sequence[float]) -> Callable[[int, Tensor], Tensor]:
-    """step(k, x) = x + (sigma_{k+1} - sigma_k) velocity(x, sigma_k)."""
-    return lambda k, x: x + (sigmas[k + 1] - sigmas[k]) * velocity(x, sigmas[k])
-
-
-@torch.no_grad()
-def states_forwards(step: Callable[[int, Tensor], Tensor], x: Tensor, num_steps: int) -> list[Tensor]:
-    """The num_steps + 1 states of the chain that starts at `x` (B, *D)."""
-    states = [x]
-    for k in range(num_steps):
-        states.append(step(k, states[-1]))
-    return states
-
-
-@torch.no_grad()
-def states_backwards(velocity: Callable[[Tensor, float], Tensor], x: Tensor, sigmas: Sequence[float]) -> list[Tensor]:
-    """The states of an Euler chain that ends at `x` (B, *D), found by integrating from there to the noise: off by O(step)."""
-    states = [x]
-    for k in reversed(range(len(sigmas) - 1)):
-        states.append(states[-1] - (sigmas[k + 1] - sigmas[k]) * velocity(states[-1], sigmas[k + 1]))
-    return states[::-1]
-
-
 def adjoint_gradient(
     step: Callable[[int, Tensor], Tensor], states: Sequence[Tensor], final: Tensor, parameters: Sequence[Tensor], *, tolerance: float | None = 1e-3
 ) -> AdjointResult:
@@ -78,9 +55,9 @@ def adjoint_gradient(
 
     Args:
         step: (k, x_k) -> x_{k+1}, (B, *D), with the parameters in its graph.
-        states: the K + 1 of the forward pass, or of `states_backwards`.
+        states: the K + 1 of the forward pass, or integrated backwards.
         final: (B, *D), the objective's gradient at the last state.
-        tolerance: of the mismatch. None accepts any, for `states_backwards`.
+        tolerance: of the mismatch. None accepts any, for states integrated backwards.
 
     Raises:
         ValueError: a step leads elsewhere than the states say: other weights, or a solver that remembers earlier steps.

@@ -19,16 +19,21 @@ There is no official code. The paper maximises the reward as it is, without hing
 learning rate and batch: the script's defaults are AlignProp's. DRaFT+ (NVIDIA/NeMo-Aligner): K = 1, its output penalty with weight 0.1
 to 1.
 
-Logged: `reward` of the finished samples; `deviation`, in nats per dimension or squared units of the output.
+Logged: `reward` of the finished samples; with `--kl_weight` `kl`, the deviation in nats per dimension or squared units of the output.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..rl.matching import matching_error
+from ..rl.reward_maps import RewardMap
 from ..transition import GaussianTransition
+
+OFFICIAL_MAP = RewardMap("none")
 
 
 def grad_steps(num_steps: int, truncation: int | None = None) -> list[int]:
@@ -42,9 +47,9 @@ def grad_steps(num_steps: int, truncation: int | None = None) -> list[int]:
     return list(range(num_steps - (truncation or num_steps), num_steps))
 
 
-def draft_loss(reward: Tensor) -> Tensor:
-    """-reward, (B,)."""
-    return -reward
+def draft_loss(reward: Tensor, reward_map: RewardMap = OFFICIAL_MAP) -> Tensor:
+    """The mapped reward, (B,); -reward in the paper."""
+    return reward_map(reward)
 
 
 def renoised(x0: Tensor, noise: Tensor, *, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
@@ -52,9 +57,9 @@ def renoised(x0: Tensor, noise: Tensor, *, alpha: Tensor | float, sigma: Tensor 
     return alpha * x0.detach() + sigma * noise
 
 
-def low_variance_loss(rewards: list[Tensor]) -> Tensor:
-    """-mean over a sample's own image and its n renoised ones, each (B,), -> (B,). The paper's n is 2."""
-    return -torch.stack(rewards).mean(0)
+def low_variance_loss(rewards: Sequence[Tensor], reward_map: RewardMap = OFFICIAL_MAP) -> Tensor:
+    """DRaFT-LV's: the mean of the mapped rewards of a sample's own image and its n renoised ones, each (B,), -> (B,). The paper's n is 2."""
+    return torch.stack([draft_loss(reward, reward_map) for reward in rewards]).mean(0)
 
 
 def deviation(

@@ -37,12 +37,3 @@ def grad_steps(num_steps: int, generator: torch.Generator | None = None, *, numb
     spacing = walked // number
     first = int(torch.randint(walked - spacing * (number - 1), (), generator=generator))
     return [first + spacing * i for i in range(number)], walked - 1
-
-
-def linear_path(state_weights: list[float], output_weights: list[float]) -> list[float]:
-    r"""The weight of each step's output in the final state, $B_k \prod_{j>k} A_j$, from the solver's $A_k$ and $B_k$."""
-    weights, product = [], 1.0
-    for a, b in zip(reversed(state_weights), reversed(output_weights)):
-        weights.append(b * product)
-        product *= a
-    return weights[::-1]

@@ -25,7 +25,10 @@ import math
 import torch
 from torch import Tensor
 
-from ..rl.reward_maps import hinge
+from ..rl.reward_maps import RewardMap
+
+# A margin of two standard deviations of ImageReward.
+OFFICIAL_MAP = RewardMap("hinge", target=2.0, scale=1e-3)
 
 
 def middle_step(num_steps: int, generator: torch.Generator | None = None, *, window: tuple[float, float] = (0.75, 0.975)) -> int:
@@ -44,11 +47,10 @@ def middle_step(num_steps: int, generator: torch.Generator | None = None, *, win
     return int(torch.randint(first, last + 1, (), generator=generator))
 
 
-def refl_loss(reward: Tensor, *, margin: float = 2.0, scale: float = 1e-3) -> Tensor:
-    """scale * max(0, margin - reward), (B,).
+def refl_loss(reward: Tensor, reward_map: RewardMap = OFFICIAL_MAP) -> Tensor:
+    """scale * max(0, margin - reward), (B,), or another map.
 
     Args:
-        reward: (B,), of the predicted clean samples, with gradient; NaN stays NaN (`rl.reward_maps.scored_mean`).
-        margin: 2, in standard deviations of ImageReward.
+        reward: (B,), of the predicted clean samples, with gradient; NaN stays NaN.
     """
-    return scale * hinge(reward, margin=margin)
+    return reward_map(reward)

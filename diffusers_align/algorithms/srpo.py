@@ -14,10 +14,15 @@ Two branches: denoising (sigma' < sigma) is rewarded; inversion (sigma' > sigma)
 is scored with the words exchanged, as a penalty. Both need the hinge: the gradient is that of one step's reconstruction, which does
 not vanish where the finished samples are good.
 
-Against the official code (Tencent-Hunyuan/SRPO, fastvideo/SRPO.py, 81e5898): the formulas are the same; the velocity is
-`ForwardProcess.to_velocity` at `flow_time`, so they hold for any model, not for flow matching alone. It mixes in the sample itself,
-weight 0.9 from some step on; that only scales the gradient and is left out. Official: FLUX.1-dev, all parameters, 25 steps, shift 3,
-learning rate 5e-6, clip 0.1, margin 0.7, discounts from 0.1 to 0.25 (denoising) and 0.3 to 0.01 (inversion).
+Against the official code (Tencent-Hunyuan/SRPO, fastvideo/SRPO.py at 81e5898): recovered sample, relative reward, hinge and discounts are the
+same; the velocity is `ForwardProcess.to_velocity` at `flow_time`, so they hold for any model, not for flow matching alone. Two things differ:
+
+* The length of the step. There it is `groundtruth_ratio` 0.9 on a grid of 100 levels, that is 11 of them; here it leads to the neighbouring level
+  of the sampling schedule.
+* The levels. There sigma lies in 0.75 to 0.97 (entries 5 to 25 of a schedule of 50 steps with shift 3); here it is any level of the sampling
+  schedule from which something can be recovered, and the discounts span them all.
+
+Official: FLUX.1-dev, all parameters, 25 steps, shift 3, learning rate 5e-6, clip 0.1, margin 0.7.
 
 Logged: `reward`, relative, of the denoising branch; `penalty`, of the inversion branch; `hinge_inactive`, the share beyond the margin.
 """
@@ -27,7 +32,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..rl.reward_maps import hinge
+from ..rl.reward_maps import RewardMap
+
+OFFICIAL_MAP = RewardMap("hinge", target=0.7)
 
 
 def recovered_sample(x0: Tensor, noise: Tensor, velocity: Tensor, *, sigma: Tensor | float, sigma_next: Tensor | float) -> Tensor:
@@ -46,23 +53,30 @@ def recovered_sample(x0: Tensor, noise: Tensor, velocity: Tensor, *, sigma: Tens
     return x0 + (sigma_next - sigma) / (1 - sigma_next) * (velocity - (noise - x0))
 
 
-def discounts(num_steps: int, *, inversion: bool = False) -> Tensor:
-    """The control words' extra weight d at each solver step, (num_steps,): 0.1 to 0.25, or 0.3 to 0.01 for the inversion."""
-    return torch.linspace(0.3, 0.01, num_steps) if inversion else torch.linspace(0.1, 0.25, num_steps)
+def discounts(num_levels: int, *, inversion: bool = False) -> Tensor:
+    """The control words' extra weight d at each noise level, the noisiest first, (num_levels,).
+
+    Towards pure noise it rises from 0.1 to 0.25, and for the inversion falls from 0.3 to 0.01: the official code's lists run from the
+    cleanest level to the noisiest.
+    """
+    first, last = (0.01, 0.3) if inversion else (0.25, 0.1)
+    return torch.linspace(first, last, num_levels)
 
 
-def semantic_relative_preference(image: Tensor, wanted: Tensor, unwanted: Tensor, discount: Tensor | float) -> Tensor:
-    """image . ((1 + discount) wanted - unwanted), (B,).
+def semantic_relative_preference(wanted: Tensor, unwanted: Tensor, discount: float) -> Tensor:
+    """(1 + discount) wanted - unwanted, (B,).
 
     Args:
-        image: (B, E), normalised embeddings, with gradient.
-        wanted, unwanted: (B, E), normalised embeddings of the prompt with the control words and of the one to move away from.
-        discount: (B,) or a number.
+        wanted, unwanted: (B,), the image's rewards under the prompt with the control words and under the one to move away from: for a
+            cosine of embeddings f(x) . g(c), the paper's f(x) . ((1 + d) g(c+) - g(c-)).
     """
-    weight = 1 + torch.as_tensor(discount, dtype=image.dtype, device=image.device)
-    return (image * (weight.reshape(-1, 1) * wanted - unwanted)).sum(1)
+    return (1 + discount) * wanted - unwanted
 
 
-def srpo_loss(reward: Tensor, *, margin: float = 0.7) -> Tensor:
-    """max(0, margin - reward), (B,)."""
-    return hinge(reward, margin=margin)
+def srpo_loss(reward: Tensor, penalty: Tensor, reward_map: RewardMap = OFFICIAL_MAP) -> Tensor:
+    """max(0, m - reward) + max(0, m - penalty), (B,).
+
+    Args:
+        reward, penalty: (B,), relative, of the denoising branch, and with the words exchanged of the inversion branch.
+    """
+    return reward_map(reward) + reward_map(penalty)

@@ -20,8 +20,12 @@ Logged: `reward`, over the decoded frames; `truncation`, steps with gradient.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from ..rl.reward_maps import RewardMap
 
 OFFICIAL_STEPS = 50
+OFFICIAL_MAP = RewardMap("distance", target=1.0)
 BACKPROP_MODES = ("last", "random", "specific")
 FRAME_MODES = ("random", "ends", "alternate", "all")
 
@@ -43,6 +47,11 @@ def grad_steps(num_steps: int, generator: torch.Generator | None = None, *, mode
     else:
         cut = num_steps - 1 if mode == "last" else min(num_steps - 1, specific * num_steps // OFFICIAL_STEPS)
     return list(range(cut, num_steps))
+
+
+def vader_loss(reward: Tensor, reward_map: RewardMap = OFFICIAL_MAP) -> Tensor:
+    """The mapped reward of the decoded frames, (B,): |1 - HPS| officially."""
+    return reward_map(reward)
 
 
 def frame_indices(num_frames: int, generator: torch.Generator | None = None, *, mode: str = "random") -> list[int]:

@@ -9,7 +9,7 @@ from .advantages import PromptStatistics, batch_advantages, group_advantages, le
 from .diagnostics import approximate_kl, clip_fractions, effective_sample_size, ratio_diagnostics
 from .importance import clamped_surrogate, clip_bounds, clipped_surrogate, describe_clip, importance_ratio, true_ratio_bound
 from .returns import gae, td_errors, terminal_rewards
-from .trust_region import conjugate_gradient, exact_fisher_product, finite_difference_fisher_product, trust_region_step
+from .trust_region import conjugate_gradient, finite_difference_fisher_product, trust_region_step
 from .values import ValueBaseline, ValueNetwork, explained_variance, value_advantages
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "describe_clip",
     "effective_sample_size",
     "explained_variance",
-    "exact_fisher_product",
     "finite_difference_fisher_product",
     "gae",
     "group_advantages",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 from torch import Tensor
 
 
@@ -21,7 +22,34 @@ def shortfall(reward: Tensor, *, best: float = 1.0) -> Tensor:
     return best - reward
 
 
-def scored_mean(loss: Tensor) -> Tensor:
-    """The mean over the samples that the reward could score (those that are not NaN), 0 with a graph if there are none."""
-    scored = ~loss.isnan()
-    return torch.where(scored, loss, 0.0).sum() / scored.sum().clamp(min=1)
+@dataclass(frozen=True)
+class RewardMap:
+    """A map from rewards to losses as a value: (B,) to (B,), NaN stays NaN.
+
+    Attributes:
+        form: `none` is -reward; the others are the functions above.
+        target: the margin, target or best reward; None for `none`.
+        scale: factor of the loss.
+
+    Raises:
+        ValueError: an unknown form, or one without the target that it needs.
+    """
+
+    form: str = "none"
+    target: float | None = None
+    scale: float = 1.0
+
+    def __post_init__(self):
+        if self.form not in ("none", "hinge", "distance", "shortfall"):
+            raise ValueError(f"Unknown reward map {self.form!r}; choose one of none, hinge, distance, shortfall.")
+        if (self.target is None) != (self.form == "none"):
+            raise ValueError(f"The reward map {self.form!r} {'has no' if self.form == 'none' else 'needs a'} target, got {self.target}.")
+
+    def __call__(self, reward: Tensor) -> Tensor:
+        if self.form == "none":
+            return -self.scale * reward
+        if self.form == "hinge":
+            return self.scale * hinge(reward, margin=self.target)
+        if self.form == "distance":
+            return self.scale * distance(reward, target=self.target)
+        return self.scale * shortfall(reward, best=self.target)

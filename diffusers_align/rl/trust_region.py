@@ -9,12 +9,9 @@ with $F^{-1} g$ by conjugate gradients, which need products with F alone; a line
 then shortens the step until both agree. It has no learning rate: $\delta$ says how far the policy may go.
 
 For Gaussian steps $\mathcal N(\mu_\theta, \mathrm{std}^2 I)$ of fixed std, $F = \sum J^\top \mathrm{diag}(\mathrm{std}^{-2}) J$ with J the Jacobian of
-the means. Two products with it, both a sum over steps and micro-batches that a `sweep` hands out one after the other, so that
-memory stays one denoiser step's:
-
-* `exact_fisher_product` differentiates the KL twice. Fused attention has no second derivative: run it under
-  `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`;
-* `finite_difference_fisher_product` needs forward passes and first derivatives alone, so any kernel will do.
+the means. Its products are a sum over steps and micro-batches that a `sweep` hands out one after the other, so that memory stays one
+denoiser step's. `finite_difference_fisher_product` needs forward passes and first derivatives alone, so any attention kernel will do:
+differentiating the KL twice would be exact, but fused attention has no second derivative.
 
 Vectors are flat, (P,): all parameters one after the other, as in `torch.nn.utils.parameters_to_vector`.
 """
@@ -92,24 +89,6 @@ def flat_gradient(output: Tensor, parameters: Sequence[Tensor], cotangent: Tenso
     """The gradient of `output` (of its product with `cotangent`, if it is no scalar) as a vector (P,); 0 for unused parameters."""
     found = torch.autograd.grad(output, parameters, cotangent, create_graph=create_graph, allow_unused=True)
     return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(found, parameters)])
-
-
-def exact_fisher_product(sweep: Sweep, parameters: Sequence[Tensor], vector: Tensor) -> Tensor:
-    """F v (P,) of all steps of `sweep`, summed: the Hessian of their Gaussian KL, by differentiating twice.
-
-    Raises:
-        RuntimeError: from torch, where a kernel has no second derivative, such as fused attention; see the module's page.
-    """
-    total = torch.zeros_like(vector)
-
-    def on_step(mean: Tensor, std: Tensor) -> None:
-        kl = ((mean - mean.detach()) / std).square().sum() / 2
-        slope = flat_gradient(kl, parameters, create_graph=True)
-        total.add_(flat_gradient(slope.dot(vector), parameters))
-
-    with torch.enable_grad():
-        sweep(on_step)
-    return total
 
 
 def finite_difference_fisher_product(sweep: Sweep, parameters: Sequence[Tensor], vector: Tensor, *, rounding: float | None = None) -> Tensor:

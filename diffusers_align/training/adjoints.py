@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ..algorithms.adjoint_matching import lean_adjoints, smoothed_gradient, terminal_adjoint
 from ..condition import Condition
-from ..data.prompts import Prompt, fields_of
 from ..decoding import decode_latents
 from ..forward_process import ForwardProcess
+from ..gradient_check import scaled_gradients
 from ..policy import Policy, noise_seed
-from ..rewards.base import score_columns
 from ..trajectory import Trajectory
 from ..transition import GaussianTransition
 
@@ -106,12 +105,6 @@ class RewardGradient:
     gradient: Tensor
 
 
-def bound_reward(reward, asked: list[Prompt], on_invalid: str) -> Callable[[Tensor], Tensor]:
-    """The reward of the images of these prompts: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1] to (B,), NaN where it is masked."""
-    columns = fields_of(asked)
-    return lambda images: score_columns(reward, images, [prompt.text for prompt in asked], columns, on_invalid)["reward"]
-
-
 def reward_gradient(policy: Policy, latents: Tensor, condition: Condition, reward: Callable[[Tensor], Tensor]) -> RewardGradient:
     """`reward` takes images in [0, 1] and returns (B,), the prompts bound.
 
@@ -124,7 +117,7 @@ def reward_gradient(policy: Policy, latents: Tensor, condition: Condition, rewar
     if not rewards.requires_grad:
         raise ValueError("The reward has no gradient: it leaves torch (for NumPy or PIL), detaches, or runs under no_grad. Adjoint Matching needs one that is.")
     scored = ~rewards.isnan()
-    (gradient,) = torch.autograd.grad(rewards[scored].sum(), x)
+    (gradient,) = scaled_gradients(rewards[scored].sum(), [x], half=latents.dtype == torch.float16)
     return RewardGradient(rewards.detach(), torch.where(scored.reshape(-1, *[1] * (x.ndim - 1)), gradient, 0.0))
 
 

@@ -6,24 +6,31 @@ from the update's. So all processes make the same denoiser calls, and the result
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..algorithms.continuous_adjoint import adjoint_gradient
-from ..algorithms.draft import deviation
+from ..algorithms.draft import deviation, draft_loss
+from ..algorithms.srpo import semantic_relative_preference
 from ..condition import Condition
 from ..data.prompts import Prompt, prompts_of_epoch
 from ..decoding import decode_latents
 from ..differentiable import DifferentiableRollout, count_steps, differentiable_rollout, outputs_along, solver_step
-from ..gradient_check import check_gradient
+from ..gradient_check import UnscoredError, check_gradient
 from ..policy import Policy, noise_seed
-from ..rl.reward_maps import distance, hinge, shortfall
-from .adjoints import bound_reward
+from ..rewards import InvalidReward
+from ..rewards.base import listed
+from ..rewards.loading import reward_name
+from ..rl.reward_maps import RewardMap
+from .bound_rewards import BoundReward, bound_reward
 from .division import division_of
 from .inputs import condition_of
 from .method_arguments import RewardGradientArguments
@@ -31,6 +38,8 @@ from .offline import epoch_batches
 
 # So many gradient norms make a quantile, so many are remembered.
 MIN_NORMS, MAX_NORMS = 10, 100
+# So many prompts are tried for one that the reward can score.
+MAX_CHECKED = 8
 
 
 def rollout_options(args: RewardGradientArguments) -> dict[str, Any]:
@@ -56,15 +65,26 @@ def check_reward(run, policy: Policy, report, **options: Any) -> int:
 
     Raises:
         GradientError: it does not; the message names the component that cuts it.
+        InvalidReward: none of the first prompts could be scored.
     """
-    asked = report.prompts[:1]
-    condition = condition_of(policy, asked, seeds=[noise_seed(run.args.seed, "check")])
-    steps = count_steps(policy, condition, stochastic=run.args.stochastic)
-    with run.accelerator.autocast():
-        check_gradient(
-            policy, condition, bound_reward(report.reward, asked, run.args.invalid_rewards), grad_steps=[steps - 1], **rollout_options(run.args), **options
-        )
-    return steps
+    return check_on_prompts(run, policy, report, **rollout_options(run.args), **options)
+
+
+def check_on_prompts(run, policy: Policy, report, *, stochastic: bool, **options: Any) -> int:
+    """`check_gradient` on the first of a few prompts that the reward can score."""
+    first, failures = report.prompts[:MAX_CHECKED], []
+    for prompt in first:
+        condition = condition_of(policy, [prompt], seeds=[noise_seed(run.args.seed, "check")])
+        steps = count_steps(policy, condition, stochastic=stochastic)
+        reward = bound_reward(report.reward, [prompt], run.args)
+        with contextlib.suppress(UnscoredError), run.accelerator.autocast():
+            check_gradient(policy, condition, reward, grad_steps=[steps - 1], stochastic=stochastic, **options)
+            return steps
+        failures += reward.failures
+    raise InvalidReward(
+        f"The reward could score none of the first {len(first)} prompts: {listed([prompt.text for prompt in first], MAX_CHECKED)}. "
+        f"{' '.join([*failures[:1], 'Nothing is left to train on: repair the reward or change the prompts.'])}"
+    )
 
 
 @torch.no_grad()
@@ -89,7 +109,7 @@ class Batch:
 
     condition: Condition
     asked: list[Prompt]
-    reward: Callable[[Tensor], Tensor]
+    reward: BoundReward
 
 
 @dataclass(frozen=True)
@@ -120,7 +140,7 @@ def updates_of_epoch(run, policy: Policy, report, epoch: int, num_batches: int, 
         places = parts[b]
         asked = [report.prompts[chosen[i]] for i in places]
         condition = condition_of(policy, asked, seeds=[noise_seed(args.seed, epoch, i, chosen[i]) for i in places])
-        return Batch(condition, asked, bound_reward(report.reward, asked, args.invalid_rewards))
+        return Batch(condition, asked, bound_reward(report.reward, asked, args))
 
     for number, (chunk, weight) in enumerate(epoch_batches(run, num_batches, batches_a_step)):
         generator = torch.Generator().manual_seed(noise_seed(args.seed, epoch, "update", number))
@@ -130,16 +150,9 @@ def updates_of_epoch(run, policy: Policy, report, epoch: int, num_batches: int, 
 # --- loss ----------------------------------------------------------------------------------------------------------------
 
 
-def reward_loss(rewards: Tensor, args: RewardGradientArguments) -> Tensor:
-    """`--reward_scale` times the `--reward_map` of the rewards, (B,); NaN stays NaN."""
-    target = args.reward_target
-    loss = {
-        "none": lambda: -rewards,
-        "hinge": lambda: hinge(rewards, margin=target),
-        "distance": lambda: distance(rewards, target=target),
-        "shortfall": lambda: shortfall(rewards, best=target),
-    }[args.reward_map]()
-    return args.reward_scale * loss
+def reward_map(args: RewardGradientArguments) -> RewardMap:
+    """The map of `--reward_map`, `--reward_target` and `--reward_scale`, for the loss of the algorithm's page."""
+    return RewardMap(args.reward_map, args.reward_target, args.reward_scale)
 
 
 def distance_to_reference(policy: Policy, rollout: DifferentiableRollout) -> Tensor:
@@ -172,6 +185,48 @@ def finite(values: Tensor) -> list[float]:
     return [value for value in values.tolist() if value == value]
 
 
+class EpochLog(defaultdict):
+    """What this process saw in an epoch: lists of numbers by name, of which the mean is logged.
+
+    Attributes:
+        norms: of the gradient, one an optimizer step.
+        asked, unscored: texts of all samples, and of those that the reward could not score.
+        failures: of the reward, in words.
+    """
+
+    def __init__(self):
+        super().__init__(list)
+        self.norms: list[float] = []
+        self.asked: list[str] = []
+        self.unscored: list[str] = []
+        self.failures: list[str] = []
+
+    def add_rewards(self, batch: Batch, rewards: Tensor) -> None:
+        """The rewards (B,) of a batch, NaN where there is none."""
+        texts = [prompt.text for prompt in batch.asked]
+        self["reward"] += finite(rewards)
+        self.asked += texts
+        self.unscored += [text for text, value in zip(texts, rewards.tolist()) if value != value]
+        self.failures += batch.reward.failures
+
+    def metrics(self, run, report) -> dict[str, float]:
+        """Of all processes; says which samples were left out.
+
+        Raises:
+            InvalidReward: not one sample has a reward, so there was nothing to learn from.
+        """
+        asked, unscored, failures = (gather_object(list(own)) for own in (self.asked, self.unscored, self.failures))
+        say = f"Reward {reward_name(report.reward)!r} has no score for {len(unscored)} of {len(asked)} samples. Prompts: {listed(unscored)}."
+        say = " ".join([say, *failures[:1]])
+        if len(unscored) == len(asked):
+            raise InvalidReward(f"{say} Nothing is left to train on: repair the reward or change the prompts.")
+        metrics = run.epoch_metrics(None, [], self.norms, self)
+        if not unscored:
+            return metrics
+        run.print(f"Left out: {say}")
+        return {**metrics, "invalid_rewards": float(len(unscored))}
+
+
 class GradientClip:
     """Clips an update's gradient at `--max_grad_norm` and, with `--grad_clip_quantile`, at that quantile of the norms before: one
     outlier does not move the weights further than others do. Resumes with the run."""
@@ -201,14 +256,16 @@ class GradientClip:
         self.norms = list(state["norms"])
 
 
-def relative_rewards(report, batch: Batch, images: Tensor, words: tuple[str, str], discount: float, args: RewardGradientArguments) -> Tensor:
-    """(1 + discount) reward under the first of `words` before the prompts, minus that under the second, (B,): for a reward that is a
-    cosine with the prompt, SRPO's semantic relative preference."""
-    wanted, unwanted = (
-        bound_reward(report.reward, [replace(prompt, text=f"{word} {prompt.text}".strip()) for prompt in batch.asked], args.invalid_rewards)(images)
-        for word in words
-    )
-    return (1 + discount) * wanted - unwanted
+def relative_rewards(run, batch: Batch, images: Tensor, words: tuple[str, str], discount: float) -> Tensor:
+    """SRPO's relative rewards (B,): the images' with the first of `words` before the prompts, against those with the second."""
+    asked = ([replace(prompt, text=f"{word} {prompt.text}".strip()) for prompt in batch.asked] for word in words)
+    wanted, unwanted = (replace(batch.reward, asked=prompts)(images) for prompts in asked)
+    if torch.equal(wanted, unwanted):
+        run.explain_once(
+            f"SRPO: the reward is the same under {words[0]!r} and {words[1]!r}, so it reads no such words in a prompt, and all that is left of the relative "
+            f"reward is {discount:.2g} times the reward. Take one that compares images with texts, such as clip_score, hps_v2 or pick_score."
+        )
+    return semantic_relative_preference(wanted, unwanted, discount)
 
 
 # --- the continuous adjoint ----------------------------------------------------------------------------------------------
@@ -229,7 +286,7 @@ def adjoint_backward(run, policy: Policy, batch: Batch, truncation: int, weight:
         latents = rollout.latents.detach().requires_grad_()
         images = decode_latents(policy, latents, batch.condition, checkpoint=run.args.checkpoint_decoder)
         rewards = batch.reward(images.float())
-        (final,) = torch.autograd.grad(scored_sum(reward_loss(rewards, run.args)) * weight, latents)
+        (final,) = torch.autograd.grad(scored_sum(draft_loss(rewards, reward_map(run.args))) * weight, latents)
         states = [*rollout.states, latents.detach()]
         first = len(rollout.states) - truncation
         found = adjoint_gradient(lambda k, x: solver_step(policy, batch.condition, first + k, x), states[first:], final, parameters)
