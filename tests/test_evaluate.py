@@ -29,6 +29,7 @@ from diffusers_align.training.statistics import diversity, mean_and_error, pairw
 
 torch.set_num_threads(1)
 NAN = float("nan")
+TINY = {"num_prompts_per_epoch": 2, "group_size": 2}
 
 # --- statistics --------------------------------------------------------------------------------------------------------
 
@@ -473,7 +474,7 @@ def test_only_held_out_prompts_are_called_so(judged, expected):
 def test_the_run_and_its_card_say_what_it_was_judged_on(tmp_path, capsys, eval_prompts, expected):
     task = write_task(tmp_path)
     (task / "others.txt").write_text("a whale\n")
-    out = run_script("flow_grpo", tmp_path / "run", task, **({"eval_prompts": task / "others.txt"} if eval_prompts else {}))
+    out = run_script("flow_grpo", tmp_path / "run", task, **TINY, **({"eval_prompts": task / "others.txt"} if eval_prompts else {}))
     said = capsys.readouterr().out
     assert f"Evaluation: 4 images of {expected}, by the pipeline's own FlowMatchEulerDiscreteScheduler." in said
     assert f":brightness on {expected}: " in said and ("held-out" in said) == eval_prompts
@@ -527,8 +528,7 @@ def test_each_reward_gets_its_own_checkpoint(tmp_path):
 
 def test_costs_of_a_run_by_hand_and_over_a_resume(tmp_path):
     task = write_task(tmp_path)
-    flags = {"num_prompts_per_epoch": 2, "group_size": 2}
-    out = run_script("flow_grpo", tmp_path / "run", task, validation_epochs=1, **flags)
+    out = run_script("flow_grpo", tmp_path / "run", task, validation_epochs=1, **TINY)
     cost = Cost.read(out)
     # 4 samples of 3 steps without guidance; replay and reference of the first two; one call of a batch of two, from which calls whose outcome
     # is known learn their shape; evaluation and validation do not count
@@ -536,7 +536,7 @@ def test_costs_of_a_run_by_hand_and_over_a_resume(tmp_path):
     assert 0 < cost.seconds < 600 and Cost.read(out / "checkpoint-1") == cost
     assert "images" not in (out / "metrics.jsonl").read_text()
 
-    run_script("flow_grpo", out, task, num_epochs=2, resume_from_checkpoint="latest", **flags)
+    run_script("flow_grpo", out, task, num_epochs=2, resume_from_checkpoint="latest", **TINY)
     total = Cost.read(out)
     assert (total.images, total.denoiser_evaluations, total.denoiser_evaluations_with_gradients) == (8, 60, 16)
     assert total.seconds > cost.seconds and Cost.read(out / "checkpoint-1") == cost
