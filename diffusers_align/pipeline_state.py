@@ -58,6 +58,20 @@ def restored_if_abandoned(pipeline) -> Iterator[None]:
         raise
 
 
+def _attributes(own) -> tuple[dict[str, Any], dict[str, nn.Module]]:
+    return dict(own.__dict__), dict(own._modules) if isinstance(own, nn.Module) else {}
+
+
+def _put_back(own, attributes: tuple[dict[str, Any], dict[str, nn.Module]]) -> None:
+    before, modules = attributes
+    for name in [name for name in own.__dict__ if name not in before]:
+        del own.__dict__[name]
+    own.__dict__.update(before)
+    if isinstance(own, nn.Module) and own._modules != modules:
+        own._modules.clear()
+        own._modules.update(modules)
+
+
 class _Parts(NamedTuple):
     """What calls change deep inside a model. Models have thousands of parts and few that matter here: only those are kept, at each call.
 

@@ -107,7 +107,8 @@ def schedule(name: str) -> Schedule:
         return found(float(number)) if number else found()
     except (KeyError, ValueError, TypeError):
         raise ValueError(
-            f"adapter_scale must be a number, a function, linear, power_P with P from 0 on, or step_F with F from 0 to 1 (such as power_2, step_0.6), got {name!r}."
+            "adapter_scale must be a number, a function, linear, power_P with P from 0 on, or step_F with F from 0 to 1 (such as power_2, step_0.6), "
+            f"got {name!r}."
         ) from None
 
 
