@@ -107,8 +107,7 @@ def schedule(name: str) -> Schedule:
         return found(float(number)) if number else found()
     except (KeyError, ValueError, TypeError):
         raise ValueError(
-            "adapter_scale must be a number, a function, linear, power_P with P from 0 on, or step_F with F from 0 to 1 (such as power_2, step_0.6), "
-            f"got {name!r}."
+            f"adapter_scale must be a number, a function, linear, power_P or step_F (such as power_2, step_0.6; P from 0 on, F from 0 to 1), got {name!r}."
         ) from None
 
 
