@@ -15,7 +15,7 @@ from .condition import Condition, belongs_to_samples, is_embedding, number_of_sa
 from .driver import denoisers, drive, encoded_prompt
 from .noise import noise_seed
 from .prompt_memory import PromptMemory, Store
-from .ranges import check_call
+from .ranges import Count, check_call, checked
 from .safety_checker import unchecked
 from .schedulers.scheduling_utils import SDESchedulerMixin
 
@@ -41,7 +41,7 @@ class Calls:
 
     def __init__(self, pipeline, call_kwargs: dict[str, Any]):
         self.pipeline, self.call_kwargs = pipeline, call_kwargs
-        self._parameters = inspect.signature(type(pipeline).__call__).parameters
+        self._parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
         self._memory = PromptMemory()
         self._embeddings: Condition | None = None
         self._streams: list[torch.Generator] | None = None
@@ -103,7 +103,8 @@ class Calls:
             raise ValueError(f"This {type(self.pipeline).__name__} has no text encoder: give a condition, policy.condition(None, prompt_embeds=...).")
         return self.condition([""] * size, seeds=seeds)
 
-    def remember_prompts(self, batches: int, store: Store | None = None) -> None:
+    @checked
+    def remember_prompts(self, batches: Count, store: Store | None = None) -> None:
         """Keep the encoded prompts of that many batches (32 at first; fewer than a loop visits in turn are none at all), and of all in `store`."""
         self._memory.size, self._memory.store = batches, store
 

@@ -45,8 +45,8 @@ class Condition:
             moved here; a string there goes to the pipeline as it is.
 
     Raises:
-        ValueError: seeds or a per-sample argument of another number than B, pictures of different sizes, seeds that are no whole numbers
-            from 0 on, an argument in both `kwargs` and `per_sample`.
+        ValueError: prompts that are no list of strings, seeds or a per-sample argument of another number than B, pictures of different sizes,
+            seeds that are no whole numbers from 0 on, an argument in both `kwargs` and `per_sample`.
     """
 
     prompts: list[str]
@@ -56,6 +56,8 @@ class Condition:
     per_sample: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        if isinstance(self.prompts, str) or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise ValueError(f"prompts are a list of strings, got {self.prompts!r}.")
         if twice := sorted(set(self.kwargs) & set(self.per_sample)):
             raise ValueError(f"{', '.join(twice)}: given as shared and as per_sample. Give it once.")
         declared = {name: value for name, value in self.kwargs.items() if not isinstance(value, (str, NoneType)) and belongs_to_samples(name)}
@@ -140,8 +142,8 @@ def _checked_seeds(name: str, seeds, number: int) -> list[int] | None:
     if len(values) != number:
         raise ValueError(f"{number} prompts need as many {name}, got {len(values)}.")
     for value in values:
-        # What has __index__ is a whole number: Python's and NumPy's, no float and no None.
-        if not hasattr(value, "__index__") or not 0 <= operator.index(value) < 2**64:
+        # What has __index__ is a whole number: Python's and NumPy's, no float and no None; but truth values have it too.
+        if isinstance(value, bool) or not hasattr(value, "__index__") or not 0 <= operator.index(value) < 2**64:
             raise ValueError(f"{name} are whole numbers from 0 to 2**64 - 1, got {value!r}.")
     return [operator.index(value) for value in values]
 

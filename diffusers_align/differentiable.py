@@ -14,7 +14,6 @@ A step is a call of `scheduler.step`: a second-order solver takes two for one of
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from .condition import Condition
+from .condition import Condition, positions
 from .decoding import light_decoding, replaced
 from .driver import Step
 from .forward_process import ForwardProcess
@@ -222,7 +221,7 @@ def differentiable_rollout(
 def _step_numbers(name: str, steps: Iterable[int]) -> list[int]:
     """Whole numbers from 0 on, duplicates included."""
     try:
-        found = [operator.index(k) for k in steps]
+        found = positions(steps)
     except TypeError:
         raise ValueError(f"{name} must be whole numbers of solver steps, got {steps!r}.") from None
     if any(k < 0 for k in found):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.hooks import CpuOffload
@@ -43,15 +43,17 @@ def _generators_of(device: torch.device) -> list[torch.Generator]:
 
 @contextmanager
 def restored_if_abandoned(pipeline) -> Iterator[None]:
-    """Context: if the call within raises, whatever it changed on the pipeline and its modules (attention processors, flags, components) is
-    put back, and the pipeline's own clean-up runs. Calls that end have cleaned up themselves."""
-    objects = [pipeline, *(m for c in pipeline.components.values() if isinstance(c, nn.Module) for m in c.modules())]
-    before = [(own, _attributes(own)) for own in objects]
+    """Context: if the call within raises, what pipelines change while they run is put back, and the pipeline's own clean-up runs: attributes of the
+    pipeline and its components, attention processors, hooks and scales of LoRAs at any depth. Calls that end have cleaned up themselves."""
+    components = [c for c in pipeline.components.values() if isinstance(c, nn.Module)]
+    attributes = [(own, _attributes(own)) for own in (pipeline, *components)]
+    parts = _Parts.of(components)
     try:
         yield
     except BaseException:
-        for own, attributes in before:
-            _put_back(own, attributes)
+        for own, before in attributes:
+            _put_back(own, before)
+        parts.put_back(components)
         pipeline.maybe_free_model_hooks()
         raise
 
@@ -68,6 +70,51 @@ def _put_back(own, attributes: tuple[dict[str, Any], dict[str, nn.Module]]) -> N
     if isinstance(own, nn.Module) and own._modules != modules:
         own._modules.clear()
         own._modules.update(modules)
+
+
+class _Parts(NamedTuple):
+    """What calls change deep inside a model. Models have thousands of parts and few that matter here: only those are kept, at each call.
+
+    Attributes:
+        processors: of attention layers.
+        hooks: torch's and diffusers' own, by the module's attribute, of modules that have any.
+        scales: of LoRAs, which some models change for the time of a forward pass.
+    """
+
+    processors: list[tuple[nn.Module, Any]]
+    hooks: dict[nn.Module, dict[str, Any]]
+    scales: list[tuple[dict[str, float], dict[str, float]]]
+
+    @classmethod
+    def of(cls, components: list[nn.Module]) -> _Parts:
+        found = cls([], {}, [])
+        for module in (m for component in components for m in component.modules()):
+            own = module.__dict__
+            if hasattr(type(module), "set_processor"):
+                found.processors.append((module, module.processor))
+            if "scaling" in own and isinstance(own["scaling"], dict):
+                found.scales.append((own["scaling"], dict(own["scaling"])))
+            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_diffusers_hook" in own:
+                found.hooks[module] = {name: dict(own[name]) if name in _TORCH_HOOKS else own[name] for name in (*_TORCH_HOOKS, *_OWN_HOOKS) if name in own}
+        return found
+
+    def put_back(self, components: list[nn.Module]) -> None:
+        for module, processor in self.processors:
+            if module.processor is not processor:
+                module.set_processor(processor)
+        for scales, before in self.scales:
+            scales.update(before)
+        for module in (m for component in components for m in component.modules()):
+            own, before = module.__dict__, self.hooks.get(module, {})
+            for name in _TORCH_HOOKS:
+                for key in set(own[name]) - set(before.get(name, ())):
+                    del own[name][key]
+            for name in _OWN_HOOKS:
+                own.pop(name, None)
+                own.update({name: before[name]} if name in before else {})
+
+
+_TORCH_HOOKS, _OWN_HOOKS = ("_forward_hooks", "_forward_pre_hooks"), ("forward", "_diffusers_hook")
 
 
 @contextmanager

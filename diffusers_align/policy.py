@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from . import lora
@@ -21,6 +22,7 @@ from .driver import Step
 from .latent_layout import LatentLayout
 from .noise import noise_seed, step_streams
 from .prediction import Prediction
+from .ranges import CountOrNone, Range, check_value, checked
 from .reproducibility import CarriedState, check_first_steps
 from .schedulers import sde_twin
 from .schedulers.scheduling_utils import SDESchedulerMixin, put_in_place
@@ -48,6 +50,8 @@ class Policy(Calls):
         super().__init__(pipeline, call_kwargs)
         if scheduler is not None and not isinstance(scheduler, SDESchedulerMixin):
             raise TypeError(f"{type(scheduler).__name__} returns no log-probabilities; pass sde_twin(scheduler) or leave it out.")
+        if isinstance(inside := getattr(pipeline, "__dict__", {}).get("pipeline"), DiffusionPipeline):
+            raise TypeError(f"{type(pipeline).__name__} is wrapped around a {type(inside).__name__}, which is the policy: Policy(pipe.pipeline).")
         if not hasattr(getattr(pipeline, "scheduler", None), "step"):
             raise ValueError(f"{type(pipeline).__name__} has no scheduler, so that it takes no steps that could be a policy's.")
         self.stock_scheduler = put_in_place(pipeline, scheduler if scheduler is not None else sde_twin(pipeline.scheduler))
@@ -61,6 +65,7 @@ class Policy(Calls):
 
     # --- trajectories ----------------------------------------------------------------------------------------------
 
+    @checked
     @torch.no_grad()
     def rollout(
         self,
@@ -118,9 +123,12 @@ class Policy(Calls):
 
         Raises:
             ValueError: the pipeline arrives at another state than the recorded one (other arguments, seeds or weights of a
-                component before the denoiser); steps by themselves of a pipeline that carries state from step to step; a condition of other size.
+                component before the denoiser); steps by themselves of a pipeline that carries state from step to step; a condition of other size;
+                a step that the trajectory does not have.
         """
         wanted = set(trajectory.noisy_steps if steps is None else steps)
+        for k in wanted:
+            check_value("steps", k, Annotated[int, Range(0, trajectory.num_steps - 1)])
         condition = _of_samples(condition or trajectory.condition, len(trajectory), "trajectory")
         self._carried.refuse(trajectory, wanted)
         self._forced(trajectory, on_step, wanted, condition)
@@ -144,8 +152,6 @@ class Policy(Calls):
 
     def transition(self, trajectory: Trajectory, k: int, condition: Condition | None = None) -> GaussianTransition:
         """The kernel of solver step k under the current weights, with its graph if autograd is on."""
-        if not 0 <= k < trajectory.num_steps:
-            raise ValueError(f"The trajectory has steps 0 to {trajectory.num_steps - 1}, got {k}.")
         found: list[GaussianTransition] = []
         self.replay(trajectory, lambda _, transition: found.append(transition), [k], condition)
         return found[0]
@@ -158,15 +164,20 @@ class Policy(Calls):
         self.replay(trajectory, found.__setitem__, steps, condition)
         return found
 
+    @checked
     @torch.no_grad()
-    def complete(self, trajectory: Trajectory, k: int, deterministic: bool = True, seeds: list[int] | None = None) -> Tensor:
+    def complete(self, trajectory: Trajectory, k: CountOrNone, deterministic: bool = True, seeds: list[int] | None = None) -> Tensor:
         """Sample on from state k (0: the initial noise) to the end: the final latents (B, *D).
 
         Args:
             deterministic: walk the ODE; otherwise `seeds` draw the noise of the new steps.
+
+        Raises:
+            ValueError: the trajectory has no state k, seeds for steps without noise, or the pipeline carries state from step to step.
         """
-        if not 0 <= k <= trajectory.num_steps:
-            raise ValueError(f"The trajectory has states 0 to {trajectory.num_steps}, got {k}.")
+        check_value("k", k, Annotated[int, Range(0, trajectory.num_steps)])
+        if deterministic and seeds is not None:
+            raise ValueError("seeds draw the noise of the new steps, and deterministic ones have none: leave them out, or deterministic=False.")
         if k == trajectory.num_steps:
             return trajectory.final
         self._carried.refuse(trajectory, range(k, trajectory.num_steps))
@@ -186,7 +197,7 @@ class Policy(Calls):
 
         own = trajectory.condition.step_seeds or trajectory.condition.seeds
         # Not the rollout's own stream again: its first draws are in state k already.
-        seeds = seeds or (own and [noise_seed(seed, "complete", k) for seed in own])
+        seeds = own and [noise_seed(seed, "complete", k) for seed in own] if seeds is None else seeds
         with self._noise(replace(trajectory.condition, step_seeds=seeds), deterministic):
             self._drive(trajectory.condition, go, needs_denoiser=lambda step: step >= k)
         return last[0]
@@ -216,6 +227,7 @@ class Policy(Calls):
 
     # --- single evaluations ----------------------------------------------------------------------------------------
 
+    @checked
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition, guidance: bool = False) -> Tensor:
         """The model's output (B, *D) at `latents` (B, *D) and per-sample `timesteps` (B,), in the scheduler's units.
 
@@ -223,6 +235,9 @@ class Policy(Calls):
             guidance: classifier-free guidance as the condition's call asks for; otherwise off, one denoiser row a sample.
 
         Pipelines that cannot take a time for each sample are found by a comparison at the first call and evaluated time by time.
+
+        Raises:
+            ValueError: latents that are not shaped as the pipeline's own, times that the model does not have, or not one of each a sample.
         """
         self._carried.refuse_caches("single evaluations")
         return self._prediction(latents, timesteps, condition, guidance)
@@ -250,8 +265,9 @@ class Policy(Calls):
         inverse as far as the autoencoder allows.
 
         Raises:
-            ValueError: the pipeline's tail is not an affine map and a permutation before `vae.decode`.
+            ValueError: the pipeline's tail is not an affine map and a permutation before `vae.decode`, or these are no such images.
         """
+        _check_images(images)
         if self._layout is None or self._layout.image_shape != images.shape[1:]:
             single = condition.select([0]) if condition else self._any_condition(1)
             self._layout = LatentLayout.find(self, single, images[:1])
@@ -280,6 +296,16 @@ class Policy(Calls):
         Adapters of others, such as a style that `pipe.load_lora_weights` brought before, belong to that model and stay.
         """
         return lora.disabled(self.denoisers.values(), lora.ADAPTER)
+
+
+def _check_images(images: Tensor) -> None:
+    """Raise a ValueError if these are no images in [0, 1]; what resampling adds beyond is let be."""
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim not in (4, 5) or images.shape[-3] != 3:
+        found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"Images to encode are a tensor (B, 3, H, W), or (B, F, 3, H, W) of videos, of floats in [0, 1]; got {found}.")
+    low, high = map(float, images.detach().aminmax())
+    if not (low >= -0.1 and high <= 1.1):
+        raise ValueError(f"Images to encode lie in [0, 1], got values from {low:.4g} to {high:.4g}: map them there first.")
 
 
 def _images(output) -> Tensor:

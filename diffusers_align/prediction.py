@@ -29,8 +29,7 @@ class Prediction:
 
     def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition, guidance: bool) -> Tensor:
         """(B, *D) at `latents` (B, *D) and `timesteps` (B,); see `Policy.predict`."""
-        if len(latents) != len(condition) or timesteps.shape != (len(condition),):
-            raise ValueError(f"{len(condition)} prompts need latents and timesteps of as many, got {tuple(latents.shape)} and {tuple(timesteps.shape)}.")
+        self._check(latents, timesteps, len(condition))
         overrides = {} if guidance else self._guidance_off(condition)
         one_time = len(timesteps if self.policy.lockstep else set(timesteps.tolist())) == 1
         if not guidance and not one_time and self._own_times is None:
@@ -41,6 +40,15 @@ class Prediction:
             return self._together(latents, timesteps, condition, overrides)
         return self._one_by_one(latents, timesteps, condition, overrides)
 
+    def _check(self, latents: Tensor, timesteps: Tensor, number: int) -> None:
+        if not isinstance(latents, Tensor) or not isinstance(timesteps, Tensor):
+            raise ValueError(f"latents and timesteps are tensors, got a {type(latents).__name__} and a {type(timesteps).__name__}.")
+        if len(latents) != number or timesteps.shape != (number,):
+            raise ValueError(f"{number} prompts need latents and timesteps of as many, got {tuple(latents.shape)} and {tuple(timesteps.shape)}.")
+        most = self.policy.scheduler.config.num_train_timesteps
+        if not bool(((timesteps >= 0) & (timesteps <= most)).all()):  # NaN fails too
+            raise ValueError(f"timesteps are numbers from 0 to {most}, in the scheduler's units, got {timesteps.tolist()}.")
+
     def _together(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
         """Solver step 0 is gated and returns `latents`; step 1 evaluates them at `timesteps`; the rest is skipped."""
         rows = max(2, int(condition.kwargs.get("num_inference_steps", self._default("num_inference_steps", 50))))
@@ -50,6 +58,11 @@ class Prediction:
             if step.child or step.k > 1:
                 return step.sample
             given = step.like(latents)
+            if step.k == 0 and step.sample.shape != given.shape:
+                raise ValueError(
+                    f"The pipeline's own latents are {tuple(step.sample.shape)}, those given {tuple(given.shape)}: the condition's height, width or "
+                    "number of frames are of another size."
+                )
             if step.k == 1:
                 if step.sample.shape != given.shape or not torch.equal(step.sample, given):
                     raise ValueError(f"{type(self.policy.pipeline).__name__} edits its latents between steps; predict has no meaning there.")

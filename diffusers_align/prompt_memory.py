@@ -49,6 +49,10 @@ class PromptMemory:
         self.size, self.store, self.entries = size, store, OrderedDict()
         self.examples: dict[str, tuple[Any, Any] | None] = {}
 
+    def __reduce__(self):
+        # Keys are identities of objects, which copies do not share: a copy remembers nothing.
+        return PromptMemory, (self.size, self.store)
+
     @contextmanager
     def installed(self, pipeline) -> Iterator[None]:
         """Context: the pipeline's `encode_prompt`, if it has one, remembers."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .driver import Step
 from .trajectory import Trajectory
-from .transition import GaussianTransition
 
 logger = logging.get_logger(__name__)
 
@@ -90,17 +89,14 @@ class CarriedState:
 
     @torch.no_grad()
     def _measured(self, trajectory: Trajectory) -> float:
-        """How far the last step alone is from that of a whole pass, relative to its largest value."""
-        last, kernels = trajectory.num_steps - 1, []
-
-        def keep(k: int, kernel: GaussianTransition) -> None:
-            if k == last:
-                kernels.append(kernel.mean)
-
-        for steps in (range(last + 1), [last]):
-            self.policy._forced(trajectory, keep, steps, trajectory.condition)
-        whole, alone = kernels
-        return _error(alone, whole)
+        """How far a step whose predecessor is gated is from that of a whole pass at most, relative to its largest value. Every second step is
+        looked at: what is carried may act in a part of them only, as guidance does."""
+        means: list[dict[int, Tensor]] = []
+        for steps in (range(trajectory.num_steps), range(1, trajectory.num_steps, 2)):
+            means.append({})
+            self.policy._forced(trajectory, lambda k, kernel: means[-1].__setitem__(k, kernel.mean), steps, trajectory.condition)
+        whole, alone = means
+        return max(_error(alone[k], whole[k]) for k in alone)
 
 
 def caches(module: nn.Module) -> list[str]:

@@ -46,8 +46,8 @@ def unchecked(pipeline) -> Iterator[None]:
     if checker is None or isinstance(checker, _Passes):
         yield
         return
-    if checker not in _SAID:
-        _SAID.add(checker)
+    if pipeline not in _SAID:
+        _SAID.add(pipeline)
         logger.warning(
             f"The safety_checker of this {type(pipeline).__name__} is left out wherever pictures are sampled for training or scoring: a reward would "
             "judge the black picture that it puts in the place of one. The pipeline has it back after each call."

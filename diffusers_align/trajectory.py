@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor
 
@@ -104,9 +104,22 @@ class Trajectory:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Trajectory:
-        """Read what `save` wrote."""
-        with safe_open(path, "pt", device=str(device)) as file:
-            meta = json.loads(file.metadata()["trajectory"])
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds something else, or is damaged.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"No trajectory {str(path)!r}: there is no such file.")
+        try:
+            opened = safe_open(path, "pt", device=str(device))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no whole safetensors file: {error}.") from error
+        with opened as file:
+            if (text := (file.metadata() or {}).get("trajectory")) is None:
+                raise ValueError(f"{path} is no trajectory: Trajectory.save writes them.")
+            meta = json.loads(text)
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         call = [{name: _unpacked(value, tensors) for name, value in meta[kind].items()} for kind in ("kwargs", "per_sample")]
         condition = Condition(meta["prompts"], call[0], meta["seeds"], meta["step_seeds"], call[1])
@@ -120,7 +133,7 @@ class Trajectory:
         return own
 
 
-_TENSOR = "tensor of this file"
+_TENSOR, _TUPLE = "tensor of this file", "tuple"
 _FIELDS = ("states", "actions", "timesteps", "sigmas", "stochastic", "log_probs")
 
 
@@ -130,7 +143,8 @@ def _packed(name: str, value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
         tensors[key] = value.clone(memory_format=torch.contiguous_format)
         return {_TENSOR: key}
     if isinstance(value, (list, tuple)):
-        return [_packed(name, part, f"{key}.{i}", tensors) for i, part in enumerate(value)]
+        parts = [_packed(name, part, f"{key}.{i}", tensors) for i, part in enumerate(value)]
+        return parts if isinstance(value, list) else {_TUPLE: parts}
     if isinstance(value, dict) and all(isinstance(part, str) for part in value):
         return {part: _packed(name, own, f"{key}.{part}", tensors) for part, own in value.items()}
     if value is None or isinstance(value, (str, int, float, bool)):
@@ -140,5 +154,9 @@ def _packed(name: str, value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
 
 def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, dict):
-        return tensors[value[_TENSOR]] if set(value) == {_TENSOR} else {name: _unpacked(own, tensors) for name, own in value.items()}
+        if set(value) == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        if set(value) == {_TUPLE}:  # pipelines add sizes to others, and tuples only to tuples
+            return tuple(_unpacked(part, tensors) for part in value[_TUPLE])
+        return {name: _unpacked(own, tensors) for name, own in value.items()}
     return [_unpacked(part, tensors) for part in value] if isinstance(value, list) else value

@@ -21,6 +21,12 @@ def sum_per_sample(x: Tensor) -> Tensor:
     return x.flatten(1).sum(1, dtype=dtype)
 
 
+def _require_same(x: Tensor, mean: Tensor) -> None:
+    """One sample for many would be broadcast without a word."""
+    if x.shape != mean.shape:
+        raise ValueError(f"A state of shape {tuple(x.shape)} is none of this kernel, whose mean has {tuple(mean.shape)}.")
+
+
 @dataclass(frozen=True)
 class GaussianTransition:
     """A batch of diagonal Gaussians over the next state.
@@ -42,9 +48,10 @@ class GaussianTransition:
         """Log-density of `x_prev` (B, *D) in nats, (B,): the SUM over D, elementwise in float32 and reduced in float64.
 
         Raises:
-            ValueError: the step is deterministic (std is 0), so the density does not exist.
+            ValueError: the step is deterministic (std is 0), so the density does not exist; `x_prev` is of other samples.
         """
         self._require_noise()
+        _require_same(x_prev, self.mean)
         deviation = (x_prev.to(self.mean.dtype) - self.mean) / self.std
         return sum_per_sample(-0.5 * deviation.square() - self.std.log() - _HALF_LOG_2PI)
 
@@ -52,10 +59,11 @@ class GaussianTransition:
         r"""$\mathrm{KL}(p \,\|\, q)$ in nats, (B,), closed form, summed over D. `other` is q.
 
         Raises:
-            ValueError: either step is deterministic.
+            ValueError: either step is deterministic, or the two are of other samples.
         """
         self._require_noise()
         other._require_noise()
+        _require_same(other.mean, self.mean)
         ratio = (self.std / other.std).square()
         shift = ((self.mean - other.mean) / other.std).square()
         return sum_per_sample(0.5 * (shift + ratio - 1 - ratio.log()))

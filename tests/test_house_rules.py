@@ -45,7 +45,7 @@ LAYERS = {
     "trajectory": {"condition", "transition"},
     "driver": {"pipeline_state", "prompt_memory", "schedulers", "trajectory", "transition", "wrappers"},
     "tape": {"condition", "driver", "trajectory"},
-    "reproducibility": {"driver", "trajectory", "transition"},
+    "reproducibility": {"driver", "trajectory"},
     "prediction": {"condition", "driver"},
     "forward_process": {"schedulers"},
     "policy": BELOW_POLICY,
@@ -53,7 +53,7 @@ LAYERS = {
     "stock": {"condition", "policy", "schedulers"},
     "differentiable": {"decoding", "policy", "stock"} | BELOW_POLICY,
     "gradient_check": {"condition", "differentiable", "policy", "trajectory"},
-    "rewards": {"embedded", "weight_files"},
+    "rewards": {"embedded", "ranges", "weight_files"},
     "pipelines": {"decoding", "differentiable", "policy", "algorithms", "rl", "rewards", "front_doors"} | BELOW_POLICY,
     "training": {"decoding", "differentiable", "gradient_check", "policy", "algorithms", "rl", "rewards", "data", "embedded", "front_doors", "stock"}
     | BELOW_POLICY,

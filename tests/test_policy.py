@@ -185,9 +185,9 @@ class TestErrors:
 
     def test_steps_that_do_not_exist(self):
         policy, trajectory, _ = make()
-        with pytest.raises(ValueError, match="steps 0 to"):
+        with pytest.raises(ValueError, match="steps must be a whole number, from 0 to"):
             policy.transition(trajectory, 99)
-        with pytest.raises(ValueError, match="states 0 to"):
+        with pytest.raises(ValueError, match="k must be a whole number, from 0 to"):
             policy.complete(trajectory, 99)
 
     def test_a_deterministic_trajectory_has_no_log_prob(self):

@@ -12,9 +12,14 @@ from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy, pipelines
 from diffusers_align.algorithms.guidance import Guidance, preset
+from diffusers_align.condition import Condition
+from diffusers_align.differentiable import differentiable_rollout
 from diffusers_align.pipelines import base
 from diffusers_align.pipelines.particle_steering import Steering
 from diffusers_align.ranges import Count, CountOrNone, NonNegative, Positive, PositiveOrInfinite, PositiveShare, Probability, Range, check_fields, checked
+from diffusers_align.rewards import WeightedSum, score
+from diffusers_align.rewards.remote import RemoteReward
+from diffusers_align.rewards.vlm_judge import VLMJudge
 from diffusers_align.schedulers import FlowMatchSDEScheduler, sde_twin
 
 torch.set_num_threads(1)
@@ -168,8 +173,20 @@ def test_steering(bad):
         Steering(**bad)
 
 
+WRONG_FORMS = [{"sde_window": 3}, {"sde_window": (0,)}, {"sde_window": (0, 1, 2)}, {"noise_level": []}, {"noise_level": "0.5"}, {"noise_level": True}]
+
+
 @pytest.mark.parametrize(
-    "bad", [{"noise_level": NAN}, {"noise_level": INF}, {"noise_level": -1}, {"noise_level": [0.5, NAN]}, {"sde_window": (0, 1.5)}, {"sde_window": (-1, 2)}]
+    "bad",
+    [
+        {"noise_level": NAN},
+        {"noise_level": INF},
+        {"noise_level": -1},
+        {"noise_level": [0.5, NAN]},
+        {"sde_window": (0, 1.5)},
+        {"sde_window": (-1, 2)},
+        *WRONG_FORMS,
+    ],
 )
 def test_schedulers(bad):
     (name,) = bad
@@ -177,7 +194,7 @@ def test_schedulers(bad):
         FlowMatchSDEScheduler(**bad)
 
 
-@pytest.mark.parametrize("eta", [NAN, INF, -1])
+@pytest.mark.parametrize("eta", [NAN, INF, -1, "1", True, None])
 def test_eta(eta):
     with pytest.raises(ValueError, match="eta must"):
         sde_twin(FAMILIES["sd15"].build().scheduler, eta=eta)
@@ -189,3 +206,95 @@ def test_a_lora_that_could_learn_nothing_is_refused(bad):
     (name,) = bad
     with pytest.raises(ValueError, match=f"{name} must be"):
         policy.add_lora(**bad)
+
+
+def test_a_list_of_noise_levels_has_one_for_each_step():
+    policy = Policy(FAMILIES["sd3"].build(), FlowMatchSDEScheduler(noise_level=[0.5, 0.5]), **FAMILIES["sd3"].call)
+    with pytest.raises(ValueError, match="noise_level has 2 values, one a solver step, and none for step 2"):
+        policy.rollout(["a cat"], seeds=[0])
+
+
+# --- the policy and what stands on it ------------------------------------------------------------------------------------
+
+
+@functools.cache
+def rolled_out():
+    policy = Policy(FAMILIES["sd15"].build(), **FAMILIES["sd15"].call)
+    return policy, policy.rollout(["a", "b"], seeds=[0, 1])
+
+
+@pytest.mark.parametrize("k", [0.5, True, -1, NAN, "1", 99], ids=str)
+def test_a_step_that_there_is_not(k):
+    policy, trajectory = rolled_out()
+    for call, name in (
+        (lambda: policy.replay(trajectory, lambda *_: None, [k]), "steps"),
+        (lambda: policy.transition(trajectory, k), "steps"),
+        (lambda: policy.transitions(trajectory, [0, k]), "steps"),
+        (lambda: policy.complete(trajectory, k), "k"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} must be a whole number"):
+            call()
+    for options, name in (({"grad_steps": [k]}, "grad_steps"), ({"grad_steps": [0], "stop_step": k}, "stop_step")):
+        with pytest.raises(ValueError, match=f"^{name} (must be whole numbers|count solver steps|names step 99)"):
+            differentiable_rollout(policy, trajectory.condition, **options)
+
+
+def test_arguments_of_a_policy_that_would_be_taken_for_others():
+    policy, trajectory = rolled_out()
+    condition, latents, times = trajectory.condition, trajectory.final, torch.tensor([5, 5])
+    images = policy.decode(latents, condition)
+    for call, said in (
+        (lambda: policy.complete(trajectory, 1, seeds=[1, 2]), "seeds draw the noise of the new steps"),
+        (lambda: policy.complete(trajectory, 1, deterministic=False, seeds=[]), "2 prompts need as many step_seeds, got 0"),
+        (lambda: policy.rollout(["a"], deterministic="no"), "deterministic must be True or False"),
+        (lambda: policy.rollout(["a"], seeds=[True]), "seeds are whole numbers"),
+        (lambda: policy.predict(latents, times, condition, guidance=1), "guidance must be True or False"),
+        (lambda: policy.predict(latents, torch.tensor([NAN, 1]), condition), "timesteps are numbers from 0 to 1000"),
+        (lambda: policy.predict(latents, torch.tensor([-1, 1]), condition), "timesteps are numbers from 0 to 1000"),
+        (lambda: policy.predict(latents, torch.tensor([1001, 1]), condition), "timesteps are numbers from 0 to 1000"),
+        (lambda: policy.predict(latents, [5, 5], condition), "latents and timesteps are tensors"),
+        (lambda: policy.predict(torch.randn(2, 4, 16, 16), times, condition), "those given .2, 4, 16, 16.: the condition's height, width"),
+        (lambda: policy.encode((images * 255).byte()), "floats in .0, 1.; got torch.uint8"),
+        (lambda: policy.encode(images * 255), "lie in .0, 1., got values from"),
+        (lambda: policy.encode(images * NAN), "got values from nan to nan"),
+        (lambda: policy.encode(images[0]), "Images to encode are a tensor"),
+        (lambda: policy.transition(trajectory, 1).log_prob(trajectory.actions[:1, 1]), "is none of this kernel"),
+        (lambda: Condition("abc"), "prompts are a list of strings"),
+        *((lambda b=b: policy.remember_prompts(b), "batches must be a whole number, at least 1") for b in (0, -1, NAN, "3", True)),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
+    with pytest.raises(TypeError, match=r"Policy\(pipe.pipeline\)"):
+        Policy(pipelines.BestOfNPipeline(policy.pipeline))
+
+
+@pytest.mark.parametrize("scale", [NAN, INF, True, "power_-1", "power_nan", "step_2", "step_-1", "cosine"], ids=str)
+def test_adapter_scales(scale):
+    pipeline = FAMILIES["sd15"].build()
+    Policy(pipeline).add_lora(rank=1)
+    with pytest.raises(ValueError, match="adapter_scale must be"):
+        pipelines.AdapterGuidancePipeline(pipeline)("a", adapter_scale=scale, **FAMILIES["sd15"].call)
+
+
+@pytest.mark.parametrize("bad", [{"retries": -1}, {"retries": 0.5}, {"timeout": NAN}, {"timeout": 0}, {"backoff": -1}], ids=str)
+def test_patience_with_servers(bad):
+    (name,) = bad
+    for cls, options in ((RemoteReward, {"url": "http://127.0.0.1:9"}), (VLMJudge, {"model": "judge", "url": "http://127.0.0.1:9"})):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            cls(**options, **bad)
+
+
+def test_scores_of_what_is_no_batch():
+    images = torch.rand(2, 3, 8, 8)
+
+    def mean(images, prompts, **columns):
+        return images.flatten(1).mean(1)
+
+    for call, said in (
+        (lambda: score(mean, images, "ab"), "got 2 images and the text 'ab'"),
+        (lambda: score(mean, images, ["a", "b"], tag=["x"]), "column 'tag' has 1 entries for 2 images"),
+        (lambda: score(mean, images[0], ["a", "b", "c"]), "got the shape .3, 8, 8."),
+        (lambda: WeightedSum([(mean, NAN)]), "weight must be a finite number"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 
 import diffusers
 import pytest
@@ -199,6 +200,23 @@ def test_momentum_from_step_to_step_is_found_out():
             partial()
 
 
+def test_state_that_acts_in_a_part_of_the_steps_is_found_out():
+    """As a guider with momentum does that is switched off before the end."""
+    policy = policy_of()
+    memory = {"calls": 0}
+
+    def add_up(module, arguments, output):
+        memory["calls"] += 1
+        memory["sum"] = 0.5 * memory.get("sum", 0) + output[0]
+        return (memory["sum"],) if memory["calls"] <= 2 else output
+
+    policy.pipeline.unet.register_forward_hook(add_up)
+    changed(policy.pipeline, "prepare_latents", lambda stock, *args, **kwargs: memory.clear() or memory.update(calls=0) or stock(*args, **kwargs))
+    trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
+    with pytest.raises(ValueError, match="carries something from step to step beside its latents"):
+        policy.transition(trajectory, 1)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_tested_family_carries_state(name):
     policy = policy_of(name)
@@ -246,6 +264,37 @@ def test_a_call_that_raises_leaves_the_pipeline_as_it_was():
         policy.replay(trajectory, leave)
     assert "PAG" in "".join(seen) and processors(policy.pipeline) == before and policy.pipeline.__dict__.keys() == attributes.keys()
     assert errors_of_replay(policy, trajectory) == [0.0] * len(trajectory.noisy_steps)
+
+
+def test_hooks_and_scales_of_a_call_that_raises_are_put_back():
+    policy = policy_of()
+    policy.add_lora(rank=1)
+    unet, trajectory = policy.pipeline.unet, policy.rollout(PROMPTS, seeds=SEEDS)
+    kept = unet.mid_block.register_forward_hook(lambda *_: None)
+    layer = next(module for module in unet.modules() if hasattr(module, "scaling"))
+    before = dict(layer.scaling)
+
+    def leave(k, kernel):
+        unet.mid_block.register_forward_hook(lambda *_: None)
+        unet.conv_in.register_forward_pre_hook(lambda *_: None)
+        unet.conv_out.forward = lambda x: x
+        layer.scale_layer(0.5)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        policy.replay(trajectory, leave)
+    assert list(unet.mid_block._forward_hooks) == [kept.id] and not unet.conv_in._forward_pre_hooks and "forward" not in vars(unet.conv_out)
+    assert layer.scaling == before
+    kept.remove()
+    assert errors_of_replay(policy, trajectory) == [0.0] * len(trajectory.noisy_steps)
+
+
+def test_copies_and_pickles_of_a_policy_are_the_same_policy():
+    policy = policy_of()
+    trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
+    for copied in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+        assert copied.pipeline is not policy.pipeline and not copied._memory.entries
+        assert torch.equal(copied.rollout(PROMPTS, seeds=SEEDS).actions, trajectory.actions)
 
 
 def test_a_cached_denoiser_starts_anew_after_a_call_that_raised():

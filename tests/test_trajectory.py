@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffusers_align import Condition, Trajectory
 
@@ -176,3 +177,23 @@ def test_frozen():
 def test_different_call_arguments_cannot_be_joined():
     with pytest.raises(ValueError, match="different guidance_scale cannot be joined"):
         Trajectory.cat([trajectory(2, guidance_scale=3.0), trajectory(2, guidance_scale=4.0)])
+
+
+def test_tuples_stay_tuples(tmp_path):
+    sizes = {"original_size": (64, 64), "nested": [(1, 2), {"a": (torch.ones(2), "b")}]}
+    trajectory(2, **sizes).save(tmp_path / "trajectory.safetensors")
+    loaded = Trajectory.load(tmp_path / "trajectory.safetensors").condition.kwargs
+    assert loaded["original_size"] == (64, 64) and loaded["nested"][0] == (1, 2)
+    tensor, text = loaded["nested"][1]["a"]
+    assert torch.equal(tensor, torch.ones(2)) and text == "b"
+
+
+def test_files_that_are_no_trajectories(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        Trajectory.load(tmp_path / "none")
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        Trajectory.load(tmp_path / "text")
+    save_file({"weight": torch.ones(2)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match="is no trajectory"):
+        Trajectory.load(tmp_path / "weights")

@@ -32,7 +32,7 @@ from .. import lora
 from ..decoding import replaced
 from ..driver import Step, denoisers, drive
 from ..prompt_memory import PromptMemory
-from ..ranges import check_call
+from ..ranges import NonNegative, Probability, check_call, check_value
 from .base import WrappedPipeline
 from .guided_sampling import first_step
 from .noise_grid import position
@@ -84,6 +84,7 @@ class AdapterGuidancePipeline(WrappedPipeline):
         if guider is not None:
             _check_guider(guider)
         elif not callable(adapter_scale) and not isinstance(adapter_scale, str):
+            check_value("adapter_scale", adapter_scale, float)
             return _Interpolation(lambda fraction: float(adapter_scale), num_steps=1)
         step = first_step(self.pipeline, call, memory)
         timesteps = step.scheduler.timesteps[position(step.scheduler, step.timestep) :]
@@ -101,9 +102,13 @@ def schedule(name: str) -> Schedule:
     kind, _, number = name.partition("_")
     try:
         found = {"linear": lambda: lambda s: s, "power": lambda p: lambda s: s**p, "step": lambda f: lambda s: float(s >= f)}[kind]
+        if number:
+            check_value(name, float(number), Probability if kind == "step" else NonNegative)
         return found(float(number)) if number else found()
     except (KeyError, ValueError, TypeError):
-        raise ValueError(f"adapter_scale must be a number, a function, linear, power_P or step_F (such as power_2, step_0.6), got {name!r}.") from None
+        raise ValueError(
+            f"adapter_scale must be a number, a function, linear, power_P or step_F (such as power_2, step_0.6; P from 0 on, F from 0 to 1), got {name!r}."
+        ) from None
 
 
 class _Interpolation:

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from ..ranges import check_value
 from .calling import InvalidReward, RewardError, RewardTimeout, call, exits_are_errors
 from .loading import BUILT_INS, component_name, find_reward, parse_terms, reward_name
 
@@ -60,8 +61,12 @@ def score_columns(reward: Reward, images: Tensor, prompts: list[str], columns: M
     """`score` for columns of any name, in a dict: a data set's field may be called `reward` or `on_invalid`."""
     if on_invalid not in ("error", "mask"):
         raise ValueError(f"on_invalid must be 'error' or 'mask', got {on_invalid!r}.")
-    if len(images) != len(prompts):
-        raise ValueError(f"As many prompts as images are needed: got {len(images)} images and {len(prompts)} prompts.")
+    if isinstance(prompts, str) or len(images) != len(prompts):
+        got = f"the text {prompts!r}" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+        raise ValueError(f"As many prompts as images are needed: got {len(images)} images and {got}.")
+    for name, values in columns.items():
+        if isinstance(values, (list, tuple, Tensor)) and len(values) != len(images):
+            raise ValueError(f"The column {name!r} has {len(values)} entries for {len(images)} images: a column has one an image.")
     scores = call(reward, images, prompts, columns)
     valid = torch.isfinite(scores["reward"])
     if valid.all():
@@ -92,6 +97,8 @@ class WeightedSum:
 
     def __init__(self, rewards: Mapping[Reward, float] | Iterable[tuple[Reward, float] | tuple[Reward, float, str]]):
         terms = list(rewards.items() if isinstance(rewards, Mapping) else rewards)
+        for term in terms:
+            check_value("weight", term[1], float)
         self.rewards, self.weights = [term[0] for term in terms], [float(term[1]) for term in terms]
         self.names = [term[2] if len(term) > 2 else reward_name(term[0]) for term in terms]
         if not terms:

@@ -73,8 +73,10 @@ def call(reward: Callable, images: Tensor, prompts: list[str], columns: Mapping[
     Raises:
         InvalidReward: the reward takes other arguments, or returned no such numbers.
         RewardError: it called `sys.exit`. What else it raises comes up as it is.
-        ValueError: the images are no floats.
+        ValueError: the images are no floats, or no batch.
     """
+    if images.ndim not in (4, 5):
+        raise ValueError(f"Images are (B, 3, H, W), videos (B, F, 3, H, W), got the shape {tuple(images.shape)}.")
     if not images.is_floating_point():
         raise ValueError(f"Images are floats in [0, 1], got {images.dtype}: `images.float() / 255` of 8-bit ones.")
     arguments = arguments_of(reward, prompts, columns)

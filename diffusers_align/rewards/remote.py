@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..ranges import CountOrNone, NonNegative, Positive, checked
 from . import web
 from .base import RewardError
 from .wire import FORMATS, decode_scores, encode_request
@@ -30,7 +31,8 @@ class RemoteReward:
         RewardError: no reward server answers at the address.
     """
 
-    def __init__(self, url: str, timeout: float = 300.0, retries: int = 3, backoff: float = 0.5):
+    @checked
+    def __init__(self, url: str, timeout: Positive = 300.0, retries: CountOrNone = 3, backoff: NonNegative = 0.5):
         address, _, query = url.partition("?")
         self.address, self.name = address.rstrip("/"), url
         self.format = dict(urllib.parse.parse_qsl(query)).get("format", FORMATS[0])

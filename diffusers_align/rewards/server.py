@@ -24,6 +24,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
+from ..ranges import Count, CountOrNone, Positive, checked
 from .base import load_reward, score_columns
 from .loading import model_option, reward_name
 from .wire import ScoreRequest, encode_scores, read_request
@@ -106,7 +107,11 @@ class RewardServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, reward, host="127.0.0.1", port=0, *, device="cpu", max_body=MAX_BODY_MB * 2**20, max_waiting=MAX_WAITING, patience=10.0, deadline=240.0):
+    @checked
+    def __init__(
+        self, reward, host: str = "127.0.0.1", port: CountOrNone = 0, *, device="cpu", max_body: Count = MAX_BODY_MB * 2**20,
+        max_waiting: Count = MAX_WAITING, patience: Positive = 10.0, deadline: Positive = 240.0,
+    ):  # fmt: skip
         self.reward, self.device, self.max_body, self.patience, self.deadline = reward, torch.device(device), max_body, patience, deadline
         self.connections, self.bodies = threading.BoundedSemaphore(MAX_CONNECTIONS), Room(MAX_BODIES * max_body)
         self.turns, self.parsing = Turns(), {large: threading.Lock() for large in (False, True)}

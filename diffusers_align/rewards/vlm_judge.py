@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ranges import Count, CountOrNone, NonNegative, Positive, checked
 from . import web
 from .preprocessing import where_finite
 from .wire import to_png
@@ -50,19 +51,20 @@ class VLMJudge:
 
     name = "vlm_judge"
 
+    @checked
     def __init__(
         self,
         model: str | None = None,
         url: str | None = None,
         rubric: str = RUBRIC,
-        scale: float = 10,
+        scale: Positive = 10,
         api_key_variable: str = "OPENAI_API_KEY",
-        concurrency: int = 8,
-        max_frames: int = 8,
+        concurrency: Count = 8,
+        max_frames: Count = 8,
         options: dict[str, Any] | None = None,
-        timeout: float = 60.0,
-        retries: int = 3,
-        backoff: float = 1.0,
+        timeout: Positive = 60.0,
+        retries: CountOrNone = 3,
+        backoff: NonNegative = 1.0,
     ):
         url = url or os.environ.get("OPENAI_BASE_URL")
         if not model or not url:

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from ..ranges import Probability, check_value
 from ..transition import GaussianTransition
 from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, as_state, build_source
 
@@ -70,8 +71,7 @@ class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
             timestep_spacing=timestep_spacing,
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
-        if not 0 <= eta <= 1:
-            raise ValueError(f"eta must lie in [0, 1], got {eta}: above 1 the kernel's direction term is imaginary.")
+        check_value("eta", eta, Probability)  # above 1 the kernel's direction term is imaginary
         if (other := build_source(source)) is not None:
             self.alphas_cumprod = other.alphas_cumprod.to(torch.float32)
             self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]

@@ -15,6 +15,15 @@ from .kernels import KERNELS, Kernel
 from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, build_source
 
 
+def _check_window(window: tuple[int, int] | list[int]) -> None:
+    if not isinstance(window, (list, tuple)) or len(window) != 2:
+        raise ValueError(f"sde_window must be two whole numbers (first, last + 1), got {window!r}.")
+    for end in window:
+        check_value("sde_window", end, CountOrNone)
+    if not window[0] < window[1]:
+        raise ValueError(f"sde_window must be (first, last + 1) with 0 <= first < last + 1, got {tuple(window)}.")
+
+
 class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
     """`FlowMatchEulerDiscreteScheduler` whose `step` draws from a stochastic kernel and returns its log-probability.
 
@@ -75,13 +84,10 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
             raise ValueError("stochastic_sampling draws noise that has no log-probability here; sde_type='cps' with noise_level=1 draws the same.")
         if sde_type not in KERNELS:
             raise ValueError(f"Unknown sde_type {sde_type!r}; choose one of {', '.join(KERNELS)}.")
-        levels = [noise_level] if isinstance(noise_level, (int, float)) else noise_level
-        for level in levels:
+        for level in noise_level if isinstance(noise_level, (list, tuple)) and len(noise_level) > 0 else [noise_level]:
             check_value("noise_level", level, Probability if sde_type == "cps" else NonNegative)
-        for end in sde_window or ():
-            check_value("sde_window", end, CountOrNone)
-        if sde_window is not None and not sde_window[0] < sde_window[1]:
-            raise ValueError(f"sde_window must be (first, last + 1) with 0 <= first < last + 1, got {tuple(sde_window)}.")
+        if sde_window is not None:
+            _check_window(sde_window)
         self._source = build_source(source)
         self._sigma_list = self.sigmas.tolist()
 
@@ -121,7 +127,11 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
         level, window = self.config.noise_level, self.config.sde_window
         if self.deterministic or (window is not None and not window[0] <= k < window[1]):
             return 0.0
-        return level if isinstance(level, (int, float)) else level[k] if k < len(level) else 0.0
+        if not isinstance(level, (list, tuple)):
+            return level
+        if k >= len(level):
+            raise ValueError(f"noise_level has {len(level)} values, one a solver step, and none for step {k}: give one number for all, or as many as steps.")
+        return level[k]
 
     def kernel(self, k: int) -> Kernel:
         """Weights and standard deviation of solver step k; std is 0 where the stock step is taken."""
