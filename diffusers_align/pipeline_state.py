@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.hooks import CpuOffload
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -44,8 +45,11 @@ def _generators_of(device: torch.device) -> list[torch.Generator]:
 @contextmanager
 def restored_if_abandoned(pipeline) -> Iterator[None]:
     """Context: if the call within raises, what pipelines change while they run is put back, and the pipeline's own clean-up runs: attributes of the
-    pipeline and its components, attention processors, hooks and scales of LoRAs at any depth. Calls that end have cleaned up themselves."""
-    components = [c for c in pipeline.components.values() if isinstance(c, nn.Module)]
+    pipeline and its diffusers models, attention processors, hooks and scales of LoRAs at any depth. Calls that end have cleaned up themselves.
+
+    Other libraries' models are left alone: what a first call leaves on a text encoder (transformers' hooks that capture hidden states) is meant
+    to stay, and half of it would change what it returns."""
+    components = [c for c in pipeline.components.values() if isinstance(c, ModelMixin)]
     attributes = [(own, _attributes(own)) for own in (pipeline, *components)]
     parts = _Parts.of(components)
     try:

@@ -289,6 +289,14 @@ def test_hooks_and_scales_of_a_call_that_raises_are_put_back():
     assert errors_of_replay(policy, trajectory) == [0.0] * len(trajectory.noisy_steps)
 
 
+def test_a_text_encoder_keeps_what_its_first_call_installed():
+    """An abandoned call must not take away half of it: later prompts would be encoded otherwise."""
+    policy = policy_of("sd3")
+    condition = policy.condition(PROMPTS[:1])
+    first, second = (policy.prompt_features(condition) for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_copies_and_pickles_of_a_policy_are_the_same_policy():
     policy = policy_of()
     trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
