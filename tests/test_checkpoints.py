@@ -50,6 +50,11 @@ def weights(run):
     return run.parameters[0].detach().clone()
 
 
+def test_an_average_that_would_never_begin_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--ema_interval 11 optimizer steps, and the run makes 10: the average would never begin"):
+        train(tmp_path, use_ema=True, ema_interval=11)
+
+
 def resumed(folder, **flags):
     return train(folder, resume_from_checkpoint="latest", **flags)
 
