@@ -318,5 +318,5 @@ def test_a_folder_is_no_recipe(tmp_path, capsys):
 @pytest.mark.parametrize("below", ["", "/deeper/still"])
 def test_an_output_folder_that_is_a_file(tmp_path, below):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(OSError, match="file is a file. Name a folder"):
+    with pytest.raises(OSError, match="Cannot write to --output_dir .*file is a file. Choose another folder, which is made"):
         check_output_dir(f"{tmp_path / 'file'}{below}")

@@ -267,7 +267,7 @@ def check_output_dir(path: str) -> Path:
     """
     folder = Path(path)
     if file := next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), None):
-        raise OSError(f"--output_dir {path}: {file} is a file. Name a folder, which is made if it is not there.")
+        raise OSError(f"Cannot write to --output_dir {path}: {file} is a file. Choose another folder, which is made if it is not there.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"
