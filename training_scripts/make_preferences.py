@@ -230,7 +230,8 @@ def write(args, prompts, jobs, rewards, folder):
             + (": with --same_latent, only noise tells them apart." * args.same_latent)
         )
     told, signal = describe_signal(args, len(prompts), groups, len(found["pairs"]))
-    print(told)
+    if told:
+        print(told)
     if not signal and not args.allow_no_signal:
         raise SystemExit(
             f"No pair: {told}. There is nothing to learn from {folder / 'pairs'}. Choose another --reward, lower --min_margin, raise "
