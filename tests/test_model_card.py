@@ -64,7 +64,8 @@ def run_of(folder, policy, **flags):
         "pretrained_model_name_or_path": "mini-sd3", "push_to_hub": False, "hub_model_id": None, "hub_token": "hf_secret", "output_dir": str(folder),
         "reward": "http://me:secret@host:8000", "num_eval_samples": 4, "command": f"accelerate launch x.py --output_dir {folder}", "config": None,
     }  # fmt: skip
-    return Namespace(args=Namespace(**{**given, **flags}), policy=policy, output_dir=Path(folder), algorithm="Flow-GRPO")
+    made_by = {"commands": [{"epoch": 0, "command": given["command"]}]}
+    return Namespace(args=Namespace(**{**given, **flags}), policy=policy, output_dir=Path(folder), algorithm="Flow-GRPO", made_by=made_by)
 
 
 def python_of(card):
