@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .condition import Condition, belongs_to_samples, is_embedding, number_of_samples
 from .driver import denoisers, drive, encoded_prompt
+from .given_names import did_you_mean
 from .noise import noise_seed
 from .prompt_memory import PromptMemory, Store
 from .ranges import Count, check_call, checked
@@ -163,7 +164,9 @@ def _check_arguments(pipeline: str, accepted: Collection[str], shared: dict[str,
             raise ValueError(f"{name} cannot be an argument of a policy's call: {reason}")
     check_call(everything)
     if unknown := sorted(set(everything) - set(accepted)):
-        raise ValueError(f"{pipeline}'s call has no {', '.join(unknown)}; it takes {', '.join(accepted)}.")
+        names = [name for name in accepted if name not in ("self", "args", "kwargs")]
+        near = "".join(did_you_mean(name, names) for name in unknown)
+        raise ValueError(f"{pipeline}'s call has no {', '.join(unknown)}.{near} It takes {', '.join(names)}.")
     if (images := per_sample.get("ip_adapter_image")) is not None and len(images) > 1:
         raise ValueError(
             "ip_adapter_image cannot be per_sample: pipelines take several images of an adapter as all of one prompt's. Give ip_adapter_image_embeds, "

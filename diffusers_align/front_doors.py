@@ -45,7 +45,7 @@ def find_recipe(name: str) -> Path:
     `ddpo_mini_sd`, `ddpo_mini_sd.yaml` and `training_scripts/recipes/ddpo_mini_sd.yaml` are the same recipe, wherever the package lies.
 
     Raises:
-        FileNotFoundError: it is neither; the message names those that are near.
+        FileNotFoundError: it is neither, or a folder; the message names those that are near.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -55,4 +55,6 @@ def find_recipe(name: str) -> Path:
         return shipped
     near = difflib.get_close_matches(shipped.stem, names("recipes"), n=3)
     hint = f" Did you mean {', '.join(near)}?" if near else ""
+    if path.is_dir():
+        raise FileNotFoundError(f"no recipe {name!r}: it is a folder. Name a YAML file in it.")
     raise FileNotFoundError(f"no recipe {name!r}: no such file, and none of that name in the package.{hint} `diffusers-align list recipes` names them all.")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import lora_files, weight_files
 from .driver import denoisers as denoisers_of
+from .given_names import did_you_mean
 from .lora_files import METADATA, WEIGHTS
 from .ranges import Count, Positive, check
 from .wrappers import bare, unwrapped
@@ -58,12 +59,13 @@ def add(denoisers: dict[str, nn.Module], rank: int = 16, alpha: int | None = Non
         config: other fields of `peft.LoraConfig`. `lora_dropout` must stay 0: with dropout a replay is not the rollout's policy.
 
     Raises:
-        ValueError: dropout, a rank below 1, a scale that is not positive (nothing would be learned), there is a LoRA to train already, or one that
-            is fused but still there.
+        ValueError: dropout, `target_modules` that a denoiser does not have, a rank below 1, a scale that is not positive (nothing would be learned),
+            there is a LoRA to train already, or one that is fused but still there.
     """
     check({"rank": Count, "alpha": Positive | None}, {"rank": rank, "alpha": alpha})
     if config.get("lora_dropout"):
         raise ValueError("lora_dropout must be 0: with dropout, rollout and replay see different policies and their ratio is not 1.")
+    _check_targets(denoisers, config.get("target_modules"))
     parameters = []
     for name, denoiser in denoisers.items():
         with bare(denoiser) as module, _beside_others(name, module):
@@ -76,6 +78,16 @@ def add(denoisers: dict[str, nn.Module], rank: int = 16, alpha: int | None = Non
                 parameter.data = parameter.data.float()
                 parameters.append(parameter)
     return parameters
+
+
+def _check_targets(denoisers: dict[str, nn.Module], targets: Iterable[str] | str | None) -> None:
+    """A name that no layer has would be left out in silence; a text is a regular expression, or PEFT's own "all-linear"."""
+    for target in [] if targets is None or isinstance(targets, str) else targets:
+        for name, denoiser in denoisers.items():
+            layers = [layer for layer, _ in denoiser.named_modules()]
+            if not any(layer == target or layer.endswith(f".{target}") for layer in layers):
+                near = did_you_mean(target, {layer.rpartition(".")[2] for layer in layers if not layer.rpartition(".")[2].isdigit()})
+                raise ValueError(f"The {name} has no layer {target!r} for a LoRA.{near} A name stands for all layers whose path ends with it, such as to_q.")
 
 
 def _inject(module: nn.Module, config: LoraConfig) -> None:

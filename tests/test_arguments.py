@@ -9,6 +9,7 @@ from diffusers_align.data import load_prompts
 from diffusers_align.front_doors import folder
 from diffusers_align.rewards import BUILT_INS
 from diffusers_align.training import arguments, options
+from diffusers_align.training.arguments import check_output_dir
 from diffusers_align.training.options import StepIndex, option
 
 SCRIPTS = folder("training_scripts")
@@ -100,7 +101,7 @@ def test_yamls_no_is_the_choice_of_that_name(tmp_path):
 
 def test_unknown_keys_of_a_recipe_are_named(tmp_path, capsys):
     error = message(capsys, *recipe(tmp_path, "learning_rat: 1\nrank: 2\nzeal: 3\n"))
-    assert "recipe.yaml: unknown keys learning_rat, zeal" in error
+    assert "recipe.yaml: unknown keys: learning_rat in line" in error
 
 
 def test_a_value_outside_the_choices_is_an_error_that_lists_them(tmp_path, capsys):
@@ -143,8 +144,8 @@ def test_a_missing_recipe_is_an_error(capsys):
         (b"- rank\n", "a recipe is lines of `flag: value`"),
         (b"seed: 1\nnum_epochs: null\n", "--num_epochs must be a whole number from 1 to 1e9, got null (in "),
         (b"rank: 3\nseed: 1\nrank: 4\n", "recipe.yaml, line 3: rank stands there a second time; first in "),
-        (b"config: other.yaml\n", "unknown keys config: config in line 1"),
-        (b"rank: 3\nhelp: true\n", "unknown keys help: help in line 2"),
+        (b"config: other.yaml\n", "unknown keys: config in line 1. The keys"),
+        (b"rank: 3\nhelp: true\n", "unknown keys: help in line 2. The keys"),
         (b"learning_rat: 1\n", "learning_rat in line 1 (did you mean learning_rate?)"),
         (b"rank: !!python/object/apply:os.getcwd []\n", "recipe.yaml, line 1: rank is no plain value"),
         (b"learning_rate: .nan\n", "--learning_rate must be a number above 0 and at most 10, got nan (in "),
@@ -302,8 +303,20 @@ def test_the_output_folder_is_made_and_left_empty(tmp_path):
     assert [path.name for path in made.iterdir()] == ["kept"]
 
 
-@pytest.mark.parametrize("below", ["", "run"])
-def test_an_output_folder_that_cannot_be_made_is_an_error_with_help(tmp_path, below):
-    (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"Cannot write to --output_dir .*file.*Choose another folder or free some space"):
-        arguments.check_output_dir(str(tmp_path / "file" / below))
+@pytest.mark.parametrize("value, layers", [("to_q, to_k", "to_q,to_k"), ("ff.net.0.proj", "ff.net.0.proj"), ("to_q,,", None), (",", None)])
+def test_layers_are_names_with_commas_between_them(value, layers, capsys):
+    if layers is None:
+        assert "--lora_layers must be names of layers with a comma between two of them, got" in message(capsys, "--lora_layers", value)
+    else:
+        assert parse("--lora_layers", value).lora_layers == layers
+
+
+def test_a_folder_is_no_recipe(tmp_path, capsys):
+    assert f"no recipe '{tmp_path}': it is a folder. Name a YAML file in it" in message(capsys, "--config", str(tmp_path))
+
+
+@pytest.mark.parametrize("below", ["", "/deeper/still"])
+def test_an_output_folder_that_is_a_file(tmp_path, below):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="Cannot write to --output_dir .*file is a file. Choose another folder, which is made"):
+        check_output_dir(f"{tmp_path / 'file'}{below}")

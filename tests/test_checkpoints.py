@@ -50,6 +50,11 @@ def weights(run):
     return run.parameters[0].detach().clone()
 
 
+def test_an_average_that_would_never_begin_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--ema_interval 11 optimizer steps, and the run makes 10: the average would never begin"):
+        train(tmp_path, use_ema=True, ema_interval=11)
+
+
 def resumed(folder, **flags):
     return train(folder, resume_from_checkpoint="latest", **flags)
 
@@ -365,3 +370,17 @@ def test_nothing_is_kept_but_by_the_run():
     assert len(sources) > 100
     unpickling = re.compile(r"register_for_checkpointing|accelerator\.(save|load)_state|import pickle|torch\.load\((?!.*weights_only=True)")
     assert [path.name for path in sources if unpickling.search(path.read_text())] == []
+
+
+@pytest.mark.parametrize("field, value", [("flags", None), ("contents", []), ("commands", [])])
+def test_a_manifest_that_does_not_say_how_it_was_made_is_a_fault(tmp_path, field, value):
+    train(tmp_path, 1)
+    file = tmp_path / "checkpoint-1" / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    assert checkpoints.fault(tmp_path / "checkpoint-1") == "manifest.json does not say how it was made"
+
+
+def test_a_file_of_a_checkpoints_name_is_none(tmp_path):
+    train(tmp_path, 1)
+    (tmp_path / "checkpoint-2").write_text("x")
+    assert [path.name for path in checkpoints.found(tmp_path)] == ["checkpoint-1"]

@@ -25,7 +25,7 @@ from diffusers_align.training.evaluation import Session, diversities, find_lora,
 from diffusers_align.training.held_out_pairs import HeldOutPairs, margins
 from diffusers_align.training.report import judged_on
 from diffusers_align.training.sampling import paired_gain
-from diffusers_align.training.statistics import diversity, mean_and_error, pairwise_cosine, pairwise_rms, wilson_interval, win_rate
+from diffusers_align.training.statistics import diversity, in_words, mean_and_error, pairwise_cosine, pairwise_rms, wilson_interval, win_rate
 
 torch.set_num_threads(1)
 NAN = float("nan")
@@ -579,3 +579,8 @@ def test_a_hanging_reward_is_given_up(task, tmp_path):
     flags = {"lora": task / "a", "reward": f"{tmp_path / 'slow.py'}:hangs", "reward_timeout": 0.2, "kl_samples": 0}
     with pytest.raises(RewardTimeout, match="--reward_timeout"):
         script().main(arguments(task, tmp_path / "eval", **flags))
+
+
+def test_numbers_in_words():
+    nan = float("nan")
+    assert [in_words(0.5, 0.125, "+.4f"), in_words(-0.5, nan), in_words(nan, nan)] == ["+0.5000 ± 0.1250", "-0.5000", "without a score"]

@@ -240,6 +240,12 @@ def test_a_pipeline_whose_loader_has_no_place_for_its_denoiser_gets_a_file_of_it
     assert torch.equal(drawn(fresh, "sd3"), drawn(FAMILIES["sd3"].build(), "sd3"))
 
 
+@pytest.mark.parametrize("targets, missing", [(["nope"], "'nope'"), (["to_q", "to_kk"], "'to_kk' for a LoRA. Did you mean 'to_k'")])
+def test_layers_that_no_denoiser_has_are_named(targets, missing):
+    with pytest.raises(ValueError, match=f"The transformer has no layer {missing}"):
+        lora.add({"transformer": FAMILIES["sd3"].build().transformer}, rank=2, target_modules=targets)
+
+
 # --- two denoisers -----------------------------------------------------------------------------------------------------
 
 

@@ -225,3 +225,13 @@ def test_flags_that_make_no_sense(flags, message, capsys):
     with pytest.raises(SystemExit):
         load().parse_args([*base, *flags])
     assert message in capsys.readouterr().err
+
+
+def test_settings_that_cannot_be_read_and_damaged_images_are_named(tmp_path):
+    script = load()
+    (tmp_path / "sampling.json").write_text("")
+    with pytest.raises(ValueError, match="sampling.json cannot be read .* delete the file, if they are of these settings"):
+        script.settings_of(tmp_path / "sampling.json")
+    (tmp_path / "0.png").write_bytes(b"")
+    with pytest.raises(OSError, match="0.png is damaged .*: delete it, and the same command draws it again"):
+        script.read(tmp_path / "0.png")

@@ -64,7 +64,8 @@ def run_of(folder, policy, **flags):
         "pretrained_model_name_or_path": "mini-sd3", "push_to_hub": False, "hub_model_id": None, "hub_token": "hf_secret", "output_dir": str(folder),
         "reward": "http://me:secret@host:8000", "num_eval_samples": 4, "command": f"accelerate launch x.py --output_dir {folder}", "config": None,
     }  # fmt: skip
-    return Namespace(args=Namespace(**{**given, **flags}), policy=policy, output_dir=Path(folder), algorithm="Flow-GRPO")
+    made_by = {"commands": [{"epoch": 0, "command": given["command"]}]}
+    return Namespace(args=Namespace(**{**given, **flags}), policy=policy, output_dir=Path(folder), algorithm="Flow-GRPO", made_by=made_by)
 
 
 def python_of(card):
@@ -95,3 +96,8 @@ def test_the_lines_of_a_card_load_what_lies_beside_it(tmp_path, monkeypatch):
     run = run_of(tmp_path / "run", policy, push_to_hub=True, hub_model_id="me/it", pretrained_model_name_or_path="owner/base")
     text = hub.write_model_card(run, {}, []).read_text()
     assert 'pipe.load_lora_weights("me/it", weight_name="pytorch_lora_weights.safetensors")' in text and "base_model: owner/base" in text
+
+    run = run_of(tmp_path / "run", policy, dataset_name="owner/pairs", reward="pick_score")
+    text = hub.write_model_card(run, {"reward, after": (float("nan"), float("nan"))}, []).read_text()
+    assert "the preferences of `owner/pairs`" in text and "4 images; the reward, which only measures, is `pick_score`):" in text
+    assert "| reward, after | without a score |" in text

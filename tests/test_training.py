@@ -54,7 +54,11 @@ def test_a_recipe_sets_defaults_and_flags_override_it(tmp_path):
 
 @pytest.mark.parametrize(
     "recipe, message",
-    [("rnak: 3\n", "unknown keys rnak"), ("mixed_precision: fp17\n", "--mixed_precision must be one of no, fp16, bf16, got fp17"), (None, "no recipe")],
+    [
+        ("rnak: 3\n", "unknown keys: rnak in line 1 (did you mean rank?)"),
+        ("mixed_precision: fp17\n", "--mixed_precision must be one of no, fp16, bf16, got fp17"),
+        (None, "no recipe"),
+    ],
 )
 def test_bad_recipes_are_named(tmp_path, capsys, recipe, message):
     file = tmp_path / "recipe.yaml"

@@ -119,13 +119,25 @@ def check_settings(args, prompts, lora, folder):
         folder / "sampling.json",
     )
     settings["lora_weights"] = hash_of(lora) if lora else None
-    before = json.loads(file.read_text()) if file.is_file() else {**settings, "prompts": texts}
+    before = settings_of(file) if file.is_file() else {**settings, "prompts": texts}
     changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in settings.items() if json.dumps(before.get(name)) != json.dumps(value)]
     changed += [f"prompt {i} was {old!r}, now {new!r}" for i, (old, new) in enumerate(zip(before["prompts"], texts), 1) if old != new]
     if changed:
         listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
         raise ValueError(f"{folder} holds images of other settings: {listed}. Choose another --output_dir, or repeat the settings to go on.")
-    file.write_text(json.dumps({**settings, "prompts": max(before["prompts"], texts, key=len)}, indent=1) + "\n")
+    text = json.dumps({**settings, "prompts": max(before["prompts"], texts, key=len)}, indent=1) + "\n"
+    replaced(file, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def settings_of(file):
+    """What the images of a folder were made with."""
+    try:
+        return {"prompts": [], **json.loads(file.read_text(encoding="utf-8"))}
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({error}), so nothing says what the images in {file.parent} were made with. Choose another --output_dir; or delete the "
+            "file, if they are of these settings."
+        ) from error
 
 
 def hash_of(lora):
@@ -181,8 +193,11 @@ def score(args, session, reward, prompts, jobs, folder):
 
 
 def read(path):
-    with Image.open(path) as image:
-        return to_tensor(image.convert("RGB"), image.height, image.width)
+    try:
+        with Image.open(path) as image:
+            return to_tensor(image.convert("RGB"), image.height, image.width)
+    except OSError as error:
+        raise OSError(f"{path} is damaged ({error}): delete it, and the same command draws it again.") from error
 
 
 def contact_sheet(args, prompts, jobs, rewards, folder):
@@ -215,7 +230,8 @@ def write(args, prompts, jobs, rewards, folder):
             + (": with --same_latent, only noise tells them apart." * args.same_latent)
         )
     told, signal = describe_signal(args, len(prompts), groups, len(found["pairs"]))
-    print(told)
+    if told:
+        print(told)
     if not signal and not args.allow_no_signal:
         raise SystemExit(
             f"No pair: {told}. There is nothing to learn from {folder / 'pairs'}. Choose another --reward, lower --min_margin, raise "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from .options import Arguments, Count, Decay, Guidance, NonNegative, Pixels, Positive, Rank, Seed, Steps, option, required
 from .recipes import suggestion
@@ -94,6 +94,14 @@ class ModelArguments(PipelineArguments, CallArguments):
     eval_scheduler: EvalScheduler = option("stock", "evaluate with the pipeline's own solver, or along the SDE twin's ODE")
     guidance_scale: Guidance | None = option(None, "classifier-free guidance of rollouts, replays and evaluation; the pipeline's default if absent")
     eval_guidance_scale: Guidance | None = option(None, "guidance of evaluation and pictures; as in training if absent")
+
+    @field_validator("lora_layers")
+    @classmethod
+    def _check_layers(cls, value):
+        layers = [layer.strip() for layer in (value or "").split(",")]
+        if value is not None and not all(layers):
+            raise ValueError("must be names of layers with a comma between two of them")
+        return value and ",".join(layers)
 
 
 class RetryArguments(Arguments):
@@ -258,6 +266,8 @@ def check_output_dir(path: str) -> Path:
         OSError: the folder cannot be made or written.
     """
     folder = Path(path)
+    if file := next((place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()), None):
+        raise OSError(f"Cannot write to --output_dir {path}: {file} is a file. Choose another folder, which is made if it is not there.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write-test-{os.getpid()}"

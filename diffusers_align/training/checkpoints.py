@@ -28,7 +28,7 @@ RESULTS = ("metrics.jsonl", "reward_curve.png", "before_after.png", "samples", c
 
 def found(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, in the order of their epochs."""
-    numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit() and path.is_dir()]
     return sorted(numbered, key=epoch_of)
 
 
@@ -100,6 +100,8 @@ def fault(folder: Path) -> str | None:
         return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
     if missing:
         return f"{MANIFEST} says nothing of {', '.join(sorted(missing))}"
+    if not (isinstance(manifest["flags"], dict) and isinstance(manifest["contents"], dict) and manifest["commands"]):
+        return f"{MANIFEST} does not say how it was made"
     for name, (size, crc) in files.items():
         path = folder / name
         if not path.is_file():

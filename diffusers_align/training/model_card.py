@@ -15,6 +15,7 @@ from ..front_doors import folder as front_doors
 from ..given_names import is_repository
 from . import resuming
 from .pictures import to_pil
+from .statistics import in_words
 
 HIDDEN = ("hub_token", "config", "trackers", "command")
 NUM_WIDGETS = 4
@@ -116,8 +117,9 @@ def lora_card(run, results: dict[str, tuple[float, float]], pictures: list[str],
     tags = ["lora", "template:sd-lora", re.sub(r"[^a-z0-9]+", "-", run.algorithm.lower()).strip("-")]
     front = front_matter(given, tags, pipeline_tag(policy.pipeline), widgets, data)
     aim = f"the preferences of `{public(data)}`" if data else f"the reward `{public(args.reward)}`"
-    rows = "\n".join(f"| {public(key)} | {mean:.4f} ± {error:.4f} |" for key, (mean, error) in results.items())
-    caption = f"Results on {judged_on} at equal seeds (mean ± standard error, {args.num_eval_samples} images):"
+    rows = "\n".join(f"| {public(key)} | {in_words(mean, error)} |" for key, (mean, error) in results.items())
+    measured = f"; the reward, which only measures, is `{public(args.reward)}`" if data and args.reward else ""
+    caption = f"Results on {judged_on} at equal seeds (mean ± standard error, {args.num_eval_samples} images{measured}):"
     table = f"{caption}\n\n| | |\n|---|---|\n{rows}\n\n" if results else ""
     shown = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in pictures)
     return f"""{front}

@@ -23,7 +23,7 @@ from .model_card import front_matter, public, public_command, public_configurati
 from .pictures import before_and_after
 from .pictures import save as save_picture
 from .scoring import Scorer, columns_of
-from .statistics import WinRate, mean_and_error, win_rate
+from .statistics import WinRate, in_words, mean_and_error, win_rate
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def describe(transported: Transported, asked: Iterable[str]) -> dict[str, str]:
             continue
         (old, old_error), (new, new_error) = (mean_and_error(values) for values in transported.rewards[name])
         gain, error = mean_and_error(transported.rewards[name][1] - transported.rewards[name][0])
-        lines[f"{name}, before"], lines[f"{name}, after"] = f"{old:.4f} ± {old_error:.4f}", f"{new:.4f} ± {new_error:.4f}"
-        lines[f"{name}, paired gain"] = f"{gain:+.4f} ± {error:.4f}"
+        lines[f"{name}, before"], lines[f"{name}, after"] = in_words(old, old_error), in_words(new, new_error)
+        lines[f"{name}, paired gain"] = in_words(gain, error, "+.4f")
         lines[f"{name}, win rate"] = f"{rate.rate:.1%} [{rate.low:.1%}, {rate.high:.1%}], {rate.wins + rate.ties + rate.losses} images, {rate.ties} ties"
     return lines
 

@@ -71,8 +71,8 @@ def read_recipe(name: str, flags: Collection[str]) -> dict[str, Given]:
         except yaml.YAMLError as error:
             raise RecipeError(f"{path}, line {line}: {flag} is no plain value: {getattr(error, 'problem', error)}") from error
     if unknown := sorted(flag for flag in found if flag not in flags or flag in NOT_IN_RECIPES):
-        where = "; ".join(f"{flag} in {found[flag].source.rpartition(', ')[2]}{suggestion(flag, flags)}" for flag in unknown)
-        raise RecipeError(f"{path}: unknown keys {', '.join(unknown)}: {where}. The keys are the script's flags, see --help")
+        where = "; ".join(f"{flag} in {found[flag].source.rpartition(', ')[2]}{suggestion(flag, {*flags} - {*NOT_IN_RECIPES})}" for flag in unknown)
+        raise RecipeError(f"{path}: unknown keys: {where}. The keys are the script's flags, see --help")
     return found
 
 

@@ -16,7 +16,7 @@ from .offline import reading_options
 from .pictures import before_and_after, grid, save
 from .sampling import Evaluation, described_solver, evaluate, paired_gain
 from .scoring import reward_of_flags
-from .statistics import mean_and_error, win_rate
+from .statistics import in_words, mean_and_error, win_rate
 
 
 class Report:
@@ -82,7 +82,7 @@ class Report:
             self.run.print(f"Evaluation: {args.num_eval_samples} images of {self.judged_on}, by {described_solver(args, self.before.solver)}.")
             self.run.print(f"before: {_summary(self.before, args.reward, self.rewards)}")
         if args.invalid_rewards == "error":
-            self.before.check_scored(self.rewards)
+            self.before.check_scored(self.rewards, {"reward": args.reward})
 
     def _preferred(self) -> dict[str, float]:
         """Implicit accuracy and margin on the held-out pairs, if there are any."""
@@ -167,7 +167,7 @@ class Report:
         if self.rewards:
             run.print(f"after:  {_summary(after, args.reward, self.rewards)}")
         for name, (gain, error) in gains.items():
-            run.print(f"gain in {args.reward if name == 'reward' else name} on {self.judged_on}: {gain:+.4f} ± {error:.4f} (paired, s.e.)")
+            run.print(f"gain in {args.reward if name == 'reward' else name} on {self.judged_on}: {in_words(gain, error, '+.4f')} (paired, s.e.)")
         run.print(f"LoRA, pictures and model card: {run.output_dir}")
         if len(run.policy.denoisers) > 1:
             where = args.hub_model_id if args.push_to_hub else str(run.output_dir)
@@ -192,10 +192,7 @@ def _summary(evaluation: Evaluation, reward: str, asked: Iterable[str]) -> str:
     """The rewards' means on one line; the one that is trained on by its own name."""
     parts = []
     for name, values in evaluation.rewards.items():
-        mean, error = mean_and_error(values)
         shown = reward + name.removeprefix("reward") if name.startswith("reward") else name
-        if mean == mean:
-            parts.append(f"{shown} {mean:.4f} ± {error:.4f}")
-        elif name in asked:  # the parts of a sum and of the scene score may not apply to any of the prompts
-            parts.append(f"{shown} without a score")
+        if name in asked or not values.isnan().all():  # the parts of a sum and of the scene score may not apply to any of the prompts
+            parts.append(f"{shown} {in_words(*mean_and_error(values))}")
     return ", ".join(parts)

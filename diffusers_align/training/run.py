@@ -88,7 +88,9 @@ class Run:
         return self.accelerator.is_main_process
 
     def print(self, *values: Any) -> None:
-        self.accelerator.print(*values)
+        """On the main process, a line above the progress bars."""
+        if self.is_main:
+            tqdm.write(" ".join(map(str, values)))
 
     def explain_once(self, *texts: str) -> None:
         """Print each text the first time that it comes up."""
@@ -125,8 +127,17 @@ class Run:
         self.register("weights", CheckpointedWeights(parameters))
 
     def load_optimizer(self, steps: int) -> None:
-        """AdamW over the parameters, a learning-rate schedule of `steps` optimizer steps, and the moving average if asked for."""
+        """AdamW over the parameters, a learning-rate schedule of `steps` optimizer steps, and the moving average if asked for.
+
+        Raises:
+            ValueError: the average would never begin.
+        """
         args, parameters = self.args, self.parameters
+        if args.use_ema and steps < args.ema_interval:
+            raise ValueError(
+                f"--use_ema takes a step every --ema_interval {args.ema_interval} optimizer steps, and the run makes {steps}: the average would never begin. "
+                "Lower --ema_interval, train for longer, or leave out --use_ema."
+            )
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = torch.optim.AdamW(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
         self.optimizer = self.accelerator.prepare(optimizer)

@@ -154,11 +154,16 @@ class Evaluation:
     rewards: dict[str, Tensor]
     solver: str = ""
 
-    def check_scored(self, names: Iterable[str]) -> None:
-        """Raise an InvalidReward if one of the rewards `names` scored not one image: a number that was asked for must not be missing unsaid."""
+    def check_scored(self, names: Iterable[str], shown: dict[str, str] | None = None) -> None:
+        """Raise an InvalidReward if one of the rewards `names` scored not one image: a number that was asked for must not be missing unsaid.
+
+        Args:
+            shown: what some of them go by elsewhere, for the message.
+        """
         for name in names:
             values = self.rewards.get(name)
             if values is None or values.isnan().all():
+                name = (shown or {}).get(name, name)
                 raise InvalidReward(
                     f"Reward {name!r} scored none of {len(self.prompts)} evaluation images, so there is no number for it. Repair the reward, give it the "
                     "fields that it needs beside the prompts, or leave it out; --invalid_rewards mask goes on without it."

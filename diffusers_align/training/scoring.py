@@ -127,6 +127,8 @@ class Scorer:
             result = within(self.timeout, scores)
         except InvalidReward:
             raise
+        except RewardError as error:  # it has words already, and a full stop
+            raise RewardError(f"{error} That was {about}. {self.advice}") from error
         except OverTime as over:
             self._unanswered = over.args[0]
             raise RewardTimeout(

@@ -19,6 +19,13 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return float(valid.mean()) if len(valid) else math.nan, error
 
 
+def in_words(mean: float, error: float, form: str = ".4f") -> str:
+    """`mean ± error`; the mean alone where one sample has no error; that there is no score where there is no mean."""
+    if math.isnan(mean):
+        return "without a score"
+    return f"{mean:{form}}" if math.isnan(error) else f"{mean:{form}} ± {error:.4f}"
+
+
 def wilson_interval(successes: float, number: int) -> tuple[float, float]:
     r"""Wilson's 95 % interval of a proportion: with $\hat p = s / n$ and $z = 1.96$,
 

@@ -88,9 +88,11 @@ def _standstill(seen) -> Iterator[str]:
             "more. Raise the target."
         )
     elif row.get("grad_norm", 1.0) == 0:
+        limits = [f"--{name}" for name in ("adv_clip_max", "clip_range", "loss_clip", "reward_filter") if hasattr(args, name)]
         yield (
-            "The gradient is 0 in every step: the loss does not depend on the weights. Look for a limit that cuts everything off (--adv_clip_max, "
-            "--clip_range, --loss_clip, --reward_filter), a weight of 0, or data whose two sides are equal."
+            "The gradient is 0 in every step: the loss does not depend on the weights. Look for a limit that cuts everything off"
+            + (f" ({', '.join(limits)})" if limits else "")
+            + ", a weight of 0, or data whose two sides are equal."
         )
 
 
