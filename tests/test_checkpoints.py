@@ -351,7 +351,7 @@ def test_metrics_that_cannot_be_written_say_how_to_resume(tmp_path, monkeypatch)
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("diffusers_align.training.run._write_atomically", full)
+    monkeypatch.setattr("diffusers_align.training.run.write_history", full)
     with pytest.raises(OSError, match="could not be written in epoch 2: .*No space left.*checkpoint-2 is complete .2 of 10 epochs.*--resume_from_checkpoint"):
         run.log({"reward": 1.0})
 

@@ -220,7 +220,7 @@ def test_resumed_equals_uninterrupted_with_the_calibration_of_the_checkpoint(fin
     calibrated = [line for line in capsys.readouterr().out.splitlines() if line.startswith("psi after 1 rounds")]
     assert len(calibrated) == 1 and calibrated[0].endswith(", 0.300") and "0.300, 0.300" not in calibrated[0], "the window's steps moved"
     # Another psi_init: what counts is the checkpoint's.
-    run_script("dense_grpo", tmp_path / "run", task, num_epochs=2, **FLAGS, psi_init=0.9, resume_from_checkpoint="latest")
+    run_script("dense_grpo", tmp_path / "run", task, num_epochs=2, **FLAGS, psi_init=0.9, resume_from_checkpoint="latest", allow_changes=True)
     assert calibrated[0] in capsys.readouterr().out
     assert_same_run(tmp_path / "run", expected, "checkpoint-2")
 
@@ -231,7 +231,7 @@ def test_each_step_is_trained_on_its_own_advantage(finished, tmp_path, monkeypat
 
     for k, trained in ((1, True), (2, False)):  # 2 is behind the window
         monkeypatch.setattr("diffusers_align.training.advantages.advantages_of", only_step(k))
-        out = run_script("dense_grpo", tmp_path / str(k), finished[0], **{**FIXED, "kl_beta": 0})
+        out = run_script("dense_grpo", tmp_path / str(k), finished[0], **{**FIXED, "kl_beta": 0, "allow_no_signal": True})
         assert (rows(out)[0]["grad_norm"] > 0) is trained
 
 
@@ -245,7 +245,7 @@ def test_recipes_parse(recipe):
     "flags, message",
     [
         ({"psi_init": 0}, "--psi_init must be a number above 0"),
-        ({"sde_window": (2, 1)}, "sde_window must be"),
+        ({"sde_window": (2, 1)}, "--sde_window 2 1 must be a first step and a later end"),
         ({"multi_reward": "gdpo"}, "for each step"),
     ],
 )

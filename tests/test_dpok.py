@@ -325,7 +325,12 @@ def test_prompt_features_say_what_is_missing():
         policy.prompt_features(condition)
 
     class Mute:
+        components = {}
+
         def __call__(self):
+            return None
+
+        def maybe_free_model_hooks(self):
             return None
 
     mute = Policy(FAMILIES["sd15"].build(), **FAMILIES["sd15"].call)

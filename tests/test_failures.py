@@ -178,7 +178,7 @@ def test_a_second_ctrl_c_is_pythons_own():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_run_with_one_line_wherever_it_comes(tmp_path, capfd, number):
     before = signal.getsignal(number)
-    run = make_run(tmp_path / "run", num_epochs=4, checkpointing_epochs=2)
+    run = make_run(tmp_path / "run", num_epochs=4, checkpointing_epochs=2, allow_no_signal=True)
     run.train_parameters([torch.nn.Parameter(torch.zeros(3))], lambda folder: None)
     run.load_optimizer(4)
     run.resume()
@@ -211,7 +211,7 @@ def test_a_run_that_is_gone_leaves_the_signals_as_they_were(tmp_path):
 
 
 def test_a_name_that_the_hub_does_not_allow_is_found_before_anything_is_loaded(task, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("diffusers_align.training.report.load_reward", None)
+    monkeypatch.setattr("diffusers_align.training.report.reward_of_flags", None)
     with pytest.raises(ValueError, match="--push_to_hub: the output folder's name, for want of --hub_model_id, 'my run' is no name of a repository"):
         train("ddpo", tmp_path / "my run", task, push_to_hub=True)
     with pytest.raises(ValueError, match="--push_to_hub: --hub_model_id 'a/b/c' is no name of a repository"):
@@ -219,7 +219,7 @@ def test_a_name_that_the_hub_does_not_allow_is_found_before_anything_is_loaded(t
 
 
 def test_a_hub_that_cannot_be_reached_is_found_before_anything_is_loaded(task, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("diffusers_align.training.report.load_reward", None)
+    monkeypatch.setattr("diffusers_align.training.report.reward_of_flags", None)
     monkeypatch.setattr(hub, "create_repo", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("[Errno 111] Connection refused\nmore")))
     with pytest.raises(OSError, match="repository 'run' could not be made: .*Connection refused. Look at the network, at the login"):
         train("ddpo", tmp_path / "run", task, push_to_hub=True)
@@ -291,7 +291,7 @@ def test_a_disk_that_is_too_small_is_found_before_training(task, tmp_path, monke
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(task, tmp_path, monkeypatch, place):  # noqa: F811
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(Run, "load_policy", None)
-    monkeypatch.setattr("diffusers_align.training.report.load_reward", None)
+    monkeypatch.setattr("diffusers_align.training.report.reward_of_flags", None)
     with pytest.raises(OSError, match="Cannot write to --output_dir .*Choose another folder or free some space"):
         train("ddpo", tmp_path / place, task)
 

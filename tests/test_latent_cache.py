@@ -96,11 +96,12 @@ def test_half_files_are_not_read(cache):
 def test_a_failed_write_leaves_the_old_entry_and_no_litter(cache, monkeypatch):
     cache.put("key", torch.ones(1))
 
-    def fail(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
+    def fail(path, content):
+        with path.open("wb") as file:
+            file.write(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("diffusers_align.data.cache.save_file", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="disk full"):
         cache.put("key", torch.zeros(1))
     assert torch.equal(cache.get("key"), torch.ones(1)) and not list(cache.folder.glob("*/*.partial"))

@@ -157,7 +157,8 @@ def test_what_is_not_finite_stops_its_sample_at_its_best(optimizer):
 
 
 def test_settings_that_do_not_fit_are_refused():
-    for match, options in {"regularizer 'l2'": {"regularizer": "l2"}, "negative": {"num_iterations": -1}, "positive": {"learning_rate": 0.0}}.items():
+    wrong = {"regularizer 'l2'": {"regularizer": "l2"}, "num_iterations must be": {"num_iterations": -1}, "learning_rate must be": {"learning_rate": 0.0}}
+    for match, options in wrong.items():
         with pytest.raises(ValueError, match=match):
             settings("sgd", **options)
     with pytest.raises(ValueError, match="Unknown optimizer 'newton'"):

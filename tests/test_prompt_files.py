@@ -102,7 +102,7 @@ def test_repeated_blank_and_huge_prompts_are_said_and_kept(tmp_path):
     assert not (said := []) and texts(written(tmp_path, "p.jsonl", '{"prompt": "a", "n": 1}\n{"prompt": "a", "n": 2}'), said) and said == []
 
 
-@pytest.mark.parametrize("name", ["reward", "images", "prompts", "on_invalid"])
+@pytest.mark.parametrize("name", ["images", "prompts", "self"])
 def test_columns_named_as_arguments_of_rewards_are_said_and_stay_out(tmp_path, name):
     with open(tmp_path / "p.csv", "w", newline="") as file:
         csv.writer(file).writerows([["prompt", name, "other"], ["a cat", "1", "2"]])

@@ -197,7 +197,7 @@ def test_from_pairs_to_spo(data, tmp_path):
 
 def test_spo_tells_a_reward_the_level(data, tmp_path):
     (data / "levels.py").write_text(LEVELS)
-    flags = {"num_samples_per_epoch": 2, "num_candidates": 2, "divert_start_step": 0, "num_inference_steps": 3}
+    flags = {"num_samples_per_epoch": 2, "num_candidates": 2, "divert_start_step": 0, "num_inference_steps": 3, "allow_no_signal": True}
     run_script("spo", tmp_path / "run", data, reward=f"{data / 'levels.py'}:reward", **flags)
     seen = [json.loads(line) for line in (data / "levels.txt").read_text().splitlines() if line != "None"]
     assert all(level == row[0] for row in seen for level in row) and len({row[0] for row in seen}) == 3

@@ -62,7 +62,7 @@ class HeldOutPairs:
         for start in range(0, len(mine), args.train_batch_size):
             places = [Position(row, noise_seed(args.seed, "held-out pairs", row), 0) for row in mine[start : start + args.train_batch_size]]
             images, _, _ = pairs_of(self.rows, places, policy.device)
-            condition = condition_of(policy, [prompt_of(self.rows[place.row]) for place in places])
+            condition = condition_of(policy, [prompt_of(self.rows[place.row]) for place in places], seeds=[place.seed for place in places])
             means = [self._error(policy, noising.draws(latents(side, places, condition), places, condition, self.num_draws)) for side in images]
             found += zip((place.row for place in places), torch.stack(means, 1).cpu())
             on_pairs(len(places) * processes)

@@ -88,8 +88,9 @@ class Examples:
         return [prompt.text for prompt in self._asked(places)]
 
     def condition(self, places: list[Position]) -> Condition:
-        """The pipeline's call with the places' `captions`, and what else belongs to their rows."""
-        return condition_of(self.policy, self._asked(places))
+        """The pipeline's call with the places' `captions`, and what else belongs to their rows. Seeds fix what the pipeline itself draws (of a
+        picture that it encodes, say): model and reference see the same."""
+        return condition_of(self.policy, self._asked(places), seeds=[place.seed for place in places])
 
     def _asked(self, places: list[Position]) -> list[Prompt]:
         share = self.run.args.proportion_empty_prompts

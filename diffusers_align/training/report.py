@@ -185,7 +185,7 @@ def judged_on(judged: Iterable[str], trained: set[str]) -> str:
     known = len(prompts & trained)
     if known == 0:
         return "held-out prompts"
-    return "the training prompts" if known == len(prompts) else f"{len(prompts)} prompts, {known} of them trained on,"
+    return "the training prompts" if known == len(prompts) else f"{len(prompts)} prompts ({known} of them trained on)"
 
 
 def _summary(evaluation: Evaluation, reward: str, asked: Iterable[str]) -> str:
