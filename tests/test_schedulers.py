@@ -214,13 +214,14 @@ def test_window_is_noisy_inside_and_the_ode_outside():
 
 
 def test_noise_level_may_differ_from_step_to_step():
-    levels = [0.1, 0.0, 0.5, 0.7]
+    levels = [0.1, 0.0, 0.5, 0.7, *[0.0] * 6]
     scheduler = flow("dance_grpo", noise_level=levels)
-    # Beyond the list there is no noise.
     assert scheduler.stochastic_steps.tolist() == [True, False, True, True] + [False] * 6
     for k, level in enumerate(levels):
         if level:
             assert scheduler.kernel(k) == flow("dance_grpo", noise_level=level).kernel(k)
+    with pytest.raises(ValueError, match="noise_level has 4 values, one a solver step, and none for step 4"):
+        flow("dance_grpo", noise_level=levels[:4]).stochastic_steps
 
 
 @pytest.mark.parametrize("config", FLOW_CONFIGS)
@@ -571,7 +572,7 @@ def test_step_returns_the_parents_tuple(make):
     "scheduler",
     [
         FlowMatchSDEScheduler(shift=3.0, sde_type="cps", noise_level=0.8, sde_window=(0, 3)),
-        FlowMatchSDEScheduler(use_dynamic_shifting=True, noise_level=[0.1, 0.2]),
+        FlowMatchSDEScheduler(use_dynamic_shifting=True, noise_level=[0.1, 0.2] * 3),
         DDIMSDEScheduler(**SD, eta=0.3),
     ],
     ids=["window", "levels", "ddim"],
