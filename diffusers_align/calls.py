@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -19,6 +20,8 @@ from .prompt_memory import PromptMemory, Store
 from .ranges import Count, check_call, checked
 from .safety_checker import unchecked
 from .schedulers.scheduling_utils import SDESchedulerMixin
+
+logger = logging.get_logger(__name__)
 
 # What a policy's methods set in each call, and the value that says nothing else. None is the pipeline's own default for all of them.
 _ONE_OUTPUT = (1, "it makes one sample a prompt; repeat the prompts, with other seeds.")
@@ -45,6 +48,7 @@ class Calls:
         self._parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
         self._memory = PromptMemory()
         self._embeddings: Condition | None = None
+        self._warned: set[str] = set()
         self._streams: list[torch.Generator] | None = None
 
     @property
@@ -90,6 +94,13 @@ class Calls:
         kwargs = {argument: value for argument, value in {**self.call_kwargs, **call_kwargs}.items() if argument not in own}
         given = checked_prompts(prompts) if prompts is not None else unknown_prompts(name, self._parameters, kwargs, own, seeds)
         condition = Condition(given, kwargs, seeds, step_seeds, own)
+        for argument in _maybe_of_samples(condition):
+            if argument not in self._warned:
+                self._warned.add(argument)
+                logger.warning(
+                    f"{argument}: a list of {len(condition)} for {len(condition)} prompts is taken for all of each sample's, as pipelines with several "
+                    f'references have it. If each belongs to one prompt, say so: per_sample={{"{argument}": [...]}}.'
+                )
         if condition.embedded:
             self._embeddings = condition
         return condition
@@ -135,6 +146,13 @@ class Calls:
                 self.pipeline, on_step, self._call(condition, **overrides), gradients=torch.is_grad_enabled(),
                 timesteps=timesteps, needs_denoiser=needs_denoiser, memory=self._memory, noise=self._streams, global_seed=_global_seed(condition),
             )  # fmt: skip
+
+
+def _maybe_of_samples(condition: Condition) -> list[str]:
+    """Shared lists of as many pictures as there are samples: stock pipelines take some of them one a prompt."""
+    number = len(condition)
+    lists = {name: value for name, value in condition.kwargs.items() if isinstance(value, (list, tuple)) and len(value) == number > 1}
+    return [name for name, value in lists.items() if all(hasattr(item, "shape") or hasattr(item, "getpixel") for item in value)]
 
 
 def _global_seed(condition: Condition) -> int | None:

@@ -297,3 +297,16 @@ def test_pipelines_take_embeddings():
     search = BestOfNPipeline(policy.pipeline, reward=lambda images, prompts: seen.extend(prompts) or images.mean((1, 2, 3)))
     output = search(num_candidates=2, **FAMILIES["sd15"].call, **embeddings, output_type="pt")
     assert set(seen) == {""} and output.rewards.shape == (2, 2)
+
+
+def test_shared_pictures_as_many_as_prompts_are_said_once(caplog):
+    policy, two = Policy(FAMILIES["sd15_img2img"].build()), [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    with caplog.at_level("WARNING", logger="diffusers_align.calls"):
+        for _ in range(2):
+            policy.condition(["a", "b"], image=two)
+        policy.condition(["a", "b"], per_sample={"image": two})
+        policy.condition(["a", "b", "c"], image=two)
+    assert [record.message for record in caplog.records if "per_sample" in record.message] == [
+        "image: a list of 2 for 2 prompts is taken for all of each sample's, as pipelines with several references have it. If each belongs to one prompt, "
+        'say so: per_sample={"image": [...]}.'
+    ]

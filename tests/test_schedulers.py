@@ -221,7 +221,7 @@ def test_noise_level_may_differ_from_step_to_step():
         if level:
             assert scheduler.kernel(k) == flow("dance_grpo", noise_level=level).kernel(k)
     with pytest.raises(ValueError, match="noise_level has 4 values, one a solver step, and none for step 4"):
-        flow("dance_grpo", noise_level=levels[:4]).stochastic_steps
+        flow("dance_grpo", noise_level=levels[:4]).kernel(4)
 
 
 @pytest.mark.parametrize("config", FLOW_CONFIGS)
