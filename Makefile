@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Small models on two cores lose more to threads waiting for each other than they gain.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-ddpo test test-fast style
+.PHONY: demo demo-ddpo test test-fast test-long style
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,10 +25,14 @@ demo-ddpo: $(VENV)/installed
 		training_scripts/train_ddpo.py --config training_scripts/recipes/ddpo_mini_sd.yaml
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not long"
+
+# What needs several processes or a whole training, method by method.
+test-long: $(VENV)/installed
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m long
 
 test-fast: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not long"
 
 style: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -493,7 +493,7 @@ def test_recipes_are_read(name, tmp_path):
     assert args.reward_scale > 0 and args.cfg == "none"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_what_one_does(task, tmp_path):
     flags = {**FLAGS, "num_epochs": 2, "train_batch_size": 1, "random_steps": 2, "adam_epsilon": 1e-3}
     run_script_on_two_processes("adjoint_matching", task / "two", task, **flags)

@@ -250,7 +250,7 @@ def test_spo_descends_on_the_pairs_that_it_scored(policy, tmp_path):
 # processes, flags and recipes
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name, flags", [("d3po", {**D3PO, "group_size": 4}), ("spo", {**SPO, "num_samples_per_epoch": 8})])
 def test_two_processes_make_the_same_update_as_one(name, flags, task, tmp_path):
     # Adam's own epsilon would make a full step of the rounding in a gradient of 0.

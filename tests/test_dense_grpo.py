@@ -255,7 +255,7 @@ def test_flags_that_make_no_sense(finished, tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err + str(error.value)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_what_one_does(tmp_path):
     """Gains, calibration and advantages are of the samples of all processes."""
     task = write_task(tmp_path)

@@ -433,7 +433,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train):
     assert 0 <= expected[0]["kl"] < expected[2]["kl"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_what_one_does_with_the_same_value_network(train):
     """The same two samples make each optimizer step."""
     # Adam's own epsilon would make a full step of the rounding in a gradient of 0.

@@ -157,7 +157,7 @@ def test_the_end_is_looked_at_even_between_validations(task, tmp_path):
     assert_same_lora(out, out / "checkpoint-1")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_stop_together(task, tmp_path):
     flags = {**FLAGS, "train_batch_size": 1, "num_epochs": 6, "num_eval_samples": 6, "learning_rate": 0.1, "early_stop_diversity": 0.9}
     flags |= {"gradient_accumulation_steps": 2}

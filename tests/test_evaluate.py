@@ -409,7 +409,7 @@ def test_every_process_makes_as_many_calls_on_held_out_pairs(task, monkeypatch):
     assert not rollouts, "the size of the latents is found once"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_find_what_one_does(evaluated, task, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     argv = arguments(task, tmp_path / "eval", lora_names=("blue", "other"), diversity_model="mini-clip")

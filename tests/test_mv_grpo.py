@@ -271,7 +271,7 @@ def test_flags_that_make_no_sense(finished, tmp_path, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_what_one_does(tmp_path):
     """A captioner sees its whole group, whichever processes have its images."""
     task = write_task(tmp_path)

@@ -257,7 +257,7 @@ def test_the_batch_size_changes_nothing(tmp_path, name):
     assert one[1]["reward"] == pytest.approx(two[1]["reward"], abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", ["train_nft", "train_awm"])
 def test_the_reward_rises(tmp_path, name, model):
@@ -277,7 +277,7 @@ def test_recipes_parse():
         assert all(script.parse_args(["--config", str(recipe)]).guidance_scale == 1.0 for recipe in recipes), "guidance is distilled into the weights"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["nft", "awm"])
 def test_two_processes_train_what_one_does(tmp_path, name):
     task = write_task(tmp_path)

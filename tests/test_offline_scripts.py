@@ -279,7 +279,7 @@ def test_results_do_not_depend_on_the_batch_size(task, tmp_path, name, flags):
     assert rows(one)[0]["loss"] != rows(one)[1]["loss"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name, flags", [("dpo", {}), ("kto", {"reference_point": "class_mean", "gamma": 0.5, "beta": 20})])
 def test_results_do_not_depend_on_the_number_of_processes(task, tmp_path, name, flags):
     # At a step of two and gamma 1/2, each process sees images of one class only.

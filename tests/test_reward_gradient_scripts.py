@@ -140,7 +140,7 @@ def test_videos(task, tmp_path):
     assert all(row["grad_norm"] > 0 for row in rows(tmp_path / "run"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_what_one_does(task, tmp_path):
     flags = {**FLAGS, "method": "drtune", "num_trained_steps": 1, "early_stop": 2, "adam_epsilon": 1e-3}
     flags |= {"train_batch_size": 2, "gradient_accumulation_steps": 1}

@@ -340,7 +340,7 @@ def test_micro_batches_do_not_change_the_step(trained, tmp_path):
     assert_same_steps(train(tmp_path, train_batch_size=4), trained)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_take_the_step_of_one(trained, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "training_scripts" / "train_ddpo.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
