@@ -33,7 +33,7 @@ from diffusers_align.rewards import load_reward
 from diffusers_align.training.pictures import comparison
 
 CALL = {"mini-sd3": {"max_sequence_length": 1}, "mini-sd": {}}
-STRENGTHS = {"dps": (10, 40), "mpgd": (0.05, 0.2), "freedom": (0.2, 2), "tfg": (4, 16), "flowchef": (4, 16), "universal": (2, 8)}
+STRENGTHS = {"dps": (10, 40), "mpgd": (0.2, 0.8), "freedom": (0.2, 2), "tfg": (4, 16), "flowchef": (4, 16), "universal": (2, 8)}
 LAMBDA = 50.0  # of the tilt that particles follow
 FAMILIES = {"best-of-n": "tab:blue", "guidance": "tab:orange", "noise": "tab:red", "steering": "tab:green"}
 Method = tuple[str, type, dict]
