@@ -101,7 +101,7 @@ def test_yamls_no_is_the_choice_of_that_name(tmp_path):
 
 def test_unknown_keys_of_a_recipe_are_named(tmp_path, capsys):
     error = message(capsys, *recipe(tmp_path, "learning_rat: 1\nrank: 2\nzeal: 3\n"))
-    assert "recipe.yaml: unknown keys: learning_rat in line" in error
+    assert "recipe.yaml: unknown keys: learning_rat in line 1" in error and "zeal in line 3" in error
 
 
 def test_a_value_outside_the_choices_is_an_error_that_lists_them(tmp_path, capsys):

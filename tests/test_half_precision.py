@@ -1,4 +1,4 @@
-"""Every training script in half precision, for one tiny epoch: it ends, it learns, and its replayed steps are its own."""
+"""Every training script in bfloat16, and those whose losses differ in float16, for one tiny epoch: it ends, it learns, and its replayed steps are its own."""
 
 import json
 import math
