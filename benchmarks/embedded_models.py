@@ -14,7 +14,7 @@ from diffusers_align.embedded.classifier import SceneClassifier
 from diffusers_align.embedded.scenes import COLORS, OBJECTS
 from diffusers_align.embedded.teaching import make_scenes
 from diffusers_align.rewards import load_reward
-from diffusers_align.training.pictures import grid
+from diffusers_align.training.report.pictures import grid
 
 CALL = {"mini-sd3": {"max_sequence_length": 1}, "mini-sd": {}}
 SHOWN = [

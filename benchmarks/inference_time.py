@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from diffusers_align import embedded
 from diffusers_align.data import load_prompts
-from diffusers_align.driver import denoisers
+from diffusers_align.driving.steps import denoisers
 from diffusers_align.pipelines.best_of_n import BestOfNPipeline
 from diffusers_align.pipelines.noise_optimization import NoiseOptimizationPipeline
 from diffusers_align.pipelines.particle_steering import ParticleSteeringPipeline
 from diffusers_align.pipelines.reward_guided import RewardGuidedPipeline
 from diffusers_align.rewards import load_reward
-from diffusers_align.training.pictures import comparison
+from diffusers_align.training.report.pictures import comparison
 
 CALL = {"mini-sd3": {"max_sequence_length": 1}, "mini-sd": {}}
 STRENGTHS = {"dps": (10, 40), "mpgd": (0.2, 0.8), "freedom": (0.2, 2), "tfg": (4, 16), "flowchef": (4, 16), "universal": (2, 8)}

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from diffusers_align.front_doors import front_door
-from diffusers_align.training import run as run_module
-from diffusers_align.training import sampling
+from diffusers_align.files.paths import front_door
+from diffusers_align.training.online import sampling
+from diffusers_align.training.run import run as run_module
 
 RECIPES = {"flow_grpo": "flow_grpo_mini_sd3.yaml", "ddpo": "ddpo_mini_sd.yaml"}
 SPENT: dict[str, float] = defaultdict(float)

@@ -24,9 +24,9 @@ from transformers import CLIPTextModel
 
 from diffusers_align import embedded
 from diffusers_align.algorithms.diffusion_dpo import diffusion_dpo_loss
-from diffusers_align.training import offline
-from diffusers_align.training.pictures import to_pil
-from diffusers_align.training.run import Run
+from diffusers_align.training.offline import examples as offline
+from diffusers_align.training.report.pictures import to_pil
+from diffusers_align.training.run.run import Run
 
 PAIRS, BATCH = 16, 8
 MODES = ("no cache", "cold", "warm")

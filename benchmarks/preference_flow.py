@@ -21,7 +21,7 @@ from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from diffusers_align import embedded
 from diffusers_align.data import load_prompts
 from diffusers_align.rewards import load_reward
-from diffusers_align.training.pictures import to_pil
+from diffusers_align.training.report.pictures import to_pil
 
 ROOT = Path(__file__).parent.parent
 TASKS = {

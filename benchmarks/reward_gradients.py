@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 from equal_time import Recipe, checkpoints, curves, evaluate, train
 
 from diffusers_align import Policy, embedded
-from diffusers_align.differentiable import differentiable_rollout
+from diffusers_align.gradients.rollout import differentiable_rollout
 from diffusers_align.rewards import load_reward
 
 # Training prompts, held-out prompts, and the checkpoint of the reward's model

@@ -6,7 +6,7 @@ import argparse
 import difflib
 
 from . import __version__
-from .front_doors import KINDS, folder, front_door, names
+from .files.paths import KINDS, folder, front_door, names
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,12 +15,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import lora_files, weight_files
-from .driver import denoisers as denoisers_of
-from .given_names import did_you_mean
-from .lora_files import METADATA, WEIGHTS
-from .ranges import Count, Positive, check
-from .wrappers import bare, unwrapped
+from .checks.given_names import did_you_mean
+from .checks.ranges import Count, Positive, check
+from .driving.steps import denoisers as denoisers_of
+from .driving.wrappers import bare, unwrapped
+from .files import lora_files, weight_files
+from .files.lora_files import METADATA, WEIGHTS
 
 logger = diffusers_logging.get_logger(__name__)
 

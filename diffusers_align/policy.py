@@ -1,6 +1,6 @@
 """A stock pipeline as a policy: roll it out, replay it with gradients, evaluate it at any state, decode and encode.
 
-No method knows a model family. Everything goes through the pipeline's own `__call__` (`diffusers_align.driver`), with its
+No method knows a model family. Everything goes through the pipeline's own `__call__` (`diffusers_align.driving.steps`), with its
 scheduler replaced by an SDE scheduler that has the same noise table.
 """
 
@@ -16,17 +16,17 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from . import lora
-from .calls import Calls, seeded
+from .checks.ranges import CountOrNone, Range, check_value, checked
 from .condition import Condition
-from .driver import Step
-from .latent_layout import LatentLayout
-from .noise import noise_seed, step_streams
-from .prediction import Prediction
-from .ranges import CountOrNone, Range, check_value, checked
-from .reproducibility import CarriedState, check_first_steps
+from .driving.driver import Calls, seeded
+from .driving.latent_layout import LatentLayout
+from .driving.noise import noise_seed, step_streams
+from .driving.prediction import Prediction
+from .driving.reproducibility import CarriedState, check_first_steps
+from .driving.steps import Step
+from .driving.tape import Tape, check_state
 from .schedulers import sde_twin
 from .schedulers.scheduling_utils import SDESchedulerMixin, put_in_place
-from .tape import Tape, check_state
 from .trajectory import Trajectory
 from .transition import GaussianTransition
 
@@ -41,7 +41,7 @@ class Policy(Calls):
             override.
 
     Attributes:
-        stock_scheduler: what the pipeline came with, for `diffusers_align.differentiable`.
+        stock_scheduler: what the pipeline came with, for `diffusers_align.gradients.rollout`.
         lockstep: processes wait for each other at each denoiser call, as they do when it is sharded: the number of calls then depends
             on shapes alone.
     """
@@ -250,7 +250,7 @@ class Policy(Calls):
 
     def decode(self, latents: Tensor, condition: Condition | None = None) -> Tensor:
         """Latents in the pipeline's layout to images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], by the pipeline's own
-        tail. Differentiable if autograd is on (values beyond [0, 1] are clamped and pass no gradient); `decoding.decode_latents` is so
+        tail. Differentiable if autograd is on (values beyond [0, 1] are clamped and pass no gradient); `gradients.decoding.decode_latents` is so
         also where the pipeline casts its autoencoder to another precision for the decoding."""
         condition = _of_samples(condition or self._any_condition(len(latents)), len(latents), "latents")
 

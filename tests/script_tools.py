@@ -8,8 +8,8 @@ from argparse import Namespace
 
 from test_scripts import COMMON, PROMPTS, REWARDS, assert_same_lora, assert_same_run, rows, script, started
 
-from diffusers_align.training.arguments import SamplingArguments
-from diffusers_align.training.run import Run
+from diffusers_align.training.flags.common import SamplingArguments
+from diffusers_align.training.run.run import Run
 
 RECIPES = script("any").parent / "recipes"
 __all__ = ["RECIPES", "assert_same_lora", "assert_same_run", "load_script", "make_run", "rows", "run_script", "run_script_on_two_processes", "write_task"]

@@ -27,7 +27,7 @@ from diffusers_align.algorithms.adjoint_matching import (
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.schedulers import sde_twin
 from diffusers_align.schedulers.kernels import KERNELS
-from diffusers_align.training.adjoints import (
+from diffusers_align.training.gradient.adjoints import (
     check_chain,
     describe_memory,
     kernel_at,

@@ -6,18 +6,18 @@ import pytest
 
 from diffusers_align import embedded
 from diffusers_align.data import load_prompts
-from diffusers_align.front_doors import folder
+from diffusers_align.files.paths import folder
 from diffusers_align.rewards import BUILT_INS
-from diffusers_align.training import arguments, options
-from diffusers_align.training.arguments import check_output_dir
-from diffusers_align.training.options import StepIndex, option
+from diffusers_align.training.flags import common, options
+from diffusers_align.training.flags.common import check_output_dir
+from diffusers_align.training.flags.options import StepIndex, option
 
 SCRIPTS = folder("training_scripts")
 RECIPES = sorted((SCRIPTS / "recipes").glob("*.yaml"))
 REQUIRED = ["--pretrained_model_name_or_path", "mini-sd", "--prompts", "mini_train", "--reward", "jpeg", "--output_dir", "out"]
 
 
-class Flags(arguments.SamplingArguments):
+class Flags(common.SamplingArguments):
     """a test"""
 
     window: tuple[StepIndex, StepIndex] | None = option(None, "two steps")
@@ -251,7 +251,7 @@ def test_names_that_are_nearly_right_are_suggested(capsys):
     assert "did you mean --learning_rate?" in message(capsys, "--learning_rat", "1")
     assert "did you mean mini-sd?" in message(capsys, "--pretrained_model_name_or_path", "mini-sdd")
     assert "did you mean cosine?" in message(capsys, "--lr_scheduler", "cosin")
-    assert set(arguments.EMBEDDED) < set(embedded.NAMES)
+    assert set(common.EMBEDDED) < set(embedded.NAMES)
 
 
 # trackers
@@ -269,7 +269,7 @@ def test_an_unknown_tracker_is_an_error_that_lists_the_known(capsys, monkeypatch
     assert "unknown tracker 'mlflow'; choose among none, tensorboard, wandb, trackio" in message(capsys, "--report_to", trackers)
 
 
-@pytest.mark.parametrize("tracker", arguments.TRACKERS)
+@pytest.mark.parametrize("tracker", common.TRACKERS)
 def test_a_tracker_that_is_not_installed_is_an_error_with_the_command(capsys, monkeypatch, tracker):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert f"--report_to {tracker}: not installed. Run `pip install {tracker}`" in message(capsys, "--report_to", tracker)
@@ -295,11 +295,11 @@ def test_the_recorded_command_line_holds_no_token(token):
 
 
 def test_the_output_folder_is_made_and_left_empty(tmp_path):
-    made = arguments.check_output_dir(str(tmp_path / "a" / "b"))
+    made = common.check_output_dir(str(tmp_path / "a" / "b"))
     assert made == tmp_path / "a" / "b"
     assert list(made.iterdir()) == []
     (made / "kept").touch()
-    arguments.check_output_dir(str(made))
+    common.check_output_dir(str(made))
     assert [path.name for path in made.iterdir()] == ["kept"]
 
 

@@ -15,9 +15,10 @@ import torch
 from script_tools import make_run
 
 from diffusers_align.rl.advantages import PromptStatistics
-from diffusers_align.training import checkpoints, failures
-from diffusers_align.training.folder_lock import FolderLock
-from diffusers_align.training.state_files import read_state, write_state
+from diffusers_align.training.checkpoints import checkpoints
+from diffusers_align.training.checkpoints.folder_lock import FolderLock
+from diffusers_align.training.checkpoints.state_files import read_state, write_state
+from diffusers_align.training.run import failures
 
 STATE = {
     "numbers": [1, -2.5, 0.1 + 0.2, 1e300, float("inf"), True, None, "text"],
@@ -40,7 +41,7 @@ def train(folder, epochs=0, size=3, **flags):
         parameter.grad = torch.linspace(1, 2, size) * (run.epoch + 1) * (-1) ** run.epoch
         run.optimizer_step()
         run.epoch += 1
-        with mock.patch("diffusers_align.training.metrics.reward_curve"):  # drawing takes longer than the rest
+        with mock.patch("diffusers_align.training.run.metrics.reward_curve"):  # drawing takes longer than the rest
             run.log({"reward": run.epoch / 10})
         run.checkpoint()
     return run
@@ -351,7 +352,7 @@ def test_metrics_that_cannot_be_written_say_how_to_resume(tmp_path, monkeypatch)
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("diffusers_align.training.run.write_history", full)
+    monkeypatch.setattr("diffusers_align.training.run.run.write_history", full)
     with pytest.raises(OSError, match="could not be written in epoch 2: .*No space left.*checkpoint-2 is complete .2 of 10 epochs.*--resume_from_checkpoint"):
         run.log({"reward": 1.0})
 

@@ -8,7 +8,7 @@ from tiny_pipelines import FAMILIES
 
 from diffusers_align import Condition, Policy, Trajectory
 from diffusers_align.condition import belongs_to_samples
-from diffusers_align.differentiable import differentiable_rollout
+from diffusers_align.gradients.rollout import differentiable_rollout
 from diffusers_align.pipelines import BestOfNPipeline, ParticleSteeringPipeline
 
 torch.set_num_threads(1)
@@ -301,7 +301,7 @@ def test_pipelines_take_embeddings():
 
 def test_shared_pictures_as_many_as_prompts_are_said_once(caplog):
     policy, two = Policy(FAMILIES["sd15_img2img"].build()), [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    with caplog.at_level("WARNING", logger="diffusers_align.calls"):
+    with caplog.at_level("WARNING", logger="diffusers_align.driving.driver"):
         for _ in range(2):
             policy.condition(["a", "b"], image=two)
         policy.condition(["a", "b"], per_sample={"image": two})

@@ -10,10 +10,10 @@ from tiny_pipelines import FAMILIES
 from diffusers_align import Policy, embedded
 from diffusers_align.algorithms.d3po import d3po_loss
 from diffusers_align.rl.matching import error_coefficients
-from diffusers_align.rl.preferences import ranked_pairs
-from diffusers_align.training.candidates import roll_out_candidates
-from diffusers_align.training.preferences import StoredTrajectories, descend, log_probs
-from diffusers_align.training.sampling import Samples
+from diffusers_align.rl.pair_losses import ranked_pairs
+from diffusers_align.training.online.sampling import Samples
+from diffusers_align.training.online.step_candidates import roll_out_candidates
+from diffusers_align.training.online.stored_trajectories import StoredTrajectories, descend, log_probs
 
 torch.set_num_threads(1)
 PROMPTS, SEEDS = ["a cat", "a cat", "a dog", "a dog"], [1, 2, 3, 4]
@@ -217,7 +217,7 @@ def test_spo_descends_on_the_pairs_that_it_scored(policy, tmp_path):
     from collections import defaultdict
 
     from diffusers_align.data.prompts import Prompt
-    from diffusers_align.training.candidates import sample_pairs
+    from diffusers_align.training.online.step_candidates import sample_pairs
 
     def redness(images, prompts, **columns):
         return images[:, 0].flatten(1).mean(1)

@@ -12,8 +12,8 @@ from diffusers_align.algorithms.dense_grpo import calibrate, gain_metrics, step_
 from diffusers_align.algorithms.flow_grpo import flow_grpo_loss
 from diffusers_align.data.prompts import Prompt
 from diffusers_align.rl import group_advantages
-from diffusers_align.training.credit import NoiseLevels, calibrate_noise, completion_rewards
-from diffusers_align.training.sampling import Samples
+from diffusers_align.training.online.sampling import Samples
+from diffusers_align.training.online.step_rewards import NoiseLevels, calibrate_noise, completion_rewards
 
 torch.set_num_threads(1)
 NAN = float("nan")
@@ -230,7 +230,7 @@ def test_each_step_is_trained_on_its_own_advantage(finished, tmp_path, monkeypat
         return lambda samples, args, reward, gains: torch.zeros_like(gains).index_fill(1, torch.tensor(k), 1.0)
 
     for k, trained in ((1, True), (2, False)):  # 2 is behind the window
-        monkeypatch.setattr("diffusers_align.training.advantages.advantages_of", only_step(k))
+        monkeypatch.setattr("diffusers_align.training.online.group_advantages.advantages_of", only_step(k))
         out = run_script("dense_grpo", tmp_path / str(k), finished[0], **{**FIXED, "kl_beta": 0, "allow_no_signal": True})
         assert (rows(out)[0]["grad_norm"] > 0) is trained
 

@@ -18,9 +18,9 @@ from tiny_pipelines import FAMILIES
 from torch import nn
 
 from diffusers_align import embedded
-from diffusers_align.driver import denoisers
-from diffusers_align.training import sharding
-from diffusers_align.training.run import Run
+from diffusers_align.driving.steps import denoisers
+from diffusers_align.training.run import sharding
+from diffusers_align.training.run.run import Run
 
 CONFIGS = sorted((ROOT / "training_scripts" / "accelerate_configs").glob("*.yaml"))
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from script_tools import load_script, make_run
 
-from diffusers_align.training import offline
-from diffusers_align.training.division import Division, divide, division_of
-from diffusers_align.training.run import Run
-from diffusers_align.training.sharding import sum_over_processes
+from diffusers_align.training.offline import examples as offline
+from diffusers_align.training.run.division import Division, divide, division_of
+from diffusers_align.training.run.run import Run
+from diffusers_align.training.run.sharding import sum_over_processes
 
 
 def flags(batch_size, accumulation=None, **others):

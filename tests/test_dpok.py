@@ -18,7 +18,7 @@ from tiny_pipelines import FAMILIES
 from diffusers_align import GaussianTransition, Policy
 from diffusers_align.algorithms.dpok import describe_kl, dpok_loss, output_mse, output_weight
 from diffusers_align.rl.values import ValueBaseline, ValueNetwork, explained_variance, value_advantages
-from diffusers_align.training.state_files import read_state
+from diffusers_align.training.checkpoints.state_files import read_state
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ from diffusers import (
 )
 from tiny_pipelines import FAMILIES
 
-from diffusers_align.driver import denoisers, drive
-from diffusers_align.prompt_memory import PromptMemory
+from diffusers_align.driving.prompt_memory import PromptMemory
+from diffusers_align.driving.steps import denoisers, drive
 from diffusers_align.schedulers import sde_twin
 
 CALL = {"prompt": ["a cat"], "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent", "height": 16, "width": 16}

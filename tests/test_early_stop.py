@@ -8,8 +8,8 @@ import torch
 from script_tools import assert_same_lora, assert_same_run, load_script, rows, run_script, run_script_on_two_processes, write_task
 
 from diffusers_align.data.prompts import Prompt
-from diffusers_align.training.early_stop import EarlyStop
-from diffusers_align.training.sampling import Evaluation
+from diffusers_align.training.online.sampling import Evaluation
+from diffusers_align.training.run.early_stop import EarlyStop
 
 torch.set_num_threads(1)
 PROMPTS = [Prompt("a"), Prompt("b")]

@@ -16,16 +16,16 @@ from test_scripts import started
 from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy, embedded
-from diffusers_align.front_doors import front_door
+from diffusers_align.files.paths import front_door
 from diffusers_align.lora import WEIGHTS
 from diffusers_align.rewards.base import InvalidReward, RewardTimeout
-from diffusers_align.training.comparison import table, without_nan
-from diffusers_align.training.costs import Cost, Meter
-from diffusers_align.training.evaluation import Session, diversities, find_lora, load_rewards, lora_loaded, path_kl
-from diffusers_align.training.held_out_pairs import HeldOutPairs, margins
-from diffusers_align.training.report import judged_on
-from diffusers_align.training.sampling import paired_gain
-from diffusers_align.training.statistics import diversity, in_words, mean_and_error, pairwise_cosine, pairwise_rms, wilson_interval, win_rate
+from diffusers_align.training.offline.held_out_pairs import HeldOutPairs, margins
+from diffusers_align.training.online.sampling import paired_gain
+from diffusers_align.training.report.comparison import table, without_nan
+from diffusers_align.training.report.evaluation import Session, diversities, find_lora, load_rewards, lora_loaded, path_kl
+from diffusers_align.training.report.report import judged_on
+from diffusers_align.training.report.statistics import diversity, in_words, mean_and_error, pairwise_cosine, pairwise_rms, wilson_interval, win_rate
+from diffusers_align.training.run.costs import Cost, Meter
 
 torch.set_num_threads(1)
 NAN = float("nan")
@@ -219,7 +219,7 @@ def test_a_lora_that_fits_in_part_is_an_error(pipeline, loras, tmp_path):
 
 def test_a_missing_lora_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diffusers_align.lora_files.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
+    monkeypatch.setattr("diffusers_align.files.lora_files.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
     with pytest.raises(FileNotFoundError, match="No LoRA 'runs/a': there is no such folder or file, and from the Hub: offline"):
         find_lora("runs/a")
     (tmp_path / "runs" / "a").mkdir(parents=True)
@@ -399,7 +399,7 @@ def test_every_process_makes_as_many_calls_on_held_out_pairs(task, monkeypatch):
     expected, calls, found, predict, rollouts, rollout = pairs.errors(policy), [], [], Policy.predict, [], Policy.rollout
     monkeypatch.setattr(Policy, "predict", lambda *args, **more: calls.append(1) or predict(*args, **more))
     monkeypatch.setattr(Policy, "rollout", lambda *args, **more: rollouts.append(1) or rollout(*args, **more))
-    monkeypatch.setattr("diffusers_align.training.held_out_pairs.gather_object", lambda own: found.extend(own) or found)
+    monkeypatch.setattr("diffusers_align.training.offline.held_out_pairs.gather_object", lambda own: found.extend(own) or found)
     pairs.run.args.train_batch_size = 1
     for rank in range(2):
         pairs.run.accelerator = Namespace(process_index=rank, num_processes=2, autocast=Accelerator().autocast)
@@ -562,7 +562,7 @@ def test_the_meter_counts_rows_only_while_it_runs():
 
 def test_the_meter_excludes_pauses_from_its_seconds(monkeypatch):
     now = iter([10.0, 13.0, 20.0, 25.0])
-    monkeypatch.setattr("diffusers_align.training.costs.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("diffusers_align.training.run.costs.time.perf_counter", lambda: next(now))
     meter = Meter()
     with meter.running():
         with meter.paused():

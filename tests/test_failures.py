@@ -22,8 +22,10 @@ from test_scripts import ENVIRONMENT, LORA, SCRIPTS, STATEFUL, arguments, assert
 from test_scripts import task as task  # noqa: F401 - a fixture
 
 from diffusers_align import embedded
-from diffusers_align.training import checkpoints, failures, hub
-from diffusers_align.training.run import Run
+from diffusers_align.training.checkpoints import checkpoints
+from diffusers_align.training.report import hub
+from diffusers_align.training.run import failures
+from diffusers_align.training.run.run import Run
 
 Disk = namedtuple("Disk", "total used free")
 EPOCHS = {"num_epochs": 3, "validation_epochs": 2}
@@ -211,7 +213,7 @@ def test_a_run_that_is_gone_leaves_the_signals_as_they_were(tmp_path):
 
 
 def test_a_name_that_the_hub_does_not_allow_is_found_before_anything_is_loaded(task, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("diffusers_align.training.report.reward_of_flags", None)
+    monkeypatch.setattr("diffusers_align.training.report.report.reward_of_flags", None)
     with pytest.raises(ValueError, match="--push_to_hub: the output folder's name, for want of --hub_model_id, 'my run' is no name of a repository"):
         train("ddpo", tmp_path / "my run", task, push_to_hub=True)
     with pytest.raises(ValueError, match="--push_to_hub: --hub_model_id 'a/b/c' is no name of a repository"):
@@ -219,7 +221,7 @@ def test_a_name_that_the_hub_does_not_allow_is_found_before_anything_is_loaded(t
 
 
 def test_a_hub_that_cannot_be_reached_is_found_before_anything_is_loaded(task, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("diffusers_align.training.report.reward_of_flags", None)
+    monkeypatch.setattr("diffusers_align.training.report.report.reward_of_flags", None)
     monkeypatch.setattr(hub, "create_repo", lambda *args, **kwargs: (_ for _ in ()).throw(ConnectionError("[Errno 111] Connection refused\nmore")))
     with pytest.raises(OSError, match="repository 'run' could not be made: .*Connection refused. Look at the network, at the login"):
         train("ddpo", tmp_path / "run", task, push_to_hub=True)
@@ -281,7 +283,7 @@ def test_the_estimate_is_right(task, tmp_path, monkeypatch):  # noqa: F811
 
 def test_a_disk_that_is_too_small_is_found_before_training(task, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Disk(10**9, 10**9 - 10**5, 10**5))
-    monkeypatch.setattr("diffusers_align.training.report.Report.start", full)
+    monkeypatch.setattr("diffusers_align.training.report.report.Report.start", full)
     message = r"run has 0.1 MB free, and this run will write about [\d.]+ MB: checkpoints \(3 at a time\) .*weights .*pictures .*--checkpoints_total_limit"
     with pytest.raises(OSError, match=message):
         train("ddpo", tmp_path / "run", task, num_epochs=3)
@@ -291,7 +293,7 @@ def test_a_disk_that_is_too_small_is_found_before_training(task, tmp_path, monke
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(task, tmp_path, monkeypatch, place):  # noqa: F811
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(Run, "load_policy", None)
-    monkeypatch.setattr("diffusers_align.training.report.reward_of_flags", None)
+    monkeypatch.setattr("diffusers_align.training.report.report.reward_of_flags", None)
     with pytest.raises(OSError, match="Cannot write to --output_dir .*Choose another folder"):
         train("ddpo", tmp_path / place, task)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from annotated_types import Ge, Gt, Le, Lt
 
-from diffusers_align.front_doors import folder
-from diffusers_align.training.options import Arguments, parse
-from diffusers_align.training.options import options_of as flags_of
+from diffusers_align.files.paths import folder
+from diffusers_align.training.flags.options import Arguments, parse
+from diffusers_align.training.flags.options import options_of as flags_of
 
 PACKAGE, SCRIPTS = Path(__file__).parent.parent / "diffusers_align", folder("training_scripts")
 STEMS = sorted(path.stem for path in SCRIPTS.glob("*.py"))

@@ -21,8 +21,8 @@ from diffusers_align.algorithms.mix_grpo import window_at
 from diffusers_align.algorithms.reinforce import reinforce_loss
 from diffusers_align.rewards.base import WeightedSum
 from diffusers_align.rl import group_advantages, multi_reward_advantages
-from diffusers_align.training.advantages import advantages_of
-from diffusers_align.training.sampling import Samples
+from diffusers_align.training.online.group_advantages import advantages_of
+from diffusers_align.training.online.sampling import Samples
 from diffusers_align.trajectory import Condition, Trajectory
 
 torch.set_num_threads(1)

@@ -11,10 +11,11 @@ from script_tools import load_script, make_run, rows, run_script, write_task
 from torch import nn
 
 from diffusers_align.rewards import InvalidReward
-from diffusers_align.training import endings, reward_learning
-from diffusers_align.training.health import PATIENCE, Health, Seen, Start
-from diffusers_align.training.pictures import reward_curve
-from diffusers_align.training.sampling import Samples
+from diffusers_align.training.offline import reward_fitting
+from diffusers_align.training.online.sampling import Samples
+from diffusers_align.training.report.pictures import reward_curve
+from diffusers_align.training.run import endings
+from diffusers_align.training.run.health import PATIENCE, Health, Seen, Start
 
 CONSTANT = "def constant(images, prompts, **columns):\n    return 0 * images.flatten(1).mean(1) + 0.5\n"
 LORA = "pytorch_lora_weights.safetensors"
@@ -235,9 +236,9 @@ def test_one_noise_a_group_is_refused_where_steps_have_none(script, tmp_path, ca
 def test_a_reward_is_not_fitted_to_data_that_prefers_nothing(kind, targets):
     examples = [SimpleNamespace(target=torch.tensor(target)) for target in targets]
     with pytest.raises(ValueError, match=f"nothing to learn from 2 examples of kind {kind}"):
-        reward_learning.check_signal(kind, reward_learning.targets_of(examples))
+        reward_fitting.check_signal(kind, reward_fitting.targets_of(examples))
     targets[0][0] = 0.0
-    reward_learning.check_signal(kind, reward_learning.targets_of([SimpleNamespace(target=torch.tensor(target)) for target in targets]))
+    reward_fitting.check_signal(kind, reward_fitting.targets_of([SimpleNamespace(target=torch.tensor(target)) for target in targets]))
 
 
 # --- zero_std ----------------------------------------------------------------------------------------------------------
@@ -315,7 +316,7 @@ def test_a_curve_with_gaps_ends_no_run(history, tmp_path):
 
 def test_a_curve_that_cannot_be_drawn_ends_no_run(stepping, monkeypatch, capsys):
     run, _ = stepping
-    monkeypatch.setattr("diffusers_align.training.metrics.reward_curve", lambda history, path: 1 / 0)
+    monkeypatch.setattr("diffusers_align.training.run.metrics.reward_curve", lambda history, path: 1 / 0)
     run.log({"reward": 1.0})
     assert json.loads((run.output_dir / "metrics.jsonl").read_text()) == {"epoch": 0, "reward": 1.0}
     assert "reward_curve.png could not be drawn (ZeroDivisionError" in capsys.readouterr().out

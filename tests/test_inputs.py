@@ -14,8 +14,8 @@ from tiny_pipelines import LATENT_CHANNELS, SHORT, flux, quiet, seeded, stable_d
 from diffusers_align.data import LazyImage, Prompt, load_preferences, load_prompts
 from diffusers_align.data.inputs import Inputs, parse_input_columns
 from diffusers_align.policy import Policy
-from diffusers_align.training.inputs import batches_by_size
-from diffusers_align.training.sampling import evaluate
+from diffusers_align.training.online.sampling import evaluate
+from diffusers_align.training.run.inputs import batches_by_size
 
 torch.set_num_threads(1)
 REWARDS = """

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tiny_pipelines import FAMILIES
 
 from diffusers_align import embedded
-from diffusers_align.training.loading import load_pipeline, training_scheduler
+from diffusers_align.training.run.model_loading import load_pipeline, training_scheduler
 
 
 def load(name, **flags):
@@ -125,7 +125,7 @@ def test_a_script_of_the_other_kind_names_scripts_of_this_one():
     with pytest.raises(ValueError, match=r"StableDiffusionPipeline here is a diffusion model.*train_ddpo.py.*DDIMSDEScheduler has no noise_level"):
         training_scheduler(FAMILIES["sd15"].build(), noise_level=1.0)
     scripts = Path(__file__).parent.parent / "training_scripts"
-    from diffusers_align.training.loading import ELSEWHERE
+    from diffusers_align.training.run.model_loading import ELSEWHERE
 
     named = {word.rstrip(",") for text in ELSEWHERE.values() for word in text.split() if word.rstrip(",").endswith(".py")}
     assert len(named) == 6 and all((scripts / name).is_file() for name in named)

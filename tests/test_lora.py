@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import FAMILIES, wan
 from torch import nn
 
-from diffusers_align import Policy, load_lora, lora, lora_files, weight_files
-from diffusers_align.driver import denoisers
-from diffusers_align.training.costs import Meter
-from diffusers_align.wrappers import bare, unwrapped
+from diffusers_align import Policy, load_lora, lora
+from diffusers_align.driving.steps import denoisers
+from diffusers_align.driving.wrappers import bare, unwrapped
+from diffusers_align.files import lora_files, weight_files
+from diffusers_align.training.run.costs import Meter
 
 WEIGHTS = lora_files.WEIGHTS
 
@@ -329,7 +330,7 @@ def foreign(tmp_path_factory):
 
 @pytest.mark.parametrize("path", ["ours", f"ours/{WEIGHTS}", "kohya", f"kohya/{WEIGHTS}", "named", "named/my_style.safetensors"])
 def test_files_of_other_tools_load_from_a_folder_as_alone(foreign, path):
-    from diffusers_align.training.evaluation import find_lora, lora_loaded
+    from diffusers_align.training.report.evaluation import find_lora, lora_loaded
 
     folder, expected = foreign
     pipeline = FAMILIES["sd15"].build()

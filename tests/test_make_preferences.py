@@ -12,7 +12,7 @@ import torch
 from script_tools import script, write_task
 
 from diffusers_align.data import Prompt, load_preferences
-from diffusers_align.training.made_preferences import equal_images
+from diffusers_align.training.offline.made_preferences import equal_images
 from diffusers_align.trajectory import Trajectory
 
 torch.set_num_threads(1)

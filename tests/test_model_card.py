@@ -10,9 +10,9 @@ from PIL import Image
 from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy, embedded
-from diffusers_align.front_doors import folder
-from diffusers_align.training import hub
-from diffusers_align.training.model_card import front_matter, pipeline_tag, public, public_command
+from diffusers_align.files.paths import folder
+from diffusers_align.training.report import hub
+from diffusers_align.training.report.model_card import front_matter, pipeline_tag, public, public_command
 
 
 @pytest.mark.parametrize(
@@ -40,8 +40,8 @@ def test_a_command_can_be_pasted_elsewhere(monkeypatch, tmp_path):
     script = folder("training_scripts") / "train_ddpo.py"
     command = f"accelerate launch {script} --prompts '/home/me/a b.txt' --reward=http://u:p@h:1 --config recipes/x.yaml"
     assert public_command(command) == "accelerate launch training_scripts/train_ddpo.py --prompts 'a b.txt' --reward=http://h:1 --config recipes/x.yaml"
-    bundled = tmp_path / "front_doors_data" / "training_scripts"
-    monkeypatch.setattr("diffusers_align.training.model_card.front_doors", lambda kind: bundled)
+    bundled = tmp_path / "shipped" / "training_scripts"
+    monkeypatch.setattr("diffusers_align.training.report.model_card.shipped", lambda kind: bundled)
     assert public_command(f"accelerate launch {bundled / 'train_ddpo.py'}") == "accelerate launch $(diffusers-align path train_ddpo)"
 
 

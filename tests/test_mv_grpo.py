@@ -14,8 +14,8 @@ from diffusers_align.algorithms.flow_grpo import flow_grpo_loss
 from diffusers_align.algorithms.mv_grpo import mv_grpo_loss
 from diffusers_align.data.prompts import Prompt, load_prompts
 from diffusers_align.embedded.scenes import adjacent_captions, parse
-from diffusers_align.training.sampling import Samples, sample_epoch
-from diffusers_align.training.views import decoded, load_views, view_conditions, view_log_probs, view_rewards, write_views
+from diffusers_align.training.online.captions import decoded, load_views, view_conditions, view_log_probs, view_rewards, write_views
+from diffusers_align.training.online.sampling import Samples, sample_epoch
 
 torch.set_num_threads(1)
 PROMPTS = [Prompt("a cat", {"weight": 1.0}), Prompt("two dogs", {"weight": 2.0})]
@@ -247,7 +247,7 @@ def test_each_view_is_trained_on_its_own_advantage(finished, tmp_path, monkeypat
     def only_view(samples, args, reward, rewards):
         return torch.zeros_like(rewards).index_fill(1, torch.tensor(1), 1.0)
 
-    monkeypatch.setattr("diffusers_align.training.advantages.advantages_of", only_view)
+    monkeypatch.setattr("diffusers_align.training.online.group_advantages.advantages_of", only_view)
     views = f"{finished[0] / 'captioner.py'}:rewritten"
     assert rows(run_script("mv_grpo", tmp_path / "run", finished[0], views=views, **{**FLAGS, "kl_beta": 0}))[0]["grad_norm"] > 0
 

@@ -17,7 +17,7 @@ from diffusers_align.algorithms.advantage_weighted_matching import WEIGHTINGS, a
 from diffusers_align.algorithms.diffusion_nft import ADVANTAGE_MODES, nft_loss, old_policy_decay, optimality
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.rl.matching import matching_error
-from diffusers_align.training.averages import LaggingWeights
+from diffusers_align.training.run.weight_copies import LaggingWeights
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]

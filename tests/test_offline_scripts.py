@@ -18,8 +18,8 @@ from diffusers_align.algorithms.diffusion_sdpo import safeguard_scale, scale_gra
 from diffusers_align.algorithms.dspo import dspo_loss
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.policy import Policy
-from diffusers_align.training import offline
-from diffusers_align.training.run import Run
+from diffusers_align.training.offline import examples as offline
+from diffusers_align.training.run.run import Run
 
 torch.set_num_threads(1)
 CAPTIONS = ("a cat", "two dogs", "a green apple", "a cat", "three birds", "a cat on grass")

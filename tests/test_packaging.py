@@ -12,7 +12,7 @@ import pytest
 
 from diffusers_align import __version__
 from diffusers_align.__main__ import main
-from diffusers_align.front_doors import find_recipe, front_door, names
+from diffusers_align.files.paths import find_recipe, front_door, names
 
 ROOT = Path(__file__).parent.parent
 FRONT_DOORS = [
@@ -24,7 +24,7 @@ FRONT_DOORS = [
 USE = """
 import diffusers_align
 from diffusers_align import FlowMatchSDEScheduler, apply_recipe
-from diffusers_align.front_doors import front_door
+from diffusers_align.files.paths import front_door
 assert front_door("training_scripts", "train_ddpo").is_file()
 class Pipeline: scheduler = FlowMatchSDEScheduler(shift=3.0)
 assert apply_recipe(Pipeline(), "cps").scheduler.config.sde_type == "cps"
@@ -51,7 +51,7 @@ def test_wheel_and_sdist_hold_everything(built):
     inside = zipfile.ZipFile(wheel).namelist()
     assert "diffusers_align/py.typed" in inside and "diffusers_align/embedded/mini-sd3/model_index.json" in inside
     for path in FRONT_DOORS:
-        assert f"diffusers_align/front_doors_data/{path}" in inside
+        assert f"diffusers_align/shipped/{path}" in inside
     packed = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
     assert {*FRONT_DOORS, "LICENSE", "README.md", "Makefile", "tests/test_packaging.py", "diffusers_align/py.typed"} <= packed
 

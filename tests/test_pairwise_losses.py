@@ -20,7 +20,7 @@ from diffusers_align.algorithms.mapo import likelihood_score, mapo_loss, mapo_ma
 from diffusers_align.algorithms.spo import resample, spo_loss, step_pairs
 from diffusers_align.forward_process import WEIGHTINGS, ForwardProcess
 from diffusers_align.rl.matching import error_coefficients, matching_error
-from diffusers_align.rl.preferences import PAIR_LOSSES, pair_loss, ranked_pairs
+from diffusers_align.rl.pair_losses import PAIR_LOSSES, pair_loss, ranked_pairs
 
 torch.set_num_threads(1)
 PAIRS, D = 6, 4

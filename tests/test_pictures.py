@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from diffusers_align.training import lettering
-from diffusers_align.training.lettering import ELLIPSIS, font_of, readable, width_of, wrapped
-from diffusers_align.training.pictures import before_and_after, comparison, grid, reward_curve, save, to_pil
+from diffusers_align.training.report import lettering
+from diffusers_align.training.report.lettering import ELLIPSIS, font_of, readable, width_of, wrapped
+from diffusers_align.training.report.pictures import before_and_after, comparison, grid, reward_curve, save, to_pil
 
 WHITE = (255, 255, 255)
 

@@ -14,7 +14,7 @@ from tiny_pipelines import FAMILIES
 
 from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, Policy, embedded, sde_twin
 from diffusers_align.algorithms import particle_steering as smc
-from diffusers_align.front_doors import folder
+from diffusers_align.files.paths import folder
 from diffusers_align.pipelines import BestOfNPipeline, ParticleSteeringPipeline, path, push
 from diffusers_align.pipelines.particle_steering import Steering, _seeds
 from diffusers_align.rewards import InvalidReward

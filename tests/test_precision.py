@@ -12,10 +12,10 @@ from tiny_pipelines import FAMILIES
 from torch import nn
 
 from diffusers_align import Policy, Trajectory, sde_twin
-from diffusers_align.latent_layout import in_float32
+from diffusers_align.driving.latent_layout import in_float32
+from diffusers_align.driving.tape import Tape
 from diffusers_align.pipelines import ParticleSteeringPipeline
-from diffusers_align.tape import Tape
-from diffusers_align.training.candidates import roll_out_candidates
+from diffusers_align.training.online.step_candidates import roll_out_candidates
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You have passed . text prompts:FutureWarning"),

@@ -21,12 +21,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from diffusers_align import embedded
 from diffusers_align.algorithms.preference_flow_matching import COUPLINGS, SOLVERS, couple, interpolate, pfm_loss, transport, transport_plan
 from diffusers_align.data import LazyImage
-from diffusers_align.front_doors import front_door
+from diffusers_align.files.paths import front_door
 from diffusers_align.pipelines.preference_flow import PreferenceFlowPipeline
-from diffusers_align.training import preference_flow
-from diffusers_align.training.model_card import public
-from diffusers_align.training.pictures import to_pil
-from diffusers_align.training.state_files import read_state
+from diffusers_align.training.checkpoints.state_files import read_state
+from diffusers_align.training.offline import flow_pairs
+from diffusers_align.training.report.model_card import public
+from diffusers_align.training.report.pictures import to_pil
 
 torch.set_num_threads(1)
 
@@ -520,12 +520,12 @@ def test_the_reward_gets_the_fields_of_its_prompts(folder, tmp_path, capsys):
 
 def test_pairs_split_by_prompt_and_both_sides_have_some():
     pairs = [{"prompt": f"p{i % 5}", "n": i} for i in range(20)]
-    kept, held_out = preference_flow.split_by_prompt(pairs, 0.4, 0)
+    kept, held_out = flow_pairs.split_by_prompt(pairs, 0.4, 0)
     assert len({row["prompt"] for row in held_out}) == 2 and not {row["prompt"] for row in kept} & {row["prompt"] for row in held_out}
-    assert len(kept) + len(held_out) == 20 and preference_flow.split_by_prompt(pairs, 0.0, 0) == (pairs, [])
-    assert {tuple(sorted({row["prompt"] for row in preference_flow.split_by_prompt(pairs, 0.4, seed)[1]})) for seed in range(5)} != 1
+    assert len(kept) + len(held_out) == 20 and flow_pairs.split_by_prompt(pairs, 0.0, 0) == (pairs, [])
+    assert {tuple(sorted({row["prompt"] for row in flow_pairs.split_by_prompt(pairs, 0.4, seed)[1]})) for seed in range(5)} != 1
     with pytest.raises(ValueError, match="Of 5 prompts, 5 would be held out"):
-        preference_flow.split_by_prompt(pairs, 1.0, 0)
+        flow_pairs.split_by_prompt(pairs, 1.0, 0)
 
 
 @pytest.mark.parametrize(

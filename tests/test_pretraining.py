@@ -10,7 +10,7 @@ from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy
 from diffusers_align.data.augment import to_tensor
-from diffusers_align.training.pretraining import Pretraining
+from diffusers_align.training.gradient.pretraining import Pretraining
 
 torch.set_num_threads(1)
 FLAGS = {"num_samples_per_epoch": 4, "window": (0.3, 0.9), "reward_target": 5.0, "reward_scale": 1.0, "num_eval_samples": 2, "num_validation_images": 2}

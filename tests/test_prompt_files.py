@@ -7,7 +7,7 @@ import pytest
 
 from diffusers_align.data import load_preferences, load_prompts
 from diffusers_align.rewards import score
-from diffusers_align.training.views import load_views
+from diffusers_align.training.online.captions import load_views
 
 
 def texts(path, said=None):

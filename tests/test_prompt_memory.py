@@ -7,7 +7,7 @@ from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy, embedded
 from diffusers_align.data import TensorCache
-from diffusers_align.prompt_memory import PromptMemory
+from diffusers_align.driving.prompt_memory import PromptMemory
 
 torch.set_num_threads(1)
 PROMPTS = ["a fox", "two red lemons on grass", "a cat"]

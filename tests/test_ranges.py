@@ -12,11 +12,22 @@ from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy, pipelines
 from diffusers_align.algorithms.guidance import Guidance, preset
+from diffusers_align.checks.ranges import (
+    Count,
+    CountOrNone,
+    NonNegative,
+    Positive,
+    PositiveOrInfinite,
+    PositiveShare,
+    Probability,
+    Range,
+    check_fields,
+    checked,
+)
 from diffusers_align.condition import Condition
-from diffusers_align.differentiable import differentiable_rollout
+from diffusers_align.gradients.rollout import differentiable_rollout
 from diffusers_align.pipelines import base
 from diffusers_align.pipelines.particle_steering import Steering
-from diffusers_align.ranges import Count, CountOrNone, NonNegative, Positive, PositiveOrInfinite, PositiveShare, Probability, Range, check_fields, checked
 from diffusers_align.rewards import WeightedSum, score
 from diffusers_align.rewards.remote import RemoteReward
 from diffusers_align.rewards.vlm_judge import VLMJudge

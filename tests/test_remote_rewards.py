@@ -25,7 +25,7 @@ from diffusers_align.rewards.remote import RemoteReward
 from diffusers_align.rewards.server import RewardServer
 from diffusers_align.rewards.vlm_judge import VLMJudge, parse_mark
 from diffusers_align.rewards.wire import decode_request, decode_scores, encode_request, encode_scores
-from diffusers_align.training.scoring import MAX_PENDING, OverTime, Scorer, gather_scores, within
+from diffusers_align.training.online.scoring import MAX_PENDING, OverTime, Scorer, gather_scores, within
 
 torch.set_num_threads(1)
 QUICK = {"timeout": 5.0, "retries": 2, "backoff": 0.01}

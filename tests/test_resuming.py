@@ -8,8 +8,8 @@ import torch
 from script_tools import Run, load_script
 from test_checkpoints import resumed, train, weights
 
-from diffusers_align.training import resuming
-from diffusers_align.training.options import Arguments, options_of
+from diffusers_align.training.checkpoints import resuming
+from diffusers_align.training.flags.options import Arguments, options_of
 
 # --- hyper-parameters take effect ----------------------------------------------------------------------------------------------
 

@@ -10,9 +10,9 @@ import torch
 from diffusers_align.data.prompts import Prompt, load_prompts
 from diffusers_align.rewards import InvalidReward, RewardError, WeightedSum, load_reward, score
 from diffusers_align.rewards.base import score_columns
-from diffusers_align.training.bound_rewards import BoundReward
-from diffusers_align.training.failures import Interrupted
-from diffusers_align.training.scoring import Scorer
+from diffusers_align.training.gradient.bound_rewards import BoundReward
+from diffusers_align.training.online.scoring import Scorer
+from diffusers_align.training.run.failures import Interrupted
 
 PROMPTS = ["a cat", "two dogs"]
 

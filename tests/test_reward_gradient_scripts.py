@@ -15,15 +15,15 @@ from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy, embedded
 from diffusers_align.data.prompts import Prompt
-from diffusers_align.differentiable import differentiable_rollout
 from diffusers_align.forward_process import ForwardProcess
-from diffusers_align.gradient_check import GradientError
+from diffusers_align.gradients.check import GradientError
+from diffusers_align.gradients.rollout import differentiable_rollout
 from diffusers_align.rewards import InvalidReward, RewardError, RewardTimeout
-from diffusers_align.training import renoised_samples
-from diffusers_align.training import reward_gradients as shared
-from diffusers_align.training.bound_rewards import BoundReward
-from diffusers_align.training.run import Run
-from diffusers_align.training.scoring import Scorer
+from diffusers_align.training.gradient import renoised
+from diffusers_align.training.gradient import updates as shared
+from diffusers_align.training.gradient.bound_rewards import BoundReward
+from diffusers_align.training.online.scoring import Scorer
+from diffusers_align.training.run.run import Run
 
 torch.set_num_threads(1)
 FLAGS = {"num_samples_per_epoch": 4, "num_epochs": 2, "learning_rate": 1e-3}
@@ -400,9 +400,9 @@ def test_renoised_images_are_those_of_the_last_step(family, monkeypatch):
     rollout = differentiable_rollout(policy, conditioned(policy), grad_steps=[3], stop_step=3)
     forward, t = ForwardProcess(policy.scheduler), torch.full((2,), rollout.timesteps[3])
     alpha, sigma = (level(t).reshape(-1, 1, 1, 1) for level in (forward.alpha, forward.sigma))
-    other = next(renoised_samples.renoised_images(policy, rollout, 1))
-    monkeypatch.setattr(renoised_samples, "drawn_noise", lambda rollout, name: (rollout.states[3] - alpha * rollout.latents.detach()) / sigma)
-    images = next(renoised_samples.renoised_images(policy, rollout, 1))
+    other = next(renoised.renoised_images(policy, rollout, 1))
+    monkeypatch.setattr(renoised, "drawn_noise", lambda rollout, name: (rollout.states[3] - alpha * rollout.latents.detach()) / sigma)
+    images = next(renoised.renoised_images(policy, rollout, 1))
     torch.testing.assert_close(images, rollout.images, rtol=0, atol=1e-3)
     assert not torch.allclose(other, images, atol=1e-2) and other.requires_grad
 
@@ -412,13 +412,13 @@ def test_a_perfect_model_is_aligned(family, monkeypatch):
     """It gives the sample back on both branches."""
     policy = tiny(family)
     rollout = differentiable_rollout(policy, conditioned(policy), grad_steps=[])
-    steps = renoised_samples.alignable_steps(policy, rollout)
+    steps = renoised.alignable_steps(policy, rollout)
     assert steps == ([1, 2, 3] if family == "sd15" else [2, 3])
-    forward, noise = ForwardProcess(policy.scheduler), renoised_samples.drawn_noise(rollout, "aligned")
-    denoised, inverted = renoised_samples.aligned_images(policy, rollout, 3)
+    forward, noise = ForwardProcess(policy.scheduler), renoised.drawn_noise(rollout, "aligned")
+    denoised, inverted = renoised.aligned_images(policy, rollout, 3)
     assert not torch.allclose(denoised, rollout.images, atol=1e-2) and not torch.equal(denoised, inverted)
     monkeypatch.setattr(policy, "predict", lambda x, t, condition, guidance: forward.target(rollout.latents, noise, t))
-    for images in renoised_samples.aligned_images(policy, rollout, 3):
+    for images in renoised.aligned_images(policy, rollout, 3):
         torch.testing.assert_close(images, rollout.images, rtol=0, atol=1e-4)
 
 
@@ -430,13 +430,13 @@ def test_solvers_between_the_rows_of_the_noise_table_are_renoised_at_rows(solver
     policy.add_lora(rank=2)
     rollout = differentiable_rollout(policy, conditioned(policy), grad_steps=[], decode=False)
     assert any(t != round(t) for t in rollout.timesteps)
-    assert renoised_samples.noising_times(policy, rollout).tolist() == [999, 749, 500, 250, 0]
-    for k in renoised_samples.alignable_steps(policy, rollout):
-        assert all(images.requires_grad for images in renoised_samples.aligned_images(policy, rollout, k))
-    assert next(renoised_samples.renoised_images(policy, rollout, 1)).requires_grad
+    assert renoised.noising_times(policy, rollout).tolist() == [999, 749, 500, 250, 0]
+    for k in renoised.alignable_steps(policy, rollout):
+        assert all(images.requires_grad for images in renoised.aligned_images(policy, rollout, k))
+    assert next(renoised.renoised_images(policy, rollout, 1)).requires_grad
 
 
-@pytest.mark.parametrize("images_of", [renoised_samples.renoised_images, renoised_samples.aligned_images])
+@pytest.mark.parametrize("images_of", [renoised.renoised_images, renoised.aligned_images])
 def test_renoised_samples_are_recomputed_on_the_way_back_or_not(images_of):
     """To the same gradient."""
     policy, calls, gradients = tiny("sd3"), [], []

@@ -11,11 +11,11 @@ from script_tools import load_script, run_script, write_task
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.rewards import load_reward
 from diffusers_align.rewards.learned import Head, LearnedReward, RewardModel
-from diffusers_align.rl.preferences import pair_loss, plackett_luce_loss
+from diffusers_align.rl.pair_losses import pair_loss, plackett_luce_loss
 from diffusers_align.schedulers import DDIMSDEScheduler, FlowMatchSDEScheduler
-from diffusers_align.training.candidates import noise_levels
-from diffusers_align.training.pictures import to_pil
-from diffusers_align.training.reward_learning import Example, Logits, Picture, comparisons, fit, judge
+from diffusers_align.training.offline.reward_fitting import Example, Logits, Picture, comparisons, fit, judge
+from diffusers_align.training.online.step_candidates import noise_levels
+from diffusers_align.training.report.pictures import to_pil
 
 torch.set_num_threads(1)
 PROMPTS = ["a cat", "two dogs", "a fox", "a bird", "three cats", "a dog", "two foxes", "a bear"]

@@ -18,9 +18,9 @@ from diffusers_align.rewards.base import score_columns
 from diffusers_align.rewards.remote import RemoteReward
 from diffusers_align.rewards.server import RewardServer, Room
 from diffusers_align.rewards.wire import decode_scores, encode_request, read_request
-from diffusers_align.training.arguments import TrainingArguments
-from diffusers_align.training.evaluation import load_rewards
-from diffusers_align.training.options import parse
+from diffusers_align.training.flags.common import TrainingArguments
+from diffusers_align.training.flags.options import parse
+from diffusers_align.training.report.evaluation import load_rewards
 
 torch.set_num_threads(1)
 

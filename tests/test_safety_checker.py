@@ -8,12 +8,13 @@ import torch
 from tiny_pipelines import FAMILIES
 from torch import nn
 
-from diffusers_align import Policy, safety_checker
-from diffusers_align.differentiable import differentiable_rollout
-from diffusers_align.gradient_check import check_gradient
+from diffusers_align import Policy
+from diffusers_align.driving import safety_checker
+from diffusers_align.driving.safety_checker import unchecked
+from diffusers_align.gradients.check import check_gradient
+from diffusers_align.gradients.rollout import differentiable_rollout
 from diffusers_align.pipelines.best_of_n import BestOfNPipeline
 from diffusers_align.pipelines.reward_guided import RewardGuidedPipeline
-from diffusers_align.safety_checker import unchecked
 
 FAMILY = FAMILIES["sd15"]
 PROMPTS, SEEDS = ["a", "b", "c", "d"], [0, 1, 2, 3]

@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, apply_recipe, front_doors, sde_twin
+from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, apply_recipe, sde_twin
+from diffusers_align.files import paths
 from diffusers_align.schedulers import KERNELS
 
 torch.set_num_threads(1)
@@ -854,7 +855,7 @@ def test_twin_of_a_twin_changes_only_the_given_fields():
 
 # Recipes
 
-RECIPES = front_doors.names("schedulers")
+RECIPES = paths.names("schedulers")
 STOCK = {
     "DDIMSDEScheduler": diffusers.PNDMScheduler(beta_start=0.001, beta_end=0.013, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1),
     "FlowMatchSDEScheduler": FlowMatchEulerDiscreteScheduler(shift=2.5, use_dynamic_shifting=True, base_shift=0.4, max_shift=1.4),
@@ -868,7 +869,7 @@ def test_recipes_of_the_documentation_are_there():
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("by", ["name", "folder"])
 def test_recipe_sets_its_fields_and_keeps_the_rest(recipe, by):
-    folder = front_doors.front_door("schedulers", recipe)
+    folder = paths.front_door("schedulers", recipe)
     fields = json.loads((folder / "scheduler_config.json").read_text())
     stock = STOCK[fields.pop("_class_name")]
     pipeline = types.SimpleNamespace(scheduler=stock)
@@ -882,7 +883,7 @@ def test_recipe_sets_its_fields_and_keeps_the_rest(recipe, by):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_for_the_other_kind_of_model_is_refused(recipe):
-    wanted = json.loads((front_doors.front_door("schedulers", recipe) / "scheduler_config.json").read_text())["_class_name"]
+    wanted = json.loads((paths.front_door("schedulers", recipe) / "scheduler_config.json").read_text())["_class_name"]
     (other,) = set(STOCK) - {wanted}
     pipeline = types.SimpleNamespace(scheduler=STOCK[other])
     with pytest.raises(ValueError, match=f"is for {wanted}, but the pipeline's {type(STOCK[other]).__name__} becomes a {other}"):
@@ -898,7 +899,7 @@ def test_unknown_recipe_names_those_there_are():
 def test_recipes_hold_only_sde_fields():
     """A full scheduler config would replace the pipeline's own table."""
     for recipe in RECIPES:
-        fields = json.loads((front_doors.front_door("schedulers", recipe) / "scheduler_config.json").read_text())
+        fields = json.loads((paths.front_door("schedulers", recipe) / "scheduler_config.json").read_text())
         assert set(fields) <= {"_class_name", "eta", "sde_type", "noise_level", "sde_window"}
 
 

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from diffusers_align import embedded
 from diffusers_align.rewards.base import InvalidReward
-from diffusers_align.training.model_card import public
-from diffusers_align.training.state_files import read_state
+from diffusers_align.training.checkpoints.state_files import read_state
+from diffusers_align.training.report.model_card import public
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from diffusers_align.data.prompts import Prompt
 from diffusers_align.policy import noise_seed
 from diffusers_align.schedulers import sde_twin
 from diffusers_align.stock import stock_images, stock_solver
-from diffusers_align.training.sampling import describe_walk, evaluate
+from diffusers_align.training.online.sampling import describe_walk, evaluate
 
 torch.set_num_threads(1)
 PROMPTS, SEEDS = ["a cat", "a large red dog"], [11, 12]

@@ -10,8 +10,8 @@ from script_tools import load_script, run_script, script, write_task
 
 from diffusers_align.rewards import load_reward
 from diffusers_align.rewards.learned import LearnedReward
-from diffusers_align.training import reward_learning
-from diffusers_align.training.pictures import to_pil
+from diffusers_align.training.offline import reward_fitting
+from diffusers_align.training.report.pictures import to_pil
 
 torch.set_num_threads(1)
 PROMPTS = [f"{number} {animal}" for number in ("a", "two", "three") for animal in ("cat", "dog", "fox", "bird")]
@@ -96,7 +96,7 @@ def test_the_same_seed_gives_the_same_reward(data, tmp_path):
 
 
 def test_the_calibration_error_is_the_mean_gap_of_the_bins():
-    error = reward_learning.calibration_error
+    error = reward_fitting.calibration_error
     probabilities = torch.tensor([0.85] * 10 + [0.15] * 10)
     labels = torch.tensor([1.0] * 7 + [0.0] * 3 + [1.0] * 2 + [0.0] * 8)
     assert error(probabilities, labels) == pytest.approx((abs(0.85 - 0.7) + abs(0.15 - 0.2)) / 2, abs=1e-6)
@@ -105,7 +105,7 @@ def test_the_calibration_error_is_the_mean_gap_of_the_bins():
 
 
 def test_losses_are_those_of_bradley_terry_and_of_logistic_regression():
-    losses = reward_learning.losses
+    losses = reward_fitting.losses
     outputs, labels = torch.tensor([[1.0, -0.5], [0.2, 0.4]]), torch.tensor([1.0, 0.5])
     tie = -0.5 * math.log(1 / (1 + math.exp(0.2))) - 0.5 * math.log(1 / (1 + math.exp(-0.2)))
     torch.testing.assert_close(losses("pair", outputs, labels), torch.tensor([math.log(1 + math.exp(-1.5)), tie]))
@@ -115,7 +115,7 @@ def test_losses_are_those_of_bradley_terry_and_of_logistic_regression():
 
 
 def test_no_prompt_is_trained_on_and_held_out():
-    split = reward_learning.split
+    split = reward_fitting.split
     rows = [{"prompt": str(i % 5)} for i in range(20)]
     train_on, held_out = split(rows, 0.4, seed=1)
     assert sorted([*train_on.tolist(), *held_out.tolist()]) == list(range(20)) and len(held_out) == 8

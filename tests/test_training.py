@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline
 from diffusers_align import Policy, embedded
 from diffusers_align.data.prompts import Prompt
 from diffusers_align.policy import noise_seed
-from diffusers_align.training import arguments, options
-from diffusers_align.training.run import Run
-from diffusers_align.training.sampling import paired_gain, sample_epoch
+from diffusers_align.training.flags import common, options
+from diffusers_align.training.online.sampling import paired_gain, sample_epoch
+from diffusers_align.training.run.run import Run
 
 torch.set_num_threads(1)
 REQUIRED = ["--pretrained_model_name_or_path", "mini-sd3", "--prompts", "mini_train", "--reward", "jpeg_compressibility"]
@@ -23,7 +23,7 @@ PROMPTS = [Prompt("a cat on a red background"), Prompt("two dogs on a blue backg
 
 
 def parse(*argv, required=REQUIRED):
-    return options.parse(arguments.SamplingArguments, [*required, "--output_dir", "out", *map(str, argv)])
+    return options.parse(common.SamplingArguments, [*required, "--output_dir", "out", *map(str, argv)])
 
 
 def brightness(images, prompts, **columns):
@@ -114,8 +114,8 @@ def test_a_gradient_is_clipped_at_a_norm_and_not_at_zero(limit, moved):
 def test_an_output_folder_that_cannot_be_written_is_found_at_once(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="Cannot write to --output_dir .*Choose another folder"):
-        arguments.check_output_dir(str(tmp_path / "file" / "out"))
-    assert arguments.check_output_dir(str(tmp_path / "a" / "b")).is_dir() and not any((tmp_path / "a" / "b").iterdir())
+        common.check_output_dir(str(tmp_path / "file" / "out"))
+    assert common.check_output_dir(str(tmp_path / "a" / "b")).is_dir() and not any((tmp_path / "a" / "b").iterdir())
 
 
 # --- numbers -----------------------------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_metrics_leave_out_masked_samples(run):
 def test_metrics_take_in_what_any_process_has_logged(monkeypatch):
     """This process saw no undesirable image, the other one no desirable one."""
     theirs = {"ratio_error": [0.5], "clip_fraction": [0.0], "approx_kl": [0.0], "gain_undesirable": [4.0], "loss": [3.0]}
-    monkeypatch.setattr("diffusers_align.training.metrics.gather_object", lambda own: own + [theirs])
+    monkeypatch.setattr("diffusers_align.training.run.metrics.gather_object", lambda own: own + [theirs])
     one = SimpleNamespace(rates=[0.2, 0.0], epoch=0)
     diagnostics = [[{"ratio_error": 0.25, "clip_fraction": 0.5, "approx_kl": 1.0}]]
     metrics = Run.epoch_metrics(one, None, diagnostics, [2.0, math.inf], {"gain_desirable": [1.0, 3.0], "loss": [1.0, 2.0], "none": []})

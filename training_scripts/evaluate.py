@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.arguments import CallArguments, EvalScheduler, PipelineArguments, PrecisionArguments, PromptArguments, RetryArguments
-from diffusers_align.training.method_arguments import StrengthArguments
-from diffusers_align.training.options import Count, Positive, Seed, option, parse, required
+from diffusers_align.training.flags.common import CallArguments, EvalScheduler, PipelineArguments, PrecisionArguments, PromptArguments, RetryArguments
+from diffusers_align.training.flags.methods import StrengthArguments
+from diffusers_align.training.flags.options import Count, Positive, Seed, option, parse, required
 
 BASE = "base"
 SAMPLED = {"kl_samples": True}
@@ -93,18 +93,18 @@ from tqdm.auto import tqdm
 from diffusers_align.data import load_prompts
 from diffusers_align.policy import Policy
 from diffusers_align.rewards.clip_embedder import CLIPEmbedder
-from diffusers_align.rewards.loading import model_option
+from diffusers_align.rewards.registry import model_option
 from diffusers_align.schedulers import sde_twin
 from diffusers_align.schedulers.twin import SDE_FIELDS
-from diffusers_align.training import arguments
-from diffusers_align.training.comparison import describe, table, without_nan
-from diffusers_align.training.costs import Cost
-from diffusers_align.training.evaluation import Session, diversities, find_lora, load_rewards, lora_loaded, sampled_kl
-from diffusers_align.training.held_out_pairs import HeldOutPairs, margins
-from diffusers_align.training.inputs import check_one_size, inputs_of
-from diffusers_align.training.loading import call_arguments, load_pipeline
-from diffusers_align.training.pictures import comparison, save
-from diffusers_align.training.sampling import described_solver, evaluate
+from diffusers_align.training.flags import common
+from diffusers_align.training.offline.held_out_pairs import HeldOutPairs, margins
+from diffusers_align.training.online.sampling import described_solver, evaluate
+from diffusers_align.training.report.comparison import describe, table, without_nan
+from diffusers_align.training.report.evaluation import Session, diversities, find_lora, load_rewards, lora_loaded, sampled_kl
+from diffusers_align.training.report.pictures import comparison, save
+from diffusers_align.training.run.costs import Cost
+from diffusers_align.training.run.inputs import check_one_size, inputs_of
+from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
 
 
 def load_task(args, say=None):
@@ -160,7 +160,7 @@ def main(argv=None):
     device = session.accelerator.device
 
     # 1 whatever can be missing, before the model is loaded
-    out = arguments.check_output_dir(args.output_dir)
+    out = common.check_output_dir(args.output_dir)
     loras = load_models(args)
     prompts = load_task(args, session.print)
     pairs = HeldOutPairs(session, args.pairs, args.pair_timesteps, args.pairs_split, inputs=inputs_of(args)) if args.pairs else []

@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.arguments import CallArguments, PipelineArguments, PrecisionArguments, PromptArguments, RetryArguments
-from diffusers_align.training.method_arguments import StrengthArguments
-from diffusers_align.training.options import Count, NonNegative, Positive, Probability, Real, Seed, option, parse, required
+from diffusers_align.training.flags.common import CallArguments, PipelineArguments, PrecisionArguments, PromptArguments, RetryArguments
+from diffusers_align.training.flags.methods import StrengthArguments
+from diffusers_align.training.flags.options import Count, NonNegative, Positive, Probability, Real, Seed, option, parse, required
 
 NOISY = {"deterministic": False}
 
@@ -83,20 +83,20 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
-from diffusers_align import lora_files
 from diffusers_align.data import load_prompts
 from diffusers_align.data.augment import to_tensor
 from diffusers_align.data.inputs import key_of, sizes_of
+from diffusers_align.files import lora_files
 from diffusers_align.policy import Policy, noise_seed
 from diffusers_align.schedulers import sde_twin
 from diffusers_align.stock import stock_images
-from diffusers_align.training import arguments
-from diffusers_align.training.evaluation import Session, find_lora, lora_loaded
-from diffusers_align.training.inputs import batches_by_size, condition_of, inputs_of
-from diffusers_align.training.loading import call_arguments, load_pipeline
-from diffusers_align.training.made_preferences import data_sets, describe_signal, equal_images, file_name, scored_groups
-from diffusers_align.training.pictures import grid, save, to_pil
-from diffusers_align.training.scoring import Scorer, gather_scores, reward_of_flags
+from diffusers_align.training.flags import common
+from diffusers_align.training.offline.made_preferences import data_sets, describe_signal, equal_images, file_name, scored_groups
+from diffusers_align.training.online.scoring import Scorer, gather_scores, reward_of_flags
+from diffusers_align.training.report.evaluation import Session, find_lora, lora_loaded
+from diffusers_align.training.report.pictures import grid, save, to_pil
+from diffusers_align.training.run.inputs import batches_by_size, condition_of, inputs_of
+from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
 
 # What an image depends on besides its prompt and the LoRA's weights: a folder holds images of one such setting.
 SAMPLING = (
@@ -242,7 +242,7 @@ def write(args, prompts, jobs, rewards, folder):
 def main(argv=None):
     args = parse_args(argv)
     session = Session(args, Accelerator(mixed_precision=args.mixed_precision))
-    accelerator, folder = session.accelerator, Path(arguments.check_output_dir(args.output_dir))
+    accelerator, folder = session.accelerator, Path(common.check_output_dir(args.output_dir))
     prompts = load_prompts(args.prompts, args.prompt_column, inputs_of(args), session.print)[: args.num_prompts]
     if args.save_trajectories and any(size is not None for _, size in sizes_of(prompts[0].inputs)):
         raise ValueError("Trajectories are saved without pictures: leave out --save_trajectories, or the pictures of --input_columns.")

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.arguments import SamplingArguments
-from diffusers_align.training.method_arguments import PretrainingArguments
-from diffusers_align.training.options import Count, NonNegative, Positive, PositiveShare, StepIndex, option, parse
+from diffusers_align.training.flags.common import SamplingArguments
+from diffusers_align.training.flags.methods import PretrainingArguments
+from diffusers_align.training.flags.options import Count, NonNegative, Positive, PositiveShare, StepIndex, option, parse
 
 # The paper's, section 6 and appendix: 40 steps, batches of 40, Adam with these.
 DEFAULTS = {"num_inference_steps": 40, "num_epochs": 1000, "learning_rate": 2e-5, "adam_beta1": 0.95, "adam_weight_decay": 1e-2}
@@ -54,22 +54,14 @@ from collections import defaultdict
 from dataclasses import replace
 
 from diffusers_align.algorithms.adjoint_matching import adjoint_matching_loss, loss_threshold, matched_steps, matching_diagnostics, summary, within
-from diffusers_align.training import pretraining
-from diffusers_align.training.adjoints import (
-    check_chain,
-    describe_memory,
-    make_memoryless,
-    matching_targets,
-    noisy_steps,
-    reward_gradient,
-    smoothed,
-)
-from diffusers_align.training.bound_rewards import bound_reward
-from diffusers_align.training.inputs import condition_of
-from diffusers_align.training.report import Report
-from diffusers_align.training.reward_gradients import check_on_prompts
-from diffusers_align.training.run import Run
-from diffusers_align.training.sampling import sample_epoch
+from diffusers_align.training.gradient import pretraining
+from diffusers_align.training.gradient.adjoints import check_chain, describe_memory, make_memoryless, matching_targets, noisy_steps, reward_gradient, smoothed
+from diffusers_align.training.gradient.bound_rewards import bound_reward
+from diffusers_align.training.gradient.updates import check_on_prompts
+from diffusers_align.training.online.sampling import sample_epoch
+from diffusers_align.training.report.report import Report
+from diffusers_align.training.run.inputs import condition_of
+from diffusers_align.training.run.run import Run
 
 
 def targets(policy, trajectory, steps, reward, args, condition):

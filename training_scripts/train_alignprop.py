@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from diffusers_align.training.method_arguments import RewardGradientArguments
-from diffusers_align.training.options import option, parse
+from diffusers_align.training.flags.methods import RewardGradientArguments
+from diffusers_align.training.flags.options import option, parse
 
 # Official (mihirp1998/AlignProp): DDIM of 50 steps, eta 1, guidance 5, LoRA of rank and alpha 4, (1 - HPS) / 100.
 DEFAULTS = {
@@ -42,11 +42,10 @@ if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
 from diffusers_align.algorithms.alignprop import alignprop_loss, grad_steps, truncation
-from diffusers_align.differentiable import differentiable_rollout
-from diffusers_align.training import reward_gradients as shared
-from diffusers_align.training.pretraining import Pretraining
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
+from diffusers_align.gradients.rollout import differentiable_rollout
+from diffusers_align.training import Report, Run
+from diffusers_align.training.gradient import updates as shared
+from diffusers_align.training.gradient.pretraining import Pretraining
 
 
 def main(argv=None):

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from diffusers_align.training.arguments import SamplingArguments
-from diffusers_align.training.method_arguments import NoiselessGroupArguments, NoisingArguments
-from diffusers_align.training.options import Decay, NonNegative, Positive, option, parse
+from diffusers_align.training.flags.common import SamplingArguments
+from diffusers_align.training.flags.methods import NoiselessGroupArguments, NoisingArguments
+from diffusers_align.training.flags.options import Decay, NonNegative, Positive, option, parse
 
 DEFAULTS = {"guidance_scale": 1.0, "num_inference_steps": 14, "num_train_timesteps": 6, "timestep_fraction": 0.9, "shared_timesteps": True}
 
@@ -43,12 +43,11 @@ from diffusers_align.algorithms.advantage_weighted_matching import awm_loss, lag
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.rl import ratio_diagnostics
 from diffusers_align.rl.matching import matching_error
-from diffusers_align.training.advantages import advantages_of
-from diffusers_align.training.averages import LaggingWeights
-from diffusers_align.training.noising import noised, num_timesteps
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
-from diffusers_align.training.sampling import sample_epoch
+from diffusers_align.training import Report, Run
+from diffusers_align.training.online.forward_samples import noised, num_timesteps
+from diffusers_align.training.online.group_advantages import advantages_of
+from diffusers_align.training.online.sampling import sample_epoch
+from diffusers_align.training.run.weight_copies import LaggingWeights
 
 
 def main(argv=None):

@@ -10,9 +10,9 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from diffusers_align.training.arguments import SamplingArguments
-from diffusers_align.training.method_arguments import ClipRange, GroupSize, NoiseArguments
-from diffusers_align.training.options import Count, NonNegative, Positive, Steps, option, parse
+from diffusers_align.training.flags.common import SamplingArguments
+from diffusers_align.training.flags.methods import ClipRange, GroupSize, NoiseArguments
+from diffusers_align.training.flags.options import Count, NonNegative, Positive, Steps, option, parse
 
 DEFAULTS = {"rank": 4, "lora_alpha": 4, "learning_rate": 3e-5, "num_inference_steps": 20, "num_epochs": 400}
 OF_SAMPLING = ("sde_type", "noise_level", "sde_window", "eta", "same_latent", "reward_in_background")
@@ -56,11 +56,10 @@ from collections import defaultdict
 
 from diffusers_align.algorithms.d3po import d3po_loss, d3po_metrics, sampled_steps
 from diffusers_align.rl.matching import error_coefficients
-from diffusers_align.rl.preferences import ranked_pairs
-from diffusers_align.training.preferences import StoredTrajectories, descend, log_probs, noise_fields
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
-from diffusers_align.training.sampling import sample_epoch
+from diffusers_align.rl.pair_losses import ranked_pairs
+from diffusers_align.training import Report, Run
+from diffusers_align.training.online.sampling import sample_epoch
+from diffusers_align.training.online.stored_trajectories import StoredTrajectories, descend, log_probs, noise_fields
 
 
 def update(run, policy, samples, pairs, steps, logged):

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.arguments import SamplingArguments
-from diffusers_align.training.method_arguments import Eta
-from diffusers_align.training.options import Count, Positive, PositiveShare, option, parse
+from diffusers_align.training.flags.common import SamplingArguments
+from diffusers_align.training.flags.methods import Eta
+from diffusers_align.training.flags.options import Count, Positive, PositiveShare, option, parse
 
 BY_GRADIENT, TRPO, TRACKED = {"update": "adamw"}, {"update": "trpo"}, {"per_prompt_stat_tracking": True}
 # A trust-region step has neither learning rate nor clip, and one step is an epoch's.
@@ -63,10 +63,9 @@ import random
 from diffusers_align.algorithms.ddpo import ddpo_loss
 from diffusers_align.algorithms.reinforce import reinforce_loss
 from diffusers_align.rl import PromptStatistics, batch_advantages, describe_clip, ratio_diagnostics
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
-from diffusers_align.training.sampling import sample_epoch
-from diffusers_align.training.trust_region import trust_region_update
+from diffusers_align.training import Report, Run
+from diffusers_align.training.online.sampling import sample_epoch
+from diffusers_align.training.online.trust_region import trust_region_update
 
 
 def trained_steps(trajectory, args, epoch, block):

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.arguments import SamplingArguments
-from diffusers_align.training.method_arguments import GroupArguments, NoiseLevel, check_window
-from diffusers_align.training.options import NonNegative, Positive, PositiveShare, StepIndex, option, parse
+from diffusers_align.training.flags.common import SamplingArguments
+from diffusers_align.training.flags.methods import GroupArguments, NoiseLevel, check_window
+from diffusers_align.training.flags.options import NonNegative, Positive, PositiveShare, StepIndex, option, parse
 
 CALIBRATED = {"calibration_rounds": True}
 
@@ -51,11 +51,10 @@ if __name__ == "__main__":
 from diffusers_align.algorithms.dense_grpo import gain_metrics, step_gains
 from diffusers_align.algorithms.flow_grpo import describe_kl, flow_grpo_loss, kl_penalty
 from diffusers_align.rl import describe_clip, ratio_diagnostics
-from diffusers_align.training.advantages import advantages_of
-from diffusers_align.training.credit import NoiseLevels, calibrate_noise, completion_rewards
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
-from diffusers_align.training.sampling import sample_epoch
+from diffusers_align.training import Report, Run
+from diffusers_align.training.online.group_advantages import advantages_of
+from diffusers_align.training.online.sampling import sample_epoch
+from diffusers_align.training.online.step_rewards import NoiseLevels, calibrate_noise, completion_rewards
 
 
 def main(argv=None):

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.data_arguments import DataArguments, PairArguments
-from diffusers_align.training.options import Decay, NonNegative, Positive, Probability, StepIndex, option, parse
+from diffusers_align.training.flags.data import DataArguments, PairArguments
+from diffusers_align.training.flags.options import Decay, NonNegative, Positive, Probability, StepIndex, option, parse
 
 LINEAR_REFERENCE_DECAY = 0.99  # the official recipes'
 OF_LABELS = {"loss": ("sigmoid", "hinge", "ipo", "dmpo")}
@@ -61,9 +61,8 @@ from diffusers_align.algorithms.inpo import inversion_times, invert, inverted_no
 from diffusers_align.algorithms.linear_dpo import linear_dpo_loss, linear_weight
 from diffusers_align.algorithms.mapo import mapo_loss, mapo_margin
 from diffusers_align.policy import noise_seed
-from diffusers_align.training import offline
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
+from diffusers_align.training import Report, Run
+from diffusers_align.training.offline import examples as offline
 
 # Diffusion, flow matching: official codes of Diffusion-DPO and Linear-DPO (SD 1.5, SD3), Flow-Factory's DPO, MaPO's for SDXL.
 BETA = {"mapo": (0.1, 0.1), "linear": (100, 1000), "dpo": (5000, 2000)}

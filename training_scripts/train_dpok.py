@@ -10,9 +10,9 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from diffusers_align.training.arguments import LearningRate, SamplingArguments
-from diffusers_align.training.method_arguments import StrengthArguments
-from diffusers_align.training.options import Count, NonNegative, Positive, Probability, option, parse
+from diffusers_align.training.flags.common import LearningRate, SamplingArguments
+from diffusers_align.training.flags.methods import StrengthArguments
+from diffusers_align.training.flags.options import Count, NonNegative, Positive, Probability, option, parse
 
 KL_WEIGHT = {"official": 0.01, "paper": 0.05}
 DEFAULTS = {
@@ -64,9 +64,8 @@ from accelerate.utils import gather_object
 from diffusers_align.algorithms.dpok import describe_kl, dpok_loss, output_mse, output_weight
 from diffusers_align.rl import batch_advantages, describe_clip, ratio_diagnostics
 from diffusers_align.rl.values import ValueBaseline, explained_variance, value_advantages
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
-from diffusers_align.training.sampling import sample_epoch
+from diffusers_align.training import Report, Run
+from diffusers_align.training.online.sampling import sample_epoch
 
 # The official weight goes with the official form; on Stable Diffusion's 50 steps 0.05 of the paper's form weighs as much.
 

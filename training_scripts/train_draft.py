@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import StringConstraints, model_validator
 
-from diffusers_align.training.method_arguments import RewardGradientArguments
-from diffusers_align.training.options import StepIndex, Steps, option, parse
+from diffusers_align.training.flags.methods import RewardGradientArguments
+from diffusers_align.training.flags.options import StepIndex, Steps, option, parse
 
 # The paper prints no table of learning rate, rank and batch: AlignProp's, https://arxiv.org/abs/2310.03739.
 DEFAULTS = {"rank": 4, "lora_alpha": 4, "num_inference_steps": 50, "learning_rate": 1e-3}
@@ -66,12 +66,11 @@ if __name__ == "__main__":
 import torch
 
 from diffusers_align.algorithms import draft, drtune, srpo
-from diffusers_align.differentiable import differentiable_rollout
-from diffusers_align.training import renoised_samples
-from diffusers_align.training import reward_gradients as shared
-from diffusers_align.training.pretraining import Pretraining
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
+from diffusers_align.gradients.rollout import differentiable_rollout
+from diffusers_align.training import Report, Run
+from diffusers_align.training.gradient import renoised
+from diffusers_align.training.gradient import updates as shared
+from diffusers_align.training.gradient.pretraining import Pretraining
 
 
 def choices(args, num_steps, generator):
@@ -88,8 +87,8 @@ def scored_loss(run, policy, batch, rollout, k, logged):
     """The loss (B,) of a roll-out's rewards; `k` is SRPO's step."""
     args, reward_map = run.args, shared.reward_map(run.args)
     if args.method == "srpo":
-        denoised, inverted = renoised_samples.aligned_images(policy, rollout, k, **shared.checkpoint_options(args))
-        words, number = (args.wanted_words, args.unwanted_words), len(renoised_samples.noising_times(policy, rollout))
+        denoised, inverted = renoised.aligned_images(policy, rollout, k, **shared.checkpoint_options(args))
+        words, number = (args.wanted_words, args.unwanted_words), len(renoised.noising_times(policy, rollout))
         rewards = shared.relative_rewards(run, batch, denoised, words, float(srpo.discounts(number)[k]))
         penalty = shared.relative_rewards(run, batch, inverted, words[::-1], float(srpo.discounts(number, inversion=True)[k]))
         logged["penalty"] += shared.finite(penalty)
@@ -99,7 +98,7 @@ def scored_loss(run, policy, batch, rollout, k, logged):
     else:
         rewards = batch.reward(rollout.images.float())
         if args.method == "draft_lv":
-            again = renoised_samples.renoised_images(policy, rollout, args.num_renoised, **shared.checkpoint_options(args))
+            again = renoised.renoised_images(policy, rollout, args.num_renoised, **shared.checkpoint_options(args))
             loss = draft.low_variance_loss([rewards, *(batch.reward(images) for images in again)], reward_map)
         else:
             loss = draft.draft_loss(rewards, reward_map)
@@ -140,7 +139,7 @@ def main(argv=None):
                 with run.accelerator.autocast():
                     # 1 differentiable roll-out
                     rollout = differentiable_rollout(policy, batch.condition, **shared.rollout_options(args), **chosen)
-                    levels = renoised_samples.alignable_steps(policy, rollout) if args.method == "srpo" else [0]
+                    levels = renoised.alignable_steps(policy, rollout) if args.method == "srpo" else [0]
 
                     # 2 reward and loss
                     loss = scored_loss(run, policy, batch, rollout, levels[int(drawn * len(levels))], logged)

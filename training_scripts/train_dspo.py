@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from diffusers_align.training.data_arguments import DataArguments, PairArguments
-from diffusers_align.training.options import NonNegative, Positive, option, parse
+from diffusers_align.training.flags.data import DataArguments, PairArguments
+from diffusers_align.training.flags.options import NonNegative, Positive, option, parse
 
 BETA = {"score": 0.001, "distance": 1000.0}  # the official code's, for SD 1.5 and for SDXL
 
@@ -40,9 +40,8 @@ from collections import defaultdict
 
 from diffusers_align.algorithms.diffusion_dpo import describe_beta, preference_metrics
 from diffusers_align.algorithms.dspo import dspo_loss
-from diffusers_align.training import offline
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
+from diffusers_align.training import Report, Run
+from diffusers_align.training.offline import examples as offline
 
 
 def pair_loss(args, winner, loser, ref_errors, labels):

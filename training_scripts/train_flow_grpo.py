@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.arguments import WITH_STRENGTH, SamplingArguments, SDEType
-from diffusers_align.training.method_arguments import GroupArguments, NoiseLevel
-from diffusers_align.training.options import Count, NonNegative, Positive, PositiveShare, StepIndex, Steps, option, parse
+from diffusers_align.training.flags.common import WITH_STRENGTH, SamplingArguments, SDEType
+from diffusers_align.training.flags.methods import GroupArguments, NoiseLevel
+from diffusers_align.training.flags.options import Count, NonNegative, Positive, PositiveShare, StepIndex, Steps, option, parse
 
 KL_BETA = {"official": 0.04, "gaussian": 0.004, "mean_squared": 0.01}
 CLIP_RANGE = {"flow_grpo": 1e-4, "flow_cps": 1e-5, "grpo_guard": 2e-6}
@@ -109,10 +109,9 @@ from diffusers_align.algorithms.flow_grpo import describe_kl, flow_grpo_loss, kl
 from diffusers_align.algorithms.grpo_guard import grpo_guard_loss, guard_log_ratio
 from diffusers_align.algorithms.mix_grpo import window_at
 from diffusers_align.rl import describe_clip, ratio_diagnostics
-from diffusers_align.training.advantages import advantages_of
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
-from diffusers_align.training.sampling import sample_epoch
+from diffusers_align.training import Report, Run
+from diffusers_align.training.online.group_advantages import advantages_of
+from diffusers_align.training.online.sampling import sample_epoch
 
 # The paper's beta goes with the official form; for ten steps of equal length the exact KL is ten times as large.
 

@@ -10,8 +10,8 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from diffusers_align.training.data_arguments import DataArguments
-from diffusers_align.training.options import Decay, NonNegative, Positive, Probability, option, parse
+from diffusers_align.training.flags.data import DataArguments
+from diffusers_align.training.flags.options import Decay, NonNegative, Positive, Probability, option, parse
 
 
 class KTOArguments(DataArguments, defaults={"rank": 16, "learning_rate": 1e-5}):
@@ -50,9 +50,8 @@ import torch
 
 from diffusers_align.algorithms.diffusion_kto import ReferencePoint, describe_balance, kto_loss, kto_metrics
 from diffusers_align.data import balanced_batch_of
-from diffusers_align.training import offline
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
+from diffusers_align.training import Report, Run
+from diffusers_align.training.offline import examples as offline
 
 BETA = (5000, 1000)  # diffusion (the paper), flow matching: the logit scale of Diffusion-DPO's 2000
 

@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.arguments import WITH_STRENGTH, SamplingArguments
-from diffusers_align.training.method_arguments import GroupArguments, NoiseLevel, check_window
-from diffusers_align.training.options import NonNegative, Positive, PositiveShare, StepIndex, option, parse, required
+from diffusers_align.training.flags.common import WITH_STRENGTH, SamplingArguments
+from diffusers_align.training.flags.methods import GroupArguments, NoiseLevel, check_window
+from diffusers_align.training.flags.options import NonNegative, Positive, PositiveShare, StepIndex, option, parse, required
 
 
 class MVGRPOArguments(GroupArguments, SamplingArguments, defaults={"global_std": False}):
@@ -50,11 +50,10 @@ if __name__ == "__main__":
 from diffusers_align.algorithms.flow_grpo import gaussian_kl
 from diffusers_align.algorithms.mv_grpo import mv_grpo_loss
 from diffusers_align.rl import describe_clip, ratio_diagnostics
-from diffusers_align.training.advantages import advantages_of
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
-from diffusers_align.training.sampling import sample_epoch
-from diffusers_align.training.views import decoded, load_views, view_conditions, view_log_probs, view_rewards, write_views
+from diffusers_align.training import Report, Run
+from diffusers_align.training.online.captions import decoded, load_views, view_conditions, view_log_probs, view_rewards, write_views
+from diffusers_align.training.online.group_advantages import advantages_of
+from diffusers_align.training.online.sampling import sample_epoch
 
 
 def main(argv=None):

@@ -7,9 +7,9 @@ The algorithm's page is `diffusers_align/algorithms/diffusion_nft.py` (https://a
 
 from typing import Literal
 
-from diffusers_align.training.arguments import SamplingArguments
-from diffusers_align.training.method_arguments import NoiselessGroupArguments, NoisingArguments
-from diffusers_align.training.options import NonNegative, Positive, option, parse
+from diffusers_align.training.flags.common import SamplingArguments
+from diffusers_align.training.flags.methods import NoiselessGroupArguments, NoisingArguments
+from diffusers_align.training.flags.options import NonNegative, Positive, option, parse
 
 
 # Predictions are without guidance, so the rollouts must be: it would be distilled in.
@@ -38,12 +38,11 @@ import torch
 from diffusers_align.algorithms.diffusion_nft import nft_loss, old_policy_decay, optimality
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.rl.matching import matching_error
-from diffusers_align.training.advantages import advantages_of
-from diffusers_align.training.averages import LaggingWeights
-from diffusers_align.training.noising import noised, num_timesteps
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
-from diffusers_align.training.sampling import sample_epoch
+from diffusers_align.training import Report, Run
+from diffusers_align.training.online.forward_samples import noised, num_timesteps
+from diffusers_align.training.online.group_advantages import advantages_of
+from diffusers_align.training.online.sampling import sample_epoch
+from diffusers_align.training.run.weight_copies import LaggingWeights
 
 
 def main(argv=None):

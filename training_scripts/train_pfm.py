@@ -11,9 +11,9 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.arguments import PipelineArguments, RewardArguments, RunArguments
-from diffusers_align.training.data_arguments import ColumnArguments
-from diffusers_align.training.options import Count, Decay, NonNegative, Pixels, Steps, option, parse, required
+from diffusers_align.training.flags.common import PipelineArguments, RewardArguments, RunArguments
+from diffusers_align.training.flags.data import ColumnArguments
+from diffusers_align.training.flags.options import Count, Decay, NonNegative, Pixels, Steps, option, parse, required
 
 # Adam as in the official code; the average is what is judged and saved.
 DEFAULTS = {
@@ -84,13 +84,14 @@ from diffusers_align.data import Prompt, batch_of, load_preferences, load_prompt
 from diffusers_align.pipelines.preference_flow import PreferenceFlowPipeline
 from diffusers_align.policy import noise_seed
 from diffusers_align.rewards.base import listed
-from diffusers_align.training import hub, preference_flow
-from diffusers_align.training.loading import DTYPES, model_source, raise_if_missing
-from diffusers_align.training.offline import epoch_batches
-from diffusers_align.training.pictures import grid, save
-from diffusers_align.training.report import judged_on
-from diffusers_align.training.run import Run
-from diffusers_align.training.scoring import reward_of_flags
+from diffusers_align.training.offline import flow_pairs
+from diffusers_align.training.offline.examples import epoch_batches
+from diffusers_align.training.online.scoring import reward_of_flags
+from diffusers_align.training.report import hub
+from diffusers_align.training.report.pictures import grid, save
+from diffusers_align.training.report.report import judged_on
+from diffusers_align.training.run.model_loading import DTYPES, model_source, raise_if_missing
+from diffusers_align.training.run.run import Run
 
 
 def load_flow(args, device):
@@ -132,7 +133,7 @@ def load_data(args):
     columns = parse_column_map(args.column_map) if args.column_map else None
     rows, report = load_preferences(args.data, "pair", column_map=columns, split=args.data_split)
     print(report)
-    rows, held_out = preference_flow.split_by_prompt(rows, args.held_out, args.seed)
+    rows, held_out = flow_pairs.split_by_prompt(rows, args.held_out, args.seed)
     fields = {prompt.text: prompt for prompt in load_prompts(args.prompts)} if args.prompts else {}
     if args.outputs:
         outputs, report = load_preferences(args.outputs, "captioned")
@@ -224,7 +225,7 @@ def main(argv=None):
     except Exception as error:
         raise_if_missing(str(args.pretrained_model_name_or_path), error)
         raise
-    pairs, held_out = (preference_flow.encode_pairs(flow, part, args.train_batch_size, args.resolution, device) if part else None for part in (rows, held_out))
+    pairs, held_out = (flow_pairs.encode_pairs(flow, part, args.train_batch_size, args.resolution, device) if part else None for part in (rows, held_out))
     run.train_parameters(list(flow.vector_field.parameters()), lambda folder: flow.vector_field.save_pretrained(folder / "vector_field"))
     run.meter.watch([flow.vector_field])
     batches = run.batches(samples_of_epoch(args, pairs))
@@ -239,18 +240,18 @@ def main(argv=None):
         if (epoch + 1) % args.validation_epochs == 0:
             with run.averaged(), run.meter.paused():
                 metrics |= {"eval_loss": held_out_loss(run, flow, held_out)} if held_out else {}
-                shown = preference_flow.transport_outputs(run, flow, outputs[: args.num_validation_images], {}, **call)
+                shown = flow_pairs.transport_outputs(run, flow, outputs[: args.num_validation_images], {}, **call)
             if run.is_main and shown.after:
                 (run.output_dir / "samples").mkdir(exist_ok=True)
                 save(grid(shown.after, shown.prompts), run.output_dir / "samples" / f"epoch-{epoch + 1:04d}.png")
         run.log(metrics)
 
     with run.averaged():
-        transported = preference_flow.transport_outputs(run, flow, outputs, rewards, **call)
-        for name, value in preference_flow.describe(transported, rewards).items():
+        transported = flow_pairs.transport_outputs(run, flow, outputs, rewards, **call)
+        for name, value in flow_pairs.describe(transported, rewards).items():
             run.print(f"{name}: {value}")
         if run.is_main:
-            preference_flow.save(run, flow, transported, rewards, judged)
+            flow_pairs.save(run, flow, transported, rewards, judged)
     run.print(f"Pipeline, pictures and model card: {run.output_dir}")
     transported.check_scored(rewards)
     if args.push_to_hub and not run.health.failed:  # last: what was found is not lost with the network

@@ -8,8 +8,8 @@ images, which the official code leaves out, is added by `--pretrain_dataset_name
 
 from pydantic import model_validator
 
-from diffusers_align.training.method_arguments import RewardGradientArguments
-from diffusers_align.training.options import Probability, option, parse
+from diffusers_align.training.flags.methods import RewardGradientArguments
+from diffusers_align.training.flags.options import Probability, option, parse
 
 # Official (THUDM/ImageReward, ReFL.py): 40 steps without guidance, max(0, 2 - r) / 1000 of a normalised reward.
 DEFAULTS = {"num_inference_steps": 40, "guidance_scale": 1.0, "reward_map": "hinge", "reward_scale": 1e-3, "adam_weight_decay": 1e-2}
@@ -39,11 +39,10 @@ if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
 from diffusers_align.algorithms.refl import middle_step, refl_loss
-from diffusers_align.differentiable import differentiable_rollout
-from diffusers_align.training import reward_gradients as shared
-from diffusers_align.training.pretraining import Pretraining
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
+from diffusers_align.gradients.rollout import differentiable_rollout
+from diffusers_align.training import Report, Run
+from diffusers_align.training.gradient import updates as shared
+from diffusers_align.training.gradient.pretraining import Pretraining
 
 
 def main(argv=None):

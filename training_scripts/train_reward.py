@@ -13,9 +13,9 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.arguments import LearningRate, PipelineArguments, PrecisionArguments, SizeArguments
-from diffusers_align.training.data_arguments import BadRowArguments, SourceArguments
-from diffusers_align.training.options import Count, Seed, option, parse, required
+from diffusers_align.training.flags.common import LearningRate, PipelineArguments, PrecisionArguments, SizeArguments
+from diffusers_align.training.flags.data import BadRowArguments, SourceArguments
+from diffusers_align.training.flags.options import Count, Seed, option, parse, required
 
 PREDICTED = {"step_aware": True}
 
@@ -76,15 +76,15 @@ from diffusers_align.data import load_preferences, parse_column_map
 from diffusers_align.data.conversions import indifferent
 from diffusers_align.policy import Policy
 from diffusers_align.rewards.learned import RewardModel
-from diffusers_align.training import arguments
-from diffusers_align.training.loading import call_arguments, load_pipeline
-from diffusers_align.training.model_card import public
-from diffusers_align.training.reward_learning import Logits, described, examples_of, fit, judge, noised_examples, split, targets_of
+from diffusers_align.training.flags import common
+from diffusers_align.training.offline.reward_fitting import Logits, described, examples_of, fit, judge, noised_examples, split, targets_of
+from diffusers_align.training.report.model_card import public
+from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
 
 
 def main(argv=None):
     args = parse_args(argv)
-    arguments.check_output_dir(args.output_dir)
+    common.check_output_dir(args.output_dir)
     torch.manual_seed(args.seed)
 
     # 1 preferences, for a step-aware reward also as a model sees them under noise

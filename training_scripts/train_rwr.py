@@ -10,8 +10,8 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from diffusers_align.training.data_arguments import DataArguments
-from diffusers_align.training.options import Count, NonNegative, Positive, PositiveShare, option, parse
+from diffusers_align.training.flags.data import DataArguments
+from diffusers_align.training.flags.options import Count, NonNegative, Positive, PositiveShare, option, parse
 
 
 class RWRArguments(DataArguments, defaults={"rank": 16, "learning_rate": 1e-5}):
@@ -50,9 +50,8 @@ from collections import defaultdict
 import torch
 
 from diffusers_align.algorithms.reward_weighted_regression import reward_weighted_loss, reward_weights, weight_statistics
-from diffusers_align.training import offline
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
+from diffusers_align.training import Report, Run
+from diffusers_align.training.offline import examples as offline
 
 
 def weighted(run, rows):

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.arguments import SamplingArguments
-from diffusers_align.training.method_arguments import ClipRange, NoiseArguments
-from diffusers_align.training.options import Count, Decay, Positive, StepIndex, option, parse
+from diffusers_align.training.flags.common import SamplingArguments
+from diffusers_align.training.flags.methods import ClipRange, NoiseArguments
+from diffusers_align.training.flags.options import Count, Decay, Positive, StepIndex, option, parse
 
 DEFAULTS = {"rank": 4, "lora_alpha": 4, "learning_rate": 6e-5, "num_inference_steps": 20, "train_batch_size": 10}
 
@@ -50,10 +50,9 @@ from collections import defaultdict
 
 from diffusers_align.algorithms.d3po import d3po_metrics
 from diffusers_align.algorithms.spo import spo_loss
-from diffusers_align.training.candidates import sample_pairs
-from diffusers_align.training.preferences import noise_fields
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
+from diffusers_align.training import Report, Run
+from diffusers_align.training.online.step_candidates import sample_pairs
+from diffusers_align.training.online.stored_trajectories import noise_fields
 
 
 def accumulate(run, policy, samples, b, weight, logged):

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from diffusers_align.training.method_arguments import RewardGradientArguments
-from diffusers_align.training.options import option, parse
+from diffusers_align.training.flags.methods import RewardGradientArguments
+from diffusers_align.training.flags.options import option, parse
 
 # Official (mihirp1998/VADER): 50 steps, eta 1, LoRA of rank 8 to 16, |1 - HPS|, no penalty.
 DEFAULTS = {"rank": 16, "lora_alpha": 16, "num_inference_steps": 50, "learning_rate": 2e-4, "stochastic": True, "reward_map": "distance"}
@@ -36,11 +36,10 @@ if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
 from diffusers_align.algorithms.vader import frame_indices, grad_steps, vader_loss
-from diffusers_align.differentiable import differentiable_rollout
-from diffusers_align.training import reward_gradients as shared
-from diffusers_align.training.pretraining import Pretraining
-from diffusers_align.training.report import Report
-from diffusers_align.training.run import Run
+from diffusers_align.gradients.rollout import differentiable_rollout
+from diffusers_align.training import Report, Run
+from diffusers_align.training.gradient import updates as shared
+from diffusers_align.training.gradient.pretraining import Pretraining
 
 
 def main(argv=None):

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..rl.preferences import pair_loss
+from ..rl.pair_losses import pair_loss
 
 CLIPS = ("one_sided", "official", "none")
 

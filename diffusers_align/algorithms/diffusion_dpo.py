@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..rl.matching import require_full_precision
-from ..rl.preferences import pair_loss
+from ..rl.pair_losses import pair_loss
 
 
 def preference_logit(error_w: Tensor, error_l: Tensor, ref_error_w: Tensor, ref_error_l: Tensor, *, beta: float | Tensor) -> Tensor:

@@ -49,7 +49,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ranges import Count, NonNegative, Probability, check_fields
+from ..checks.ranges import Count, NonNegative, Probability, check_fields
 
 NORMS = ("none", "unit", "rms", "dps")
 ENTRIES = ("output", "state", "renoised")

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ranges import CountOrNone, NonNegative, Positive, PositiveOrInfinite, check_fields
+from ..checks.ranges import CountOrNone, NonNegative, Positive, PositiveOrInfinite, check_fields
 
 Evaluate = Callable[[Tensor, bool], tuple[Tensor, Tensor]]
 

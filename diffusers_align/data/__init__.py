@@ -3,8 +3,8 @@
 from .batches import balanced_batch_of, batch_of
 from .cache import TensorCache, key_of
 from .images import LazyImage
-from .loading import Report, load_preferences
 from .prompts import Prompt, load_prompts, prompts_of_epoch
+from .read import Report, load_preferences
 from .records import KINDS
 from .schemas import parse_column_map
 

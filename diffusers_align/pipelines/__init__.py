@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from huggingface_hub import create_repo, upload_file
 
-from ..front_doors import front_door
+from ..files.paths import front_door
 from .adapter_guidance import AdapterGuidancePipeline
 from .base import WrappedPipeline
 from .best_of_n import BestOfNPipeline

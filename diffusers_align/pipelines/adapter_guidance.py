@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import lora
-from ..decoding import replaced
-from ..driver import Step, denoisers, drive
-from ..prompt_memory import PromptMemory
-from ..ranges import NonNegative, Probability, check_call, check_value
+from ..checks.ranges import NonNegative, Probability, check_call, check_value
+from ..driving.prompt_memory import PromptMemory
+from ..driving.steps import Step, denoisers, drive
+from ..gradients.decoding import replaced
 from .base import WrappedPipeline
 from .guided_sampling import first_step
 from .noise_grid import position

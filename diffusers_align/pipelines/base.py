@@ -21,16 +21,16 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from ..calls import checked_prompts, unknown_prompts
+from ..checks.ranges import check_call, check_value
 from ..condition import Condition, is_embedding
-from ..decoding import light_decoding
-from ..driver import Step, drive
+from ..driving.driver import checked_prompts, unknown_prompts
+from ..driving.prompt_memory import PromptMemory
+from ..driving.safety_checker import unchecked
+from ..driving.steps import Step, drive
+from ..gradients.decoding import light_decoding
 from ..policy import Policy
-from ..prompt_memory import PromptMemory
-from ..ranges import check_call, check_value
 from ..rewards import load_reward
 from ..rewards.base import score_columns
-from ..safety_checker import unchecked
 
 logger = logging.get_logger(__name__)
 Generators = torch.Generator | list[torch.Generator] | None
@@ -159,7 +159,7 @@ class WrappedPipeline(DiffusionPipeline):
         return condition if latents is None else replace(condition, kwargs={**condition.kwargs, "latents": latents}), generator
 
     def drive(self, condition: Condition, generator: Generators, on_step, *, gradients: bool = False, needs_denoiser=None, global_seed=None, **overrides: Any):
-        """Call the stock pipeline for the rows of `condition` and hand each scheduler step to `on_step` (`diffusers_align.driver`)."""
+        """Call the stock pipeline for the rows of `condition` and hand each scheduler step to `on_step` (`diffusers_align.driving.steps`)."""
         call = {**condition.arguments(inspect.signature(type(self.pipeline).__call__).parameters), "generator": generator, **overrides}
         options = {"needs_denoiser": needs_denoiser, "memory": self._memory, "global_seed": global_seed}
         with light_decoding(self.pipeline) if gradients else nullcontext():

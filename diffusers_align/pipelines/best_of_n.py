@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..algorithms.best_of_n import best, neighbour
+from ..checks.ranges import Count, Probability, checked
 from ..condition import Condition
 from ..policy import noise_seed
-from ..ranges import Count, Probability, checked
 from .base import Generators, Judge, WrappedPipeline, copied, copies_asked
 
 

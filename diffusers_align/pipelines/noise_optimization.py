@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..algorithms.noise_optimization import Ascent, NoiseOptimization, ascend, settings
+from ..checks.ranges import Count, CountOrNone, NonNegative, Positive, PositiveOrInfinite, checked
 from ..condition import Condition
-from ..differentiable import DifferentiableRollout, differentiable_rollout
-from ..driver import Step
-from ..initial_noise import initial_noise
+from ..driving.initial_noise import initial_noise
+from ..driving.steps import Step
+from ..gradients.rollout import DifferentiableRollout, differentiable_rollout
 from ..policy import Policy
-from ..ranges import Count, CountOrNone, NonNegative, Positive, PositiveOrInfinite, checked
 from ..schedulers import DDIMSDEScheduler
 from .base import Generators, Judge, WrappedPipeline, copied
 from .guided_sampling import GuidanceError

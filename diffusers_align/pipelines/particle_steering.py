@@ -14,9 +14,9 @@ from torch import Tensor
 from ..algorithms import particle_steering as smc
 from ..algorithms.best_of_n import best
 from ..algorithms.svdd import choose
+from ..checks.ranges import Count, NonNegative, Probability, check_fields, checked
 from ..condition import Condition
 from ..policy import noise_seed
-from ..ranges import Count, NonNegative, Probability, check_fields, checked
 from ..rewards import InvalidReward
 from ..transition import GaussianTransition
 from .base import Generators, Judge, WrappedPipeline

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..condition import Condition
-from ..driver import Step, denoisers
-from ..noise import noise_seed, step_streams
-from ..reproducibility import caches
+from ..driving.noise import noise_seed, step_streams
+from ..driving.reproducibility import caches
+from ..driving.steps import Step, denoisers
 from ..transition import GaussianTransition
 from .base import Generators, WrappedPipeline
 

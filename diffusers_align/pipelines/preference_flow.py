@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..algorithms.preference_flow_matching import transport
-from ..ranges import Count, Probability, checked
+from ..checks.ranges import Count, Probability, checked
 
 # The vector field's time, 0 to 1, in the units of diffusers' time embeddings.
 TIME_SCALE = 1000.0

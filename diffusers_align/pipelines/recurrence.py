@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..algorithms.guidance import Level
-from ..driver import Step
+from ..driving.steps import Step
 from .base import copied
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..algorithms.guidance import Guidance, Level
 from ..algorithms.guidance import preset as find_preset
+from ..checks.ranges import Count, Probability, checked
 from ..condition import Condition
-from ..driver import Step
+from ..driving.safety_checker import unchecked
+from ..driving.steps import Step
 from ..policy import noise_seed
-from ..ranges import Count, Probability, checked
-from ..safety_checker import unchecked
 from .base import Generators, Judge, WrappedPipeline, copied
 from .guided_sampling import Objective, guided_sample
 

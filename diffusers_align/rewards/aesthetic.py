@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .clip_embedder import CLIPEmbedder
-from .loading import checkpoint_file, load_weights
 from .preprocessing import flatten_frames, mean_over_frames
+from .registry import checkpoint_file, load_weights
 
 
 class AestheticMLP(nn.Module):

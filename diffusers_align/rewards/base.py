@@ -18,9 +18,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..ranges import check_value
+from ..checks.ranges import check_value
 from .calling import InvalidReward, RewardError, RewardTimeout, call, exits_are_errors
-from .loading import BUILT_INS, component_name, find_reward, parse_terms, reward_name
+from .registry import BUILT_INS, component_name, find_reward, parse_terms, reward_name
 
 
 class Reward(Protocol):

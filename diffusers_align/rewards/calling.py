@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .loading import reward_name
+from .registry import reward_name
 
 # Arguments by which ddpo-pytorch's and TRL's reward functions, (images, prompts, metadata) -> (scores, info), get the rest of the data set.
 METADATA = ("metadata", "prompt_metadata")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .loading import shown
 from .preprocessing import Letterbox, Preprocessing
+from .registry import shown
 
 
 class CLIPEmbedder(nn.Module):

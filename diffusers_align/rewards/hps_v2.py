@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from .clip_embedder import CLIPEmbedder
-from .loading import checkpoint_file, load_weights
 from .pick_score import PROCESSOR
 from .preprocessing import Letterbox, flatten_frames, mean_over_frames, repeat_for_frames
+from .registry import checkpoint_file, load_weights
 
 VISION_HEAD_WIDTH, TEXT_HEAD_WIDTH = 80, 64  # of ViT-H/14's attention heads
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .aesthetic import AestheticMLP
-from .loading import checkpoint_file, load_weights, say_left_out
 from .preprocessing import Preprocessing, flatten_frames, mean_over_frames, repeat_for_frames
+from .registry import checkpoint_file, load_weights, say_left_out
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 MAX_TOKENS = 35

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import weight_files
+from ..files import weight_files
 from .clip_embedder import CLIPEmbedder
-from .loading import load_weights, shown
 from .preprocessing import flatten_frames, mean_over_frames, repeat_for_frames
+from .registry import load_weights, shown
 
 CONFIG, WEIGHTS, LORA = "learned_reward.json", "head.safetensors", "lora.safetensors"
 # The vision tower's attention, in transformers' naming.

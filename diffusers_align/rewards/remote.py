@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ranges import CountOrNone, NonNegative, Positive, checked
+from ..checks.ranges import CountOrNone, NonNegative, Positive, checked
 from . import web
 from .base import RewardError
 from .wire import FORMATS, decode_scores, encode_request

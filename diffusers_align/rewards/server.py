@@ -24,9 +24,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
-from ..ranges import Count, CountOrNone, Positive, checked
+from ..checks.ranges import Count, CountOrNone, Positive, checked
 from .base import load_reward, score_columns
-from .loading import model_option, reward_name
+from .registry import model_option, reward_name
 from .wire import ScoreRequest, encode_scores, read_request
 
 MAX_BODY_MB, MAX_WAITING, MAX_CONNECTIONS, MAX_BODIES = 256, 8, 512, 4

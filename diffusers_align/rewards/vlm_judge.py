@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ranges import Count, CountOrNone, NonNegative, Positive, checked
+from ..checks.ranges import Count, CountOrNone, NonNegative, Positive, checked
 from . import web
 from .preprocessing import where_finite
 from .wire import to_png

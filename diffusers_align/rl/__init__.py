@@ -2,7 +2,7 @@
 
 How much better than expected an outcome was (`advantages`), or a step (`returns`) by a learned baseline (`values`), correcting
 for old samples (`importance`), how far to go (`trust_region`), what to watch (`diagnostics`). For learning from judged samples:
-errors of the model's outputs (`matching`), losses of pairs (`preferences`).
+errors of the model's outputs (`matching`), losses of pairs (`pair_losses`).
 """
 
 from .advantages import PromptStatistics, batch_advantages, group_advantages, leave_one_out_advantages, multi_reward_advantages

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from ..ranges import Probability, check_value
+from ..checks.ranges import Probability, check_value
 from ..transition import GaussianTransition
 from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, as_state, build_source
 

@@ -9,7 +9,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from ..ranges import CountOrNone, NonNegative, Probability, check_value
+from ..checks.ranges import CountOrNone, NonNegative, Probability, check_value
 from ..transition import GaussianTransition
 from .kernels import KERNELS, Kernel
 from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, build_source

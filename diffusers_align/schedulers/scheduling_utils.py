@@ -39,7 +39,7 @@ class SDESchedulerMixin:
 
     Runtime state lives in plain attributes, never in the config:
         generator: draws the noise where the pipeline passes none (flow-matching pipelines never do); a list seeds each sample. A policy
-            leaves it alone: its steps draw from streams that `driver.drive` hands to `step`.
+            leaves it alone: its steps draw from streams that the driver hands to `step`.
         deterministic: True turns every step into the parent's own, bit for bit (evaluation, completions).
         replaced: the scheduler that it took the place of in a pipeline, if it did.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..front_doors import front_door
+from ..files.paths import front_door
 from .scheduling_ddim_sde import DDIMSDEScheduler
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 from .scheduling_utils import SDESchedulerMixin

@@ -1,0 +1,162 @@
+"""The model's output at given latents and times, by the pipeline's own forward pass.
+
+Two things differ between pipelines and are found out by trying, once: which arguments switch classifier-free guidance off, and
+whether the loop takes a time for each sample.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..condition import Condition
+from .steps import Step
+
+logger = logging.getLogger(__name__)
+
+
+class Prediction:
+    """`Policy.predict`, with what it has learned about the policy's pipeline."""
+
+    def __init__(self, policy):
+        self.policy = policy
+        self._unguided: dict[tuple, dict[str, Any]] = {}
+        self._own_times: bool | None = None
+
+    def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition, guidance: bool) -> Tensor:
+        """(B, *D) at `latents` (B, *D) and `timesteps` (B,); see `Policy.predict`."""
+        self._check(latents, timesteps, len(condition))
+        overrides = {} if guidance else self._guidance_off(condition)
+        one_time = len(timesteps if self.policy.lockstep else set(timesteps.tolist())) == 1
+        if not guidance and not one_time and self._own_times is None:
+            self._own_times = self._takes_own_times(latents, timesteps, condition, overrides)
+        if one_time:
+            return self._together(latents, timesteps[0], condition, overrides)
+        if self._own_times and not guidance:
+            return self._together(latents, timesteps, condition, overrides)
+        return self._one_by_one(latents, timesteps, condition, overrides)
+
+    def _check(self, latents: Tensor, timesteps: Tensor, number: int) -> None:
+        if not isinstance(latents, Tensor) or not isinstance(timesteps, Tensor):
+            raise ValueError(f"latents and timesteps are tensors, got a {type(latents).__name__} and a {type(timesteps).__name__}.")
+        if len(latents) != number or timesteps.shape != (number,):
+            raise ValueError(f"{number} prompts need latents and timesteps of as many, got {tuple(latents.shape)} and {tuple(timesteps.shape)}.")
+        most = self.policy.scheduler.config.num_train_timesteps
+        if not bool(((timesteps >= 0) & (timesteps <= most)).all()):  # NaN fails too
+            raise ValueError(f"timesteps are numbers from 0 to {most}, in the scheduler's units, got {timesteps.tolist()}.")
+
+    def _together(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
+        """Solver step 0 is gated and returns `latents`; step 1 evaluates them at `timesteps`; the rest is skipped."""
+        rows = max(2, int(condition.kwargs.get("num_inference_steps", self._default("num_inference_steps", 50))))
+        outputs: list[Tensor] = []
+
+        def capture(step: Step) -> Tensor:
+            if step.child or step.k > 1:
+                return step.sample
+            given = step.like(latents)
+            if step.k == 0 and step.sample.shape != given.shape:
+                raise ValueError(
+                    f"The pipeline's own latents are {tuple(step.sample.shape)}, those given {tuple(given.shape)}: the condition's height, width or "
+                    "number of frames are of another size."
+                )
+            if step.k == 1:
+                if step.sample.shape != given.shape or not torch.equal(step.sample, given):
+                    raise ValueError(f"{type(self.policy.pipeline).__name__} edits its latents between steps; predict has no meaning there.")
+                outputs.append(step.model_output)
+            return given
+
+        self.policy._drive(
+            condition, capture, timesteps=timesteps.expand(rows, *timesteps.shape), needs_denoiser=lambda k: k == 1, **overrides
+        )  # fmt: skip
+        if not outputs:
+            raise ValueError("The pipeline took fewer than two solver steps; raise num_inference_steps (or strength).")
+        return outputs[0]
+
+    def _one_by_one(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
+        out: list[Tensor | None] = [None] * len(latents)
+        values = sorted(set(timesteps.tolist()))
+        for index in [[i] for i in range(len(out))] if self.policy.lockstep else [(timesteps == v).nonzero().flatten().tolist() for v in values]:
+            part = self._together(latents[index], timesteps[index[0]], condition.select(index), overrides)
+            for i, row in zip(index, part):
+                out[i] = row
+        return torch.stack(out)
+
+    @torch.no_grad()
+    def _takes_own_times(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> bool:
+        """Whether each sample is evaluated at its own time: together they are then as one by one, and not as at one time for all."""
+        number = self.policy.scheduler.config.num_train_timesteps
+        # Other times than those given, which may be near each other.
+        apart = (number * torch.linspace(0.25, 0.75, len(timesteps))).round().to(timesteps)
+        one_by_one = self._one_by_one(latents, apart, condition, overrides).float()
+        try:
+            together = self._together(latents, apart, condition, overrides).float()
+        except (RuntimeError, ValueError, TypeError) as error:
+            if of_the_device(error):
+                raise
+            reason = f"its call refuses more ({type(error).__name__}: {str(error).splitlines()[0]})" if str(error) else "its call refuses more"
+        else:
+            # Relative to what the time changes: kernels round differently for another batch, in each precision by another amount.
+            shared = self._together(latents, apart[0], condition, overrides).float()
+            if (together - one_by_one).norm() <= 0.1 * (shared - one_by_one).norm():
+                return True
+            reason = "its batch is evaluated at one of them"
+        logger.warning(
+            "%s takes one time a batch: %s. Outputs at times of their own (Policy.predict) cost one denoiser call a time, not one a batch.",
+            type(self.policy.pipeline).__name__, reason,
+        )  # fmt: skip
+        return False
+
+    def _guidance_off(self, condition: Condition) -> dict[str, Any]:
+        """Arguments that switch classifier-free guidance off: found by trying which give one denoiser row a sample."""
+        negative = sorted(name for name in condition.per_sample if name.startswith("negative_"))
+        key = (*(str(condition.kwargs.get(name)) for name in ("true_cfg_scale", "guidance_scale", "negative_prompt")), *negative)
+        if key not in self._unguided:
+            single = condition.select([0])
+            tries = [{}, *({name: value} for name in ("true_cfg_scale", "guidance_scale") for value in (1.0, 0.0) if name in self.policy._parameters)]
+            for overrides in tries:
+                if self._rows_a_step(single, overrides) == 1:
+                    self._unguided[key] = overrides
+                    break
+            else:
+                raise ValueError(f"Found no argument of {type(self.policy.pipeline).__name__} that switches guidance off; call predict(..., guidance=True).")
+        return self._unguided[key]
+
+    @torch.no_grad()
+    def _rows_a_step(self, single: Condition, overrides: dict) -> int | None:
+        rows, in_first = [], [True]
+
+        def count(module, args, kwargs):
+            first = args[0] if args else next(iter(kwargs.values()))
+            if in_first[0]:
+                rows.append(len(first))
+
+        def step(step: Step) -> Tensor:
+            in_first[0] = False
+            step.skip()
+            return step.sample
+
+        handles = [m.register_forward_pre_hook(count, with_kwargs=True) for m in self.policy.denoisers.values()]
+        try:
+            self.policy._drive(single, step, needs_denoiser=lambda k: k == 0, **overrides)
+        except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+            if of_the_device(error):
+                raise
+            return None
+        finally:
+            for handle in handles:
+                handle.remove()
+        return sum(rows)
+
+    def _default(self, name: str, otherwise):
+        parameter = self.policy._parameters.get(name)
+        return otherwise if parameter is None or parameter.default in (inspect.Parameter.empty, None) else parameter.default
+
+
+def of_the_device(error: Exception) -> bool:
+    """Whether an error is the device's own (memory, a failed launch, a lost process), which says nothing of what a pipeline takes."""
+    kinds = tuple(kind for name in ("OutOfMemoryError", "AcceleratorError") if (kind := getattr(torch, name, None)) is not None)
+    return isinstance(error, kinds) or any(word in str(error) for word in ("CUDA", "cuDNN", "CUBLAS", "HIP error", "NCCL", "DefaultCPUAllocator"))

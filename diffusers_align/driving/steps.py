@@ -1,0 +1,310 @@
+"""Runs a stock diffusers pipeline, unmodified, and hands each of its scheduler's steps to a callback.
+
+A pipeline draws its next state in one place, `scheduler.step`. For the time of one call, the scheduler's class is replaced by
+a run-time subclass with the same signatures, so that isinstance checks, deep copies and signature inspection see what they
+know. Denoiser calls whose outcome is already known can be gated: they return zeros of the right shape at no cost, so the
+pipeline's own loop reaches any of its steps, with everything that depends on the step's index in place.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import NoneType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork
+from .pipeline_state import no_cast_weights_kept, own_arguments, quiet, refuse_offloading, restored_if_abandoned, seeded_globally
+from .prompt_memory import PromptMemory
+from .wrappers import InPlace, unwrapped
+
+_OUTPUT_SHAPES: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
+
+
+def denoisers(pipeline) -> dict[str, ModelMixin]:
+    """The pipeline's denoising networks by component name: its `unet*` or `transformer*` components, in diffusers' naming."""
+    models = {name: m for name, m in pipeline.components.items() if isinstance(m, nn.Module) and name.startswith(("unet", "transformer"))}
+    if not models:
+        models = {name: m for name, m in pipeline.components.items() if _is_model(m) and not hasattr(m, "decode")}
+    if not models:
+        raise ValueError(f"{type(pipeline).__name__} has no denoiser: none of its components {sorted(pipeline.components)} is a diffusers model.")
+    return models
+
+
+def _is_model(component: Any) -> bool:
+    return isinstance(component, nn.Module) and isinstance(unwrapped(component), ModelMixin)
+
+
+@dataclass
+class Step:
+    """One scheduler step of a running pipeline.
+
+    Attributes:
+        k: solver step of this scheduler, from 0.
+        child: 0 for the pipeline's own scheduler, 1, 2, ... for the copies it makes (a second modality).
+        sample, model_output: (B, *D), as the pipeline passes them.
+    """
+
+    k: int
+    child: int
+    scheduler: Any
+    timestep: Any
+    sample: Tensor
+    model_output: Tensor
+    _stock_step: Callable = field(repr=False)
+    _arguments: dict = field(repr=False)
+    output: Any = None
+
+    @property
+    def generator(self) -> Generator:
+        """What the step draws with; None leaves it to the scheduler."""
+        return self._arguments.get("generator")
+
+    def like(self, x: Tensor) -> Tensor:
+        """A copy of `x` (B, *D) to hand to the pipeline in the place of its own state: in that one's dtype, on its device and, where the
+        shapes are equal, in its memory layout. Kernels round by all of them, and a pipeline may write into what it gets."""
+        x = x.clone()
+        return as_state(x, self.sample) if x.shape == self.sample.shape else x.to(self.sample)
+
+    def run(self, **overrides):
+        """The scheduler's own step, with any of its arguments replaced; its output as a dataclass."""
+        self.output = self._stock_step(self.scheduler, **{**self._arguments, **overrides, "return_dict": True})
+        return self.output
+
+    def skip(self) -> None:
+        """Leave the step uncomputed; the callback must return the next state."""
+        if hasattr(self.scheduler, "skip_step"):
+            self.scheduler.skip_step(self.timestep)
+        else:
+            self.run()
+
+    def result(self, prev_sample: Tensor | None):
+        """What the pipeline gets: the step's own output, or `prev_sample` in its place, in the form that it asked for."""
+        if self.output is None and prev_sample is None:
+            self.run()
+        values = list(self.output.to_tuple()) if self.output is not None else [prev_sample, prev_sample]
+        if prev_sample is not None:
+            values[0] = prev_sample
+        if not self._arguments.get("return_dict", True):
+            return tuple(values[: getattr(self.scheduler, "tuple_length", len(values))])
+        if self.output is None:
+            return SDESchedulerOutput(prev_sample=prev_sample)
+        self.output.prev_sample = values[0]
+        return self.output
+
+
+class _Session:
+    """The schedulers of one run (the pipeline's own and its copies) and how far each has come."""
+
+    def __init__(self, on_step: Callable[[Step], Tensor | None], timesteps: Tensor | None, begin_index: int | None, noise: Generator, of_call: Generator):
+        self.on_step, self.timesteps, self.begin_index, self.noise, self.of_call = on_step, timesteps, begin_index, noise, of_call
+        self.schedulers: list[Any] = []
+        self.taken: list[int] = []
+        self.streams: list[Generator] = []
+
+    def adopt(self, scheduler) -> int:
+        for index, known in enumerate(self.schedulers):
+            if known is scheduler:
+                return index
+        self.schedulers.append(scheduler)
+        self.taken.append(0)
+        self.streams.append(fork(self.streams[-1]) if self.streams else self.noise)
+        return len(self.schedulers) - 1
+
+    def generator(self, scheduler, handed_on: Generator) -> Generator:
+        """What a step draws with. Some pipelines hand the call's generators on to it and some do not, and none of them knows `noise`."""
+        if self.noise is not None:
+            return self.streams[self.adopt(scheduler)]
+        return self.of_call if handed_on is None and getattr(scheduler, "generator", None) is None else handed_on
+
+    def step(self, scheduler, stock_step: Callable, arguments: dict):
+        child = self.adopt(scheduler)
+        step = Step(self.taken[child], child, scheduler, arguments["timestep"], arguments["sample"], arguments["model_output"], stock_step, arguments)
+        result = step.result(self.on_step(step))
+        self.taken[child] += 1
+        return result
+
+
+def _hooked_class(cls: type, session: _Session) -> type:
+    step_signature, set_signature = inspect.signature(cls.step), inspect.signature(cls.set_timesteps)
+
+    def step(self, *args, **kwargs):
+        arguments = dict(step_signature.bind(self, *args, **kwargs).arguments)
+        arguments.pop("self")
+        if "generator" in step_signature.parameters:
+            arguments["generator"] = session.generator(self, arguments.get("generator"))
+        return session.step(self, cls.step, arguments)
+
+    def set_timesteps(self, *args, **kwargs):
+        cls.set_timesteps(self, *args, **kwargs)
+        if session.timesteps is not None:
+            # In the schedule's own dtype: some pipelines index their noise table with it.
+            self.timesteps = session.timesteps.to(self.timesteps)
+        if session.begin_index is not None and hasattr(self, "set_begin_index"):
+            self.set_begin_index(session.begin_index)
+
+    def __deepcopy__(self, memo):
+        if hasattr(cls, "__deepcopy__"):
+            child = cls.__deepcopy__(self, memo)
+        else:
+            child = object.__new__(type(self))
+            child.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        session.adopt(child)
+        return child
+
+    step.__signature__, set_timesteps.__signature__ = step_signature, set_signature
+    return type(cls.__name__, (cls,), {"step": step, "set_timesteps": set_timesteps, "__deepcopy__": __deepcopy__, "__module__": cls.__module__})
+
+
+@contextmanager
+def _hooked(scheduler, session: _Session) -> Iterator[None]:
+    cls = type(scheduler)
+    session.adopt(scheduler)
+    scheduler.__class__ = _hooked_class(cls, session)
+    try:
+        yield
+    finally:
+        for known in session.schedulers:
+            known.__class__ = cls
+
+
+@contextmanager
+def _gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
+    """While `is_open()` is False, calls return zeros shaped like the last real output for such an input (learned by one real
+    call without gradient if there was none)."""
+    forward, had_own = module.forward, "forward" in module.__dict__
+    shapes = _OUTPUT_SHAPES.setdefault(module, {})
+
+    def gate(forward, *args, **kwargs):
+        first = args[0] if args else next(iter(kwargs.values()))
+        key = (
+            tuple((x.shape, x.dtype, x.device) for x in pytree.tree_leaves(first) if isinstance(x, Tensor)),
+            len(args),
+            tuple(kwargs),
+            kwargs.get("return_dict"),
+        )
+        if is_open():
+            output = forward(*args, **kwargs)
+        elif shapes.get(key) is not None:
+            return pytree.tree_map(lambda leaf: leaf.zeros() if type(leaf) is _Shape else leaf, shapes[key], is_leaf=lambda x: type(x) is _Shape)
+        else:
+            with torch.no_grad():
+                output = forward(*args, **kwargs)
+        if key not in shapes:
+            # A denoiser that returns more than numbers (a cache of keys and values) is called for real every time.
+            plain = all(isinstance(leaf, (Tensor, int, float, bool, str, NoneType)) for leaf in pytree.tree_leaves(output))
+            shapes[key] = pytree.tree_map_only(Tensor, lambda x: _Shape((x.shape, x.dtype, x.device)), output) if plain else None
+        return output
+
+    module.forward = InPlace(gate, forward)
+    try:
+        yield
+    finally:
+        if had_own:
+            module.forward = forward
+        else:
+            del module.forward
+
+
+class _Shape(tuple):
+    """(shape, dtype, device) of a tensor that a gated call stands in for."""
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self[0], dtype=self[1], device=self[2])
+
+
+class _Encoded(Exception):
+    """Carries an encoded prompt out of a call that need not go on."""
+
+
+def encoded_prompt(pipeline, call: dict):
+    """What the first `encode_prompt` of `pipeline(**call)` returns; the call ends there.
+
+    Raises:
+        ValueError: the pipeline has no method of that name.
+    """
+    # Some pipelines have the private name alone.
+    name = next((name for name in ("encode_prompt", "_encode_prompt") if hasattr(pipeline, name)), None)
+    if name is None:
+        raise ValueError(f"{type(pipeline).__name__} has no encode_prompt, so its prompts have no features; do without them (--no-value_baseline).")
+    encode = getattr(pipeline, name)
+
+    def encode_and_leave(*args, **kwargs):
+        raise _Encoded(encode(*args, **kwargs))
+
+    pipeline.__dict__[name] = encode_and_leave
+    try:
+        with torch.no_grad(), restored_if_abandoned(pipeline):
+            inspect.unwrap(type(pipeline).__call__)(pipeline, **own_arguments(call))
+    except _Encoded as encoded:
+        return encoded.args[0]
+    finally:
+        del pipeline.__dict__[name]
+    raise ValueError(f"{type(pipeline).__name__}'s call does not use its {name}, so its prompts have no features; do without them (--no-value_baseline).")
+
+
+def drive(
+    pipeline,
+    on_step: Callable[[Step], Tensor | None],
+    call: dict,
+    *,
+    gradients: bool = False,
+    timesteps: Tensor | None = None,
+    begin_index: int | None = None,
+    needs_denoiser: Callable[[int], bool] | None = None,
+    memory: PromptMemory | None = None,
+    noise: Generator = None,
+    global_seed: int | None = None,
+):
+    """Call `pipeline(**call)` and hand each scheduler step to `on_step`; return the pipeline's output.
+
+    Args:
+        on_step: gets a `Step`. What it returns (B, *D) becomes the next state; None lets the scheduler's own step stand.
+        gradients: run the undecorated `__call__` with autograd on (diffusers wraps it in `torch.no_grad`).
+        timesteps: stand in for the scheduler's own after `set_timesteps`; rows of (N, B) give each sample its own time.
+        begin_index: the solver's position at the first of them, where they repeat and it could not tell.
+        needs_denoiser: of solver step k, whether its denoiser calls must be real. None: all are.
+        memory: remembers encoded prompts across calls.
+        noise: what the steps draw with, whatever the pipeline hands on to them; a list has one generator a sample, and copies of the
+            scheduler get streams of their own. None: what the pipeline hands on, or else the call's own `generator`.
+        global_seed: of what the pipeline draws from torch's global generators, which are as before afterwards; None leaves them alone.
+
+    Everything is restored when it returns or raises, and the pipeline gets copies of the call's lists, dicts and tensors.
+
+    Raises:
+        ValueError: gradients through an offloaded component, or a pipeline that reads what the scheduler does not have.
+    """
+    if gradients:
+        refuse_offloading(pipeline)
+    session = _Session(on_step, timesteps, begin_index, noise, call.get("generator"))
+    with ExitStack() as stack:
+        stack.enter_context(restored_if_abandoned(pipeline))
+        stack.enter_context(seeded_globally(global_seed, pipeline.device))
+        stack.enter_context(_hooked(pipeline.scheduler, session))
+        stack.enter_context(quiet(pipeline))
+        stack.enter_context(no_cast_weights_kept())
+        if needs_denoiser is not None:
+            for module in denoisers(pipeline).values():
+                stack.enter_context(_gated(module, lambda: needs_denoiser(session.taken[0])))
+        if memory is not None:
+            stack.enter_context(memory.installed(pipeline))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        try:
+            return inspect.unwrap(type(pipeline).__call__)(pipeline, **own_arguments(call))
+        except AttributeError as error:
+            if lacks := re.fullmatch(rf"'({type(pipeline.scheduler).__name__}|FrozenDict)' object has no attribute '(\w+)'", str(error)):
+                raise ValueError(
+                    f"{type(pipeline).__name__} reads {lacks[2]!r} of its scheduler, which {type(pipeline.scheduler).__name__} does not have: this pipeline "
+                    "works with a scheduler of its own only, and that one is no policy."
+                ) from error
+            raise

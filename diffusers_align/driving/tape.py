@@ -1,0 +1,79 @@
+"""Record a pipeline's solver steps into a trajectory, and check that a later pass walks the same one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..condition import Condition
+from ..trajectory import Trajectory
+from .steps import Step
+
+
+class Tape:
+    """Collects steps, each child scheduler's by itself; `record` is an `on_step` of the driver."""
+
+    def __init__(self):
+        self.rows: dict[int, list[dict[str, Any]]] = {}
+
+    def record(self, step: Step) -> None:
+        """Run the step and keep its state, action, log-probability and place in the schedule."""
+        state, output = step.sample.detach().clone(), step.run()
+        row = {"state": state, "action": output.prev_sample.detach().clone(), "log_prob": output.log_prob}
+        self.rows.setdefault(step.child, []).append({**row, **_schedule(step)})
+
+    def trajectory(self, condition: Condition) -> Trajectory:
+        """What was recorded, the main scheduler's steps with those of the others as `children`.
+
+        Raises:
+            ValueError: no step was taken, or the pipeline made another number of samples than the condition has prompts.
+        """
+        if not self.rows:
+            raise ValueError(
+                "The pipeline took no step of its scheduler, so that there is no trajectory: num_inference_steps or strength asks for none, or another "
+                "scheduler steps in its place (the parts of a combined pipeline hold their own)."
+            )
+        if wrong := {len(row["state"]) for rows in self.rows.values() for row in rows} - {len(condition)}:
+            raise ValueError(
+                f"The pipeline made {min(wrong)} samples for {len(condition)} prompts, so that rewards and log-probabilities would belong to others. Give it "
+                "one prompt a call if it cannot take several; arguments of which each sample has its own go into per_sample."
+            )
+        main, *children = (_trajectory(self.rows[child], condition) for child in sorted(self.rows))
+        return Trajectory(**{**vars(main), "children": tuple(children)})
+
+
+def check_state(step: Step, recorded: Trajectory) -> None:
+    """Raise a ValueError if the pipeline does not stand at the recorded state."""
+    expected = recorded.states[:, step.k].to(step.sample.device)
+    if expected.shape == step.sample.shape and torch.allclose(step.sample.float(), expected.float(), rtol=1e-2, atol=1e-3):
+        return
+    raise ValueError(
+        f"At solver step {step.k} the pipeline stands at another state than the one recorded. A replay needs the call "
+        "arguments, the seeds and the frozen components of the rollout."
+    )
+
+
+def _schedule(step: Step) -> dict[str, float]:
+    sigmas = getattr(step.scheduler, "sigmas", None)
+    index = getattr(step.scheduler, "step_index", None)
+    sigma = float(sigmas[index - 1]) if sigmas is not None and index else float("nan")
+    return {"timestep": float(step.timestep), "sigma": sigma}
+
+
+def _trajectory(rows: list[dict[str, Any]], condition: Condition) -> Trajectory:
+    return Trajectory(
+        states=torch.stack([row["state"] for row in rows], 1),
+        actions=torch.stack([row["action"] for row in rows], 1),
+        timesteps=torch.tensor([row["timestep"] for row in rows]),
+        sigmas=torch.tensor([row["sigma"] for row in rows]),
+        stochastic=torch.tensor([row["log_prob"] is not None for row in rows]),
+        log_probs=torch.stack([_log_prob(row) for row in rows], 1),
+        condition=condition,
+    )
+
+
+def _log_prob(row: dict[str, Any]) -> Tensor:
+    state = row["state"]
+    return row["log_prob"].detach() if row["log_prob"] is not None else torch.full((len(state),), torch.nan, dtype=torch.float64, device=state.device)

@@ -1,0 +1,1 @@
+"""What outlives a run that is killed, and what may change when it goes on."""

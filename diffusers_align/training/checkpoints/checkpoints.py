@@ -1,0 +1,251 @@
+"""Checkpoints of a run in its output folder: written whole or not at all, checked before they are read, pruned, set aside.
+
+A checkpoint holds a file `manifest.json`, written last: what made it (algorithm, flags, commands) and the size and CRC-32 of every other file.
+Only the main process reads and writes, so that the machines of a run need not share a disk.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import gather_object
+
+from ... import __version__
+from ..run import costs, failures
+from . import resuming
+from .resumable import random_state, restore_random_state
+from .state_files import read_state, write_state
+
+MANIFEST, RANDOM, LOGS = "manifest.json", "random_states", "logs"
+LORA = "pytorch_lora_weights.safetensors"
+# What a run leaves beside its checkpoints, and a preference flow.
+RESULTS = ("metrics.jsonl", "reward_curve.png", "before_after.png", "samples", costs.FILE, "README.md", LORA, "model_index.json", "vector_field")
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, in the order of their epochs."""
+    numbered = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit() and path.is_dir()]
+    return sorted(numbered, key=epoch_of)
+
+
+def epoch_of(checkpoint: Path) -> int:
+    """How many epochs a checkpoint has seen, by its name."""
+    return int(checkpoint.name.split("-")[-1])
+
+
+# --- writing -------------------------------------------------------------------------------------------------------------
+
+
+def save(run) -> None:
+    """Write `checkpoint-<epoch>`, complete or not at all; all processes call it together.
+
+    Raises:
+        OSError: it could not be written; those before it are intact.
+    """
+    final, partial = run.output_dir / f"checkpoint-{run.epoch}", run.output_dir / f".checkpoint-{run.epoch}.partial"
+    cost = run.meter.total()
+    random = gather_object([random_state(run.accelerator.device)])
+
+    def write() -> None:
+        with failures.complete_or_absent(run, partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for name, registered in run.registered.items():
+                write_state(partial, name, registered.state_dict())
+            write_state(partial, RANDOM, random)
+            run.save_weights(partial)
+            cost.write(partial)
+            seal(partial, {"version": __version__, "states": list(run.registered), **(run.made_by or resuming.made_by(run))})
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        limit = run.args.checkpoints_total_limit
+        for old in run.checkpoints()[: -limit if limit else 0]:
+            shutil.rmtree(old)
+        with failures.resumable(run):
+            shutil.copy(final / costs.FILE, run.output_dir)
+
+    run.on_main(write)
+
+
+def seal(folder: Path, about: dict[str, Any]) -> None:
+    """Write the manifest: the folder is complete."""
+    files = {path.relative_to(folder).as_posix(): [path.stat().st_size, _crc(path)] for path in sorted(folder.rglob("*")) if path.is_file()}
+    (folder / MANIFEST).write_text(json.dumps({**about, "files": files}, indent=1) + "\n", encoding="utf-8")
+
+
+def _crc(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+# --- reading -------------------------------------------------------------------------------------------------------------
+
+
+def fault(folder: Path) -> str | None:
+    """The first thing that is wrong with a checkpoint, with the file's name; None if it is as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = dict(manifest["files"])
+        missing = (resuming.MADE_BY | {"states"}) - manifest.keys()
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing" if any(folder.iterdir()) else "the folder is empty"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+    if missing:
+        return f"{MANIFEST} says nothing of {', '.join(sorted(missing))}"
+    if not (isinstance(manifest["flags"], dict) and isinstance(manifest["contents"], dict) and manifest["commands"]):
+        return f"{MANIFEST} does not say how it was made"
+    for name, (size, crc) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, of {size}"
+        try:
+            if _crc(path) != crc:
+                return f"the content of {name} has changed since it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def choose(run, wanted: str) -> tuple[Path | None, str]:
+    """The checkpoint that `--resume_from_checkpoint` asks for, None if there is none yet, and what is to be said about the choice.
+
+    Raises:
+        FileNotFoundError: the named checkpoint does not exist.
+        OSError: it is damaged, or `latest` finds damaged ones only.
+    """
+    candidates = found(run.output_dir)
+    if wanted == "latest":
+        return _newest(run.output_dir, candidates)
+    folder = Path(wanted) if Path(wanted).is_dir() else run.output_dir / wanted
+    if not folder.is_dir():
+        raise FileNotFoundError(f"No checkpoint {wanted!r}; {run.output_dir} has {', '.join(p.name for p in candidates) or 'none'}.")
+    if wrong := fault(folder):
+        others = [path for path in found(folder) or found(folder.parent) if path.name != folder.name]
+        last = next((path for path in reversed(others) if fault(path) is None), None)
+        advice = f"The last complete one is {last}: name it with --resume_from_checkpoint." if last else "There is no complete one beside it."
+        raise OSError(f"{folder} cannot be resumed from: {wrong}. {advice}")
+    return folder, ""
+
+
+def _newest(output_dir: Path, candidates: list[Path]) -> tuple[Path | None, str]:
+    damaged = []
+    for folder in reversed(candidates):
+        wrong = fault(folder)
+        if wrong is None:
+            return folder, f"{'; '.join(damaged)}. Using {folder.name}, the last complete one, in its stead." if damaged else ""
+        damaged.append(f"{folder.name} is damaged: {wrong}")
+    if damaged:
+        raise OSError(
+            f"No checkpoint in {output_dir} can be resumed from: {'; '.join(damaged)}. Leave out --resume_from_checkpoint to start from the beginning."
+        )
+    aside = sorted(path.name for path in output_dir.glob(".previous-checkpoint-*"))
+    hint = f" To go on with the run that was set aside, name its checkpoint: {', '.join(aside)}." if aside else ""
+    return None, f"No checkpoint in {output_dir} yet: starting from the beginning.{hint}"
+
+
+def restore(run) -> None:
+    """Go on from `--resume_from_checkpoint`, or begin; all processes call it together, when everything is registered.
+
+    Raises:
+        FileNotFoundError, OSError: as `choose`.
+        ValueError: the checkpoint is of another algorithm, of other flags, or of a model of other shapes.
+    """
+    wanted = run.args.resume_from_checkpoint
+    made_by = run.made_by = run.on_main(lambda: resuming.made_by(run))
+    folder, said = run.on_main(lambda: choose(run, wanted)) if wanted else (None, "")
+    if said:
+        run.print(said)
+    if folder is None:
+        run.on_main(lambda: begin(run))
+        return
+    manifest = run.on_main(lambda: json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    notes = resuming.compare(manifest, made_by, run.args.allow_changes, folder.name)
+    notes += _load(run, folder, manifest)
+    resuming.check_epochs(run, folder.name)
+    made_by["commands"] = resuming.history(manifest["commands"], made_by["commands"], run.epoch)
+    run.meter.resume(run.on_main(lambda: costs.Cost.read(folder)))
+    if later := run.on_main(lambda: set_aside(run.output_dir, [path for path in run.checkpoints() if epoch_of(path) > run.epoch])):
+        notes.append(f"Later checkpoints are of epochs that are now trained again: {', '.join(later)} renamed to .previous-*.")
+    run.print(f"Resumed from {folder.name}: {run.epoch} of {run.args.num_epochs} epochs are done.")
+    for note in notes:
+        run.print(note)
+
+
+def _load(run, folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """Give each registered object its state. Returns what is to be said."""
+    there, notes = manifest["states"], []
+    for name in run.registered:
+        if name not in there and run.fresh.get(name) is None:
+            raise ValueError(f"{folder.name} holds no {_words(name)}, which this run needs: resume with the flags that it was made with, or start a new run.")
+    for name, registered in run.registered.items():
+        if name in there:
+            registered.load_state_dict(run.on_main(lambda name=name: read_state(folder, name)))
+        else:
+            run.fresh[name]()
+            notes.append(f"{folder.name} holds no {_words(name)}: it starts from here.")
+    notes += [f"The {_words(name)} of {folder.name} is not used." for name in there if name not in run.registered]
+    states, index = run.on_main(lambda: read_state(folder, RANDOM)), run.accelerator.process_index
+    if index < len(states):
+        restore_random_state(states[index], run.accelerator.device)
+    return notes
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+# --- what is in the way -----------------------------------------------------------------------------------------------------
+
+
+def begin(run) -> None:
+    """A new run begins: what an earlier one left in the folder is set aside, and what had been set aside before goes."""
+    folder = run.output_dir
+    loras = [path.parent for path in folder.glob(f"*/{LORA}") if not path.parent.name.startswith((".", "checkpoint-"))]
+    results = [*found(folder), *(folder / name for name in RESULTS if (folder / name).exists()), *loras]
+    if not results:
+        return
+    set_aside(folder, results)
+    kept = {f".previous-{name}" for name in (*(path.name for path in results), LOGS)}
+    stale = [path for path in folder.glob(".previous-*") if path.name not in kept]
+    for path in stale:
+        _remove(path)
+    run.print(
+        f"{folder} holds an earlier run: {', '.join(path.name for path in results)} are renamed to .previous-* before this one starts anew"
+        f"{', and those that were set aside before it are deleted' if stale else ''}. To go on instead: --resume_from_checkpoint."
+    )
+
+
+def set_aside(folder: Path, paths: Iterable[Path]) -> list[str]:
+    """Rename what is not to be resumed, counted or overwritten to `.previous-<name>`, in the place of what has that name. Returns the names."""
+    paths = list(paths)
+    for path in paths:
+        aside = folder / f".previous-{path.name}"
+        _remove(aside)
+        path.rename(aside)
+    return [path.name for path in paths]
+
+
+def set_logs_aside(run) -> None:
+    """Trackers append to the logs in a folder: those of an earlier run are not to be continued by a new one. Before the trackers are opened."""
+    logs = run.output_dir / LOGS
+    if not run.args.resume_from_checkpoint and logs.is_dir():
+        set_aside(run.output_dir, [logs])
+        run.print(f"{logs} is of an earlier run: renamed to .previous-{LOGS}.")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

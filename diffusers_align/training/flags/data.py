@@ -1,0 +1,86 @@
+"""The flags of scripts that learn from a data set."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from .common import Arguments, TrainingArguments
+from .options import Count, Probability, option, required
+
+
+class ColumnArguments(Arguments):
+    """data"""
+
+    column_map: str | None = option(None, "its columns, where they have other names: prompt=caption,image_0=left")
+
+    @model_validator(mode="after")
+    def _check_column_map(self):
+        if self.column_map:
+            from ...data import parse_column_map
+
+            parse_column_map(self.column_map)
+        return self
+
+
+class SourceArguments(ColumnArguments):
+    """data"""
+
+    dataset_name: str = required("a .jsonl, .csv or .parquet file, a folder, or a set of the Hub")
+    dataset_split: str = option("train", "its split")
+    image_root: str | None = option(None, "folder of relative image paths; the file's own if absent")
+
+
+class BadRowArguments(Arguments):
+    """images"""
+
+    bad_rows: Literal["skip", "error"] = option("skip", "broken rows: report and leave out, or stop")
+
+
+class ImageArguments(BadRowArguments):
+    """images"""
+
+    verify: Literal["full", "header", "none"] = option("full", "decode each image before training, read its header, or neither")
+    max_rows: Count | None = option(None, "read the first so many rows only")
+    random_crop: bool = option(False, "crop at random, both images of a pair alike; centred otherwise")
+    random_flip: bool = option(False, "mirror at random, both images of a pair alike")
+    proportion_empty_prompts: Probability = option(0.1, "share of captions that are emptied, which keeps guidance working")
+    cache_dir: str | None = option(None, "keep latents and encoded prompts on disk here; encoded at every use if absent. Not with --random_crop")
+
+    @model_validator(mode="after")
+    def _check_cache(self):
+        if self.cache_dir and self.random_crop:
+            raise ValueError("--cache_dir with --random_crop would keep every crop and use none twice: leave out one of them")
+        return self
+
+
+class ImageNoiseArguments(Arguments):
+    """noise"""
+
+    timestep_scheme: Literal["uniform", "logit_normal"] | None = option(None, "logit_normal for flow matching, uniform for diffusion if absent")
+    error_weighting: Literal["native", "eps", "x0", "elbo"] = option("native", "errors in the model's own terms, or converted")
+
+
+class NoisedImageArguments(ImageArguments, ImageNoiseArguments):
+    """How a data set's rows are read, its images prepared and noised."""
+
+
+class DataArguments(SourceArguments, NoisedImageArguments, TrainingArguments):
+    """data"""
+
+    num_samples_per_epoch: Count = option(1024, "rows an epoch: the stretch between two lines of the log")
+    eval_dataset_name: str | None = option(None, "held-out pairs, read as the data set is, for the implicit accuracy at each validation; none if absent")
+    eval_dataset_split: str = option("train", "their split", needs={"eval_dataset_name": True})
+    prompts: str | None = option(None, "a .txt, .jsonl or .csv file, or a shipped set, for the pictures and the evaluation; the data set's if absent")
+    reward: str | None = option(
+        None, "for the evaluation: built-in, module:function, file.py:function, http://host:port, or a sum such as clip_score*1+scene_score*0.5"
+    )
+
+
+class PairArguments(Arguments):
+    """pairs"""
+
+    ties: Literal["drop", "soft", "keep"] = option("drop", "pairs without a winner: leave out, label 1/2, or one of each label")
+    pair_weighting: Literal["row", "prompt"] = option("row", "weights as the rows have them, or summing to 1 for each prompt")
+    two_pass: bool = option(False, "errors first, then gradients side by side: the same update with half the memory")

@@ -1,0 +1,148 @@
+"""The flags that several methods share, each with the module that acts on them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+from pydantic import model_validator
+
+from .common import WITH_STRENGTH, Arguments, SDEType, TrainingArguments
+from .data import NoisedImageArguments
+from .options import Count, NonNegative, Positive, PositiveShare, Probability, Real, StepIndex, Steps, option
+
+Eta = Annotated[float, Interval(gt=0, le=1)]
+NoiseLevel = Annotated[float, Interval(gt=0, le=100)]
+GroupSize = Annotated[int, Interval(ge=2, le=10**6)]
+# Below 1, so that the least ratio has a logarithm.
+ClipRange = Annotated[float, Interval(gt=0, lt=1)]
+
+
+def check_window(window: tuple[int, int] | None, steps: int) -> None:
+    """Raise ValueError where `--sde_window` is no part of the solver steps."""
+    if window is not None and not window[0] < window[1] <= steps:
+        raise ValueError(f"--sde_window {window[0]} {window[1]} must be a first step and a later end within the {steps} solver steps of --num_inference_steps")
+
+
+class GroupArguments(Arguments):
+    """groups and advantages"""
+
+    # The defaults are Flow-GRPO's (https://arxiv.org/abs/2505.05470, official code). Used by `online.group_advantages`.
+    num_prompts_per_epoch: Count = option(48, "groups an epoch")
+    group_size: GroupSize = option(24, "samples of a prompt; with one there is nothing to compare")
+    same_latent: bool = option(False, "one initial noise a group (DanceGRPO's default)")
+    adv_clip_max: Positive = option(5.0, "largest advantage, and smallest but for its sign")
+    global_std: bool = option(True, "divide advantages by the std of all rewards", needs={"baseline": "group", "multi_reward": "sum"})
+    std_ddof: Annotated[int, Interval(ge=0, le=1)] = option(
+        0, "0 divides the variance by n (numpy), 1 by n - 1 (torch, DanceGRPO)", needs={"baseline": "group"}
+    )
+    baseline: Literal["group", "leave_one_out"] = option("group", "of a sample: its group's mean, over the std; or the others' mean alone (RLOO)")
+    multi_reward: Literal["sum", "gdpo"] = option("sum", "of a sum of rewards: add up first, or normalise each in its group first")
+
+    @model_validator(mode="after")
+    def _check_baseline(self):
+        if self.multi_reward == "gdpo" and self.baseline != "group":
+            raise ValueError("--multi_reward gdpo normalises each reward in its group: leave out --baseline leave_one_out")
+        return self
+
+
+class NoiselessGroupArguments(GroupArguments):
+    """groups and advantages"""
+
+    # Of methods that sample along the ODE.
+    @model_validator(mode="after")
+    def _check_same_latent(self):
+        if self.same_latent:
+            raise ValueError("--same_latent: this script samples without noise in its steps, so all images of a group would be equal. Leave it out")
+        return self
+
+
+class NoisingArguments(Arguments):
+    """noised samples"""
+
+    # Used by `online.forward_samples`.
+    timestep_scheme: Literal["uniform", "logit_normal", "grid"] = option("grid", "where to train: on the sampler's own steps, or over the training range")
+    num_train_timesteps: Steps | None = option(None, "timesteps a sample, in equal strata; as many as the grid has if absent")
+    timestep_fraction: PositiveShare = option(0.99, "grid: train the first steps only; 0.99 leaves out the last one")
+    shared_timesteps: bool = option(False, "the same timesteps for all samples of an epoch")
+
+    @model_validator(mode="after")
+    def _check_fraction(self):
+        if self.timestep_scheme != "grid" and self.num_train_timesteps is not None and "timestep_fraction" in self.model_fields_set:
+            raise ValueError(f"--timestep_fraction has no effect with --timestep_scheme {self.timestep_scheme} and --num_train_timesteps: leave it out")
+        return self
+
+
+class StrengthArguments(Arguments):
+    """noise"""
+
+    sde_type: SDEType | None = option(None, "kernel of flow matching; flow_grpo if absent")
+    noise_level: NoiseLevel | None = option(None, "its strength, flow matching; the kernel's default if absent", needs={"sde_type": WITH_STRENGTH})
+    eta: Eta | None = option(None, "weight of the DDIM kernel's noise, diffusion; 1 if absent")
+
+    @model_validator(mode="after")
+    def _check_strength(self):
+        if self.eta is not None and (self.sde_type or self.noise_level):
+            raise ValueError("--eta is the noise of diffusion, --sde_type and --noise_level that of flow matching: leave out those of the other kind")
+        if self.sde_type == "cps" and (self.noise_level or 0) > 1:
+            raise ValueError(f"--noise_level of --sde_type cps must be above 0 and at most 1, got {self.noise_level:g}")
+        return self
+
+
+class NoiseArguments(StrengthArguments):
+    """noise"""
+
+    # Used by `online.stored_trajectories.noise_fields`.
+    sde_window: tuple[StepIndex, StepIndex] | None = option(None, "steps with noise, flow matching; all if absent", metavar=("FIRST", "END"))
+
+    @model_validator(mode="after")
+    def _check_noise(self):
+        check_window(self.sde_window, self.num_inference_steps)
+        if self.sde_window is not None and self.eta is not None:
+            raise ValueError("--sde_window is of flow matching, --eta of diffusion: leave out that of the other kind")
+        return self
+
+
+class PretrainingArguments(
+    NoisedImageArguments,
+    needs={name: {"pretrain_dataset_name": True} for name in NoisedImageArguments.model_fields if name != "config"},
+):
+    """pre-training loss"""
+
+    # Used by `gradient.pretraining`.
+    pretrain_dataset_name: str | None = option(None, "captioned images (a file, a folder, a set of the Hub) for plain fine-tuning beside the reward")
+    pretrain_weight: NonNegative | None = option(None, "of that loss; 1 if absent, as in ReFL's paper", needs={"pretrain_dataset_name": True})
+
+    @model_validator(mode="after")
+    def _fill_pretrain_weight(self):
+        if self.pretrain_weight is None:
+            self.pretrain_weight = 1.0 if self.pretrain_dataset_name else 0.0
+        return self
+
+
+class RewardGradientArguments(PretrainingArguments, TrainingArguments, defaults={"gradient_accumulation_steps": 1}):
+    """reward gradients"""
+
+    # Used by `gradient.updates`. One batch a step: on-policy however many updates an epoch has, each samples anew.
+    num_samples_per_epoch: Count = option(128, "one a prompt: the stretch between two lines of the log")
+    reward_map: Literal["none", "hinge", "distance", "shortfall"] = option("none", "the loss: -r, max(0, target - r), |target - r|, or target - r")
+    reward_target: Real | None = option(None, "a margin, a target, or the best possible reward", needs={"reward_map": ("hinge", "distance", "shortfall")})
+    reward_scale: Positive = option(1.0, "factor of that loss: with Adam, its weight against --kl_weight and the clipping")
+    kl_weight: NonNegative = option(0.0, "of the distance to the pretrained model at the trained steps; 0 saves its forward pass")
+    grad_clip_quantile: PositiveShare | None = option(None, "also clip at this quantile of the last 100 updates' gradient norms")
+    stochastic: bool = option(False, "roll out with the SDE twin's noise; otherwise by the pipeline's own solver")
+    eta: Probability | None = option(None, "of that noise for diffusion: 0 is DDIM's ODE, 1 (if absent) ancestral sampling", needs={"stochastic": True})
+    checkpoint_steps: bool = option(True, "compute each step's activations again on the way back")
+    checkpoint_decoder: bool = option(True, "compute the autoencoder's activations again on the way back")
+
+    @model_validator(mode="after")
+    def _check_reward_map(self):
+        if self.reward_map != "none" and self.reward_target is None:
+            self.reward_target = self.usual_target()
+        if self.reward_map != "none" and self.reward_target is None:
+            raise ValueError(f"--reward_map {self.reward_map} needs --reward_target")
+        return self
+
+    def usual_target(self) -> float | None:
+        """The target of a method's own map, where `--reward_target` is absent."""
+        return None

@@ -1,0 +1,1 @@
+"""Learning from a differentiable reward: the updates of an epoch, adjoints, samples noised anew, the pre-training loss."""

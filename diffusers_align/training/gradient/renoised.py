@@ -1,0 +1,88 @@
+"""Finished samples noised anew, and the images that one more call of the model makes of them: DRaFT-LV's and SRPO's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from ...algorithms.draft import renoised
+from ...algorithms.srpo import recovered_sample
+from ...forward_process import ForwardProcess
+from ...gradients.decoding import decode_latents, replaced
+from ...gradients.rollout import DifferentiableRollout
+from ...policy import Policy, noise_seed
+
+
+def drawn_noise(rollout: DifferentiableRollout, name: str) -> Tensor:
+    """Standard normal (B, *D), of each sample's own seed."""
+    shape, device = rollout.latents.shape[1:], rollout.latents.device
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(noise_seed(seed, name))) for seed in rollout.condition.seeds]).to(device)
+
+
+def noising_times(policy: Policy, rollout: DifferentiableRollout) -> Tensor:
+    """The roll-out's timesteps (S,) as levels that samples can be noised to: the nearest rows of a noise table, between which some solvers
+    go, and each once, where a solver of second order comes by twice."""
+    times = torch.tensor(rollout.timesteps)
+    return (times if ForwardProcess(policy.scheduler).is_flow else times.round()).unique_consecutive()
+
+
+def renoised_images(
+    policy: Policy, rollout: DifferentiableRollout, number: int, *, checkpoint: bool = True, decode_checkpoint: bool = True
+) -> Iterator[Tensor]:
+    """`number` times the images of the samples noised to the last solver step's level and denoised again (DRaFT-LV).
+
+    Args:
+        checkpoint, decode_checkpoint: compute the denoiser's and the autoencoder's activations again on the way back.
+    """
+    forward, t = ForwardProcess(policy.scheduler), noising_times(policy, rollout)[-1:].expand(len(rollout.latents)).to(rollout.latents.device)
+    alpha, sigma = (level(t).reshape(-1, *[1] * (rollout.latents.ndim - 1)) for level in (forward.alpha, forward.sigma))
+    for j in range(number):
+        x = renoised(rollout.latents, drawn_noise(rollout, f"renoised {j}"), alpha=alpha, sigma=sigma).to(rollout.latents.dtype)
+        clean = forward.to_x0(_predicted(policy, x, t, rollout, checkpoint), x, t)
+        yield decode_latents(policy, clean.to(x.dtype), rollout.condition, checkpoint=decode_checkpoint).float()
+
+
+def alignable_steps(policy: Policy, rollout: DifferentiableRollout) -> list[int]:
+    """The positions among `noising_times` between whose noise level and each neighbour's a sample can be recovered.
+
+    Raises:
+        ValueError: there is none.
+    """
+    levels = ForwardProcess(policy.scheduler).flow_time(noising_times(policy, rollout)).tolist()
+    if not (steps := [k for k in range(1, len(levels)) if levels[k - 1] < 1]):
+        raise ValueError("SRPO needs a step that follows one below pure noise: raise --num_inference_steps to 3 or more.")
+    return steps
+
+
+def aligned_images(policy: Policy, rollout: DifferentiableRollout, k: int, *, checkpoint: bool = True, decode_checkpoint: bool = True) -> tuple[Tensor, Tensor]:
+    """The samples noised to the k-th of `noising_times`, and what one model call makes of them (SRPO): a step denoised, and a step inverted.
+
+    Args:
+        checkpoint, decode_checkpoint: compute the denoiser's and the autoencoder's activations again on the way back.
+    """
+    forward, x0, noise = ForwardProcess(policy.scheduler), rollout.latents.detach(), drawn_noise(rollout, "aligned")
+    times = noising_times(policy, rollout)
+    levels = [*forward.flow_time(times).tolist(), 0.0]
+    t = times[k].expand(len(x0)).to(x0.device)
+    x = forward.add_noise(x0, noise, t)
+    velocity = forward.to_velocity(_predicted(policy, x, t, rollout, checkpoint), x, t)
+    recovered = (recovered_sample(x0, noise, velocity, sigma=levels[k], sigma_next=levels[after]) for after in (k + 1, k - 1))
+    denoised, inverted = (decode_latents(policy, clean.to(x0.dtype), rollout.condition, checkpoint=decode_checkpoint).float() for clean in recovered)
+    return denoised, inverted
+
+
+def _predicted(policy: Policy, x: Tensor, t: Tensor, rollout: DifferentiableRollout, checkpoint: bool) -> Tensor:
+    """The model's output at x (B, *D), guidance included."""
+    with ExitStack() as stack:
+        for module in policy.denoisers.values() if checkpoint else ():
+            stack.enter_context(replaced(module, "forward", _recomputed))
+        return policy.predict(x, t, rollout.condition, guidance=True)
+
+
+def _recomputed(forward, *args, **kwargs):
+    return checkpointed(partial(forward, *args, **kwargs), use_reentrant=False)

@@ -1,0 +1,1 @@
+"""Learning from a model's own samples and any reward: sampling, scoring, advantages, replays."""

@@ -1,0 +1,230 @@
+"""Sampling and scoring: an epoch's rollouts across processes, and evaluation at fixed prompts and seeds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ...condition import Condition
+from ...data.prompts import Prompt, prompts_of_epoch
+from ...policy import Policy, noise_seed
+from ...rewards import InvalidReward
+from ...stock import stock_images
+from ...trajectory import Trajectory
+from ..report.statistics import mean_and_error
+from ..run.division import division_of
+from ..run.inputs import batches_by_size, condition_of
+from .scoring import Scorer, columns_of, gather_scores
+
+
+@dataclass
+class Samples:
+    """One epoch's samples. Lists and tensors of length N are of all processes, in one order that all know.
+
+    Attributes:
+        batches: this process's trajectories, in the batches in which they are to be replayed: equal shapes make equal bits.
+        index: for each of `batches`, the positions (B,) of its samples among the N.
+        prompts: N texts.
+        groups: (N,) integers, equal where rewards are compared: where prompt and occasion are equal, or without groups everywhere.
+        rewards: (N,) float32; NaN where masked.
+        components: every reward by name, (N,).
+        asked: the N prompts with the data set's other fields.
+    """
+
+    batches: list[Trajectory]
+    index: list[Tensor]
+    prompts: list[str]
+    groups: Tensor
+    rewards: Tensor
+    components: dict[str, Tensor]
+    asked: list[Prompt]
+
+    def metrics(self) -> dict[str, float]:
+        """Mean and s.e. of the reward, its spread within groups, the share of groups without any (`zero_std`), means of its components."""
+        valid = self.rewards[~self.rewards.isnan()]
+        out = {"reward": valid.mean(), **({"reward_se": valid.std() / len(valid) ** 0.5} if len(valid) > 1 else {})}
+        spread = torch.stack([_spread(self.rewards[self.groups == g]) for g in self.groups.unique()])
+        out |= {"reward_std": spread.mean(), "zero_std": (spread < 1e-6).float().mean()}
+        parts = {f"reward/{name}": values[~values.isnan()].mean() for name, values in self.components.items() if name != "reward" and not values.isnan().all()}
+        invalid = {"invalid_rewards": self.rewards.isnan().sum()} if len(valid) < len(self.rewards) else {}
+        return {name: float(value) for name, value in {**out, **parts, **invalid}.items()}
+
+
+def _spread(rewards: Tensor) -> Tensor:
+    valid = rewards[~rewards.isnan()]
+    return valid.std(correction=0) if len(valid) else torch.zeros(())
+
+
+def sample_epoch(
+    run,
+    policy: Policy,
+    reward,
+    prompts: list[Prompt],
+    epoch: int,
+    num_prompts: int,
+    group_size: int | None,
+    same_latent: bool = False,
+    deterministic: bool = False,
+    **call_kwargs: Any,
+) -> Samples:
+    """Roll out `group_size` samples of each of `num_prompts` prompts and score them.
+
+    Noise is keyed by (seed, epoch, prompt, sample), so neither the batch size nor the number of processes changes a sample.
+
+    Args:
+        group_size: None for one sample of each and no groups: all of the epoch are compared with each other.
+        same_latent: the samples of a group share their initial noise, so that their rewards differ by the steps' noise alone.
+        deterministic: walk the ODE, for methods that need no log-probabilities.
+        call_kwargs: arguments of the pipeline's calls that override the policy's.
+
+    Raises:
+        ValueError: `same_latent` and `deterministic`: the images of a group would be equal, and so their rewards.
+    """
+    if same_latent and deterministic:
+        raise ValueError("One initial noise a group (same_latent) and no other noise (deterministic) make equal images: leave out one of the two.")
+    args, accelerator = run.args, run.accelerator
+    chosen = prompts_of_epoch(prompts, num_prompts, args.seed, epoch)
+    order = [(group, sample) for group in range(num_prompts) for sample in range(group_size or 1)]
+    random.Random(f"{args.seed}/{epoch}/order").shuffle(order)
+    step_seeds = [noise_seed(args.seed, epoch, group, chosen[group], sample) for group, sample in order]
+    seeds = [noise_seed(args.seed, epoch, group, chosen[group]) for group, _ in order] if same_latent else step_seeds
+    asked = [prompts[chosen[group]] for group, _ in order]
+    parts = [list(part) for part in division_of(run, len(order)).batches]
+    run.meter.count_images(sum(map(len, parts)))
+    batches, index = [], []
+    with Scorer.of_run(reward, args) as scorer:
+        for part in parts:
+            with accelerator.autocast():
+                noise = {"seeds": [seeds[i] for i in part], "step_seeds": [step_seeds[i] for i in part]}
+                condition = condition_of(policy, [asked[i] for i in part], **noise, **call_kwargs)
+                trajectory = policy.rollout(condition, deterministic=deterministic)
+                policy.check_reproducible(trajectory)
+            run.explain_once(*describe_walk(policy, trajectory))
+            batches.append(trajectory)
+            index.append(torch.tensor(part))
+            with torch.no_grad():
+                images = policy.decode(trajectory.final, trajectory.condition).float()
+            scorer.submit(part, images, [asked[i] for i in part])
+        components = gather_scores(run, scorer, asked)
+    groups = torch.tensor([group if group_size else 0 for group, _ in order])
+    return Samples(batches, index, [p.text for p in asked], groups, components["reward"], components, asked)
+
+
+def describe_walk(policy: Policy, trajectory: Trajectory) -> list[str]:
+    """What training walks in the place of the pipeline's own solver, in words; nothing where it is the same sampler with noise."""
+    own, stock = policy.scheduler, policy.stock_scheduler
+    if isinstance(own, type(stock)):
+        return []
+    times, name = ", ".join(f"{t:g}" for t in trajectory.timesteps.tolist()[:12]), type(stock).__name__
+    more = ", ..." if trajectory.num_steps > 12 else ""
+    return [f"Training samples with {type(own).__name__} at the timesteps {times}{more}: the pipeline's own {name} has no log-probabilities."]
+
+
+def score_again(run, reward, samples: Samples, images_of: Callable[[int], Tensor], captions: list[str] | None = None) -> Tensor:
+    """Rewards (N,), on all processes, of other images of the same samples, or of their images under other captions.
+
+    Args:
+        images_of: of the number of a batch of `samples`, images (B, 3, H, W) or (B, F, 3, H, W) in [0, 1].
+        captions: N in the place of the prompts; rewards get the data set's other fields all the same.
+    """
+    asked = samples.asked if captions is None else [replace(prompt, text=text) for prompt, text in zip(samples.asked, captions)]
+    with Scorer.of_run(reward, run.args) as scorer:
+        for b, index in enumerate(samples.index):
+            scorer.submit(index.tolist(), images_of(b), [asked[i] for i in index.tolist()])
+        return gather_scores(run, scorer, asked)["reward"]
+
+
+@dataclass
+class Evaluation:
+    """Samples at fixed prompts and seeds, with their rewards by name, (N,) each, NaN where there is no score.
+
+    Attributes:
+        solver: the class of the scheduler that they were drawn with.
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    images: list[Tensor]
+    rewards: dict[str, Tensor]
+    solver: str = ""
+
+    def check_scored(self, names: Iterable[str], shown: dict[str, str] | None = None) -> None:
+        """Raise an InvalidReward if one of the rewards `names` scored not one image: a number that was asked for must not be missing unsaid.
+
+        Args:
+            shown: what some of them go by elsewhere, for the message.
+        """
+        for name in names:
+            values = self.rewards.get(name)
+            if values is None or values.isnan().all():
+                name = (shown or {}).get(name, name)
+                raise InvalidReward(
+                    f"Reward {name!r} scored none of {len(self.prompts)} evaluation images, so there is no number for it. Repair the reward, give it the "
+                    "fields that it needs beside the prompts, or leave it out; --invalid_rewards mask goes on without it."
+                )
+
+
+def evaluate(
+    run, policy: Policy, rewards: dict[str, Any], prompts: list[Prompt], number: int, keep_images: int, on_images: Callable[[int], Any] = lambda number: None
+) -> Evaluation:
+    """Sample `number` images as users of the pipeline will, prompt after prompt, seed after seed, and score them with each of `rewards`.
+
+    The solver is the one that the pipeline came with, outside autocast; with `--eval_scheduler twin` the ODE of the SDE scheduler that training
+    walks. The two are other samplers: the same weights can differ by more than a training gains.
+
+    Every process takes an equal share, some of them a sample again: with a sharded denoiser, one without a batch would leave the
+    others waiting. All get the whole result (images: the first `keep_images`). `on_images(n)` is called after n more of all.
+    """
+    args, accelerator = run.args, run.accelerator
+    jobs = [(i, prompts[i % len(prompts)], noise_seed(args.seed, "evaluation", i)) for i in range(number)]
+    processes, rows = accelerator.num_processes, []
+    mine = batches_by_size([prompt for _, prompt, _ in jobs], args.train_batch_size, accelerator.process_index, processes)
+    call = {"num_inference_steps": args.eval_num_inference_steps, "guidance_scale": args.eval_guidance_scale}
+    call = {name: value for name, value in call.items() if value is not None}
+    scorers = {name: Scorer(reward, on_nan="mask", on_failure=args.invalid_rewards, timeout=args.reward_timeout) for name, reward in rewards.items()}
+    for batch in mine:
+        part = [jobs[i] for i in batch]
+        condition = condition_of(policy, [p for _, p, _ in part], seeds=[seed for _, _, seed in part], **call)
+        images = evaluation_images(run, policy, condition).float().cpu()
+        scored = {name: scorer(images.to(accelerator.device), [p for _, p, _ in part]) for name, scorer in scorers.items()}
+        for j, (i, _, _) in enumerate(part):
+            flat = {f"{name}/{key}" if key != "reward" else name: value for name in rewards for key, value in scored[name][j].items()}
+            rows.append((i, images[j] if i < keep_images else None, flat))
+        on_images(len(part) * processes)
+    rows = sorted({row[0]: row for row in gather_object(rows)}.values(), key=lambda row: row[0])
+    for failure in [failure for scorer in scorers.values() for failure in scorer.failures]:
+        run.print(f"Left out of the evaluation: {failure}")
+    texts, seeds = [prompt.text for _, prompt, _ in jobs], [seed for _, _, seed in jobs]
+    images, columns = [image for _, image, _ in rows[:keep_images]], columns_of([row for _, _, row in rows])
+    return Evaluation(texts, seeds, images, columns, type(evaluation_scheduler(args, policy)).__name__)
+
+
+def evaluation_scheduler(args, policy: Policy):
+    """The scheduler that `--eval_scheduler` asks for."""
+    return policy.stock_scheduler if args.eval_scheduler == "stock" else policy.scheduler
+
+
+def described_solver(args, name: str) -> str:
+    """What the images of an evaluation were drawn with, in words."""
+    return f"the pipeline's own {name}" if args.eval_scheduler == "stock" else f"the ODE of {name}"
+
+
+def evaluation_images(run, policy: Policy, condition: Condition) -> Tensor:
+    """Images of a condition with seeds, by the solver that `--eval_scheduler` asks for."""
+    if run.args.eval_scheduler == "stock":
+        return stock_images(policy, condition)
+    with run.accelerator.autocast():
+        trajectory = policy.rollout(condition, deterministic=True)
+    with torch.no_grad():
+        return policy.decode(trajectory.final, trajectory.condition)
+
+
+def paired_gain(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Mean of after - before over equal prompts and seeds, and its standard error. Pairs with a NaN are left out."""
+    return mean_and_error(after - before)

@@ -1,0 +1,106 @@
+"""What methods on pairs of recorded steps share: the noise of their roll-outs, log-probabilities of all samples, gradients from coefficients."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ...data.files import read_rows
+from ...data.prompts import Prompt, prompts_of_epoch
+from ...policy import Policy
+from ...trajectory import Trajectory
+from ..run.division import division_of
+from .sampling import Samples
+
+NOISE_FIELDS = ("sde_type", "noise_level", "sde_window", "eta")
+
+
+def noise_fields(args) -> dict[str, Any]:
+    """The fields of the SDE scheduler that are given."""
+    return {name: getattr(args, name) for name in NOISE_FIELDS if getattr(args, name, None) is not None}
+
+
+def log_probs(run, policy: Policy, samples: Samples, steps: list[int]) -> Tensor:
+    """(N, S) nats, float64 on the CPU: those of the recorded `steps` of all processes' samples under the current weights, without gradient."""
+    found = []
+    for trajectory, index in zip(samples.batches, samples.index):
+        with run.accelerator.autocast():
+            transitions = policy.transitions(trajectory, steps)
+        values = torch.stack([transitions[k].log_prob(trajectory.actions[:, k]) for k in steps], 1)
+        found += zip(index.tolist(), values.double().cpu())
+    return torch.stack([values for _, values in sorted(gather_object(found), key=lambda pair: pair[0])])
+
+
+def descend(run, policy: Policy, samples: Samples, steps: list[int], coefficients: Tensor) -> None:
+    """Add to the parameters' gradient that of the sum of `coefficients` (N, S) times the log-probabilities of the recorded `steps`.
+
+    Of any loss on log-probabilities, however it pairs the samples, the coefficients are its derivatives: each sample is replayed once,
+    in memory for one denoiser step, on whichever process has it.
+    """
+    for trajectory, index in zip(samples.batches, samples.index):
+        weights = coefficients[index].to(policy.device)
+
+        def on_step(k, transition):
+            log_prob = transition.log_prob(trajectory.actions[:, k])
+            run.accelerator.backward((weights[:, steps.index(k)] * log_prob).sum())
+
+        with run.accelerator.autocast():
+            policy.replay(trajectory, on_step, steps)
+
+
+class StoredTrajectories:
+    """What `make_preferences.py --save_trajectories` wrote: trajectories with rewards, to learn from without sampling.
+
+    Args:
+        folder: its output folder.
+        model: the pipeline that is trained, by the name that the folder was made with.
+        group_size: images a prompt, the first so many; prompts with fewer are left out.
+        revision, variant: of the pipeline.
+
+    Attributes:
+        prompts: those that have so many.
+        noise: the fields of the SDE scheduler that drew them.
+
+    Raises:
+        ValueError: the folder holds no trajectories, those of another model or of one with a LoRA, or of no prompt enough.
+    """
+
+    def __init__(self, folder: str, model: str, group_size: int, revision: str | None = None, variant: str | None = None):
+        self.folder = Path(folder)
+        files = [self.folder / "sampling.json", self.folder / "scored" / "metadata.jsonl"]
+        if not all(file.is_file() for file in files) or not (self.folder / "trajectories").is_dir():
+            raise ValueError(f"{folder} holds no trajectories: give an --output_dir of make_preferences.py --save_trajectories.")
+        settings = json.loads(files[0].read_text())
+        wanted = {"pretrained_model_name_or_path": model, "revision": revision, "variant": variant, "lora": None}
+        if other := [f"{name} {settings.get(name)!r} and not {value!r}" for name, value in wanted.items() if settings.get(name) != value]:
+            raise ValueError(
+                f"The trajectories of {folder} are of {', '.join(other)}: train the model that drew them; with a LoRA in it, draw new ones without."
+            )
+        self.noise = {name: settings[name] for name in NOISE_FIELDS if settings.get(name) is not None}
+        groups: dict[str, list[dict]] = defaultdict(list)
+        for row in read_rows(files[1])[0]:
+            groups[Path(row["image"]).stem.rpartition("_")[0]].append(row)
+        self.groups = [rows[:group_size] for rows in groups.values() if len(rows) >= group_size]
+        if not self.groups:
+            raise ValueError(f"No prompt of {folder} has {group_size} images with a reward: lower --group_size.")
+        own = ("prompt", "image", "reward")
+        self.prompts = [Prompt(rows[0]["prompt"], {name: value for name, value in rows[0].items() if name not in own}) for rows in self.groups]
+
+    def epoch(self, run, epoch: int, num_prompts: int) -> Samples:
+        """The trajectories of `num_prompts` prompts, as `sample_epoch` would have drawn them."""
+        chosen = prompts_of_epoch(self.prompts, num_prompts, run.args.seed, epoch)
+        rows = [(place, row) for place, prompt in enumerate(chosen) for row in self.groups[prompt]]
+        index = [list(part) for part in division_of(run, len(rows)).batches]
+        batches = [Trajectory.cat([self._load(rows[i][1], run.accelerator.device) for i in part]) for part in index]
+        rewards, asked = torch.tensor([row["reward"] for _, row in rows]), [self.prompts[chosen[place]] for place, _ in rows]
+        groups = torch.tensor([place for place, _ in rows])
+        return Samples(batches, [torch.tensor(part) for part in index], [p.text for p in asked], groups, rewards, {"reward": rewards}, asked)
+
+    def _load(self, row: dict, device: torch.device) -> Trajectory:
+        return Trajectory.load(self.folder / "trajectories" / f"{Path(row['image']).stem}.safetensors").to(device)

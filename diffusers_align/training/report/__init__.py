@@ -1,0 +1,1 @@
+"""What a run leaves for people: evaluations, pictures, comparisons, the model card, the Hub."""

@@ -1,0 +1,162 @@
+"""Model cards: front matter that the Hub understands, lines that load what was trained, and nothing of the machine that trained it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ... import __version__, embedded, lora
+from ...checks.given_names import is_repository
+from ...files.paths import folder as shipped
+from ..checkpoints import resuming
+from .pictures import to_pil
+from .statistics import in_words
+
+HIDDEN = ("hub_token", "config", "trackers", "command")
+NUM_WIDGETS = 4
+_LICENSE = "of-the-base-model"
+
+
+def public(value: Any) -> Any:
+    """A flag's value as it may be published: of absolute paths the last part, of URLs neither user, password nor query."""
+    if isinstance(value, dict):
+        return {key: public(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(item) for item in value]
+    if isinstance(value, Path):
+        value = str(value)
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"(\w+://)[^/@\s]*@", r"\1", value)
+    value = re.sub(r"(\w+://[^\s?#]*)[?#][^\s*+]*", r"\1", value)
+    if re.match(r"(/|~|[A-Za-z]:\\)", value) and not re.search(r"[:*+,{]", value[2:]):  # one path, whatever blanks it has
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return re.sub(r"(?<![\w.:/~-])~?/(?:[^\s*+,:'\"/]+/)*(?=[^\s/])", "", value)
+
+
+def public_command(command: str) -> str:
+    """Command lines, one a line, that can be pasted elsewhere: a script of an installed package is found by `diffusers-align path`."""
+    lines = []
+    for line in command.splitlines():
+        words = []
+        if not line or line.startswith("#"):
+            lines.append(line)
+            continue
+        for word in shlex.split(line):
+            flag, separator, value = word.partition("=") if word.startswith("--") else ("", "", word)
+            path = Path(value)
+            if path.suffix == ".py" and path.is_absolute() and path.parent == shipped("training_scripts"):
+                bundled = "shipped" in path.parts
+                words.append(f"$(diffusers-align path {path.stem})" if bundled else f"training_scripts/{path.name}")
+            else:
+                words.append(shlex.quote(f"{flag}{separator}{public(value)}"))
+        lines.append(" ".join(words))
+    return "\n".join(lines)
+
+
+def public_configuration(args) -> str:
+    """The flags' values, as YAML."""
+    values = args.model_dump() if hasattr(args, "model_dump") else vars(args)
+    config = {key: public(value) for key, value in sorted(values.items()) if key not in HIDDEN and value is not None}
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True).strip()
+
+
+def front_matter(base: str | None, tags: list[str], pipeline_tag: str, widgets: list[dict] | None = None, data: str | None = None) -> str:
+    """What stands between the lines of dashes.
+
+    Args:
+        base: the model that was trained, as the flags name it.
+        data: the data set, as the flags name it.
+    """
+    fields: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": pipeline_tag, "license": "other"}
+    if base in embedded.NAMES:
+        fields["license"] = "apache-2.0"
+    else:
+        fields["license_name"] = _LICENSE
+    if base and base not in embedded.NAMES and is_repository(base) and not Path(base).exists():
+        fields |= {"license_link": f"https://huggingface.co/{base}", "base_model": base}
+    if data and is_repository(data) and not Path(data).exists():
+        fields["datasets"] = [data]
+    fields["tags"] = ["diffusers", "diffusers-align", *tags]
+    if widgets:
+        fields["widget"] = widgets
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()}\n---"
+
+
+def pipeline_tag(pipeline) -> str:
+    """The Hub's name for what a pipeline does, by the arguments of its call."""
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    source = "image" if "image" in parameters else "text"
+    if "audio_length_in_s" in parameters or "audio_end_in_s" in parameters:
+        return "text-to-audio"
+    return f"{source}-to-{'video' if 'num_frames' in parameters else 'image'}"
+
+
+def write_widgets(output_dir: Path, prompts: list[str], images: list) -> list[dict]:
+    """Some samples as files of their own, with their prompts: what the Hub shows beside a LoRA. Of a video, the middle frame."""
+    found = []
+    for number, (prompt, image) in enumerate(zip(prompts, images[:NUM_WIDGETS]), 1):
+        (output_dir / "widget").mkdir(exist_ok=True)
+        to_pil(image).save(output_dir / "widget" / f"{number}.png")
+        found.append({"text": prompt or "-", "output": {"url": f"widget/{number}.png"}})
+    return found
+
+
+def lora_card(run, results: dict[str, tuple[float, float]], pictures: list[str], note: str, judged_on: str, widgets: list[dict]) -> str:
+    """The card of a LoRA: how to load it, results as (mean, s.e.), pictures, a note on the training, the command and the configuration."""
+    args, given = run.args, run.args.pretrained_model_name_or_path
+    pushed = bool(args.push_to_hub)
+    where = args.hub_model_id if pushed and args.hub_model_id else public(str(args.output_dir))
+    title, data = (where if pushed else run.output_dir.name), getattr(args, "dataset_name", None)
+    policy = run.policy
+    tags = ["lora", "template:sd-lora", re.sub(r"[^a-z0-9]+", "-", run.algorithm.lower()).strip("-")]
+    front = front_matter(given, tags, pipeline_tag(policy.pipeline), widgets, data)
+    aim = f"the preferences of `{public(data)}`" if data else f"the reward `{public(args.reward)}`"
+    rows = "\n".join(f"| {public(key)} | {in_words(mean, error)} |" for key, (mean, error) in results.items())
+    measured = f"; the reward, which only measures, is `{public(args.reward)}`" if data and args.reward else ""
+    caption = f"Results on {judged_on} at equal seeds (mean ± standard error, {args.num_eval_samples} images{measured}):"
+    table = f"{caption}\n\n| | |\n|---|---|\n{rows}\n\n" if results else ""
+    shown = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in pictures)
+    return f"""{front}
+
+# {title}
+
+A LoRA that aligns `{public(given)}` with {aim}, trained by {run.algorithm} with diffusers-align {__version__}.
+
+```python
+{loading_lines(policy, given, where, pushed)}
+```
+
+{table}{shown}
+
+## Training
+
+{f"{note}{chr(10) * 2}" if note else ""}```bash
+{public_command(resuming.commands(run))}
+```
+
+```yaml
+{public_configuration(args)}
+```
+"""
+
+
+def loading_lines(policy, given: str, where: str, pushed: bool) -> str:
+    """Python that makes the aligned pipeline: stock diffusers where it has a loader, one line a denoiser."""
+    lines = lora.stock_lines(policy.pipeline, policy.denoisers, where)
+    imports = ["from diffusers import DiffusionPipeline"]
+    if given in embedded.NAMES:
+        imports = ["from diffusers import DiffusionPipeline", "", "from diffusers_align import embedded"]
+    if any(line.startswith("diffusers_align.") for line in lines):
+        imports = ["import diffusers_align", *imports]
+    base = f'embedded.path("{given}")' if given in embedded.NAMES else f'"{public(given)}"'
+    call = "DiffusionPipeline.from_pretrained" if not given.endswith(".safetensors") else f"{type(policy.pipeline).__name__}.from_single_file"
+    if call.endswith("from_single_file"):
+        imports = [line.replace("import DiffusionPipeline", f"import {type(policy.pipeline).__name__}") for line in imports]
+    remark = [] if pushed else ["# The folder of this file"]
+    return "\n".join([*imports, "", f"pipe = {call}({base})", *remark, *lines])

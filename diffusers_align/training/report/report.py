@@ -1,0 +1,199 @@
+"""The picture and the numbers of a run: sample grids on the way, before and after at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tqdm.auto import tqdm
+
+from ...data.prompts import Prompt, load_prompts
+from ...lora import stock_lines
+from ..offline.examples import reading_options
+from ..offline.held_out_pairs import HeldOutPairs, margins
+from ..online.sampling import Evaluation, described_solver, evaluate, paired_gain
+from ..online.scoring import reward_of_flags
+from ..run import failures
+from ..run.early_stop import EarlyStop
+from ..run.inputs import check_one_size, inputs_of, prompts_of_rows
+from . import hub
+from .pictures import before_and_after, grid, save
+from .statistics import in_words, mean_and_error, win_rate
+
+
+class Report:
+    """Evaluates the run's policy at fixed prompts and seeds, before and after, and writes what the user takes home.
+
+    Made before the pipeline is loaded: a reward or a prompt file that does not exist is found at once.
+
+    Args:
+        rows: of the data set, where the script learns from one: then `--reward` is optional and only measures, and the prompts are the
+            set's unless `--prompts` gives others.
+
+    Attributes:
+        reward: the reward that is trained on, or measured; None if there is none.
+        prompts: the training prompts.
+        judged: the prompts of the evaluation: `--eval_prompts`, or the training ones.
+        judged_on: what those are, in words: held-out prompts only if none of them is trained on.
+    """
+
+    def __init__(self, run, rows: list[dict] | None = None):
+        args, self.run = run.args, run
+        self.reward = reward_of_flags(args, run.accelerator.device) if args.reward else None
+        self.rewards = {"reward": self.reward} if args.reward else {}
+        if args.eval_reward:
+            self.rewards[args.eval_reward] = reward_of_flags(args, run.accelerator.device, "eval_")
+        if args.prompts or rows is None:
+            self.prompts = self._load(args.prompts)
+        else:
+            self.prompts = prompts_of_rows(rows)
+        self.judged = self._load(args.eval_prompts) if args.eval_prompts else self.prompts
+        trained = {prompt.key for prompt in (self.prompts if rows is None else prompts_of_rows(rows))}
+        self.judged_on = judged_on([prompt.key for prompt in self.judged[: args.num_eval_samples]], trained)
+        held_out_pairs = getattr(args, "eval_dataset_name", None)
+        self.pairs = HeldOutPairs(run, held_out_pairs, split=args.eval_dataset_split, **reading_options(args)) if held_out_pairs else None
+        same = held_out_pairs and (held_out_pairs, args.eval_dataset_split) == (args.dataset_name, args.dataset_split)
+        self._pairs_are = "training" if same else "held-out"
+        self.before: Evaluation | None = None
+        self.early_stop = run.early_stop = EarlyStop.of_run(run, self.judged)
+
+    def _load(self, source: str) -> list[Prompt]:
+        prompts = load_prompts(source, self.run.args.prompt_column, inputs_of(self.run.args), self.run.print)
+        check_one_size(prompts, source)
+        return prompts
+
+    def _evaluate(self, look: int | None = None) -> Evaluation:
+        """Of the weights that are in place; `look` shows it to the early stop, as what so many epochs have led to."""
+        args = self.run.args
+        keep = args.num_validation_images if look is None or args.early_stop_diversity is None else args.num_eval_samples
+        with tqdm(total=args.num_eval_samples, desc="evaluation", unit="image", disable=not self.run.is_main, leave=False) as bar:
+            found = evaluate(self.run, self.run.policy, self.rewards, self.judged, args.num_eval_samples, keep, bar.update)
+        if look is not None:
+            self.early_stop.look(look, found)
+        del found.images[args.num_validation_images :]
+        return found
+
+    def start(self) -> None:
+        """Evaluate the pretrained model."""
+        args = self.run.args
+        first = self.early_stop is not None and self.early_stop.seen is None
+        with self.run.policy.reference():
+            self.before = self._evaluate(look=0 if first else None)
+            self.reference_errors = self.pairs.errors(self.run.policy) if self.pairs else None
+        if self.rewards:
+            self.run.print(f"Evaluation: {args.num_eval_samples} images of {self.judged_on}, by {described_solver(args, self.before.solver)}.")
+            self.run.print(f"before: {_summary(self.before, args.reward, self.rewards)}")
+        if args.invalid_rewards == "error":
+            self.before.check_scored(self.rewards, {"reward": args.reward})
+
+    def _preferred(self) -> dict[str, float]:
+        """Implicit accuracy and margin on the held-out pairs, if there are any."""
+        if self.pairs is None:
+            return {}
+        found = margins(self.pairs.errors(self.run.policy), self.reference_errors)
+        rate, (margin, error) = win_rate(found, 0 * found), mean_and_error(found)
+        self.run.print(
+            f"implicit accuracy on {len(found)} {self._pairs_are} pairs: {rate.rate:.3f} [{rate.low:.3f}, {rate.high:.3f}], margin {margin:.3g} ± {error:.2g}"
+        )
+        return {"implicit_accuracy": rate.rate, "implicit_margin": margin}
+
+    def validate(self, epoch: int) -> None:
+        """Every `--validation_epochs`: a grid of the first validation prompts at their fixed seeds, their mean reward, and what held-out pairs say.
+        An early stop looks at as many images as the evaluation has."""
+        args, run = self.run.args, self.run
+        if (epoch + 1) % args.validation_epochs:
+            return
+        with run.averaged(), run.meter.paused():
+            if self.early_stop is not None:
+                now = self._evaluate(look=epoch + 1)
+            else:
+                rewards = {"reward": self.reward} if self.reward else {}
+                now = evaluate(run, run.policy, rewards, self.judged, args.num_validation_images, args.num_validation_images)
+            found = {name: mean_and_error(values)[0] for name, values in now.rewards.items()} | self._preferred()
+        if self.early_stop is not None and self.early_stop.variety is not None:
+            found["diversity"] = self.early_stop.variety
+        run.accelerator.log({f"validation/{name}": value for name, value in found.items()}, step=epoch)
+        if run.is_main and now.images:
+            folder = run.output_dir / "samples"
+            picture = grid(now.images, now.prompts[: len(now.images)])
+            with failures.resumable(run):
+                folder.mkdir(exist_ok=True)
+                save(picture, folder / f"epoch-{epoch + 1:04d}.png")
+            self._track(picture, epoch)
+
+    def _track(self, picture, step: int) -> None:
+        import numpy as np
+
+        for tracker in self.run.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+            elif tracker.name == "wandb":
+                import wandb
+
+                tracker.log({"samples": wandb.Image(picture)}, step=step)
+
+    def _kept_weights(self):
+        """Context: the weights that the run is to leave in the place of the live ones: the best of an early stop, or the average."""
+        if self.early_stop is None:
+            return self.run.averaged()
+        if self.early_stop.seen != self.run.epoch:
+            with self.run.averaged():
+                self._evaluate(look=self.run.epoch)
+        return self.early_stop.weights.applied()
+
+    def finish(self) -> dict[str, tuple[float, float]]:
+        """Evaluate the aligned model; save the LoRA, pictures and the model card; push if asked. Returns (gain, s.e.) by reward."""
+        run, args = self.run, self.run.args
+        with self._kept_weights():
+            after = self._evaluate()
+            if run.is_main:
+                with failures.resumable(run):
+                    self.run.policy.save_lora(run.output_dir)
+        results, gains = {}, {}
+        for name, values in self.before.rewards.items():
+            if name not in self.rewards:
+                continue
+            results[f"{name}, before"], results[f"{name}, after"] = mean_and_error(values), mean_and_error(after.rewards[name])
+            results[f"{name}, paired gain"] = gains[name] = paired_gain(values, after.rewards[name])
+        if run.is_main:
+            with failures.resumable(run):
+                if after.images:
+                    captions = after.prompts[: len(after.images)]
+                    save(before_and_after(self.before.images, after.images, captions), run.output_dir / "before_after.png")
+                pictures = [name for name in ("before_after.png", "reward_curve.png") if (run.output_dir / name).is_file()]
+                note = self.early_stop.summary() if self.early_stop is not None else ""
+                judged_on = f"{self.judged_on}, by {described_solver(args, after.solver)},"
+                hub.write_model_card(run, results, pictures, note, judged_on, list(zip(after.prompts, after.images)))
+        if self.early_stop is not None:
+            run.print(self.early_stop.summary())
+        if self.rewards:
+            run.print(f"after:  {_summary(after, args.reward, self.rewards)}")
+        for name, (gain, error) in gains.items():
+            run.print(f"gain in {args.reward if name == 'reward' else name} on {self.judged_on}: {in_words(gain, error, '+.4f')} (paired, s.e.)")
+        run.print(f"LoRA, pictures and model card: {run.output_dir}")
+        if len(run.policy.denoisers) > 1:
+            where = args.hub_model_id if args.push_to_hub else str(run.output_dir)
+            run.print("The LoRA has a file for each denoiser. Load them all, into the stock pipeline `pipe`:")
+            run.print("\n".join(["  " + line for line in stock_lines(run.policy.pipeline, run.policy.denoisers, where)]))
+        if args.push_to_hub and not run.health.failed:  # last: what was found is not lost with the network
+            run.print(f"Pushed to {run.on_main(lambda: hub.push(run))}.")
+        run.end()
+        return gains
+
+
+def judged_on(judged: Iterable[str], trained: set[str]) -> str:
+    """What an evaluation's prompts are, in words: held-out ones only if none of them is trained on."""
+    prompts = set(judged)
+    known = len(prompts & trained)
+    if known == 0:
+        return "held-out prompts"
+    return "the training prompts" if known == len(prompts) else f"{len(prompts)} prompts ({known} of them trained on)"
+
+
+def _summary(evaluation: Evaluation, reward: str, asked: Iterable[str]) -> str:
+    """The rewards' means on one line; the one that is trained on by its own name."""
+    parts = []
+    for name, values in evaluation.rewards.items():
+        shown = reward + name.removeprefix("reward") if name.startswith("reward") else name
+        if name in asked or not values.isnan().all():  # the parts of a sum and of the scene score may not apply to any of the prompts
+            parts.append(f"{shown} {in_words(*mean_and_error(values))}")
+    return ", ".join(parts)

@@ -1,0 +1,1 @@
+"""A training run: its processes and batches, its metrics and costs, whether it learns, how it ends."""

@@ -1,0 +1,116 @@
+"""What a training run has spent so far, over all processes and resumes: samples, denoiser rows, wall time."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from ...driving.wrappers import InPlace
+
+FILE = "costs.json"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What training has cost, evaluation left out.
+
+    Attributes:
+        images: samples that were generated to train on.
+        denoiser_evaluations: rows through the denoisers: a call on a batch of 8 under classifier-free guidance counts 16. Gated calls,
+            which return zeros, count nothing.
+        denoiser_evaluations_with_gradients: those among them that built a graph; gradient checkpointing computes them once more.
+        seconds: wall time of the epochs, rewards and checkpoints included.
+    """
+
+    images: int = 0
+    denoiser_evaluations: int = 0
+    denoiser_evaluations_with_gradients: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Cost | None:
+        """What a run, or one of its checkpoints, recorded in `folder`; None if nothing did."""
+        path = Path(folder) / FILE
+        return cls(**json.loads(path.read_text())) if path.is_file() else None
+
+    def write(self, folder: str | Path) -> None:
+        """Write `costs.json` into `folder`."""
+        (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+class Meter:
+    """Counts this process's costs while `running`; `total` adds up the processes and what was spent before a resume.
+
+    It is kept out of the metrics and of the state that a checkpoint restores, where wall time would make equal runs differ.
+    """
+
+    def __init__(self):
+        self.before = Cost()
+        self._images, self._rows = 0, {False: 0, True: 0}
+        self._seconds, self._since = 0.0, None
+
+    def watch(self, denoisers: Iterable[nn.Module]) -> None:
+        """Count the rows through these from now on; not through copies of them."""
+        for module in denoisers:
+            # Not a forward hook: those run for gated calls as well. The gate is put around this.
+            module.forward = InPlace(self._counted, module.forward)
+
+    def _counted(self, forward, *args, **kwargs):
+        if self._since is not None:
+            self._rows[torch.is_grad_enabled()] += len(args[0] if args else next(iter(kwargs.values())))
+        return forward(*args, **kwargs)
+
+    def count_images(self, number: int) -> None:
+        """This process has samples to generate."""
+        if self._since is not None:
+            self._images += number
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Context: count."""
+        self._since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Context: do not count, as while a run evaluates between two epochs."""
+        was_running = self._since is not None
+        self._stop()
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter() if was_running else None
+
+    def _stop(self) -> None:
+        self._seconds += self._elapsed()
+        self._since = None
+
+    def _elapsed(self) -> float:
+        return 0.0 if self._since is None else time.perf_counter() - self._since
+
+    def total(self) -> Cost:
+        """The whole run's costs; all processes must ask together."""
+        counts = gather_object([(self._images, sum(self._rows.values()), self._rows[True])])
+        images, rows, with_gradients = (sum(column) for column in zip(*counts))
+        return Cost(
+            self.before.images + images,
+            self.before.denoiser_evaluations + rows,
+            self.before.denoiser_evaluations_with_gradients + with_gradients,
+            self.before.seconds + self._seconds + self._elapsed(),
+        )
+
+    def resume(self, spent: Cost | None) -> None:
+        """Go on from what has been spent before, if anything."""
+        self.before = spent or Cost()
+        self._images, self._rows, self._seconds = 0, {False: 0, True: 0}, 0.0

@@ -1,0 +1,107 @@
+"""Ends a run that no longer gains on held-out prompts, or whose pictures become alike, and keeps its best weights.
+
+A reward model can be satisfied in ways that nobody wants, and a run that goes on finds them. Every validation is looked at: it is the best
+so far if its pictures are varied enough and its held-out reward is the highest, the pretrained model's included. Papers on reward gradients
+do this by eye (https://arxiv.org/abs/2309.17400, https://arxiv.org/abs/2310.03739), so none gives a patience: the default is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+
+from ...data.prompts import Prompt
+from ..online.sampling import Evaluation
+from ..report.statistics import diversity, mean_and_error, pairwise_rms
+from .weight_copies import LaggingWeights
+
+
+class EarlyStop:
+    """Looks at a run's validations. All processes see the same and stop together; checkpoints hold what it knows.
+
+    Args:
+        prompts: that are validated on.
+
+    Raises:
+        ValueError: diversity is watched, and a prompt has one image.
+
+    Attributes:
+        epoch: of the best weights, epochs done; 0 is the pretrained model.
+        seen: the last epoch that was looked at; None before the first.
+    """
+
+    def __init__(self, run, prompts: list[Prompt]):
+        self.run, self.args = run, run.args
+        self.weights: LaggingWeights | None = None
+        self.epoch, self.seen, self.best, self.stale, self.variety, self.first_variety = 0, None, None, 0, None, None
+        number = self.args.num_eval_samples
+        counts = Counter(prompts[i % len(prompts)].text for i in range(number))
+        if self.args.early_stop_diversity is not None and min(counts.values()) < 2:
+            raise ValueError(
+                f"Diversity needs at least two images of each prompt, but --num_eval_samples {number} gives {min(counts, key=counts.get)!r} only one. "
+                f"Raise it to {2 * len(prompts)}, or give fewer --eval_prompts."
+            )
+        run.register("early_stop", self, fresh=lambda: None)
+
+    @classmethod
+    def of_run(cls, run, prompts: list[Prompt]) -> EarlyStop | None:
+        """What the flags ask for; None if that is nothing."""
+        wanted = run.args.early_stop_metric or run.args.early_stop_diversity is not None
+        return cls(run, prompts) if wanted else None
+
+    @property
+    def reason(self) -> str | None:
+        """Why the run is to stop now; None to go on."""
+        if self._uniform:
+            return f"diversity fell to {self.variety:.4g}, below {self.args.early_stop_diversity:g} of the pretrained model's {self.first_variety:.4g}"
+        if self.stale >= self.args.early_stop_patience:
+            return f"{self.args.early_stop_metric} has not risen above {self.best:.4g} for {self.stale} validations"
+        return None
+
+    @property
+    def _uniform(self) -> bool:
+        share = self.args.early_stop_diversity
+        return share is not None and self.variety is not None and self.variety < share * self.first_variety
+
+    def look(self, epoch: int, evaluation: Evaluation) -> None:
+        """Take in a validation after so many epochs, with all its images, of the weights that are in place: the best are kept."""
+        self.seen = epoch
+        if self.args.early_stop_diversity is not None:
+            self.variety = float(diversity(torch.stack(evaluation.images).flatten(1), evaluation.prompts, pairwise_rms).mean())
+            self.first_variety = self.variety if self.first_variety is None else self.first_variety
+        if self._uniform:
+            return
+        value = self._value(evaluation)
+        if self.best is not None and not value > self.best:
+            self.stale += 1
+            return
+        self.epoch, self.best, self.stale = epoch, value, 0
+        if self.weights is None:
+            self.weights = LaggingWeights(self.run.parameters)
+        self.weights.update(0.0)
+
+    def _value(self, evaluation: Evaluation) -> float:
+        """What is to rise: the held-out reward; without one, the epoch, so that the latest of varied enough weights are the best."""
+        if self.args.early_stop_metric is None:
+            return self.seen
+        mean, _ = mean_and_error(evaluation.rewards["reward" if self.args.early_stop_metric == "reward" else self.args.eval_reward])
+        return -math.inf if math.isnan(mean) else mean
+
+    def summary(self) -> str:
+        """Which weights were kept, and why the run stopped if it did."""
+        stopped = f"Stopped after epoch {self.seen}: {self.reason}. " if self.reason else ""
+        return f"{stopped}The weights are those {f'after epoch {self.epoch}' if self.epoch else 'before training'}, the best of the validations."
+
+    def state_dict(self) -> dict[str, Any]:
+        numbers = {name: getattr(self, name) for name in ("epoch", "seen", "best", "stale", "variety", "first_variety")}
+        return {**numbers, "weights": self.weights and self.weights.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        weights = state["weights"]
+        self.__dict__.update({name: value for name, value in state.items() if name != "weights"})
+        if weights is not None:
+            self.weights = LaggingWeights(self.run.parameters)
+            self.weights.load_state_dict(weights)

@@ -1,0 +1,108 @@
+"""From the model flags to the pipeline, its scheduler and the arguments of its calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ... import embedded
+from ...checks.given_names import did_you_mean, hub_reason, is_hub_error, is_repository, nearest_path
+from ...schedulers import sde_twin
+from .inputs import call_parameters
+from .single_file import SUFFIXES, load_single_file
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+INDEX = "model_index.json"
+PIPELINES = tuple(name for name in embedded.NAMES if (Path(embedded.path(name)) / INDEX).is_file())
+# Where a field of the one kind of scheduler is asked of a model of the other.
+ELSEWHERE = {
+    "DDIMSDEScheduler": "a diffusion model, which takes --eta: train it with train_ddpo.py, train_dpok.py or train_spo.py",
+    "FlowMatchSDEScheduler": "a flow-matching model, which takes --sde_type and --noise_level: train it with train_flow_grpo.py, train_nft.py or train_awm.py",
+}
+
+
+def load_pipeline(args) -> DiffusionPipeline:
+    """The pipeline of the model flags: embedded, in a folder, in a single file, or on the Hub.
+
+    Raises:
+        FileNotFoundError: there is none of that name; the message says where it was looked for.
+        ValueError: what is there is no pipeline.
+    """
+    name, dtype = args.pretrained_model_name_or_path, DTYPES[args.mixed_precision]
+    if Path(name).suffix in SUFFIXES and Path(name).is_file():
+        return load_single_file(name, getattr(args, "single_file_config", None), dtype)
+    source = model_source(name)
+    try:
+        return DiffusionPipeline.from_pretrained(source, dtype=dtype, revision=args.revision, variant=args.variant)
+    except Exception as error:
+        raise_if_missing(name, error)
+        raise
+
+
+def model_source(name: str, needs: str = INDEX) -> str:
+    """What `from_pretrained` gets: the folder of an embedded model, a local folder, or a repository of the Hub.
+
+    Args:
+        needs: a file or folder without which it is not what is asked for.
+
+    Raises:
+        FileNotFoundError: it can be none of these.
+        ValueError: the folder lacks what it needs.
+    """
+    if name in embedded.NAMES and not Path(name).exists():
+        if needs == INDEX and name not in PIPELINES:
+            raise ValueError(f"The embedded {name} is no pipeline to sample from; {' and '.join(PIPELINES)} are.")
+        return embedded.path(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / needs).exists():
+            inside = sorted(entry.name for entry in path.iterdir())
+            hint = next((f" To load a single file, name it: {path / entry}." for entry in inside if Path(entry).suffix in SUFFIXES), "")
+            raise ValueError(f"The folder {name} holds no {needs}, so it is no pipeline of diffusers; it has {', '.join(inside[:8]) or 'nothing'}.{hint}")
+        return str(path)
+    if path.is_file():
+        raise ValueError(f"{name} is a file, but neither a diffusers pipeline nor a checkpoint ({', '.join(SUFFIXES)}).")
+    if not is_repository(name):
+        raise FileNotFoundError(
+            f"No model {name!r}: it is no embedded model ({', '.join(PIPELINES)}), no folder or file here, and has not the form owner/name of a Hub "
+            f"repository.{did_you_mean(name, PIPELINES) or nearest_path(path)}"
+        )
+    return name
+
+
+def raise_if_missing(name: str, error: Exception) -> None:
+    """Say what the Hub lacks, if `error` comes of that.
+
+    Raises:
+        FileNotFoundError: the model could not be had.
+    """
+    if not Path(name).expanduser().exists() and is_hub_error(error):
+        raise FileNotFoundError(f"No model {name!r}: there is no such folder here, and from the Hub: {hub_reason(error)}.") from error
+
+
+def training_scheduler(pipeline, **sde_fields: Any):
+    """The SDE twin of the pipeline's scheduler.
+
+    Raises:
+        ValueError: it has none, or not one with these fields; then the message names scripts for such models.
+    """
+    try:
+        return sde_twin(pipeline.scheduler, **sde_fields)
+    except ValueError as error:
+        name = str(error).split(" ", 1)[0]
+        if name not in ELSEWHERE:
+            raise
+        raise ValueError(f"This script's noise is not of this model's kind. {type(pipeline).__name__} here is {ELSEWHERE[name]}. ({error})") from error
+
+
+def call_arguments(args) -> dict[str, Any]:
+    """What every call of the pipeline gets, from the flags that are given."""
+    given = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if getattr(args, "input_columns", None) and (accepted := call_parameters(args)) is not None:
+        # pipelines without a size of their own take that of their pictures, which are resized to it
+        given = {name: value for name, value in given.items() if name in accepted or name not in ("height", "width")}
+    return given | args.call_kwargs
