@@ -1,4 +1,4 @@
-"""Learning curves of online RL on the toy of tests/test_contract.py, whose objective is known in closed form: three seeds each.
+"""Learning curves of online RL on the toy of tests/whole/test_contract.py, whose objective is known in closed form: three seeds each.
 
     python benchmarks/toy_curves.py --output docs/toy_curves.png
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / folder) for folder in ("support", "whole")]
 import test_contract as toy  # noqa: E402
 
 SEEDS, UPDATES = (0, 1, 2), 200

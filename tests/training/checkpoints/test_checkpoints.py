@@ -1,0 +1,361 @@
+"""Checkpoints: data and never code, found damaged before they are read, and one run at a time in a folder."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from script_tools import make_run
+from small_run import SIZES, resumed, train, weights
+
+from diffusers_align.rl.advantages import PromptStatistics
+from diffusers_align.training.checkpoints import checkpoints, folder_lock
+from diffusers_align.training.checkpoints.folder_lock import FolderLock
+from diffusers_align.training.checkpoints.state_files import read_state, write_state
+from diffusers_align.training.run import failures
+
+STATE = {
+    "numbers": [1, -2.5, 0.1 + 0.2, 1e300, float("inf"), True, None, "text"],
+    0: {"step": torch.tensor(3.0), "moments": torch.randn(2, 3)},
+    "tuple": (1, (2, 3)),
+    "half": torch.tensor([1.5, 2.5], dtype=torch.bfloat16),
+    "empty": [{}, [], (), torch.zeros(0)],
+}
+
+
+def test_an_average_that_would_never_begin_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--ema_interval 11 optimizer steps, and the run makes 10: the average would never begin"):
+        train(tmp_path, use_ema=True, ema_interval=11)
+
+
+# --- data, not code --------------------------------------------------------------------------------------------------------
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def test_a_state_comes_back_with_its_types_order_and_bits(tmp_path):
+    write_state(tmp_path, "state", STATE)
+    assert same(read_state(tmp_path, "state"), STATE)
+    write_state(tmp_path, "plain", {"a": 1})
+    assert not (tmp_path / "plain.safetensors").exists() and read_state(tmp_path, "plain") == {"a": 1}
+
+
+def test_tensors_that_share_memory_are_written(tmp_path):
+    whole = torch.arange(6.0)
+    write_state(tmp_path, "state", [whole, whole[2:4], whole.view(2, 3).T])
+    assert same(read_state(tmp_path, "state"), [whole, whole[2:4], whole.view(2, 3).T.contiguous()])
+
+
+@pytest.mark.parametrize("state, where", [({"a": [object()]}, r"state\['a'\]\[0\] is a object"), ({(1, 2): 3}, "has a tuple as a key")])
+def test_what_is_no_data_is_refused_with_its_place(tmp_path, state, where):
+    with pytest.raises(TypeError, match=where):
+        write_state(tmp_path, "state", state)
+
+
+class Evil:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_planted_pickle_is_not_executed(tmp_path):
+    run = train(tmp_path / "run", 2, use_ema=True)
+    written = [path for path in (tmp_path / "run" / "checkpoint-2").rglob("*") if path.name != "weights.of.users"]
+    assert {path.suffix for path in written} == {".json", ".safetensors"}
+    names = ["custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "scheduler.bin", "scaler.pt", "weights.pkl", "run.pkl"]
+    for name in names:
+        (tmp_path / "run" / "checkpoint-2" / name).write_bytes(pickle.dumps(Evil(tmp_path / "executed")))
+    assert torch.equal(weights(resumed(tmp_path / "run", use_ema=True)), weights(run))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.json", "optimizer.safetensors", "random_states.json", "manifest.json"])
+def test_a_pickle_in_the_place_of_a_file_is_not_executed(tmp_path, name):
+    train(tmp_path / "run", 2)
+    path = tmp_path / "run" / "checkpoint-2" / name
+    path.write_bytes(pickle.dumps(Evil(tmp_path / "executed")))
+    assert resumed(tmp_path / "run").epoch == 1, "the one before is taken"
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
+    whole = train(tmp_path / "whole", 4, use_ema=True, ema_interval=1, lr_scheduler="cosine")
+    train(tmp_path / "parts", 2, use_ema=True, ema_interval=1, lr_scheduler="cosine")
+    parts = train(tmp_path / "parts", 2, use_ema=True, ema_interval=1, lr_scheduler="cosine", resume_from_checkpoint="latest")
+    assert torch.equal(weights(parts), weights(whole)) and parts.history == whole.history
+    for name in parts.registered:
+        assert same(*(read_state(tmp_path / where / "checkpoint-4", name) for where in ("parts", "whole"))), name
+
+
+def test_random_generators_go_on_where_they_were(tmp_path):
+    import random
+
+    import numpy as np
+
+    run = train(tmp_path / "run", 1)
+    expected = [random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item()]
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    run.args.resume_from_checkpoint = "latest"
+    run.resume()
+    assert [random.random(), np.random.rand(), np.random.randn(), torch.rand(1).item()] == expected
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------------
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def empty(path):
+    shutil.rmtree(path.parent)
+    path.parent.mkdir()
+
+
+DAMAGES = [
+    ("optimizer.safetensors", truncate, "optimizer.safetensors has .* bytes, of"),
+    ("weights.safetensors", os.remove, "weights.safetensors is missing"),
+    ("run.json", os.remove, "run.json is missing"),
+    ("costs.json", truncate, "costs.json has .* bytes, of"),
+    ("optimizer.safetensors", flip, "the content of optimizer.safetensors has changed"),
+    ("manifest.json", os.remove, "manifest.json is missing"),
+    ("manifest.json", truncate, "manifest.json cannot be read"),
+    ("optimizer.json", empty, "the folder is empty"),
+]
+
+
+@pytest.mark.parametrize("name, damage, message", DAMAGES)
+def test_latest_names_the_damaged_file_and_takes_the_last_complete_one(tmp_path, capsys, name, damage, message):
+    train(tmp_path / "run", 3)
+    before = weights(train(tmp_path / "other", 2))
+    damage(tmp_path / "run" / "checkpoint-3" / name)
+    run = resumed(tmp_path / "run")
+    assert run.epoch == 2 and torch.equal(weights(run), before)
+    printed = capsys.readouterr().out
+    assert re.search(f"checkpoint-3 is damaged: {message}.*Using checkpoint-2, the last complete one, in its stead", printed)
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-1", "checkpoint-2"] and (tmp_path / "run" / ".previous-checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("name, damage, message", DAMAGES)
+def test_a_damaged_checkpoint_that_was_named_is_an_error(tmp_path, name, damage, message):
+    train(tmp_path / "run", 3)
+    damage(tmp_path / "run" / "checkpoint-3" / name)
+    for wanted in ("checkpoint-3", str(tmp_path / "run" / "checkpoint-3")):
+        with pytest.raises(OSError, match=f"checkpoint-3 cannot be resumed from: {message}.*The last complete one is .*checkpoint-2: name it"):
+            train(tmp_path / "run", resume_from_checkpoint=wanted)
+
+
+def test_no_complete_checkpoint_is_an_error_that_names_each(tmp_path):
+    train(tmp_path / "run", 2)
+    for number in (1, 2):
+        os.remove(tmp_path / "run" / f"checkpoint-{number}" / "run.json")
+    with pytest.raises(OSError, match="checkpoint-2 is damaged: run.json is missing; checkpoint-1 is damaged: run.json is missing. Leave out --resume"):
+        resumed(tmp_path / "run")
+
+
+def test_the_folder_of_a_run_is_no_checkpoint(tmp_path):
+    train(tmp_path / "run", 2)
+    with pytest.raises(OSError, match="manifest.json is missing. The last complete one is .*checkpoint-2"):
+        train(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run"))
+
+
+def test_an_error_that_is_none_of_the_disk_stays_what_it_is(tmp_path):
+    run = train(tmp_path / "run", 1)
+    run.epoch = 2
+    errors = (RuntimeError("CUDA error: an illegal memory access was encountered"), RuntimeError("NCCL communicator was aborted"), failures.Interrupted(130))
+    for error in errors:
+
+        def save(folder, error=error):
+            raise error
+
+        run.save_weights = save
+        with pytest.raises(type(error), match=r"^(CUDA|NCCL|130)"):
+            run.checkpoint()
+        assert [path.name for path in run.output_dir.glob("*checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_an_object_that_the_checkpoint_does_not_hold_is_named(tmp_path):
+    train(tmp_path / "run", 1)
+    run = make_run(tmp_path / "run", **SIZES, resume_from_checkpoint="latest")
+    run.train_parameters([torch.nn.Parameter(torch.zeros(3))], lambda folder: None)
+    run.load_optimizer(10)
+    run.register("prompt_statistics", PromptStatistics())
+    with pytest.raises(ValueError, match="checkpoint-1 holds no prompt statistics, which this run needs"):
+        run.resume()
+
+
+def test_weights_of_another_shape_are_named(tmp_path):
+    train(tmp_path / "run", 1)
+    with pytest.raises(ValueError, match="other shapes: resume with the model, --rank and --lora_layers"):
+        resumed(tmp_path / "run", size=4)
+
+
+# --- two runs in a folder ----------------------------------------------------------------------------------------------------
+
+# By its file, which needs the standard library alone: importing the package would take seconds.
+HOLD = "import pathlib, runpy, sys, time; FolderLock = runpy.run_path(sys.argv[2])['FolderLock']; "
+HOLD += "lock = FolderLock(pathlib.Path(sys.argv[1]), 'train_ddpo.py'); print('held', flush=True); time.sleep(600)"
+LOCK_FILE = Path(folder_lock.__file__)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of the folder `run`."""
+    (tmp_path / "run").mkdir()
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run"), str(LOCK_FILE)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_second_run_is_refused_until_the_first_one_is_gone(tmp_path, holder):
+    with pytest.raises(OSError, match=rf"Another run writes to .*run: process {holder.pid} on .* since .* \(train_ddpo.py\). Wait for it, stop it, or choose"):
+        train(tmp_path / "run")
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / "run" / ".lock").exists(), "left behind, and no obstacle"
+    run = train(tmp_path / "run", 1)
+    run.end()
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_runs_of_one_process_follow_each_other(tmp_path):
+    first = FolderLock(tmp_path)
+    second = FolderLock(tmp_path)
+    first.release()
+    assert (tmp_path / ".lock").exists(), "it is the second one's now"
+    second.release()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def no_locks(*args):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    assert "cannot be locked (No locks available)" in FolderLock(tmp_path).warning
+
+
+# --- a folder with the results of an earlier run -------------------------------------------------------------------------------
+
+
+def test_a_new_run_sets_the_earlier_one_aside_and_says_so(tmp_path, capsys):
+    folder = tmp_path / "run"
+    train(folder, 2).end()
+    for name in ("README.md", "pytorch_lora_weights.safetensors", "notes.txt"):
+        (folder / name).write_text("first")
+    (folder / "transformer_2").mkdir()
+    (folder / "transformer_2" / "pytorch_lora_weights.safetensors").write_text("first")
+    metrics = (folder / "metrics.jsonl").read_text()
+    train(folder, 1).end()
+    assert "holds an earlier run: checkpoint-1, checkpoint-2, metrics.jsonl" in capsys.readouterr().out
+    assert (folder / ".previous-metrics.jsonl").read_text() == metrics and (folder / ".previous-checkpoint-2").is_dir()
+    assert (folder / ".previous-README.md").read_text() == "first" and (folder / ".previous-transformer_2").is_dir()
+    assert (folder / "notes.txt").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) == 1
+
+    train(folder).end()
+    assert "those that were set aside before it are deleted" in capsys.readouterr().out
+    aside = {path.name for path in folder.glob(".previous-*")}
+    assert {".previous-checkpoint-1", ".previous-metrics.jsonl"} <= aside and ".previous-checkpoint-2" not in aside
+
+
+def test_checkpoints_that_are_trained_again_are_set_aside_and_said(tmp_path, capsys):
+    train(tmp_path / "run", 3)
+    run = train(tmp_path / "run", resume_from_checkpoint="checkpoint-1")
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-1"] and (tmp_path / "run" / ".previous-checkpoint-3").is_dir()
+    assert "epochs that are now trained again: checkpoint-2, checkpoint-3 renamed to .previous-*." in capsys.readouterr().out
+
+
+def test_the_logs_of_an_earlier_run_are_not_continued(tmp_path, capsys):
+    flags = {"trackers": ["tensorboard"], "run_name": "x"}
+    for expected in (1, 1):
+        train(tmp_path / "run", **flags).end()
+        assert len(list((tmp_path / "run" / "logs" / "x").glob("events*"))) == expected
+    assert "logs is of an earlier run: renamed to .previous-logs" in capsys.readouterr().out and (tmp_path / "run" / ".previous-logs" / "x").is_dir()
+
+
+def test_a_run_that_was_set_aside_can_be_resumed(tmp_path, capsys):
+    folder = tmp_path / "run"
+    expected = weights(train(folder, 2))
+    train(folder)
+    resumed(folder)
+    assert "To go on with the run that was set aside, name its checkpoint: .previous-checkpoint-1, .previous-checkpoint-2." in capsys.readouterr().out
+    run = train(folder, resume_from_checkpoint=".previous-checkpoint-2")
+    assert run.epoch == 2 and torch.equal(weights(run), expected)
+
+
+def test_a_full_disk_names_what_was_set_aside(tmp_path, monkeypatch):
+    run = train(tmp_path / "run", 1)
+    (tmp_path / "run" / ".previous-checkpoint-9").mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: (lambda **kw: type("Disk", (), kw))(free=0))
+    with pytest.raises(OSError, match="Of an earlier run there is still .previous-checkpoint-9, which may be deleted"):
+        failures.check_free_space(run)
+
+
+def test_metrics_that_cannot_be_written_say_how_to_resume(tmp_path, monkeypatch):
+    run = train(tmp_path / "run", 2)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffusers_align.training.run.run.write_history", full)
+    with pytest.raises(OSError, match="could not be written in epoch 2: .*No space left.*checkpoint-2 is complete .2 of 10 epochs.*--resume_from_checkpoint"):
+        run.log({"reward": 1.0})
+
+
+def test_manifest_lists_every_file(tmp_path):
+    train(tmp_path / "run", 1)
+    folder = tmp_path / "run" / "checkpoint-1"
+    listed = json.loads((folder / "manifest.json").read_text())["files"]
+    assert set(listed) == {path.name for path in folder.iterdir()} - {"manifest.json"} and checkpoints.fault(folder) is None
+
+
+def test_nothing_is_kept_but_by_the_run():
+    """accelerate's own checkpoints are pickles."""
+    root = Path(__file__).parents[3]
+    sources = [*(root / "diffusers_align").rglob("*.py"), *(root / "training_scripts").glob("*.py")]
+    assert len(sources) > 100
+    unpickling = re.compile(r"register_for_checkpointing|accelerator\.(save|load)_state|import pickle|torch\.load\((?!.*weights_only=True)")
+    assert [path.name for path in sources if unpickling.search(path.read_text())] == []
+
+
+@pytest.mark.parametrize("field, value", [("flags", None), ("contents", []), ("commands", [])])
+def test_a_manifest_that_does_not_say_how_it_was_made_is_a_fault(tmp_path, field, value):
+    train(tmp_path, 1)
+    file = tmp_path / "checkpoint-1" / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    assert checkpoints.fault(tmp_path / "checkpoint-1") == "manifest.json does not say how it was made"
+
+
+def test_a_file_of_a_checkpoints_name_is_none(tmp_path):
+    train(tmp_path, 1)
+    (tmp_path / "checkpoint-2").write_text("x")
+    assert [path.name for path in checkpoints.found(tmp_path)] == ["checkpoint-1"]

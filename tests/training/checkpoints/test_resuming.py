@@ -1,0 +1,216 @@
+"""A resumed run and its checkpoint's flags: what is refused, what takes effect, what is free, and that no flag is undecided."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from script_tools import Run, load_script
+from small_run import resumed, train, weights
+
+from diffusers_align.training.checkpoints import resuming
+from diffusers_align.training.flags.options import Arguments, options_of
+
+# --- hyper-parameters take effect ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, of_group",
+    [
+        ({"learning_rate": 0.01}, {"lr": 0.01}),
+        ({"adam_weight_decay": 0.5}, {"weight_decay": 0.5}),
+        ({"adam_beta1": 0.0}, {"betas": (0.0, 0.999)}),
+        ({"adam_beta2": 0.5}, {"betas": (0.9, 0.5)}),
+        ({"adam_epsilon": 0.1}, {"eps": 0.1}),
+        ({"lr_scheduler": "linear"}, {"lr": 3e-4 * 0.8}),
+        ({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 8}, {"lr": 3e-4 / 4}),
+    ],
+)
+def test_a_changed_hyper_parameter_takes_effect_and_is_said(tmp_path, capsys, flags, of_group):
+    train(tmp_path / "run", 2)
+    run = resumed(tmp_path / "run", **flags)
+    (group,) = run.optimizer.param_groups
+    assert all(group[name] == pytest.approx(value) for name, value in of_group.items())
+    printed = capsys.readouterr().out
+    assert "Takes effect from here on: " in printed and all(f"--{name} was " in printed for name in flags)
+    same = train(tmp_path / "run", 1, resume_from_checkpoint="checkpoint-2")
+    other = train(tmp_path / "run", 1, resume_from_checkpoint="checkpoint-2", **flags)
+    assert not torch.equal(weights(other), weights(same)) and other.optimizer_steps == 3
+
+
+def test_the_rate_after_a_resume_is_that_of_a_run_with_these_flags(tmp_path):
+    """The schedule's next step too: the checkpoint's last rate was that of the old schedule."""
+    train(tmp_path / "run", 3)
+    rates = []
+    for number in (1, 2):
+        run = train(tmp_path / "run", number, resume_from_checkpoint="checkpoint-3", lr_scheduler="linear", learning_rate=0.1)
+        rates += [run.lr_scheduler.get_last_lr()[0]]
+    assert rates == pytest.approx([0.1 * 0.6, 0.1 * 0.5]) and run.history[-1]["epoch"] == 5
+
+
+def test_a_changed_decay_of_the_average_takes_effect(tmp_path):
+    train(tmp_path / "run", 2, use_ema=True, ema_interval=1, ema_decay=0.9)
+    run = resumed(tmp_path / "run", use_ema=True, ema_interval=1, ema_decay=0.5)
+    assert run.ema.decay == 0.5 and run.ema.optimization_step == 2
+
+
+def test_an_average_that_is_added_starts_where_the_weights_are(tmp_path, capsys):
+    train(tmp_path / "run", 2)
+    with pytest.raises(ValueError, match="--use_ema was false, now true"):
+        resumed(tmp_path / "run", use_ema=True)
+    run = resumed(tmp_path / "run", use_ema=True, allow_changes=True)
+    assert torch.equal(run.ema.shadow_params[0], weights(run)) and "holds no moving average: it starts from here" in capsys.readouterr().out
+
+
+# --- refused -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ({"reward": "jpeg_compressibility"}, {"reward": "jpeg_incompressibility"}),
+        ({"prompts": "mini_train"}, {"prompts": "mini_test"}),
+        ({"seed": 42}, {"seed": 1}),
+        ({"pretrained_model_name_or_path": "mini-sd"}, {"pretrained_model_name_or_path": "mini-sd3"}),
+        ({"group_size": 2}, {"group_size": 4}),
+        ({"num_inference_steps": 10}, {"num_inference_steps": 12}),
+        ({"guidance_scale": None}, {"guidance_scale": 1.0}),
+        ({"rank": 32}, {"rank": 4}),
+        ({"lora_layers": None}, {"lora_layers": "to_q"}),
+        ({"mixed_precision": "no"}, {"mixed_precision": "bf16"}),
+        ({"a_flag_of_tomorrow": 1}, {"a_flag_of_tomorrow": 2}),
+    ],
+)
+def test_what_is_learned_may_not_change(tmp_path, capsys, monkeypatch, old, new):
+    ((name, was), (_, now)) = next(iter(old.items())), next(iter(new.items()))
+    before, after = ({"algorithm": "A", "flags": flags, "contents": {}, "samples_a_step": 4, "processes": 1, "commands": []} for flags in (old, new))
+    with pytest.raises(ValueError, match=f"(?s)checkpoint-2 was made with other flags.*--{name} was {was or 'null'}, now {now}.*--allow_changes"):
+        resuming.compare(before, after, False, "checkpoint-2")
+    assert resuming.compare(before, after, True, "checkpoint-2") == [f"Changed from here on (--allow_changes): --{name} was {was or 'null'}, now {now}."]
+    assert resuming.compare(before, before, False, "checkpoint-2") == []
+
+
+def test_a_refused_run_leaves_the_folder_as_it_was(tmp_path):
+    train(tmp_path / "run", 2).end()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="--seed was 42, now 7"):
+        resumed(tmp_path / "run", seed=7)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"} == before
+
+
+def test_the_algorithm_never_changes(tmp_path):
+    train(tmp_path / "run", 1)
+    manifest = tmp_path / "run" / "checkpoint-1" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"algorithm": "Test"', '"algorithm": "Flow-GRPO"'))
+    with pytest.raises(ValueError, match="checkpoint-1 is of a run of Flow-GRPO, and this is Test: resume it with the script that made it"):
+        resumed(tmp_path / "run", allow_changes=True)
+
+
+def test_more_epochs_may_be_asked_for_and_fewer_than_are_done_not(tmp_path):
+    train(tmp_path / "run", 3)
+    assert resumed(tmp_path / "run", num_epochs=20).epoch == 3
+    with pytest.raises(
+        ValueError, match=r"checkpoint-3 has been trained for 3 epochs, and --num_epochs is 2: raise it, or name an earlier one .checkpoint-1, checkpoint-2"
+    ):
+        resumed(tmp_path / "run", num_epochs=2)
+
+
+def test_the_batch_counts_by_the_samples_of_an_optimizer_step(tmp_path, monkeypatch, capsys):
+    def run_of(batch, accumulation, **flags):
+        monkeypatch.setattr("script_tools.Run.load_optimizer", lambda run, steps, load=load: (run.batches(8), load(run, steps)))
+        return train(tmp_path / "run", train_batch_size=batch, gradient_accumulation_steps=accumulation, **flags)
+
+    load = Run.load_optimizer
+    run = run_of(2, 2)
+    run.epoch = 1
+    run.checkpoint()
+    assert run_of(4, 1, resume_from_checkpoint="latest").epoch == 1
+    assert "Changed without effect on what is learned: --gradient_accumulation_steps was 2, now 1; --train_batch_size was 2, now 4." in capsys.readouterr().out
+    with pytest.raises(ValueError, match="samples of an optimizer step were 4, now 8 .--train_batch_size"):
+        run_of(4, 2, resume_from_checkpoint="latest")
+
+
+# --- the content of files ------------------------------------------------------------------------------------------------------
+
+
+def test_an_edited_file_is_a_change_and_a_moved_one_is_none(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    train(tmp_path / "run", 1, prompts=str(prompts))
+    prompts.rename(tmp_path / "moved.txt")
+    assert resumed(tmp_path / "run", prompts=str(tmp_path / "moved.txt")).epoch == 1
+    prompts.write_text("a dog\n")
+    with pytest.raises(ValueError, match="--prompts: the content of .*prompts.txt is another one"):
+        resumed(tmp_path / "run", prompts=str(prompts))
+
+
+def test_the_code_of_a_reward_and_its_weights_count(tmp_path):
+    (tmp_path / "a.py").write_text("one")
+    (tmp_path / "b.py").write_text("one")
+    spec = "{}:f*1.0+clip_score*{}"
+    found = [resuming.content(spec.format(tmp_path / name, weight)) for name, weight in (("a.py", 2), ("b.py", 2), ("a.py", 3))]
+    assert found[0] == found[1] != found[2]
+    (tmp_path / "a.py").write_text("two")
+    assert resuming.content(spec.format(tmp_path / "a.py", 2)) != found[0]
+    assert resuming.content(f"{tmp_path / 'a.py'}:f") != resuming.content(f"{tmp_path / 'a.py'}:g")
+    assert resuming.content("clip_score*1+scene_score") is None and resuming.content("http://host:1") is None and resuming.content("x" * 5000) is None
+
+
+def test_a_folder_counts_by_its_lists_and_sizes(tmp_path, monkeypatch):
+    (tmp_path / "metadata.jsonl").write_text("{}")
+    (tmp_path / "image.png").write_bytes(b"abc")
+    first = resuming.content(str(tmp_path))
+    (tmp_path / "metadata.jsonl").write_text("[]")
+    second = resuming.content(str(tmp_path))
+    (tmp_path / "image.png").write_bytes(b"abcd")
+    third = resuming.content(str(tmp_path))
+    assert len({first, second, third}) == 3
+    monkeypatch.setattr(resuming, "MAX_FILES", 1)
+    many = resuming.content(str(tmp_path))
+    (tmp_path / "image.png").write_bytes(b"abcde")
+    assert resuming.content(str(tmp_path)) == many, "of very many files the lists alone"
+
+
+def test_no_secret_is_kept(tmp_path):
+    run = train(
+        tmp_path / "run", hub_token="hf_hunter2", reward="http://user:hunter2@host:1/score?api_key=hunter2&x=1", command="train --reward http://u:hunter2@h"
+    )
+    run.epoch = 1
+    run.checkpoint()
+    manifest = (tmp_path / "run" / "checkpoint-1" / "manifest.json").read_text()
+    assert "hunter2" not in manifest and json.loads(manifest)["flags"]["reward"] == "http://***@host:1/score?api_key=***&x=1"
+
+
+# --- what really ran -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_commands_that_made_a_run(tmp_path):
+    train(tmp_path / "run", 2, command="first")
+    train(tmp_path / "run", 2, command="second", resume_from_checkpoint="latest")
+    run = resumed(tmp_path / "run", command="third")
+    assert resuming.commands(run) == "first\n\n# resumed after epoch 2\nsecond\n\n# resumed after epoch 4\nthird"
+    again = train(tmp_path / "run", resume_from_checkpoint="checkpoint-2", command="fourth")
+    assert resuming.commands(again) == "first\n\n# resumed after epoch 2\nfourth", "nothing is left of the others"
+
+
+# --- every flag ------------------------------------------------------------------------------------------------------------------
+
+
+def flags_of_scripts():
+    """The flags of every script that makes a `Run`, with one that has them."""
+    found = {}
+    for path in sorted((Path(__file__).parents[3] / "training_scripts").glob("train_*.py")):
+        if "Run(args" in path.read_text():
+            module = load_script(path.stem.removeprefix("train_"))
+            classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Arguments) and c.__module__ == module.__name__]
+            found |= {name: path.stem for own in classes for name in options_of(own)}
+    return found
+
+
+def test_every_flag_of_every_script_is_decided_once():
+    flags, lists = flags_of_scripts(), (resuming.LEARNED, resuming.TAKES_EFFECT, resuming.MEASURED, resuming.FREE)
+    assert len(flags) > 200
+    decided = [name for names in lists for name in names]
+    assert {name: script for name, script in flags.items() if decided.count(name) != 1} == {}, "put each into one list of resuming.py"
+    assert set(decided) - set(flags) == set(), "flags that no script has"
+    assert resuming.CONTENTS <= resuming.LEARNED and resuming.UNSAID <= resuming.FREE

@@ -1,0 +1,268 @@
+"""What every file promises: layers, pages, tests, sizes."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "diffusers_align"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+ALGORITHMS = sorted(path.stem for path in (PACKAGE / "algorithms").glob("*.py") if path.stem != "__init__")
+SCRIPTS = sorted(path.stem for path in (ROOT / "training_scripts").glob("train_*.py"))
+MAX_FUNCTION, MAX_FILE = 60, 335
+
+# What each part of the package may import of the package: dependencies point one way.
+NOUNS = {"condition", "trajectory", "transition"}
+BELOW_POLICY = NOUNS | {"checks", "driving", "files", "forward_process", "lora", "schedulers"}
+LAYERS = {
+    "checks": set(),
+    "data": set(),
+    "embedded": set(),
+    "files": {"checks"},
+    "transition": set(),
+    "condition": set(),
+    "trajectory": {"condition", "transition"},
+    "rl": {"transition"},
+    "algorithms": {"checks", "rl", "transition"},
+    "schedulers": {"checks", "files", "transition"},
+    "driving": NOUNS | {"checks", "schedulers"},
+    "lora": {"checks", "driving", "files"},
+    "forward_process": {"schedulers"},
+    "policy": BELOW_POLICY,
+    "stock": {"condition", "policy", "schedulers"},
+    "gradients": {"policy", "stock"} | BELOW_POLICY,
+    "rewards": {"checks", "embedded", "files"},
+    "pipelines": {"algorithms", "gradients", "policy", "rewards", "rl"} | BELOW_POLICY,
+    "training": {"algorithms", "data", "embedded", "gradients", "policy", "rewards", "rl", "stock"} | BELOW_POLICY,
+    "__init__": {"embedded", "policy"} | BELOW_POLICY,
+    "__main__": {"files"},
+}
+MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
+FAMILY_FREE = [
+    "policy", "condition", "trajectory", "transition", "forward_process", "lora", "stock", "files/lora_files", "schedulers/kernels",
+    *sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for room in ("driving", "gradients") for path in (PACKAGE / room).glob("*.py")),
+    "pipelines/adapter_guidance", "pipelines/guided_sampling", "pipelines/noise_grid", "pipelines/noise_optimization", "pipelines/recurrence",
+    "pipelines/reward_guided",
+]  # fmt: skip
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
+
+
+def part_of(path: Path) -> str:
+    """`rl` of rl/advantages.py, `policy` of policy.py."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of what a module of the package imports, also inside functions."""
+    package, found = ["diffusers_align", *path.relative_to(PACKAGE).parts[:-1]], set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join(base + ([node.module] if node.module else []))
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def imported_parts(path: Path) -> set[str]:
+    ours = (name.split(".") for name in imports(path) if name.startswith("diffusers_align."))
+    return {part for _, part, *_ in ours if not part.startswith("__")} - {part_of(path)}
+
+
+def definitions(tree: ast.AST) -> list:
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+# layers
+
+
+def test_relative_imports_are_resolved():
+    assert "diffusers_align.rl.importance.clipped_surrogate" in imports(PACKAGE / "algorithms" / "ddpo.py")
+    assert imported_parts(PACKAGE / "algorithms" / "ddpo.py") == {"rl"}
+    assert {"driving", "schedulers", "transition"} <= imported_parts(PACKAGE / "policy.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_dependencies_point_one_way(path):
+    assert part_of(path) in LAYERS, "say in LAYERS what the new part may import"
+    assert imported_parts(path) <= LAYERS[part_of(path)]
+
+
+def test_layers_hold_no_cycle():
+    placed: set[str] = set()
+    while free := {part for part, below in LAYERS.items() if part not in placed and below <= placed}:
+        placed |= free
+    assert placed == set(LAYERS)
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if part_of(path) in ("algorithms", "rl")], ids=name_of)
+def test_mathematics_imports_torch_alone(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    assert roots <= {"torch", "diffusers_align"} | sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_the_package_imports_no_script_or_front_door(path):
+    roots = {name.split(".")[0] for name in imports(path)}
+    assert not roots & {"training_scripts", "pipelines", "schedulers", "tests", "benchmarks", *SCRIPTS}
+
+
+@pytest.mark.parametrize("name", FAMILY_FREE)
+def test_the_core_names_no_model_family(name):
+    lines = (PACKAGE / f"{name}.py").read_text().splitlines()
+    assert [line for line in lines if MODEL_FAMILIES.search(line)] == []
+
+
+# pages, tests and scripts
+
+
+def test_there_are_algorithms_and_scripts():
+    assert {"reinforce", "ddpo", "flow_grpo"} <= set(ALGORITHMS)
+    assert {"train_ddpo", "train_flow_grpo"} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_each_algorithm_has_a_page_that_states_its_source(name):
+    page = ast.get_docstring(ast.parse((PACKAGE / "algorithms" / f"{name}.py").read_text())) or ""
+    assert "https://arxiv.org/abs/" in page or "Source:" in page
+    assert "$$" in page, "the objective is missing"
+
+
+SNAPSHOT = re.compile(r"\b[0-9a-f]{7}\b|\b(?:hpsv2|image-reward) \d\.\d|There is no official code")
+COMPARED = [path for path in MODULES if part_of(path) in ("algorithms", "rewards", "pipelines", "schedulers", "rl")]
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=name_of)
+def test_official_code_is_named_by_its_snapshot(path):
+    pages = [ast.get_docstring(n) or "" for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    if any("as in the official" in page.lower() or "official code" in page for page in pages):
+        assert SNAPSHOT.search("\n".join(pages)), "which snapshot was it compared with?"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_each_algorithm_is_in_the_index(name):
+    index = ast.get_docstring(ast.parse((PACKAGE / "algorithms" / "__init__.py").read_text()))
+    assert f"`{name}`" in index
+
+
+@pytest.mark.parametrize("name", ALGORITHMS + SCRIPTS)
+def test_each_algorithm_and_script_is_in_the_readme(name):
+    assert re.search(rf"\b{name}\b", (ROOT / "README.md").read_text())
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_each_algorithm_has_tests_and_a_row_in_the_contract(name):
+    others = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__))
+    assert f"diffusers_align.algorithms.{name}" in others
+    assert f"diffusers_align.algorithms.{name}" in (ROOT / "tests" / "whole" / "test_contract.py").read_text()
+
+
+# Public functions of the mathematics that nothing here calls: methods for users' own loops, and what they return or are given.
+LIBRARY_ONLY = {"algorithms.discrete_adjoint_matching": "for models over tokens, which no pipeline here is"}
+
+
+def defined_and_used() -> tuple[set[str], set[str]]:
+    """Public functions of algorithms and rl, as `rl.returns.gae`, and those of them that the package or a script uses by name."""
+    trees = {path: ast.parse(path.read_text()) for path in (*MODULES, *(ROOT / "training_scripts").glob("*.py"), *(ROOT / "pipelines").glob("*.py"))}
+    defined, used = set(), set()
+    for path, tree in trees.items():
+        if path in MODULES and part_of(path) in ("algorithms", "rl"):
+            defined |= {f"{module_of(path)}.{node.name}" for node in tree.body if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")}
+    for path, tree in trees.items():
+        names = names_in(path, tree, {name.rpartition(".")[0] for name in defined})
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+                used |= names.get(node.id, set())
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used |= {f"{name}.{node.attr}" for name in names.get(node.value.id, ())}
+    return defined, used
+
+
+def module_of(path: Path) -> str:
+    return name_of(path).replace("/", ".").removesuffix(".__init__")
+
+
+def names_in(path: Path, tree: ast.AST, modules: set[str]) -> dict[str, set[str]]:
+    """What a file's names may stand for; those of a package that hands them on, for those of each of its modules."""
+    package = ["diffusers_align", *path.relative_to(PACKAGE).parts[:-1]] if path in MODULES else []
+    own = {node.name: {f"{module_of(path)}.{node.name}"} for node in tree.body if isinstance(node, ast.FunctionDef)} if path in MODULES else {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")] if node.level else node.module.split(".")
+            source = ".".join(part for part in base if part).removeprefix("diffusers_align.")
+            for alias in node.names:
+                handed_on = {f"{module}.{alias.name}" for module in modules if module.startswith(f"{source}.")}
+                own[alias.asname or alias.name] = {f"{source}.{alias.name}"} | handed_on
+    return own
+
+
+def test_the_mathematics_has_users():
+    """Every public function of algorithms and rl is called by the package or a script: what only tests call describes nothing that runs."""
+    defined, used = defined_and_used()
+    assert {"rl.returns.gae", "algorithms.refl.refl_loss"} <= used & defined
+    unused = {name for name in defined - used if name.rpartition(".")[0] not in LIBRARY_ONLY}
+    assert unused == set()
+    assert set(LIBRARY_ONLY) <= {name.rpartition(".")[0] for name in defined}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_each_script_has_a_test(name):
+    # by its file's name, or by its algorithm's where that names the file
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__))
+    assert re.search(rf'\b{name}\b|"{name.removeprefix("train_")}"', tests)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_public_functions_and_classes_have_docstrings(path):
+    public = [n for n in ast.parse(path.read_text()).body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_modules_have_docstrings(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+# sizes
+
+
+@pytest.mark.parametrize("path", [*MODULES, *(ROOT / "training_scripts" / f"{name}.py" for name in SCRIPTS)], ids=lambda path: path.stem)
+def test_functions_and_files_can_be_read_at_one_sitting(path):
+    source = path.read_text()
+    lengths = [(f.name, f.end_lineno - f.lineno + 1) for f in definitions(ast.parse(source))]  # a list: classes share method names
+    assert [(name, length) for name, length in lengths if length > MAX_FUNCTION] == []
+    lines = len(source.splitlines())
+    assert lines <= MAX_FILE
+
+
+# imports
+
+MEASURE = """
+import sys, time
+import peft
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin, SchedulerMixin
+before, start = set(sys.modules), time.process_time()
+from diffusers_align import *
+seconds = time.process_time() - start
+print(seconds, *sorted(set(sys.modules) - before))
+"""
+
+
+@pytest.mark.slow
+def test_importing_the_package_is_quick_and_pulls_nothing_heavy():
+    result = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    seconds, *modules = result.stdout.splitlines()[-1].split()
+    assert float(seconds) < 1.0
+    assert "diffusers_align.policy" in modules
+    heavy = {"matplotlib", "datasets", "wandb", "tensorboard", "trackio", "scipy", "torchvision", "cv2", "pandas"}
+    assert not heavy & {name.split(".")[0] for name in modules}
+    assert not {name for name in modules if name.startswith(("diffusers_align.rewards", "diffusers_align.training", "diffusers_align.data"))}
