@@ -12,24 +12,40 @@ args = parse(FlowGRPOArguments, argv, __doc__)
 
 Every field has a type, a range where it is a number, and a line of help. pydantic checks values of the command line and of the recipe
 alike; numbers are finite. Conditions between fields are `model_validator`s beside the fields, which raise `ValueError` with a sentence
-that names the flags; `needs` says what a flag is without effect without.
+that names the flags; `needs` says what a flag is without effect without; `advanced` keeps it off the first screen of `--help`.
+
+A flag that has a new name says the old one in `was`. Where the meaning changed too, the class lists the old flags with their types, and a
+method turns values under old names into values under new ones:
+
+```python
+class FlowGRPOArguments(GroupArguments, TaskArguments, gone={"random_timesteps": bool}):
+    @classmethod
+    def from_old(cls, given: dict[str, Any]) -> dict[str, Any]:
+        if given.pop("random_timesteps", False):
+            given.setdefault("random_timestep_fraction", given.pop("timestep_fraction", 0.99))
+        return given
+```
+
+Old names are taken for one version, with a warning: on the command line, in recipes, and quietly in checkpoints (`old_names.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import re
 import shlex
 import sys
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Interval
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
+from .command_line import as_flag, joined, parser_of, shown
+from .old_names import OldNames, warn
 from .option_types import Kind, kind_of
-from .recipes import Given, RecipeError, read_recipe, suggestion
+from .recipes import Given, read_recipe, suggestion
 
 # Above these a number means nothing, or no longer fits into float32 when it is squared.
 MANY, LARGE = 10**9, 1e9
@@ -48,8 +64,20 @@ PositiveShare = Annotated[float, Interval(gt=0, le=1)]
 Decay = Annotated[float, Interval(ge=0, lt=1)]
 Guidance = Annotated[float, Interval(ge=0, le=1000)]
 
+# What a change means for a run that goes on from a checkpoint (`checkpoints/resuming.py` acts on it).
+Resume = Literal["learned", "content", "takes effect", "measured", "free", "unsaid", "secret"]
 
-def option(default: Any, text: str, *, needs: dict[str, Any] | None = None, metavar: str | tuple[str, ...] | None = None) -> Any:
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    needs: dict[str, Any] | None = None,
+    metavar: str | tuple[str, ...] | None = None,
+    advanced: bool = False,
+    was: str | tuple[str, ...] = (),
+    resume: Resume = "learned",
+) -> Any:
     """A field of an `Arguments` class.
 
     Args:
@@ -57,13 +85,16 @@ def option(default: Any, text: str, *, needs: dict[str, Any] | None = None, meta
         text: its help; the range and the default are added.
         needs: other flags with the values (one, or a tuple) without which this one has no effect; True is any but 0, false and absent.
         metavar: what stands for the value in the help.
+        advanced: whether `--help` only names it, and `--help_all` explains it.
+        was: the names that it had in the last version.
+        resume: what a resumed run may do with it (`Resume`); if nothing is said, a change is refused.
     """
-    return Field(default, description=text, json_schema_extra={"needs": needs or {}, "metavar": metavar})
+    return Field(default, description=text, json_schema_extra={"needs": needs or {}, "metavar": metavar, "advanced": advanced, "was": was, "resume": resume})
 
 
-def required(text: str) -> Any:
-    """A field that the command line or the recipe must give."""
-    return Field(description=text)
+def required(text: str, *, was: str | tuple[str, ...] = (), resume: Resume = "learned") -> Any:
+    """A field that the command line or the recipe must give; `was` and `resume` as of `option`."""
+    return Field(description=text, json_schema_extra={"was": was, "resume": resume})
 
 
 class Arguments(BaseModel):
@@ -73,20 +104,43 @@ class Arguments(BaseModel):
 
     config: str | None = option(None, "YAML recipe: its values replace the defaults, flags on the command line replace its values")
     _command: str = PrivateAttr("")
+    _gone: ClassVar[dict[str, Any]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__()  # the keywords are for the hook below
 
     @classmethod
-    def __pydantic_init_subclass__(cls, defaults: dict[str, Any] | None = None, needs: dict[str, dict[str, Any]] | None = None) -> None:
-        """Class keywords: other `defaults` for inherited fields, and what more they need to have an effect (see `option`)."""
+    def __pydantic_init_subclass__(
+        cls,
+        defaults: dict[str, Any] | None = None,
+        needs: dict[str, dict[str, Any]] | None = None,
+        advanced: Collection[str] = (),
+        basic: Collection[str] = (),
+        gone: dict[str, Any] | None = None,
+        **others: dict[str, Any],
+    ) -> None:
+        """Class keywords, for inherited fields: other `defaults`, what more they need to have an effect, which are `advanced` (or `basic`) here,
+        and other `was` and `resume` (see `option`). `gone` are flags of the last version, by type, that `from_old` reads."""
         fields = cls.__pydantic_fields__
+        said: dict[str, dict[str, Any]] = {name: {"advanced": name in advanced} for name in (*advanced, *basic)}
+        for word, values in others.items():
+            if word not in ("was", "resume"):
+                raise TypeError(f"{cls.__name__}: unknown class keyword {word}")
+            for name, value in values.items():
+                said.setdefault(name, {})[word] = value
         for name, value in (defaults or {}).items():
             fields[name].default = value
         for name, more in (needs or {}).items():
-            extra = fields[name].json_schema_extra or {}
-            fields[name].json_schema_extra = {**extra, "needs": {**extra.get("needs", {}), **more}}
+            said.setdefault(name, {})["needs"] = {**(fields[name].json_schema_extra or {}).get("needs", {}), **more}
+        for name, more in said.items():
+            fields[name].json_schema_extra = {**(fields[name].json_schema_extra or {}), **more}
+        cls._gone = {**cls._gone, **(gone or {})}
         cls.model_rebuild(force=True)
+
+    @classmethod
+    def from_old(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Values under today's names, from values of which some are under the old names of `gone`; raises ValueError where they contradict."""
+        return given
 
     @property
     def command(self) -> str:
@@ -103,8 +157,9 @@ class Option:
 
     Attributes:
         kind: its type and range.
-        text, needs, metavar: of `option`, by the class that said them last.
+        text, needs, metavar, advanced, was, resume: of `option`, by the class that said them last.
         group: the heading under which its first class puts it.
+        is_common: whether that class is one for many scripts (`common.py`, `data.py`), not of a method or a script.
     """
 
     def __init__(self, arguments: type[Arguments], name: str):
@@ -114,13 +169,17 @@ class Option:
         self.kind: Kind = kind_of(field.annotation, field.metadata)
         extra = {**(told.json_schema_extra or {}), **(field.json_schema_extra or {})}
         self.text, self.needs, self.metavar = told.description or "", extra.get("needs") or {}, extra.get("metavar")
+        self.advanced, self.resume = bool(extra.get("advanced")), extra.get("resume", "learned")
+        was = extra.get("was", ())
+        self.was: tuple[str, ...] = (was,) if isinstance(was, str) else was
         self.group = (classes[-1].__doc__ or classes[-1].__name__).splitlines()[0]
+        self.is_common = classes[-1].__module__.removeprefix(f"{__package__}.") in ("common", "data", "options")
 
     def help(self) -> str:
         """The line of `--help`: what it is, what it may be, what it is by default."""
         notes = [self.kind.range] if self.kind.range else []
-        notes += ["with " + " ".join(_as_flag(name, wanted) for name, wanted in self.needs.items())] if self.needs else []
-        notes += ["required"] if self.is_required else [] if self.default in (None, {}) else [f"default: {_shown(self.default)}"]
+        notes += ["with " + " ".join(as_flag(name, wanted) for name, wanted in self.needs.items())] if self.needs else []
+        notes += ["required"] if self.is_required else [] if self.default in (None, {}) else [f"default: {shown(self.default)}"]
         return (self.text + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
 
 
@@ -147,18 +206,20 @@ def parse(arguments: type[Arguments], argv: list[str] | None = None, description
         argv: the words of the command line; those of the process if absent.
         description: of the script; its first line is shown.
     """
-    argv, options = sys.argv[1:] if argv is None else argv, options_of(arguments)
-    parser = _parser(arguments, description, Path(sys.argv[0]).name)
-    words, unknown = parser.parse_known_args(_joined(argv, options))
-    if unknown:
-        near = suggestion(unknown[0].partition("=")[0], [f"--{name}" for name in options])
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
-    given = {name: Given(value, "on the command line") for name, value in vars(words).items()}
-    if "config" in given:
-        try:
-            given = {**read_recipe(given["config"].value, options), **given}
-        except RecipeError as error:
-            parser.error(str(error))
+    argv, options, old = sys.argv[1:] if argv is None else argv, options_of(arguments), old_names_of(arguments)
+    parser = _parser(arguments, description, Path(sys.argv[0]).name, "--help_all" in argv)
+    try:
+        argv = old.words(argv)
+        words, unknown = parser.parse_known_args(joined(argv, options))
+        if unknown:
+            near = suggestion(unknown[0].partition("=")[0], {f"--{name}": f"--{new}" for name, new in old.today.items()})
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        given = {name: Given(value, "on the command line") for name, value in vars(words).items()}
+        if "config" in given:
+            given = {**old.recipe(read_recipe(given["config"].value, old.today)), **given}
+        given = old.converted(given)
+    except ValueError as error:
+        parser.error(str(error))
     args = _validated(parser, arguments, options, given)
     _refuse_void(parser, options, given, args)
     args._command = _command(argv)
@@ -166,38 +227,17 @@ def parse(arguments: type[Arguments], argv: list[str] | None = None, description
 
 
 @functools.cache
-def _parser(arguments: type[Arguments], description: str | None, program: str) -> argparse.ArgumentParser:
-    """Reads words; what they mean is the fields' business."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=(description or "").strip().partition("\n")[0].replace("%", "%%"),
-        usage="%(prog)s [--config RECIPE] [--FLAG VALUE ...]",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+def old_names_of(arguments: type[Arguments]) -> OldNames:
+    """The names that a script's flags had in the last version."""
+    return OldNames(
+        {old: name for name, option in options_of(arguments).items() for old in option.was}, arguments._gone, arguments.from_old, options_of(arguments)
     )
-    groups: dict[str, Any] = {}
-    for name, option in options_of(arguments).items():
-        if option.group not in groups:
-            groups[option.group] = parser.add_argument_group(option.group)
-        group = groups[option.group]
-        if option.kind.is_flag:
-            group.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=option.help())
-        else:
-            group.add_argument(f"--{name}", nargs=option.kind.nargs, metavar=option.metavar or option.kind.metavar(name), help=option.help())
-    return parser
 
 
-def _joined(argv: list[str], options: dict[str, Option]) -> list[str]:
-    """`--flag -1e-4` as `--flag=-1e-4`: argparse would take some negative numbers for flags."""
-    words: list[str] = []
-    for word in argv:
-        before = words[-1] if words else ""
-        single = before.startswith("--") and before[2:] in options and options[before[2:]].kind.nargs is None and not options[before[2:]].kind.is_flag
-        if single and re.match(r"-(\d|\.\d|inf|nan)", word, re.IGNORECASE):
-            words[-1] = f"{before}={word}"
-        else:
-            words.append(word)
-    return words
+@functools.cache
+def _parser(arguments: type[Arguments], description: str | None, program: str, everything: bool) -> argparse.ArgumentParser:
+    gone = {name: kind_of(annotation) for name, annotation in arguments._gone.items()}
+    return parser_of(options_of(arguments), gone, (description or "").strip().partition("\n")[0], program, everything)
 
 
 def _validated(parser: argparse.ArgumentParser, arguments: type[Arguments], options: dict[str, Option], given: dict[str, Given]) -> Arguments:
@@ -234,11 +274,11 @@ def _refuse_void(parser: argparse.ArgumentParser, options: dict[str, Option], gi
         unmet = {other: wanted for other, wanted in options[name].needs.items() if not _meets(getattr(args, other), wanted)}
         if not unmet or not getattr(args, name):
             continue
-        needed = " and ".join(_as_flag(other, wanted) for other, wanted in unmet.items())
+        needed = " and ".join(as_flag(other, wanted) for other, wanted in unmet.items())
         overridden = entry.is_recipe and any(other in given and not given[other].is_recipe for other in unmet)
         if not overridden:
             parser.error(f"--{name} has no effect without {needed}: leave it out, or give both; got {entry.shown} ({entry.source})")
-        print(f"--{name} {entry.shown} ({entry.source}) has no effect without {needed}.", file=sys.stderr)
+        warn(f"--{name} {entry.shown} ({entry.source}) has no effect without {needed}.")
         setattr(args, name, options[name].default)
 
 
@@ -246,18 +286,6 @@ def _meets(value: Any, wanted: Any) -> bool:
     if wanted is True:
         return bool(value)
     return value in (wanted if isinstance(wanted, tuple) else (wanted,))
-
-
-def _as_flag(name: str, wanted: Any) -> str:
-    if isinstance(wanted, bool):
-        return f"--{name}" if wanted else f"--no-{name}"
-    return f"--{name} {' or '.join(map(str, wanted)) if isinstance(wanted, tuple) else wanted}"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _command(argv: list[str]) -> str:

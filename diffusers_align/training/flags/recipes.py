@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,18 +36,18 @@ class Given:
         return " ".join(str(word) or "''" for word in words)
 
 
-def suggestion(word: str, names: Collection[str]) -> str:
-    """` (did you mean NAME?)`, or nothing where no name is near."""
+def suggestion(word: str, names: Collection[str] | Mapping[str, str]) -> str:
+    """` (did you mean NAME?)`, or nothing where no name is near; a mapping says what to suggest for a name that is near."""
     near = difflib.get_close_matches(word, list(names), n=1, cutoff=0.75)
-    return f" (did you mean {near[0]}?)" if near else ""
+    return f" (did you mean {names[near[0]] if isinstance(names, Mapping) else near[0]}?)" if near else ""
 
 
-def read_recipe(name: str, flags: Collection[str]) -> dict[str, Given]:
+def read_recipe(name: str, flags: Mapping[str, str]) -> dict[str, Given]:
     """The values of a recipe, with the line of each.
 
     Args:
         name: a file, or the name of a recipe that the package ships.
-        flags: the keys that it may have.
+        flags: the keys that it may have, those of the last version among them, with what they are called today.
 
     Raises:
         RecipeError: there is no such file, it is no YAML mapping, or it has a key that is no flag or stands there twice.
@@ -70,9 +70,10 @@ def read_recipe(name: str, flags: Collection[str]) -> dict[str, Given]:
             found[flag] = Given(constructor.construct_object(value, deep=True), f"in {path}, line {line}", is_recipe=True)
         except yaml.YAMLError as error:
             raise RecipeError(f"{path}, line {line}: {flag} is no plain value: {getattr(error, 'problem', error)}") from error
-    if unknown := sorted(flag for flag in found if flag not in flags or flag in NOT_IN_RECIPES):
-        where = "; ".join(f"{flag} in {found[flag].source.rpartition(', ')[2]}{suggestion(flag, {*flags} - {*NOT_IN_RECIPES})}" for flag in unknown)
-        raise RecipeError(f"{path}: unknown keys: {where}. The keys are the script's flags, see --help")
+    today = {flag: name for flag, name in flags.items() if flag not in NOT_IN_RECIPES}
+    if unknown := sorted(flag for flag in found if flag not in today):
+        where = "; ".join(f"{flag} in {found[flag].source.rpartition(', ')[2]}{suggestion(flag, today)}" for flag in unknown)
+        raise RecipeError(f"{path}: unknown keys: {where}. The keys are the script's flags, see --help_all")
     return found
 
 

@@ -19,7 +19,6 @@ from diffusers_align.training.flags.options import options_of as flags_of
 
 PACKAGE, SCRIPTS = Path(__file__).parents[3] / "diffusers_align", folder("training_scripts")
 STEMS = sorted(path.stem for path in SCRIPTS.glob("*.py"))
-DECLARING = {"arguments.py", "data_arguments.py", "method_arguments.py", "options.py", "option_types.py"}
 # Flags that are given together or not at all.
 PARTNERS = [("step_aware", "pretrained_model_name_or_path"), ("pretrained_model_name_or_path", "step_aware"), ("beta_pretrain", "pretraining_dataset")]
 READ_AS = {"report_to": "trackers"}
@@ -193,7 +192,7 @@ READ, STARTS, ENDS = r"\bargs\.(\w+)|[\"'](\w+)[\"']", r'getattr\(args, f"(\w+_)
 @functools.cache
 def sources():
     """All code of the package that acts on flags."""
-    return "\n".join(path.read_text() for path in PACKAGE.rglob("*.py") if path.name not in DECLARING)
+    return "\n".join(path.read_text() for path in PACKAGE.rglob("*.py") if path.parent.name != "flags")
 
 
 @functools.cache
