@@ -73,7 +73,7 @@ class Session:
         self.num_batches, _ = self.run.batches(PAIRS)
         self.rows = offline.load_rows(self.run, "pair")
         self.policy = offline.load_policy(self.run)
-        self.policy.remember_prompts(1, self.policy._memory.store)  # an epoch's batches are not met again
+        self.policy.remember_prompts(1, self.policy.prompt_memory.store)  # an epoch's batches are not met again
         self.run.load_optimizer(100)
         self.examples, self.reference = offline.Examples(self.run, self.policy, self.rows), offline.Reference(self.run, self.policy)
 
@@ -85,7 +85,7 @@ class Session:
             for side in images:
                 self.examples.latents(side, places, condition)
             with torch.no_grad():
-                self.policy._drive(condition, lambda step: step.skip() or step.sample, needs_denoiser=lambda k: False)
+                self.policy.drive(condition, lambda step: step.skip() or step.sample, needs_denoiser=lambda k: False)
 
     def train(self, epoch: int) -> None:
         for b in range(self.num_batches):

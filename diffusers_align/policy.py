@@ -1,37 +1,34 @@
 """A stock pipeline as a policy: roll it out, replay it with gradients, evaluate it at any state, decode and encode.
 
-No method knows a model family. Everything goes through the pipeline's own `__call__` (`diffusers_align.driving.steps`), with its
+No method knows a model family. Everything goes through the pipeline's own `__call__` (`diffusers_align.driving.driver`), with its
 scheduler replaced by an SDE scheduler that has the same noise table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from . import lora
 from .checks.ranges import CountOrNone, Range, check_value, checked
 from .condition import Condition
-from .driving.driver import Calls, seeded
+from .driving.driver import Driver, images_of, seeded
 from .driving.latent_layout import LatentLayout
-from .driving.noise import noise_seed, step_streams
+from .driving.noise import noise_seed
 from .driving.prediction import Prediction
 from .driving.reproducibility import CarriedState, check_first_steps
 from .driving.steps import Step
-from .driving.tape import Tape, check_state
-from .schedulers import sde_twin
-from .schedulers.scheduling_utils import SDESchedulerMixin, put_in_place
+from .driving.tape import Tape, check_state, force
+from .schedulers.scheduling_utils import SDESchedulerMixin
 from .trajectory import Trajectory
 from .transition import GaussianTransition
 
 
-class Policy(Calls):
+class Policy(Driver):
     """Wraps a pipeline. Its parameters are frozen and in evaluation mode; `add_lora` adds what can be trained.
 
     Args:
@@ -39,26 +36,13 @@ class Policy(Calls):
         scheduler: an SDE scheduler; the SDE twin of the pipeline's own by default.
         call_kwargs: arguments of every call (`num_inference_steps`, `guidance_scale`, `height` ...), which a method's own
             override.
-
-    Attributes:
-        stock_scheduler: what the pipeline came with, for `diffusers_align.gradients.rollout`.
-        lockstep: processes wait for each other at each denoiser call, as they do when it is sharded: the number of calls then depends
-            on shapes alone.
     """
 
     def __init__(self, pipeline, scheduler: SDESchedulerMixin | None = None, **call_kwargs: Any):
-        super().__init__(pipeline, call_kwargs)
-        if scheduler is not None and not isinstance(scheduler, SDESchedulerMixin):
-            raise TypeError(f"{type(scheduler).__name__} returns no log-probabilities; pass sde_twin(scheduler) or leave it out.")
-        if isinstance(inside := getattr(pipeline, "__dict__", {}).get("pipeline"), DiffusionPipeline):
-            raise TypeError(f"{type(pipeline).__name__} is wrapped around a {type(inside).__name__}, which is the policy: Policy(pipe.pipeline).")
-        if not hasattr(getattr(pipeline, "scheduler", None), "step"):
-            raise ValueError(f"{type(pipeline).__name__} has no scheduler, so that it takes no steps that could be a policy's.")
-        self.stock_scheduler = put_in_place(pipeline, scheduler if scheduler is not None else sde_twin(pipeline.scheduler))
+        super().__init__(pipeline, scheduler, call_kwargs)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
-        self.lockstep = False
         self._layout: LatentLayout | None = None
         self._prediction = Prediction(self)
         self._carried, self._compared = CarriedState(self), False
@@ -100,8 +84,8 @@ class Policy(Calls):
             condition = self.condition(prompts, seeds=seeds, step_seeds=step_seeds, per_sample=per_sample, **call_kwargs)
         condition = seeded(condition, generator)
         tape = Tape()
-        with self._noise(condition, deterministic):
-            self._drive(condition, tape.record)
+        with self.noise(condition, deterministic):
+            self.drive(condition, tape.record)
         return tape.trajectory(condition)
 
     def replay(
@@ -131,24 +115,7 @@ class Policy(Calls):
             check_value("steps", k, Annotated[int, Range(0, trajectory.num_steps - 1)])
         condition = _of_samples(condition or trajectory.condition, len(trajectory), "trajectory")
         self._carried.refuse(trajectory, wanted)
-        self._forced(trajectory, on_step, wanted, condition)
-
-    def _forced(self, trajectory: Trajectory, on_step: Callable[[int, GaussianTransition], None], wanted: Collection[int], condition: Condition) -> None:
-        """The pass of `replay`."""
-
-        def force(step: Step) -> Tensor:
-            tape = trajectory if step.child == 0 else trajectory.children[step.child - 1]
-            action = step.like(tape.actions[:, step.k])
-            if step.k not in wanted:
-                step.skip()
-                return action
-            check_state(step, tape)
-            output = step.run(prev_sample=action)
-            if step.child == 0:
-                on_step(step.k, GaussianTransition(output.prev_sample_mean, output.std))
-            return action
-
-        self._drive(condition, force, needs_denoiser=lambda k: k in wanted)
+        force(self, trajectory, on_step, wanted, condition)
 
     def transition(self, trajectory: Trajectory, k: int, condition: Condition | None = None) -> GaussianTransition:
         """The kernel of solver step k under the current weights, with its graph if autograd is on."""
@@ -198,8 +165,8 @@ class Policy(Calls):
         own = trajectory.condition.step_seeds or trajectory.condition.seeds
         # Not the rollout's own stream again: its first draws are in state k already.
         seeds = own and [noise_seed(seed, "complete", k) for seed in own] if seeds is None else seeds
-        with self._noise(replace(trajectory.condition, step_seeds=seeds), deterministic):
-            self._drive(trajectory.condition, go, needs_denoiser=lambda step: step >= k)
+        with self.noise(replace(trajectory.condition, step_seeds=seeds), deterministic):
+            self.drive(trajectory.condition, go, needs_denoiser=lambda step: step >= k)
         return last[0]
 
     def check_reproducible(self, trajectory: Trajectory) -> None:
@@ -211,19 +178,6 @@ class Policy(Calls):
         if not self._compared:
             check_first_steps(self, trajectory)
             self._compared = True
-
-    @contextmanager
-    def _noise(self, condition: Condition, deterministic: bool) -> Iterator[None]:
-        """Within, the steps draw from streams of their own: pipelines may or may not draw from theirs in between, or hand them on. A
-        stock solver draws as in a stock call, unless the condition has seeds for its steps."""
-        scheduler, before = self.scheduler, (self._streams, getattr(self.scheduler, "deterministic", False))
-        is_twin = isinstance(scheduler, SDESchedulerMixin)
-        self._streams = step_streams(condition.step_seeds or (condition.seeds if is_twin else None))
-        scheduler.deterministic = deterministic
-        try:
-            yield
-        finally:
-            self._streams, scheduler.deterministic = before
 
     # --- single evaluations ----------------------------------------------------------------------------------------
 
@@ -243,8 +197,12 @@ class Policy(Calls):
         return self._prediction(latents, timesteps, condition, guidance)
 
     def guidance_off(self, condition: Condition) -> dict[str, Any]:
-        """Arguments of the call that switch classifier-free guidance off, found by trying; {} where it is off."""
-        return self._prediction._guidance_off(condition)
+        """Arguments of the call that switch classifier-free guidance off, found by trying; {} where it is off.
+
+        Raises:
+            ValueError: no argument does.
+        """
+        return self._prediction.guidance_off(condition)
 
     # --- pixels ----------------------------------------------------------------------------------------------------
 
@@ -252,13 +210,13 @@ class Policy(Calls):
         """Latents in the pipeline's layout to images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], by the pipeline's own
         tail. Differentiable if autograd is on (values beyond [0, 1] are clamped and pass no gradient); `gradients.decoding.decode_latents` is so
         also where the pipeline casts its autoencoder to another precision for the decoding."""
-        condition = _of_samples(condition or self._any_condition(len(latents)), len(latents), "latents")
+        condition = _of_samples(condition or self.any_condition(len(latents)), len(latents), "latents")
 
         def put(step: Step) -> Tensor:
             step.skip()
             return step.like(latents if step.child == 0 else step.sample)
 
-        return _images(self._drive(condition, put, needs_denoiser=lambda k: False, output_type="pt"))
+        return images_of(self.drive(condition, put, needs_denoiser=lambda k: False, output_type="pt"))
 
     def encode(self, images: Tensor, condition: Condition | None = None) -> Tensor:
         """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] to clean latents in the pipeline's own layout: `decode`'s
@@ -269,7 +227,7 @@ class Policy(Calls):
         """
         _check_images(images)
         if self._layout is None or self._layout.image_shape != images.shape[1:]:
-            single = condition.select([0]) if condition else self._any_condition(1)
+            single = condition.select([0]) if condition else self.any_condition(1)
             self._layout = LatentLayout.find(self, single, images[:1])
         return self._layout.encode(images)
 
@@ -306,11 +264,6 @@ def _check_images(images: Tensor) -> None:
     low, high = map(float, images.detach().aminmax())
     if not (low >= -0.1 and high <= 1.1):
         raise ValueError(f"Images to encode lie in [0, 1], got values from {low:.4g} to {high:.4g}: map them there first.")
-
-
-def _images(output) -> Tensor:
-    images = output[0]
-    return torch.stack(list(images)) if isinstance(images, (list, tuple)) else images
 
 
 def _of_samples(condition: Condition, number: int, what: str) -> Condition:

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -19,6 +18,25 @@ def sum_per_sample(x: Tensor) -> Tensor:
     """Sum over all but the batch dimension, accumulated in float64 (float32 where a device has none): (B, *D) -> (B,)."""
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     return x.flatten(1).sum(1, dtype=dtype)
+
+
+def standard_normal(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Noise of a shape (B, *D), bit for bit as diffusers' `randn_tensor` draws it: each sample by its own generator where there are several, on the CPU
+    where they are there.
+
+    Raises:
+        ValueError: fewer generators than samples, or generators of another device that is not the CPU.
+    """
+    generators = generator if isinstance(generator, list) else [generator]
+    source = generators[0].device if generators[0] is not None else device
+    if source.type not in ("cpu", device.type):
+        raise ValueError(f"A generator on {source} draws no noise for {device}: make it there, or on the CPU, torch.Generator().")
+    source = source if source.type == "cpu" else device
+    if len(generators) == 1:
+        return torch.randn(shape, generator=generators[0], device=source, dtype=dtype).to(device)
+    if len(generators) < shape[0]:
+        raise ValueError(f"{shape[0]} samples need as many generators, got {len(generators)}.")
+    return torch.cat([torch.randn((1, *shape[1:]), generator=g, device=source, dtype=dtype) for g in generators[: shape[0]]]).to(device)
 
 
 def _require_same(x: Tensor, mean: Tensor) -> None:
@@ -41,7 +59,7 @@ class GaussianTransition:
 
     def sample(self, generator: torch.Generator | list[torch.Generator] | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Draw x_{t-1}. `generator` may be a list with one generator a sample; `dtype` is the dtype the noise is drawn in."""
-        noise = randn_tensor(tuple(self.mean.shape), generator, self.mean.device, dtype or self.mean.dtype)
+        noise = standard_normal(tuple(self.mean.shape), generator, self.mean.device, dtype or self.mean.dtype)
         return self.mean + self.std * noise
 
     def log_prob(self, x_prev: Tensor) -> Tensor:

@@ -86,10 +86,10 @@ from tqdm.auto import tqdm
 from diffusers_align.data import load_prompts
 from diffusers_align.data.augment import to_tensor
 from diffusers_align.data.inputs import key_of, sizes_of
+from diffusers_align.driving.stock import stock_images
 from diffusers_align.files import lora_files
 from diffusers_align.policy import Policy, noise_seed
 from diffusers_align.schedulers import sde_twin
-from diffusers_align.stock import stock_images
 from diffusers_align.training.flags import common
 from diffusers_align.training.offline.made_preferences import data_sets, describe_signal, equal_images, file_name, scored_groups
 from diffusers_align.training.online.scoring import Scorer, gather_scores, reward_of_flags

@@ -1,52 +1,71 @@
-"""Calls of a stock pipeline: what they are given, and how they are made."""
+"""The driver: a stock pipeline, and calls of it in which each scheduler step is handed to a callback."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..checks.given_names import did_you_mean
-from ..checks.ranges import Count, check_call, checked
-from ..condition import Condition, belongs_to_samples, is_embedding, number_of_samples
-from ..schedulers.scheduling_utils import SDESchedulerMixin
-from .noise import noise_seed
-from .prompt_memory import PromptMemory, Store
+from ..checks.ranges import Count, checked
+from ..condition import Condition
+from ..schedulers import sde_twin
+from ..schedulers.scheduling_utils import SDESchedulerMixin, put_in_place
+from . import steps
+from .arguments import check_arguments, checked_prompts, maybe_of_samples, unknown_prompts
+from .noise import noise_seed, step_streams
+from .prompt_memory import PromptMemory, Store, encoded_prompt
+from .replacements import replaced
 from .safety_checker import unchecked
-from .steps import denoisers, drive, encoded_prompt
 
 logger = logging.get_logger(__name__)
 
-# What a policy's methods set in each call, and the value that says nothing else. None is the pipeline's own default for all of them.
-_ONE_OUTPUT = (1, "it makes one sample a prompt; repeat the prompts, with other seeds.")
-_SET_BY_POLICY = {
-    "prompt": (None, "prompts are the first argument."),
-    "generator": (None, "seeds= fixes the draws of each sample."),
-    "output_type": (None, "roll-outs keep latents, and decode makes pictures of them."),
-    "return_dict": (True, "the policy reads the output."),
-    "eta": (None, "the noise of the steps is the SDE scheduler's: Policy(pipe, sde_twin(pipe.scheduler, eta=...)), or deterministic=True."),
-    **dict.fromkeys(("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"), _ONE_OUTPUT),
-}
 
+class Driver:
+    """A pipeline whose scheduler is an SDE scheduler, its prompt memory, its streams of noise, and the calls of it. `Policy` is a driver.
 
-class Calls:
-    """A pipeline whose scheduler is an SDE scheduler, and the calls of it.
+    `condition` says what a call is given, `noise` what its steps draw with, and `drive` makes the call:
+
+    >>> condition = driver.condition(["a fox"], seeds=[1], num_inference_steps=10)  # doctest: +SKIP
+    >>> with driver.noise(condition, deterministic=False):  # doctest: +SKIP
+    ...     output = driver.drive(condition, lambda step: print(step.k, step.timestep))
+    >>> images_of(output)  # doctest: +SKIP
 
     Args:
-        pipeline: any diffusers pipeline.
+        pipeline: any diffusers pipeline. Its scheduler is replaced.
+        scheduler: an SDE scheduler; the SDE twin of the pipeline's own by default.
         call_kwargs: arguments of every call, which a condition's own override.
+
+    Attributes:
+        stock_scheduler: what the pipeline came with.
+        parameters: of the pipeline's `__call__`, by name, as `inspect.signature` has them.
+        prompt_memory: what `encode_prompt` returned in earlier calls.
+        lockstep: processes wait for each other at each denoiser call, as they do when it is sharded: the number of calls then depends
+            on shapes alone.
+
+    Raises:
+        TypeError: a scheduler that returns no log-probabilities, or a pipeline that is wrapped around another.
+        ValueError: a pipeline without scheduler, or whose scheduler has no SDE twin.
     """
 
-    def __init__(self, pipeline, call_kwargs: dict[str, Any]):
-        self.pipeline, self.call_kwargs = pipeline, call_kwargs
-        self._parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
-        self._memory = PromptMemory()
+    def __init__(self, pipeline, scheduler: SDESchedulerMixin | None = None, call_kwargs: dict[str, Any] | None = None):
+        if scheduler is not None and not isinstance(scheduler, SDESchedulerMixin):
+            raise TypeError(f"{type(scheduler).__name__} returns no log-probabilities; pass sde_twin(scheduler) or leave it out.")
+        if isinstance(inside := getattr(pipeline, "__dict__", {}).get("pipeline"), DiffusionPipeline):
+            raise TypeError(f"{type(pipeline).__name__} is wrapped around a {type(inside).__name__}, which is the policy: Policy(pipe.pipeline).")
+        if not hasattr(getattr(pipeline, "scheduler", None), "step"):
+            raise ValueError(f"{type(pipeline).__name__} has no scheduler, so that it takes no steps that could be a policy's.")
+        self.pipeline, self.call_kwargs, self.lockstep = pipeline, call_kwargs or {}, False
+        self.stock_scheduler = put_in_place(pipeline, scheduler if scheduler is not None else sde_twin(pipeline.scheduler))
+        self.parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
+        self.prompt_memory = PromptMemory()
         self._embeddings: Condition | None = None
         self._warned: set[str] = set()
         self._streams: list[torch.Generator] | None = None
@@ -58,7 +77,7 @@ class Calls:
     @property
     def denoisers(self) -> dict[str, nn.Module]:
         """The networks that are trained, by component name."""
-        return denoisers(self.pipeline)
+        return steps.denoisers(self.pipeline)
 
     @property
     def device(self) -> torch.device:
@@ -90,11 +109,11 @@ class Calls:
                 the policy sets itself.
         """
         name, own = type(self.pipeline).__name__, per_sample or {}
-        _check_arguments(name, self._parameters, {**self.call_kwargs, **call_kwargs}, own, set(call_kwargs))
+        check_arguments(name, self.parameters, {**self.call_kwargs, **call_kwargs}, own, set(call_kwargs))
         kwargs = {argument: value for argument, value in {**self.call_kwargs, **call_kwargs}.items() if argument not in own}
-        given = checked_prompts(prompts) if prompts is not None else unknown_prompts(name, self._parameters, kwargs, own, seeds)
+        given = checked_prompts(prompts) if prompts is not None else unknown_prompts(name, self.parameters, kwargs, own, seeds)
         condition = Condition(given, kwargs, seeds, step_seeds, own)
-        for argument in _maybe_of_samples(condition):
+        for argument in maybe_of_samples(condition):
             if argument not in self._warned:
                 self._warned.add(argument)
                 logger.warning(
@@ -105,8 +124,12 @@ class Calls:
             self._embeddings = condition
         return condition
 
-    def _any_condition(self, size: int) -> Condition:
-        """A call of `size` samples whose prompts do not matter: empty ones, or the latest embeddings that were given in the place of prompts."""
+    def any_condition(self, size: int) -> Condition:
+        """A call of `size` samples whose prompts do not matter: empty ones, or the latest embeddings that were given in the place of prompts.
+
+        Raises:
+            ValueError: the pipeline has no text encoder, and no embeddings were given yet; or it needs more than prompts (a picture).
+        """
         seeds = list(range(size))
         if self._embeddings is not None:
             return replace(self._embeddings.select([i % len(self._embeddings) for i in seeds]), seeds=seeds, step_seeds=None)
@@ -118,7 +141,7 @@ class Calls:
     @checked
     def remember_prompts(self, batches: Count, store: Store | None = None) -> None:
         """Keep the encoded prompts of that many batches (32 at first; fewer than a loop visits in turn are none at all), and of all in `store`."""
-        self._memory.size, self._memory.store = batches, store
+        self.prompt_memory.size, self.prompt_memory.store = batches, store
 
     def prompt_features(self, condition: Condition) -> Tensor:
         """One vector a sample, (B, E) float32: the pipeline's encoded prompt, averaged over its tokens.
@@ -129,95 +152,93 @@ class Calls:
         Raises:
             ValueError: the pipeline has no `encode_prompt`.
         """
-        encoded = [encoded_prompt(self.pipeline, self._call(condition.select([i]))) for i in range(len(condition))]
+        encoded = [encoded_prompt(self.pipeline, self.call(condition.select([i]))) for i in range(len(condition))]
         return torch.stack([_pooled(e) for e in encoded])
 
-    def _call(self, condition: Condition, **overrides: Any) -> dict[str, Any]:
-        call = condition.arguments(self._parameters)
-        if "generator" in self._parameters and condition.seeds is not None:
+    # --- calls -----------------------------------------------------------------------------------------------------
+
+    def call(self, condition: Condition, **overrides: Any) -> dict[str, Any]:
+        """The keyword arguments of the pipeline's call for `condition`: a fresh generator a sample where it has seeds, final latents as output,
+        and `overrides` in the place of any argument."""
+        call = condition.arguments(self.parameters)
+        if "generator" in self.parameters and condition.seeds is not None:
             call["generator"] = [torch.Generator("cpu").manual_seed(seed) for seed in condition.seeds]
-        if "output_type" in self._parameters:
+        if "output_type" in self.parameters:
             call["output_type"] = "latent"
         return {**call, **overrides}
 
-    def _drive(self, condition: Condition, on_step, *, needs_denoiser=None, timesteps=None, **overrides: Any):
+    @contextmanager
+    def noise(self, condition: Condition, deterministic: bool) -> Iterator[None]:
+        """Context: the steps of `drive` draw from streams of their own, fixed by the condition's `step_seeds` or `seeds`: pipelines may or may not
+        draw from theirs in between, or hand them on. What was set before is back afterwards, so that it can be nested.
+
+        A stock solver draws as in a stock call, unless the condition has seeds for its steps.
+
+        Args:
+            deterministic: walk the ODE; no step draws then.
+        """
+        scheduler, before = self.scheduler, (self._streams, getattr(self.scheduler, "deterministic", False))
+        is_twin = isinstance(scheduler, SDESchedulerMixin)
+        self._streams = step_streams(condition.step_seeds or (condition.seeds if is_twin else None))
+        scheduler.deterministic = deterministic
+        try:
+            yield
+        finally:
+            self._streams, scheduler.deterministic = before
+
+    @contextmanager
+    def denoising(self, call: Callable) -> Iterator[None]:
+        """Context: each denoiser's `forward(...)` is `call(forward, ...)`. What gates close is not called."""
+        with ExitStack() as stack:
+            for module in self.denoisers.values():
+                stack.enter_context(replaced(module, "forward", call))
+            yield
+
+    def drive(
+        self,
+        condition: Condition,
+        on_step: Callable[[steps.Step], Tensor | None],
+        *,
+        needs_denoiser: Callable[[int], bool] | None = None,
+        timesteps: Tensor | None = None,
+        **overrides: Any,
+    ):
+        """Call the pipeline for `condition` and hand each of its scheduler's steps to `on_step`, with gradients if autograd is on.
+
+        Encoded prompts are remembered, no safety checker is asked, and the same condition walks the same way whenever it is driven (inside `noise`
+        also where steps draw). The pipeline, its models, its scheduler, torch's global generators and the condition are as before when this
+        returns or raises.
+
+        Args:
+            on_step: gets a `Step` with its state and the model's output, (B, *D) each. What it returns (B, *D) becomes the next state; None lets
+                the scheduler's own step stand.
+            needs_denoiser: of solver step k, whether its denoiser calls must be real; others return zeros at no cost. None: all are.
+            timesteps: stand in for the scheduler's own; rows of (N, B) give each sample its own time.
+            overrides: arguments of the call in the place of the condition's, such as `output_type="pt"`.
+
+        Returns:
+            The pipeline's output. Its first entry has the final latents, or what `output_type` asks for: see `images_of`.
+
+        Raises:
+            ValueError: gradients through an offloaded component, a pipeline that reads what the scheduler does not have. What the pipeline or
+                `on_step` raises comes through.
+        """
         with unchecked(self.pipeline):
-            return drive(
-                self.pipeline, on_step, self._call(condition, **overrides), gradients=torch.is_grad_enabled(),
-                timesteps=timesteps, needs_denoiser=needs_denoiser, memory=self._memory, noise=self._streams, global_seed=_global_seed(condition),
+            return steps.drive(
+                self.pipeline, on_step, self.call(condition, **overrides), gradients=torch.is_grad_enabled(), timesteps=timesteps,
+                needs_denoiser=needs_denoiser, memory=self.prompt_memory, noise=self._streams, global_seed=_global_seed(condition),
             )  # fmt: skip
 
 
-def _maybe_of_samples(condition: Condition) -> list[str]:
-    """Shared lists of as many pictures as there are samples: stock pipelines take some of them one a prompt."""
-    number = len(condition)
-    lists = {name: value for name, value in condition.kwargs.items() if isinstance(value, (list, tuple)) and len(value) == number > 1}
-    return [name for name, value in lists.items() if all(hasattr(item, "shape") or hasattr(item, "getpixel") for item in value)]
+def images_of(output) -> Tensor:
+    """The images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] of a pipeline's output for `output_type="pt"`, or its latents (B, *D)."""
+    images = output[0]
+    return torch.stack(list(images)) if isinstance(images, (list, tuple)) else images
 
 
 def _global_seed(condition: Condition) -> int | None:
     """Of what a call draws from torch's global generators: the same whenever the condition is walked."""
     return None if condition.seeds is None else noise_seed(condition.seeds, "global")
-
-
-def _check_arguments(pipeline: str, accepted: Collection[str], shared: dict[str, Any], per_sample: dict[str, Any], given: Collection[str]) -> None:
-    """Refuse arguments of a call that would be overwritten or lost.
-
-    Args:
-        pipeline: its name, for messages.
-        accepted: the names that its call takes.
-        shared, per_sample: the arguments; those of `shared` that are not `given` with this call are defaults, which `per_sample` overrides.
-
-    Raises:
-        ValueError: an argument that the call lacks, that a policy sets itself, or that is given twice.
-    """
-    if not isinstance(per_sample, dict):
-        raise ValueError(f'per_sample is a dict of arguments by name, {{"image": [...]}}, got a {type(per_sample).__name__}.')
-    if twice := sorted(set(per_sample) & set(given)):
-        raise ValueError(f"{', '.join(twice)}: given for all samples and in per_sample. Give it once.")
-    everything = {**shared, **per_sample}
-    for name in sorted(set(everything) & set(_SET_BY_POLICY)):
-        harmless, reason = _SET_BY_POLICY[name]
-        if everything[name] is not None and everything[name] is not harmless:
-            raise ValueError(f"{name} cannot be an argument of a policy's call: {reason}")
-    check_call(everything)
-    if unknown := sorted(set(everything) - set(accepted)):
-        names = [name for name in accepted if name not in ("self", "args", "kwargs")]
-        near = "".join(did_you_mean(name, names) for name in unknown)
-        raise ValueError(f"{pipeline}'s call has no {', '.join(unknown)}.{near} It takes {', '.join(names)}.")
-    if (images := per_sample.get("ip_adapter_image")) is not None and len(images) > 1:
-        raise ValueError(
-            "ip_adapter_image cannot be per_sample: pipelines take several images of an adapter as all of one prompt's. Give ip_adapter_image_embeds, "
-            "for each sample what pipeline.prepare_ip_adapter_image_embeds makes of its image."
-        )
-
-
-def checked_prompts(prompts: str | Iterable[str]) -> list[str]:
-    """Prompts as a list.
-
-    Raises:
-        ValueError: none, or something else than strings.
-    """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts:
-        raise ValueError("No prompts: give at least one.")
-    if strange := [prompt for prompt in prompts if not isinstance(prompt, str)]:
-        raise ValueError(f"Prompts are strings, got {strange[0]!r}.")
-    return prompts
-
-
-def unknown_prompts(pipeline: str, accepted: Collection[str], shared: dict[str, Any], per_sample: dict[str, Any], seeds: list[int] | None) -> list[str]:
-    """As many empty strings as a call has samples that needs no prompts: embeddings stand in their place, or the pipeline takes none.
-
-    Raises:
-        ValueError: the pipeline needs prompts, or nothing says how many samples there are.
-    """
-    own = {name: value for name, value in shared.items() if value is not None and belongs_to_samples(name)} | per_sample
-    if "prompt" in accepted and not any(map(is_embedding, own)):
-        raise ValueError(f"No prompts: {pipeline} takes prompts, or prompt_embeds and what belongs to them in their place.")
-    if (number := number_of_samples(own, seeds)) is None:
-        raise ValueError("No prompts, and nothing else that says how many samples to make: give seeds, or arguments per_sample.")
-    return [""] * number
 
 
 def seeded(condition: Condition, generator: torch.Generator | None) -> Condition:

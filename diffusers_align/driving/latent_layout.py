@@ -11,10 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from ..condition import Condition
+from .replacements import replaced
+
+if TYPE_CHECKING:
+    from .driver import Driver
 
 
 @dataclass(frozen=True)
@@ -38,16 +44,16 @@ class LatentLayout:
 
     @classmethod
     @torch.no_grad()
-    def find(cls, policy, condition, images: Tensor) -> LatentLayout:
-        """Probe `policy`'s tail for one sample of `condition`.
+    def find(cls, driver: Driver, condition: Condition, images: Tensor) -> LatentLayout:
+        """Probe the tail of the driver's pipeline for one sample of `condition`.
 
         Raises:
             ValueError: there is no `vae` to encode with, the map is not a permutation, or its round trip fails.
         """
-        vae = getattr(policy.pipeline, "vae", None)
+        vae = getattr(driver.pipeline, "vae", None)
         if vae is None or not hasattr(vae, "encode"):
-            raise ValueError(f"{type(policy.pipeline).__name__} has no autoencoder that encodes, so images cannot become latents.")
-        tail = _Tail.of(policy, condition)
+            raise ValueError(f"{type(driver.pipeline).__name__} has no autoencoder that encodes, so images cannot become latents.")
+        tail = _Tail.of(driver, condition)
         zeros = tail(torch.zeros_like)
         scale = tail(torch.ones_like) - zeros
         number = tail.shape[1:].numel()
@@ -94,14 +100,14 @@ class _Tail:
         shape, dtype: of the pipeline's own latents; one sample.
     """
 
-    policy: Any
-    condition: Any
+    driver: Driver
+    condition: Condition
     steps: int
     shape: torch.Size
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, policy, condition) -> _Tail:
+    def of(cls, driver: Driver, condition: Condition) -> _Tail:
         states: list[Tensor] = []
 
         def look(step):
@@ -110,13 +116,12 @@ class _Tail:
                 states.append(step.sample)
             return step.sample
 
-        policy._drive(condition, look, needs_denoiser=lambda k: False)
-        return cls(policy, condition, len(states), states[-1].shape, states[-1].dtype)
+        driver.drive(condition, look, needs_denoiser=lambda k: False)
+        return cls(driver, condition, len(states), states[-1].shape, states[-1].dtype)
 
     def __call__(self, latents_of: Callable[[Tensor], Tensor]) -> Tensor:
         """What `vae.decode` receives, float64, with `latents_of(x)` as the final latents, where x is like them in float32."""
-        vae, received, late = self.policy.pipeline.vae, [], ExitStack()
-        decode, had_own = vae.decode, "decode" in vae.__dict__
+        vae, received, late = self.driver.pipeline.vae, [], ExitStack()
 
         def put(step):
             step.skip()
@@ -126,19 +131,12 @@ class _Tail:
             late.enter_context(in_float32(vae))
             return latents_of(step.sample.to(torch.promote_types(self.dtype, torch.float32)))
 
-        def capture(z, *args, **kwargs):
+        def capture(decode: Callable, z: Tensor, *args: Any, **kwargs: Any):
             received.append(z)
             return decode(z.to(vae.dtype), *args, **kwargs)
 
-        vae.decode = capture
-        try:
-            with late, torch.autocast(vae.device.type, enabled=False):
-                self.policy._drive(self.condition, put, needs_denoiser=lambda k: False, output_type="pt")
-        finally:
-            if had_own:
-                vae.decode = decode
-            else:
-                del vae.decode
+        with replaced(vae, "decode", capture), late, torch.autocast(vae.device.type, enabled=False):
+            self.driver.drive(self.condition, put, needs_denoiser=lambda k: False, output_type="pt")
         if not received:
             raise ValueError("The pipeline did not call vae.decode, so the layout of its latents cannot be found.")
         return received[0].detach().double()

@@ -12,6 +12,8 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .replacements import held
+
 
 def own_arguments(call: dict[str, Any]) -> dict[str, Any]:
     """The call's arguments, of which the pipeline may write into lists, dicts and tensors: some put their chat template into the list of
@@ -136,12 +138,9 @@ def no_cast_weights_kept() -> Iterator[None]:
 @contextmanager
 def quiet(pipeline) -> Iterator[None]:
     """Context: without the pipeline's own progress bar."""
-    before = dict(getattr(pipeline, "_progress_bar_config", {}))
-    pipeline.set_progress_bar_config(**{**before, "disable": True})
-    try:
+    before = getattr(pipeline, "_progress_bar_config", {})
+    with held(pipeline, "_progress_bar_config", {**before, "disable": True}):
         yield
-    finally:
-        pipeline._progress_bar_config = before
 
 
 def refuse_offloading(pipeline) -> None:

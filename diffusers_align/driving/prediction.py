@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,22 +16,25 @@ from torch import Tensor
 from ..condition import Condition
 from .steps import Step
 
+if TYPE_CHECKING:
+    from .driver import Driver
+
 logger = logging.getLogger(__name__)
 
 
 class Prediction:
-    """`Policy.predict`, with what it has learned about the policy's pipeline."""
+    """`Policy.predict`, with what it has learned about the driver's pipeline."""
 
-    def __init__(self, policy):
-        self.policy = policy
+    def __init__(self, driver: Driver):
+        self.driver = driver
         self._unguided: dict[tuple, dict[str, Any]] = {}
         self._own_times: bool | None = None
 
     def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition, guidance: bool) -> Tensor:
         """(B, *D) at `latents` (B, *D) and `timesteps` (B,); see `Policy.predict`."""
         self._check(latents, timesteps, len(condition))
-        overrides = {} if guidance else self._guidance_off(condition)
-        one_time = len(timesteps if self.policy.lockstep else set(timesteps.tolist())) == 1
+        overrides = {} if guidance else self.guidance_off(condition)
+        one_time = len(timesteps if self.driver.lockstep else set(timesteps.tolist())) == 1
         if not guidance and not one_time and self._own_times is None:
             self._own_times = self._takes_own_times(latents, timesteps, condition, overrides)
         if one_time:
@@ -45,7 +48,7 @@ class Prediction:
             raise ValueError(f"latents and timesteps are tensors, got a {type(latents).__name__} and a {type(timesteps).__name__}.")
         if len(latents) != number or timesteps.shape != (number,):
             raise ValueError(f"{number} prompts need latents and timesteps of as many, got {tuple(latents.shape)} and {tuple(timesteps.shape)}.")
-        most = self.policy.scheduler.config.num_train_timesteps
+        most = self.driver.scheduler.config.num_train_timesteps
         if not bool(((timesteps >= 0) & (timesteps <= most)).all()):  # NaN fails too
             raise ValueError(f"timesteps are numbers from 0 to {most}, in the scheduler's units, got {timesteps.tolist()}.")
 
@@ -65,11 +68,11 @@ class Prediction:
                 )
             if step.k == 1:
                 if step.sample.shape != given.shape or not torch.equal(step.sample, given):
-                    raise ValueError(f"{type(self.policy.pipeline).__name__} edits its latents between steps; predict has no meaning there.")
+                    raise ValueError(f"{type(self.driver.pipeline).__name__} edits its latents between steps; predict has no meaning there.")
                 outputs.append(step.model_output)
             return given
 
-        self.policy._drive(
+        self.driver.drive(
             condition, capture, timesteps=timesteps.expand(rows, *timesteps.shape), needs_denoiser=lambda k: k == 1, **overrides
         )  # fmt: skip
         if not outputs:
@@ -79,7 +82,7 @@ class Prediction:
     def _one_by_one(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
         out: list[Tensor | None] = [None] * len(latents)
         values = sorted(set(timesteps.tolist()))
-        for index in [[i] for i in range(len(out))] if self.policy.lockstep else [(timesteps == v).nonzero().flatten().tolist() for v in values]:
+        for index in [[i] for i in range(len(out))] if self.driver.lockstep else [(timesteps == v).nonzero().flatten().tolist() for v in values]:
             part = self._together(latents[index], timesteps[index[0]], condition.select(index), overrides)
             for i, row in zip(index, part):
                 out[i] = row
@@ -88,7 +91,7 @@ class Prediction:
     @torch.no_grad()
     def _takes_own_times(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> bool:
         """Whether each sample is evaluated at its own time: together they are then as one by one, and not as at one time for all."""
-        number = self.policy.scheduler.config.num_train_timesteps
+        number = self.driver.scheduler.config.num_train_timesteps
         # Other times than those given, which may be near each other.
         apart = (number * torch.linspace(0.25, 0.75, len(timesteps))).round().to(timesteps)
         one_by_one = self._one_by_one(latents, apart, condition, overrides).float()
@@ -106,23 +109,27 @@ class Prediction:
             reason = "its batch is evaluated at one of them"
         logger.warning(
             "%s takes one time a batch: %s. Outputs at times of their own (Policy.predict) cost one denoiser call a time, not one a batch.",
-            type(self.policy.pipeline).__name__, reason,
+            type(self.driver.pipeline).__name__, reason,
         )  # fmt: skip
         return False
 
-    def _guidance_off(self, condition: Condition) -> dict[str, Any]:
-        """Arguments that switch classifier-free guidance off: found by trying which give one denoiser row a sample."""
+    def guidance_off(self, condition: Condition) -> dict[str, Any]:
+        """Arguments that switch classifier-free guidance off: found by trying which give one denoiser row a sample. {} where it is off.
+
+        Raises:
+            ValueError: no argument does.
+        """
         negative = sorted(name for name in condition.per_sample if name.startswith("negative_"))
         key = (*(str(condition.kwargs.get(name)) for name in ("true_cfg_scale", "guidance_scale", "negative_prompt")), *negative)
         if key not in self._unguided:
             single = condition.select([0])
-            tries = [{}, *({name: value} for name in ("true_cfg_scale", "guidance_scale") for value in (1.0, 0.0) if name in self.policy._parameters)]
+            tries = [{}, *({name: value} for name in ("true_cfg_scale", "guidance_scale") for value in (1.0, 0.0) if name in self.driver.parameters)]
             for overrides in tries:
                 if self._rows_a_step(single, overrides) == 1:
                     self._unguided[key] = overrides
                     break
             else:
-                raise ValueError(f"Found no argument of {type(self.policy.pipeline).__name__} that switches guidance off; call predict(..., guidance=True).")
+                raise ValueError(f"Found no argument of {type(self.driver.pipeline).__name__} that switches guidance off; call predict(..., guidance=True).")
         return self._unguided[key]
 
     @torch.no_grad()
@@ -139,9 +146,9 @@ class Prediction:
             step.skip()
             return step.sample
 
-        handles = [m.register_forward_pre_hook(count, with_kwargs=True) for m in self.policy.denoisers.values()]
+        handles = [m.register_forward_pre_hook(count, with_kwargs=True) for m in self.driver.denoisers.values()]
         try:
-            self.policy._drive(single, step, needs_denoiser=lambda k: k == 0, **overrides)
+            self.driver.drive(single, step, needs_denoiser=lambda k: k == 0, **overrides)
         except (ValueError, TypeError, AssertionError, RuntimeError) as error:
             if of_the_device(error):
                 raise
@@ -152,7 +159,7 @@ class Prediction:
         return sum(rows)
 
     def _default(self, name: str, otherwise):
-        parameter = self.policy._parameters.get(name)
+        parameter = self.driver.parameters.get(name)
         return otherwise if parameter is None or parameter.default in (inspect.Parameter.empty, None) else parameter.default
 
 

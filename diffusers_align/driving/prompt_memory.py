@@ -9,6 +9,7 @@ use and not stored: batches that are made up anew would fill the store and never
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,6 +20,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .pipeline_state import own_arguments, restored_if_abandoned
+from .replacements import replaced
+
+# Some pipelines have the private name alone.
+_METHODS = ("encode_prompt", "_encode_prompt")
 # Two prompts by which a pipeline shows how it joins rows: of different meaning, and one token each in any vocabulary.
 PROBE = ("dog", "cat")
 Call = tuple[list, dict[str, Any]]
@@ -56,12 +62,11 @@ class PromptMemory:
     @contextmanager
     def installed(self, pipeline) -> Iterator[None]:
         """Context: the pipeline's `encode_prompt`, if it has one, remembers."""
-        encode = getattr(pipeline, "encode_prompt", None)
-        if encode is None:
+        if not hasattr(pipeline, "encode_prompt"):
             yield
             return
 
-        def remembered(*args, **kwargs):
+        def remembered(encode: Callable, *args: Any, **kwargs: Any):
             key = (_key((args, kwargs)), pipeline.dtype, pipeline.device)
             if key not in self.entries:
                 with torch.no_grad():
@@ -72,11 +77,8 @@ class PromptMemory:
             self.entries.move_to_end(key)
             return self.entries[key][0]
 
-        pipeline.__dict__["encode_prompt"] = remembered
-        try:
+        with replaced(pipeline, "encode_prompt", remembered):
             yield
-        finally:
-            del pipeline.__dict__["encode_prompt"]
 
     def _encoded(self, encode: Callable, call: Call, device: torch.device) -> Any:
         if self.store is None or _plain(call) is None:
@@ -110,6 +112,31 @@ class PromptMemory:
             self.store.put(_name(call), encode(*call[0], **call[1]))
             tree = self.store.get(_name(call))  # so that the first use has what later ones have
         return tree
+
+
+class _Encoded(Exception):
+    """Carries an encoded prompt out of a call that need not go on."""
+
+
+def encoded_prompt(pipeline, call: dict[str, Any]) -> Any:
+    """What the first `encode_prompt` of `pipeline(**call)` returns; the call ends there.
+
+    Raises:
+        ValueError: the pipeline has no method of that name, or its call does not use it.
+    """
+    name = next((name for name in _METHODS if hasattr(pipeline, name)), None)
+    if name is None:
+        raise ValueError(f"{type(pipeline).__name__} has no encode_prompt, so its prompts have no features; do without them (--no-value_baseline).")
+
+    def encode_and_leave(encode: Callable, *args: Any, **kwargs: Any):
+        raise _Encoded(encode(*args, **kwargs))
+
+    try:
+        with replaced(pipeline, name, encode_and_leave), torch.no_grad(), restored_if_abandoned(pipeline):
+            inspect.unwrap(type(pipeline).__call__)(pipeline, **own_arguments(call))
+    except _Encoded as encoded:
+        return encoded.args[0]
+    raise ValueError(f"{type(pipeline).__name__}'s call does not use its {name}, so its prompts have no features; do without them (--no-value_baseline).")
 
 
 class _NotByRows(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers.utils import logging
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 
 from ..trajectory import Trajectory
 from .steps import Step
+from .tape import force
+
+if TYPE_CHECKING:
+    from .driver import Driver
 
 logger = logging.get_logger(__name__)
 
@@ -19,7 +24,7 @@ class _Enough(Exception):
 
 
 @torch.no_grad()
-def check_first_steps(policy, trajectory: Trajectory, steps: int = 2) -> None:
+def check_first_steps(driver: Driver, trajectory: Trajectory, steps: int = 2) -> None:
     """Walk the first `steps` solver steps of a fresh roll-out again, with the same seeds and weights, and compare. Costs as many denoiser calls.
 
     Raises:
@@ -38,8 +43,8 @@ def check_first_steps(policy, trajectory: Trajectory, steps: int = 2) -> None:
         return True
 
     try:
-        with policy._noise(condition, deterministic=not bool(trajectory.stochastic.any())):
-            policy._drive(condition, compare, needs_denoiser=leave)
+        with driver.noise(condition, deterministic=not bool(trajectory.stochastic.any())):
+            driver.drive(condition, compare, needs_denoiser=leave)
     except _Enough:
         pass
     error = max(found for _, found in errors)
@@ -50,7 +55,7 @@ def check_first_steps(policy, trajectory: Trajectory, steps: int = 2) -> None:
     # Kernels that add up in no fixed order are off by more than those of one step alone, which are the same ones.
     if error > 10 * _rounding(trajectory.states):
         raise ValueError(
-            f"{message} {type(policy.pipeline).__name__} draws noise that no seed fixes, or writes into its arguments, so that replayed log-probabilities "
+            f"{message} {type(driver.pipeline).__name__} draws noise that no seed fixes, or writes into its arguments, so that replayed log-probabilities "
             "would be of other samples and ratios wrong. Nothing was trained."
         )
     logger.warning(f"{message} That is rounding: the kernels are not deterministic, and ratio_error will not be exactly 0.")
@@ -60,8 +65,8 @@ class CarriedState:
     """Finds out whether a pipeline carries something from step to step beside its latents, which gated steps do not see: the caches of
     denoisers by their hooks, anything else (a guider with momentum) by comparing one step alone with that of a whole pass, once for each kind of call."""
 
-    def __init__(self, policy):
-        self.policy, self._off = policy, {}
+    def __init__(self, driver: Driver):
+        self.driver, self._off = driver, {}
 
     def refuse(self, trajectory: Trajectory, wanted: Collection[int]) -> None:
         """Raise a ValueError if the steps `wanted` come out otherwise when those before them are gated."""
@@ -74,13 +79,13 @@ class CarriedState:
             self._off[key] = self._measured(trajectory)
         if self._off[key] > _rounding(trajectory.states):
             raise ValueError(
-                f"{type(self.policy.pipeline).__name__} carries something from step to step beside its latents (a guider with momentum, say): a step by itself "
+                f"{type(self.driver.pipeline).__name__} carries something from step to step beside its latents (a guider with momentum, say): a step by itself "
                 f"is off by {100 * self._off[key]:.2g}% from that of a whole pass. Replay all steps from the first on, with noise at each of them."
             )
 
     def refuse_caches(self, what: str) -> None:
         """Raise a ValueError if a denoiser has a cache that remembers earlier steps."""
-        for name, module in self.policy.denoisers.items():
+        for name, module in self.driver.denoisers.items():
             if found := caches(module):
                 raise ValueError(
                     f"{name} has a {found[0]}, which remembers earlier steps: {what} would not be those of a whole pass. Whole passes are exact "
@@ -94,7 +99,7 @@ class CarriedState:
         means: list[dict[int, Tensor]] = []
         for steps in (range(trajectory.num_steps), range(1, trajectory.num_steps, 2)):
             means.append({})
-            self.policy._forced(trajectory, lambda k, kernel: means[-1].__setitem__(k, kernel.mean), steps, trajectory.condition)
+            force(self.driver, trajectory, lambda k, kernel: means[-1].__setitem__(k, kernel.mean), steps, trajectory.condition)
         whole, alone = means
         return max(_error(alone[k], whole[k]) for k in alone)
 

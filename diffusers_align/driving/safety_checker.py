@@ -10,6 +10,8 @@ from weakref import WeakSet
 
 from diffusers.utils import logging
 
+from .replacements import held
+
 logger = logging.get_logger(__name__)
 
 COMPONENT = "safety_checker"
@@ -52,9 +54,5 @@ def unchecked(pipeline) -> Iterator[None]:
             f"The safety_checker of this {type(pipeline).__name__} is left out wherever pictures are sampled for training or scoring: a reward would "
             "judge the black picture that it puts in the place of one. The pipeline has it back after each call."
         )
-    # Not by assignment, which would note the change in the pipeline's config.
-    pipeline.__dict__[COMPONENT] = _stand_in(checker)
-    try:
+    with held(pipeline, COMPONENT, _stand_in(checker)):
         yield
-    finally:
-        pipeline.__dict__[COMPONENT] = checker

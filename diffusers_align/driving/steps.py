@@ -2,8 +2,7 @@
 
 A pipeline draws its next state in one place, `scheduler.step`. For the time of one call, the scheduler's class is replaced by
 a run-time subclass with the same signatures, so that isinstance checks, deep copies and signature inspection see what they
-know. Denoiser calls whose outcome is already known can be gated: they return zeros of the right shape at no cost, so the
-pipeline's own loop reaches any of its steps, with everything that depends on the step's index in place.
+know.
 """
 
 from __future__ import annotations
@@ -14,21 +13,17 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import NoneType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork
+from .gates import gated
 from .pipeline_state import no_cast_weights_kept, own_arguments, quiet, refuse_offloading, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
-from .wrappers import InPlace, unwrapped
-
-_OUTPUT_SHAPES: WeakKeyDictionary[nn.Module, dict] = WeakKeyDictionary()
+from .wrappers import unwrapped
 
 
 def denoisers(pipeline) -> dict[str, ModelMixin]:
@@ -179,78 +174,18 @@ def _hooked(scheduler, session: _Session) -> Iterator[None]:
 
 
 @contextmanager
-def _gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
-    """While `is_open()` is False, calls return zeros shaped like the last real output for such an input (learned by one real
-    call without gradient if there was none)."""
-    forward, had_own = module.forward, "forward" in module.__dict__
-    shapes = _OUTPUT_SHAPES.setdefault(module, {})
-
-    def gate(forward, *args, **kwargs):
-        first = args[0] if args else next(iter(kwargs.values()))
-        key = (
-            tuple((x.shape, x.dtype, x.device) for x in pytree.tree_leaves(first) if isinstance(x, Tensor)),
-            len(args),
-            tuple(kwargs),
-            kwargs.get("return_dict"),
-        )
-        if is_open():
-            output = forward(*args, **kwargs)
-        elif shapes.get(key) is not None:
-            return pytree.tree_map(lambda leaf: leaf.zeros() if type(leaf) is _Shape else leaf, shapes[key], is_leaf=lambda x: type(x) is _Shape)
-        else:
-            with torch.no_grad():
-                output = forward(*args, **kwargs)
-        if key not in shapes:
-            # A denoiser that returns more than numbers (a cache of keys and values) is called for real every time.
-            plain = all(isinstance(leaf, (Tensor, int, float, bool, str, NoneType)) for leaf in pytree.tree_leaves(output))
-            shapes[key] = pytree.tree_map_only(Tensor, lambda x: _Shape((x.shape, x.dtype, x.device)), output) if plain else None
-        return output
-
-    module.forward = InPlace(gate, forward)
+def _explained(pipeline) -> Iterator[None]:
+    """Context: what the scheduler lacks is said in words."""
     try:
         yield
-    finally:
-        if had_own:
-            module.forward = forward
-        else:
-            del module.forward
-
-
-class _Shape(tuple):
-    """(shape, dtype, device) of a tensor that a gated call stands in for."""
-
-    def zeros(self) -> Tensor:
-        return torch.zeros(self[0], dtype=self[1], device=self[2])
-
-
-class _Encoded(Exception):
-    """Carries an encoded prompt out of a call that need not go on."""
-
-
-def encoded_prompt(pipeline, call: dict):
-    """What the first `encode_prompt` of `pipeline(**call)` returns; the call ends there.
-
-    Raises:
-        ValueError: the pipeline has no method of that name.
-    """
-    # Some pipelines have the private name alone.
-    name = next((name for name in ("encode_prompt", "_encode_prompt") if hasattr(pipeline, name)), None)
-    if name is None:
-        raise ValueError(f"{type(pipeline).__name__} has no encode_prompt, so its prompts have no features; do without them (--no-value_baseline).")
-    encode = getattr(pipeline, name)
-
-    def encode_and_leave(*args, **kwargs):
-        raise _Encoded(encode(*args, **kwargs))
-
-    pipeline.__dict__[name] = encode_and_leave
-    try:
-        with torch.no_grad(), restored_if_abandoned(pipeline):
-            inspect.unwrap(type(pipeline).__call__)(pipeline, **own_arguments(call))
-    except _Encoded as encoded:
-        return encoded.args[0]
-    finally:
-        del pipeline.__dict__[name]
-    raise ValueError(f"{type(pipeline).__name__}'s call does not use its {name}, so its prompts have no features; do without them (--no-value_baseline).")
+    except AttributeError as error:
+        name = type(pipeline.scheduler).__name__
+        if lacks := re.fullmatch(rf"'({name}|FrozenDict)' object has no attribute '(\w+)'", str(error)):
+            raise ValueError(
+                f"{type(pipeline).__name__} reads {lacks[2]!r} of its scheduler, which {name} does not have: this pipeline "
+                "works with a scheduler of its own only, and that one is no policy."
+            ) from error
+        raise
 
 
 def drive(
@@ -295,16 +230,9 @@ def drive(
         stack.enter_context(no_cast_weights_kept())
         if needs_denoiser is not None:
             for module in denoisers(pipeline).values():
-                stack.enter_context(_gated(module, lambda: needs_denoiser(session.taken[0])))
+                stack.enter_context(gated(module, lambda: needs_denoiser(session.taken[0])))
         if memory is not None:
             stack.enter_context(memory.installed(pipeline))
         stack.enter_context(torch.set_grad_enabled(gradients))
-        try:
-            return inspect.unwrap(type(pipeline).__call__)(pipeline, **own_arguments(call))
-        except AttributeError as error:
-            if lacks := re.fullmatch(rf"'({type(pipeline.scheduler).__name__}|FrozenDict)' object has no attribute '(\w+)'", str(error)):
-                raise ValueError(
-                    f"{type(pipeline).__name__} reads {lacks[2]!r} of its scheduler, which {type(pipeline.scheduler).__name__} does not have: this pipeline "
-                    "works with a scheduler of its own only, and that one is no policy."
-                ) from error
-            raise
+        stack.enter_context(_explained(pipeline))
+        return inspect.unwrap(type(pipeline).__call__)(pipeline, **own_arguments(call))

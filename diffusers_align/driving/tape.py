@@ -1,15 +1,20 @@
-"""Record a pipeline's solver steps into a trajectory, and check that a later pass walks the same one."""
+"""Record a pipeline's solver steps into a trajectory, and walk the same way again."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..condition import Condition
 from ..trajectory import Trajectory
+from ..transition import GaussianTransition
 from .steps import Step
+
+if TYPE_CHECKING:
+    from .driver import Driver
 
 
 class Tape:
@@ -42,6 +47,32 @@ class Tape:
             )
         main, *children = (_trajectory(self.rows[child], condition) for child in sorted(self.rows))
         return Trajectory(**{**vars(main), "children": tuple(children)})
+
+
+def force(driver: Driver, trajectory: Trajectory, on_step: Callable[[int, GaussianTransition], None], wanted: Collection[int], condition: Condition) -> None:
+    """One pass of the pipeline with the recorded actions forced; `on_step(k, kernel)` gets the kernels of the solver steps `wanted`, the only ones
+    for which the denoiser runs.
+
+    Args:
+        condition: the trajectory's own, or another of as many samples.
+
+    Raises:
+        ValueError: the pipeline arrives at another state than the recorded one.
+    """
+
+    def forced(step: Step) -> Tensor:
+        tape = trajectory if step.child == 0 else trajectory.children[step.child - 1]
+        action = step.like(tape.actions[:, step.k])
+        if step.k not in wanted:
+            step.skip()
+            return action
+        check_state(step, tape)
+        output = step.run(prev_sample=action)
+        if step.child == 0:
+            on_step(step.k, GaussianTransition(output.prev_sample_mean, output.std))
+        return action
+
+    driver.drive(condition, forced, needs_denoiser=lambda k: k in wanted)
 
 
 def check_state(step: Step, recorded: Trajectory) -> None:

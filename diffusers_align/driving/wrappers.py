@@ -1,11 +1,9 @@
-"""What is put around a denoiser leaves no trace: `torch.compile` and its like in names and files, a method in the place of another in copies."""
+"""What is wrapped around a denoiser leaves no trace in names and files: `torch.compile`, FSDP, activation checkpointing."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -43,21 +41,3 @@ def bare(module: nn.Module) -> Iterator[nn.Module]:
     finally:
         for parent, name, child in taken_off:
             parent._modules[name] = child
-
-
-class InPlace:
-    """`call(original, ...)` in the place of a method, such as a module's `forward`. Deep copies and pickles of the module get the original."""
-
-    def __init__(self, call: Callable, original: Callable):
-        functools.update_wrapper(self, original)  # its signature and name
-        self._call, self._original = call, original
-
-    def __call__(self, *args: Any, **kwargs: Any):
-        return self._call(self._original, *args, **kwargs)
-
-    def __reduce__(self):
-        return _itself, (self._original,)
-
-
-def _itself(method: Callable) -> Callable:
-    return method

@@ -14,22 +14,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ..condition import Condition
-from ..driving.wrappers import InPlace
+from ..driving.replacements import replaced
 from ..policy import Policy
-
-
-@contextmanager
-def replaced(owner, name: str, call: Callable) -> Iterator[None]:
-    """Context: `owner.name(...)` is `call(original, ...)`."""
-    original, had_own = getattr(owner, name), name in owner.__dict__
-    setattr(owner, name, InPlace(call, original))
-    try:
-        yield
-    finally:
-        if had_own:
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)
 
 
 def decode_latents(policy: Policy, latents: Tensor, condition: Condition | None = None, *, checkpoint: bool = True, frames: list[int] | None = None) -> Tensor:

@@ -17,40 +17,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint as checkpointed
 
-from ..condition import Condition, positions
+from ..condition import Condition
+from ..driving.driver import images_of
 from ..driving.initial_noise import initial_noise
 from ..driving.steps import Step
-from ..forward_process import ForwardProcess
-from ..policy import Policy, _images
-from ..schedulers import sde_twin
-from ..stock import stock_solver
-from ..transition import GaussianTransition
-from .decoding import light_decoding, replaced
-
-
-@dataclass(frozen=True)
-class StepOutput:
-    """What one solver step made of the denoiser's answer.
-
-    Attributes:
-        model_output: (B, *D), as the scheduler got it, guidance included.
-        next_state: (B, *D), what the step returned.
-        clean: (B, *D), the clean sample that the model predicts, where the scheduler computes one.
-        transition: its kernel, where it is a stochastic one.
-    """
-
-    model_output: Tensor
-    next_state: Tensor
-    clean: Tensor | None
-    transition: GaussianTransition | None
+from ..driving.stock import stock_solver
+from ..policy import Policy
+from .decoding import light_decoding
+from .walk import Start, StepOutput, Walk, step_output
 
 
 @dataclass(frozen=True)
@@ -65,6 +44,8 @@ class DifferentiableRollout:
         timesteps: of those steps.
         steps: of each gradient step its output with the graph, by solver step.
         stochastic: whether it was drawn from the policy's kernels.
+        actions: what each step returned (B, *D) with its graph, by (scheduler, solver step); scheduler 0 is the pipeline's own, the others its copies.
+        call: how the gradient steps call a denoiser's `forward`: `call(forward, *args, **kwargs)`, checkpointed and with constant inputs if theirs are.
         noise: (B, *D), the standard normal initial noise, where it was given or asked for; a leaf of the graph if `noise_gradient`.
     """
 
@@ -75,85 +56,22 @@ class DifferentiableRollout:
     timesteps: list[float]
     steps: dict[int, StepOutput]
     stochastic: bool
-    _actions: dict[tuple[int, int], Tensor] = field(repr=False)
-    _call: Callable = field(repr=False)
+    actions: dict[tuple[int, int], Tensor] = field(repr=False)
+    call: Callable = field(repr=False)
     noise: Tensor | None = None
 
     @property
     def finals(self) -> list[Tensor]:
         """The detached final states (B, *D) of the pipeline's scheduler and of the copies it makes."""
-        last = {child: action for (child, _), action in sorted(self._actions.items())}
+        last = {child: action for (child, _), action in sorted(self.actions.items())}
         return [last[child].detach() for child in sorted(last)]
 
 
 @contextmanager
 def _solver(policy: Policy, condition: Condition, stochastic: bool) -> Iterator[None]:
     """The policy's kernels or the stock solver, either with the noise that the condition's seeds are for."""
-    with nullcontext() if stochastic else stock_solver(policy), policy._noise(condition, deterministic=not stochastic):
+    with nullcontext() if stochastic else stock_solver(policy), policy.noise(condition, deterministic=not stochastic):
         yield
-
-
-class _Walk:
-    """The hooks of one roll-out: around each denoiser call, and at each solver step."""
-
-    def __init__(self, grad_steps: frozenset[int], stop_step: int | None, detach_input: bool, checkpoint: bool):
-        self.grad_steps, self.stop_step, self.detach_input, self.checkpoint = grad_steps, stop_step, detach_input, checkpoint
-        self.k = 0
-        self.final: dict[int, Tensor] = {}
-        self.actions: dict[tuple[int, int], Tensor] = {}
-        self.states: list[Tensor] = []
-        self.timesteps: list[float] = []
-        self.steps: dict[int, StepOutput] = {}
-
-    def denoise(self, forward: Callable, *args: Any, **kwargs: Any):
-        if self.k not in self.grad_steps:
-            with torch.no_grad():
-                return forward(*args, **kwargs)
-        return self.call(forward, *args, **kwargs)
-
-    def call(self, forward: Callable, *args: Any, **kwargs: Any):
-        """With the graph, as the roll-out has it."""
-        if self.detach_input:
-            args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        call = partial(forward, *args, **kwargs)
-        return checkpointed(call, use_reentrant=False) if self.checkpoint else call()
-
-    def on_step(self, step: Step) -> Tensor | None:
-        if self.stop_step is not None and step.k > self.stop_step:
-            step.skip()
-            self._next(step)
-            return self.final[step.child]
-        output = step.run()
-        self.final[step.child] = _clean_sample(step) if step.k == self.stop_step else output.prev_sample
-        if step.child == 0:
-            self.states.append(step.sample.detach())
-            self.timesteps.append(float(step.timestep))
-            if step.k in self.grad_steps:
-                self.steps[step.k] = _step_output(step, self.final[0])
-        self._next(step)
-        return self.final[step.child]
-
-    def _next(self, step: Step) -> None:
-        self.actions[step.child, step.k] = self.final[step.child]
-        if step.child == 0:
-            self.k = step.k + 1
-
-
-def _step_output(step: Step, next_state: Tensor) -> StepOutput:
-    std = getattr(step.output, "std", None)
-    stochastic = std is not None and bool((std > 0).all())
-    kernel = GaussianTransition(step.output.prev_sample_mean, std) if stochastic else None
-    return StepOutput(step.model_output, next_state, getattr(step.output, "pred_original_sample", None), kernel)
-
-
-def _clean_sample(step: Step) -> Tensor:
-    """The clean sample (B, *D) that the model's output at this step implies."""
-    clean = getattr(step.output, "pred_original_sample", None)
-    if clean is None:
-        scale = getattr(step.scheduler, "scale_model_input", lambda x, t: x)
-        t = torch.as_tensor(step.timestep).reshape(-1).expand(len(step.sample))
-        clean = ForwardProcess(sde_twin(step.scheduler)).to_x0(step.model_output, scale(step.sample, step.timestep), t)
-    return clean.to(step.sample.dtype)
 
 
 def differentiable_rollout(
@@ -193,56 +111,19 @@ def differentiable_rollout(
     """
     if condition.seeds is None and generator is None:
         raise ValueError("A differentiable roll-out needs seeds: policy.condition(prompts, seeds=[...]).")
-    stop_step = None if stop_step is None else _step_numbers("stop_step", [stop_step])[0]
-    walk = _Walk(frozenset(_step_numbers("grad_steps", grad_steps)), stop_step, detach_input, checkpoint)
-    if stop_step is not None and any(k > stop_step for k in walk.grad_steps):
-        raise ValueError(f"grad_steps {sorted(walk.grad_steps)} reach beyond stop_step {stop_step}, where the walk ends.")
-    start, own = _Start(noise, noise_gradient), {} if generator is None else {"generator": generator}
-    with ExitStack() as stack:
+    walk = Walk(grad_steps, stop_step, detach_input, checkpoint)
+    start, own = Start(noise, noise_gradient), {} if generator is None else {"generator": generator}
+    with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(_solver(policy, condition, stochastic))
         if noise is not None or noise_gradient:
             stack.enter_context(initial_noise(policy.pipeline, start.put))
-        for module in policy.denoisers.values():
-            stack.enter_context(replaced(module, "forward", walk.denoise))
+        stack.enter_context(policy.denoising(walk.denoise))
         if decode:
             stack.enter_context(light_decoding(policy.pipeline, decode_checkpoint, frames))
-        stack.enter_context(torch.enable_grad())
-        gate = None if stop_step is None else (lambda k: k <= stop_step)
-        output = policy._drive(condition, walk.on_step, needs_denoiser=gate, **own, **({"output_type": "pt"} if decode else {}))
-    for name, last in (("grad_steps", max(walk.grad_steps, default=0)), ("stop_step", stop_step or 0)):
-        if last >= walk.k:
-            raise ValueError(
-                f"{name} names step {last}, but the call took {walk.k} solver steps, 0 to {walk.k - 1}; count_steps(policy, condition) counts them."
-            )
-    images = _images(output) if decode else None
+        output = policy.drive(condition, walk.on_step, needs_denoiser=walk.needs_denoiser, **own, **({"output_type": "pt"} if decode else {}))
+    walk.check_taken()
+    images = images_of(output) if decode else None
     return DifferentiableRollout(condition, images, walk.final[0], walk.states, walk.timesteps, walk.steps, stochastic, walk.actions, walk.call, start.noise)
-
-
-def _step_numbers(name: str, steps: Iterable[int]) -> list[int]:
-    """Whole numbers from 0 on, duplicates included."""
-    try:
-        found = positions(steps)
-    except TypeError:
-        raise ValueError(f"{name} must be whole numbers of solver steps, got {steps!r}.") from None
-    if any(k < 0 for k in found):
-        raise ValueError(f"{name} count solver steps from 0 on, got {found}; the last of K steps is K - 1 (count_steps).")
-    return found
-
-
-class _Start:
-    """What a roll-out starts from."""
-
-    def __init__(self, noise: Tensor | None, gradient: bool):
-        if noise is not None and not (isinstance(noise, Tensor) and noise.is_floating_point() and bool(noise.isfinite().all())):
-            raise ValueError("noise must be a tensor of finite floats (B, *D), standard normal.")
-        self.noise, self.gradient = noise, gradient
-
-    def put(self, drawn: Tensor) -> Tensor:
-        if self.noise is not None and self.noise.shape != drawn.shape:
-            raise ValueError(f"noise has the shape {tuple(self.noise.shape)}; the pipeline starts from noise of shape {tuple(drawn.shape)}.")
-        noise = drawn if self.noise is None else self.noise
-        self.noise = noise.detach().requires_grad_() if self.gradient else noise
-        return self.noise.to(drawn)
 
 
 @torch.no_grad()
@@ -257,7 +138,7 @@ def count_steps(policy: Policy, condition: Condition, *, stochastic: bool = Fals
         return step.sample
 
     with _solver(policy, condition, stochastic):
-        policy._drive(condition, skip, needs_denoiser=lambda k: False)
+        policy.drive(condition, skip, needs_denoiser=lambda k: False)
     return taken[0]
 
 
@@ -275,22 +156,19 @@ def outputs_along(policy: Policy, rollout: DifferentiableRollout, *, reference: 
             with context():  # again on the way back, when the caller's has ended
                 return forward(*args, **kwargs)
 
-        return rollout._call(of_model, *args, **kwargs)
+        return rollout.call(of_model, *args, **kwargs)
 
     def force(step: Step) -> Tensor:
-        action = step.like(rollout._actions[step.child, step.k])
+        action = step.like(rollout.actions[step.child, step.k])
         if step.child == 0 and step.k in rollout.steps:
             step.run(**({"prev_sample": action.detach()} if rollout.stochastic else {}))
-            found[step.k] = _step_output(step, step.output.prev_sample)
+            found[step.k] = step_output(step, step.output.prev_sample)
         else:
             step.skip()
         return action
 
-    with ExitStack() as stack:
-        stack.enter_context(_solver(policy, rollout.condition, rollout.stochastic))
-        for module in policy.denoisers.values():
-            stack.enter_context(replaced(module, "forward", denoise))
-        policy._drive(rollout.condition, force, needs_denoiser=lambda k: k in rollout.steps)
+    with _solver(policy, rollout.condition, rollout.stochastic), policy.denoising(denoise):
+        policy.drive(rollout.condition, force, needs_denoiser=lambda k: k in rollout.steps)
     return found
 
 
@@ -312,7 +190,7 @@ def solver_step(policy: Policy, condition: Condition, k: int, state: Tensor) -> 
         return step.like(state if step.k < k else found[0])
 
     with stock_solver(policy):
-        policy._drive(condition, take, needs_denoiser=lambda step: step == k)
+        policy.drive(condition, take, needs_denoiser=lambda step: step == k)
     if not found:
         raise ValueError(f"The call has no solver step {k}.")
     return found[0]

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from ..checks.ranges import check_call, check_value
 from ..condition import Condition, is_embedding
-from ..driving.driver import checked_prompts, unknown_prompts
-from ..driving.prompt_memory import PromptMemory
+from ..driving.arguments import checked_prompts, unknown_prompts
+from ..driving.driver import images_of
+from ..driving.promptprompt_memory import PromptMemory
 from ..driving.safety_checker import unchecked
 from ..driving.steps import Step, drive
 from ..gradients.decoding import light_decoding
@@ -60,6 +61,7 @@ class WrappedPipeline(DiffusionPipeline):
 
     Attributes:
         pipeline: the stock pipeline inside, which any attribute that is not found here is looked up on.
+        prompt_memory: the encoded prompts of the latest call.
     """
 
     def __init__(self, pipeline: DiffusionPipeline | None = None, reward=None, **components: Any):
@@ -72,7 +74,7 @@ class WrappedPipeline(DiffusionPipeline):
             )
         elif components:
             raise TypeError(f"{type(self).__name__}(pipe) takes no components, got {', '.join(sorted(components))}; give them to the pipeline.")
-        own = {"pipeline": pipeline.pipeline if isinstance(pipeline, WrappedPipeline) else pipeline, "reward": reward, "_memory": PromptMemory()}
+        own = {"pipeline": pipeline.pipeline if isinstance(pipeline, WrappedPipeline) else pipeline, "reward": reward, "prompt_memory": PromptMemory()}
         self.__dict__.update(own)
 
     # What diffusers counts as arguments: none that it could take for a component.
@@ -146,7 +148,7 @@ class WrappedPipeline(DiffusionPipeline):
         Raises:
             ValueError: no prompt, or an argument that the stock call lacks.
         """
-        self.__dict__["_memory"] = PromptMemory()
+        self.__dict__["prompt_memory"] = PromptMemory()
         asked, rest = self.asked(prompt, arguments)
         if "generator" not in inspect.signature(type(self.pipeline).__call__).parameters:
             raise ValueError(f"{type(self.pipeline).__name__}'s call takes no generator, so its samples have no seeds.")
@@ -161,7 +163,7 @@ class WrappedPipeline(DiffusionPipeline):
     def drive(self, condition: Condition, generator: Generators, on_step, *, gradients: bool = False, needs_denoiser=None, global_seed=None, **overrides: Any):
         """Call the stock pipeline for the rows of `condition` and hand each scheduler step to `on_step` (`diffusers_align.driving.steps`)."""
         call = {**condition.arguments(inspect.signature(type(self.pipeline).__call__).parameters), "generator": generator, **overrides}
-        options = {"needs_denoiser": needs_denoiser, "memory": self._memory, "global_seed": global_seed}
+        options = {"needs_denoiser": needs_denoiser, "memory": self.prompt_memory, "global_seed": global_seed}
         with light_decoding(self.pipeline) if gradients else nullcontext():
             return drive(self.pipeline, on_step, call, gradients=gradients, **options)
 
@@ -195,8 +197,7 @@ class WrappedPipeline(DiffusionPipeline):
     def decode(self, final: list[Tensor], condition: Condition, generator: Generators) -> Tensor:
         """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] that no safety checker has seen; differentiable if autograd is on."""
         with unchecked(self.pipeline):  # what is handed out comes from `finish`, and passes it
-            images = self.finish(final, condition, generator, output_type="pt")[0]
-        return torch.stack(list(images)) if isinstance(images, (list, tuple)) else images
+            return images_of(self.finish(final, condition, generator, output_type="pt"))
 
     @contextmanager
     def as_policy(self, scheduler=None, **call_kwargs: Any) -> Iterator[Policy]:

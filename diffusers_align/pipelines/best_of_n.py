@@ -14,6 +14,7 @@ from torch import Tensor
 from ..algorithms.best_of_n import best, neighbour
 from ..checks.ranges import Count, Probability, checked
 from ..condition import Condition
+from ..driving.initial_noise import prepared_latents
 from ..policy import noise_seed
 from .base import Generators, Judge, WrappedPipeline, copied, copies_asked
 
@@ -114,21 +115,15 @@ class BestOfNPipeline(WrappedPipeline):
     @contextmanager
     def _near(self, pivot: Tensor | None, cosine: float) -> Iterator[list[Tensor]]:
         """The initial noise of a call within, moved near `pivot` (B, *D) if there is one."""
-        prepare, noise = getattr(self.pipeline, "prepare_latents", None), []
+        noise: list[Tensor] = []
 
-        def prepared(*args, **kwargs):
-            result = prepare(*args, **kwargs)
-            latents, rest = (result[0], result[1:]) if isinstance(result, tuple) else (result, None)
+        def moved(latents: Tensor) -> Tensor:
             latents = latents if pivot is None else neighbour(pivot.to(latents), latents, cosine=cosine)
             noise.append(latents.clone())
-            return latents if rest is None else (latents, *rest)
+            return latents
 
-        if prepare is not None:
-            self.pipeline.__dict__["prepare_latents"] = prepared
-        try:
+        with prepared_latents(self.pipeline, moved):
             yield noise
-        finally:
-            self.pipeline.__dict__.pop("prepare_latents", None)
 
 
 @dataclass

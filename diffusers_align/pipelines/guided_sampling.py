@@ -9,16 +9,16 @@ then pulled back through the denoiser by one vector-Jacobian product.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ..algorithms.guidance import Guidance, Level, clean_estimate, guide, output_change, renoised, step_weights
+from ..driving.initial_noise import prepared_latents
 from ..driving.prompt_memory import PromptMemory
 from ..driving.steps import Step, denoisers, drive
 from .base import copied
@@ -296,21 +296,6 @@ def _frozen(pipeline, gradient_checkpointing: bool) -> Iterator[None]:
             module.disable_gradient_checkpointing()
 
 
-@contextmanager
-def _differentiable_start(pipeline) -> Iterator[None]:
-    """The initial latents, the first thing that `prepare_latents` returns, require a gradient."""
-    prepare = getattr(pipeline, "prepare_latents", None)
-    if prepare is None:
-        yield
-        return
-
-    def prepared(*args, **kwargs):
-        leaves, spec = pytree.tree_flatten(prepare(*args, **kwargs))
-        leaves[0] = leaves[0].detach().requires_grad_()
-        return pytree.tree_unflatten(leaves, spec)
-
-    pipeline.__dict__["prepare_latents"] = prepared
-    try:
-        yield
-    finally:
-        del pipeline.__dict__["prepare_latents"]
+def _differentiable_start(pipeline) -> AbstractContextManager[None]:
+    """The initial latents require a gradient."""
+    return prepared_latents(pipeline, lambda latents: latents.detach().requires_grad_())

@@ -17,6 +17,7 @@ from ..algorithms.guidance import Guidance, Level
 from ..algorithms.guidance import preset as find_preset
 from ..checks.ranges import Count, Probability, checked
 from ..condition import Condition
+from ..driving.driver import images_of
 from ..driving.safety_checker import unchecked
 from ..driving.steps import Step
 from ..policy import noise_seed
@@ -85,7 +86,7 @@ class RewardGuidedPipeline(WrappedPipeline):
             sampled = guided_sample(
                 self.pipeline, call, _noise_aware(judge) if guidance.noisy else _of_images(judge, tail), guidance, scale=float(reward_scale),
                 seeds=lambda size: _seeds(before, size), micro_batch_size=micro_batch_size, gradient_checkpointing=gradient_checkpointing,
-                on_progress=_shown(bar), memory=self._memory,
+                on_progress=_shown(bar), memory=self.prompt_memory,
             )  # fmt: skip
         values = {} if sampled.values is None else {"guided_values": sampled.values}
         if guidance.noisy:
@@ -107,7 +108,7 @@ class _Tail(WrappedPipeline):
         few = {} if fixed or "num_inference_steps" not in parameters else {"num_inference_steps": 2}
         quiet = {name: None for name in ("callback_on_step_end", "callback", "latents") if name in {**condition.kwargs, **condition.per_sample}}
         overrides = {**few, **quiet, "output_type": "pt", "return_dict": False}
-        tail.__dict__.update(_memory=guided._memory, _call=(condition, generator, overrides))
+        tail.__dict__.update(prompt_memory=guided.prompt_memory, _call=(condition, generator, overrides))
         return tail
 
     def images(self, latents: Tensor, rows: list[int]) -> Tensor:
@@ -121,8 +122,7 @@ class _Tail(WrappedPipeline):
 
         graph = torch.is_grad_enabled()
         with unchecked(self.pipeline):  # what is handed out passes the original's
-            output = self.drive(condition.select(rows), own, put, gradients=graph, needs_denoiser=lambda k: False, **overrides)[0]
-        return torch.stack(list(output)) if isinstance(output, (list, tuple)) else output
+            return images_of(self.drive(condition.select(rows), own, put, gradients=graph, needs_denoiser=lambda k: False, **overrides))
 
 
 def _chosen(preset: str | Guidance, overrides: dict[str, Any]) -> Guidance:

@@ -106,7 +106,7 @@ def test_the_official_form_is_the_error_of_the_guided_outputs(family):
     def means():
         outputs.append([])
         with torch.no_grad():
-            policy._drive(trajectory.condition, record)
+            policy.drive(trajectory.condition, record)
         return policy.transitions(trajectory)
 
     moved = means()
@@ -335,11 +335,11 @@ def test_prompt_features_say_what_is_missing():
 
     mute = Policy(FAMILIES["sd15"].build(), **FAMILIES["sd15"].call)
     mute.pipeline = Mute()
-    mute._parameters = {}
+    mute.parameters = {}
     with pytest.raises(ValueError, match="Mute has no encode_prompt.*--no-value_baseline"):
         mute.prompt_features(condition)
     Mute.encode_prompt = lambda self: None
-    mute._call = lambda condition: {}
+    mute.call = lambda condition: {}
     with pytest.raises(ValueError, match="Mute's call does not use its encode_prompt.*--no-value_baseline"):
         mute.prompt_features(condition)
 

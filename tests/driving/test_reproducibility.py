@@ -301,7 +301,7 @@ def test_copies_and_pickles_of_a_policy_are_the_same_policy():
     policy = policy_of()
     trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
     for copied in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
-        assert copied.pipeline is not policy.pipeline and not copied._memory.entries
+        assert copied.pipeline is not policy.pipeline and not copied.prompt_memory.entries
         assert torch.equal(copied.rollout(PROMPTS, seeds=SEEDS).actions, trajectory.actions)
 
 

@@ -10,9 +10,9 @@ from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy
 from diffusers_align.data.prompts import Prompt
+from diffusers_align.driving.stock import stock_images, stock_solver
 from diffusers_align.policy import noise_seed
 from diffusers_align.schedulers import sde_twin
-from diffusers_align.stock import stock_images, stock_solver
 from diffusers_align.training.online.sampling import describe_walk, evaluate
 
 torch.set_num_threads(1)

@@ -15,12 +15,12 @@ from torch.utils.checkpoint import checkpoint
 from diffusers_align import Policy
 from diffusers_align.algorithms import draft, srpo, vader
 from diffusers_align.algorithms.continuous_adjoint import adjoint_gradient
+from diffusers_align.driving.stock import stock_solver
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.gradients.check import GradientError, UnscoredError, check_gradient, scaled_gradients
 from diffusers_align.gradients.decoding import decode_latents
 from diffusers_align.gradients.rollout import count_steps, differentiable_rollout, outputs_along, solver_step
 from diffusers_align.schedulers import sde_twin
-from diffusers_align.stock import stock_solver
 
 torch.set_num_threads(1)
 PROMPTS, SEEDS = ["a cat", "a large red dog"], [11, 12]

@@ -139,8 +139,8 @@ def test_the_noise_of_a_stochastic_completion_is_its_own(subject, monkeypatch):
         drawn.append(draw(*args, **kwargs))
         return drawn[-1]
 
-    draw = transition.randn_tensor
-    monkeypatch.setattr(transition, "randn_tensor", keep)
+    draw = transition.standard_normal
+    monkeypatch.setattr(transition, "standard_normal", keep)
     policy.rollout(PROMPTS, seeds=SEEDS)
     of_rollout = drawn.copy()
     start = len(of_rollout) - 2  # two draws at least are left to make

@@ -66,8 +66,8 @@ def sampled_again(policy: Policy, trajectory: Trajectory) -> tuple[Trajectory, l
         outputs.append(step.model_output)
         tape.record(step)
 
-    with policy._noise(trajectory.condition, False):
-        policy._drive(trajectory.condition, record)
+    with policy.noise(trajectory.condition, False):
+        policy.drive(trajectory.condition, record)
     return tape.trajectory(trajectory.condition), outputs
 
 

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ...algorithms.draft import renoised
 from ...algorithms.srpo import recovered_sample
+from ...driving.replacements import replaced
 from ...forward_process import ForwardProcess
-from ...gradients.decoding import decode_latents, replaced
+from ...gradients.decoding import decode_latents
 from ...gradients.rollout import DifferentiableRollout
 from ...policy import Policy, noise_seed
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ...condition import Condition
 from ...data.prompts import Prompt, prompts_of_epoch
+from ...driving.stock import stock_images
 from ...policy import Policy, noise_seed
 from ...rewards import InvalidReward
-from ...stock import stock_images
 from ...trajectory import Trajectory
 from ..report.statistics import mean_and_error
 from ..run.division import division_of

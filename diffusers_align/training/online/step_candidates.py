@@ -92,7 +92,7 @@ def roll_out_candidates(policy: Policy, prompts: list[Prompt | str], seeds: list
     """
     rows = condition_of(policy, [prompt for prompt in prompts for _ in range(number)], seeds=[seed for seed in seeds for _ in range(number)])
     sampler = _Sampler(number, seeds)
-    policy._drive(rows, sampler)
+    policy.drive(rows, sampler)
     return sampler.finish(condition_of(policy, prompts, seeds=seeds))
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from ...driving.wrappers import InPlace
+from ...driving.replacements import InPlace
 
 FILE = "costs.json"
 

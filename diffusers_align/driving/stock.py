@@ -9,29 +9,29 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .condition import Condition
-from .policy import Policy, _images
-from .schedulers.scheduling_utils import SDESchedulerMixin
+from ..condition import Condition
+from ..schedulers.scheduling_utils import SDESchedulerMixin
+from .driver import Driver, images_of
 
 
 @contextmanager
-def stock_solver(policy: Policy) -> Iterator[None]:
+def stock_solver(driver: Driver) -> Iterator[None]:
     """Within, the pipeline walks a fresh copy of the scheduler that it came with, in the place of its SDE twin.
 
     A pipeline that came with an SDE scheduler walks that one's deterministic steps.
     """
-    twin, solver = policy.pipeline.scheduler, copy.deepcopy(policy.stock_scheduler)
+    twin, solver = driver.pipeline.scheduler, copy.deepcopy(driver.stock_scheduler)
     if isinstance(solver, SDESchedulerMixin):
         solver.deterministic = True
-    policy.pipeline.scheduler = solver
+    driver.pipeline.scheduler = solver
     try:
         yield
     finally:
-        policy.pipeline.scheduler = twin
+        driver.pipeline.scheduler = twin
 
 
 @torch.no_grad()
-def stock_images(policy: Policy, condition: Condition) -> Tensor:
+def stock_images(driver: Driver, condition: Condition) -> Tensor:
     """What the pipeline's own call returns for this condition: images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1].
 
     Raises:
@@ -39,5 +39,5 @@ def stock_images(policy: Policy, condition: Condition) -> Tensor:
     """
     if condition.seeds is None:
         raise ValueError("Images for a comparison need seeds: give condition(prompts, seeds=[...]) one for each prompt.")
-    with stock_solver(policy), policy._noise(condition, deterministic=True):
-        return _images(policy._drive(condition, lambda step: None, output_type="pt"))
+    with stock_solver(driver), driver.noise(condition, deterministic=True):
+        return images_of(driver.drive(condition, lambda step: None, output_type="pt"))

@@ -1,0 +1,69 @@
+"""What stands in the place of something that a pipeline, a model or a scheduler has, for the time of a call, and leaves no trace.
+
+Every change of an object that is not ours goes through this module. `docs/patches.md` lists them, with what breaks each of them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+
+class InPlace:
+    """`call(original, ...)` in the place of a method, such as a module's `forward`. Deep copies and pickles of its owner get the original."""
+
+    def __init__(self, call: Callable, original: Callable):
+        functools.update_wrapper(self, original)  # its signature and name
+        self._call, self._original = call, original
+
+    def __call__(self, *args: Any, **kwargs: Any):
+        return self._call(self._original, *args, **kwargs)
+
+    def __reduce__(self):
+        return _itself, (self._original,)
+
+
+def _itself(method: Callable) -> Callable:
+    return method
+
+
+@contextmanager
+def held(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Context: `owner.name` is `value`, for this object alone. Classes, other objects and a pipeline's config do not see it."""
+    own = owner.__dict__
+    had, before = name in own, own.get(name)
+    own[name] = value
+    try:
+        yield
+    finally:
+        if had:
+            own[name] = before
+        else:
+            own.pop(name, None)
+
+
+@contextmanager
+def replaced(owner: Any, name: str, call: Callable) -> Iterator[None]:
+    """Context: `owner.name(...)` is `call(original, ...)`, for this object alone.
+
+    Args:
+        call: gets the method that it stands for, and that one's arguments.
+    """
+    with held(owner, name, InPlace(call, getattr(owner, name))):
+        yield
+
+
+def with_globals(function: Callable, **names: Any) -> Callable:
+    """A copy of a function or a bound method that finds these objects under the global names; its module, which other threads run, stays as it is."""
+    plain = getattr(function, "__func__", function)
+    copied = FunctionType(plain.__code__, {**plain.__globals__, **names}, plain.__name__, plain.__defaults__, plain.__closure__)
+    copied.__kwdefaults__ = plain.__kwdefaults__
+    return MethodType(copied, function.__self__) if isinstance(function, MethodType) else copied
+
+
+def reads_global(code: CodeType, name: str) -> bool:
+    """Whether a function's code, or that of a function inside it, reads the global `name`."""
+    return name in code.co_names or any(reads_global(part, name) for part in code.co_consts if isinstance(part, CodeType))
