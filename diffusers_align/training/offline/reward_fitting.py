@@ -17,7 +17,8 @@ from ...rewards.learned import RewardModel
 from ...rl.pair_losses import pair_loss, plackett_luce_loss
 from ..report.statistics import wilson_interval
 from ..run.health import Start
-from .data_latents import LatentImages, Noising, Position, as_they_are, predict
+from .data_latents import LatentImages, Position
+from .noised_latents import Noising, as_they_are, predict
 
 TARGET = {"pair": "label_0", "binary": "label", "scored": "reward", "ranked": "ranks"}
 NOISE_BINS = 4
