@@ -27,10 +27,12 @@ class DRaFTArguments(RewardGradientArguments, defaults=DEFAULTS):
     truncation: Steps = option(1, "number of last steps with gradient", needs={"method": "draft_k"})
     num_renoised: Steps = option(2, "how often a sample is noised and denoised anew", needs={"method": "draft_lv"})
     num_trained_steps: Steps = option(5, "evenly spaced steps with gradient", needs={"method": "drtune"})
-    early_stop: StepIndex = option(0, "leave out at most so many of the last steps, drawn", needs={"method": "drtune"})
+    skip_last_steps: StepIndex = option(
+        0, "leave out up to so many of the last steps, a number drawn anew each time", needs={"method": "drtune"}, advanced=True, was="early_stop"
+    )
     wanted_words: Words = option("Realistic photo of", "what comes before the prompt in the text to move towards", needs=SRPO)
     unwanted_words: Words = option("CG render of", "and in the text to move away from", needs=SRPO)
-    adjoint: bool = option(False, "gradients step by step from stored states, for one-step solvers", needs={"method": ("draft", "draft_k")})
+    adjoint: bool = option(False, "gradients step by step from stored states, for one-step solvers", needs={"method": ("draft", "draft_k")}, advanced=True)
 
     @model_validator(mode="after")
     def _check_method(self):
@@ -43,7 +45,7 @@ class DRaFTArguments(RewardGradientArguments, defaults=DEFAULTS):
             raise ValueError(f"--truncation must be a whole number from 1 to the {steps} solver steps of --num_inference_steps, got {self.truncation}")
         if self.method == "drtune" and self.num_trained_steps + self.early_stop > steps:
             raise ValueError(
-                f"--num_trained_steps {self.num_trained_steps} and --early_stop {self.early_stop} are more than the {steps} steps of --num_inference_steps"
+                f"--num_trained_steps {self.num_trained_steps} and --skip_last_steps {self.early_stop} are more than the {steps} steps of --num_inference_steps"
             )
         return self
 
@@ -79,7 +81,7 @@ def choices(args, num_steps, generator):
     if args.method == "srpo":
         return {"grad_steps": [], "decode": False}
     if args.method == "drtune":
-        steps, stop = drtune.grad_steps(num_steps, generator, number=args.num_trained_steps, early_stop=args.early_stop)
+        steps, stop = drtune.grad_steps(num_steps, generator, number=args.num_trained_steps, skip_last_steps=args.skip_last_steps)
         return {"grad_steps": steps, "stop_step": stop, "detach_input": True}
     return {"grad_steps": draft.grad_steps(num_steps, {"draft": None, "draft_k": args.truncation, "draft_lv": 1}[args.method])}
 

@@ -8,13 +8,14 @@ look like.
 
 from typing import Literal
 
-from pydantic import model_validator
-
 from diffusers_align.training.flags.data import DataArguments
+from diffusers_align.training.flags.methods import PretrainingLossArguments
 from diffusers_align.training.flags.options import Count, NonNegative, Positive, PositiveShare, option, parse
 
+RENAMED = {"pretrain_weight": "beta_pretrain", "pretrain_dataset_name": "pretraining_dataset"}
 
-class RWRArguments(DataArguments, defaults={"rank": 16, "learning_rate": 1e-5}):
+
+class RWRArguments(PretrainingLossArguments, DataArguments, defaults={"rank": 16, "learning_rate": 1e-5}, was=RENAMED):
     """reward-weighted regression"""
 
     weights: Literal["softmax", "rank", "top_k", "top_q", "exp_clipped", "raw"] = option("softmax", "how rewards become weights")
@@ -26,15 +27,7 @@ class RWRArguments(DataArguments, defaults={"rank": 16, "learning_rate": 1e-5}):
     top_q: PositiveShare = option(0.1, "train on this best share alone", needs={"weights": "top_q"})
     max_weight: Positive = option(20.0, "bound of a weight", needs={"weights": "exp_clipped"})
     force: bool = option(False, "go on where an effective 1 % of the images bears all the weight")
-    beta_kl: NonNegative = option(0.0, "weight of the distance to the pretrained model's answers")
-    beta_pretrain: NonNegative = option(0.0, "weight of plain fine-tuning on --pretraining_dataset")
-    pretraining_dataset: str | None = option(None, "captioned images, real ones as a rule: what --dataset_name may be")
-
-    @model_validator(mode="after")
-    def _check_pretraining(self):
-        if bool(self.beta_pretrain) != bool(self.pretraining_dataset):
-            raise ValueError("--beta_pretrain and --pretraining_dataset go together: the weight of a second data set, and that set")
-        return self
+    kl_weight: NonNegative = option(0.0, "weight of the distance to the pretrained model's answers", was="beta_kl")
 
 
 def parse_args(argv=None):
@@ -72,9 +65,9 @@ def main(argv=None):
     run = Run(args, "Reward-weighted regression")
     run.batches(args.num_samples_per_epoch)
     rows, weights, statistics = weighted(run, load_rows(run, "scored"))
-    training, pretraining = OfflineTraining(run, rows), None
-    if args.pretrain_weight:
-        pretraining = Examples(run, training.policy, load_captioned(run, args.pretrain_dataset_name), "pretraining")
+    real = load_captioned(run, args.pretrain_dataset_name) if args.pretrain_weight else []
+    training = OfflineTraining(run, rows)
+    pretraining = Examples(run, training.policy, real, "pretraining") if real else None
 
     for step in training.steps(**statistics):  # optimizer steps, each made when the loop comes back
         for b in step.batches:

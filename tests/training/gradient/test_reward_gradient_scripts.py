@@ -69,7 +69,7 @@ def test_resumed_equals_uninterrupted(finished, task, tmp_path, monkeypatch):
 
 METHODS = {
     "draft_lv": ("draft", {"method": "draft_lv", "num_renoised": 1}),
-    "drtune": ("draft", {"method": "drtune", "num_trained_steps": 2, "early_stop": 1}),
+    "drtune": ("draft", {"method": "drtune", "num_trained_steps": 2, "skip_last_steps": 1}),
     "srpo": ("draft", {"method": "srpo", "reward_map": "hinge", "reward_target": 3.0, **MINI_SD}),
     "adjoint": ("draft", {"method": "draft", "adjoint": True}),
     "refl": ("refl", {"window": (0.3, 0.9), "reward_target": 5.0, "reward_scale": 1.0}),
@@ -142,7 +142,7 @@ def test_videos(task, tmp_path):
 
 @pytest.mark.long
 def test_two_processes_train_what_one_does(task, tmp_path):
-    flags = {**FLAGS, "method": "drtune", "num_trained_steps": 1, "early_stop": 2, "adam_epsilon": 1e-3}
+    flags = {**FLAGS, "method": "drtune", "num_trained_steps": 1, "skip_last_steps": 2, "adam_epsilon": 1e-3}
     flags |= {"train_batch_size": 2, "gradient_accumulation_steps": 1}
     run_script_on_two_processes("draft", task / "two", task, **flags)
     run_script("draft", tmp_path / "one", task, **{**flags, "reward": f"{task / 'rewards.py'}:recorded"})

@@ -30,7 +30,7 @@ FLAGS = {
     "dpo": {},
     "dspo": {**MINI_SD, "dspo_beta": 0.5, "two_pass": True},
     "kto": {"gamma": 0.5},
-    "rwr": {**MINI_SD, "temperature": 0.5, "beta_kl": 0.1},
+    "rwr": {**MINI_SD, "temperature": 0.5, "kl_weight": 0.1},
 }
 
 
@@ -150,7 +150,7 @@ def test_held_out_pairs_are_judged_at_validations(task, tmp_path, capsys):
 def test_kto_and_rwr_start_where_their_pages_say(task, tmp_path):
     (first,) = rows(train("kto", tmp_path / "kto", task, gradient_accumulation_steps=2))
     assert (first["loss"], first["accuracy"], first["gradient_weight"], first["reference_point"]) == (0.5, 0.5, 1, 0)
-    (first,) = rows(train("rwr", tmp_path / "rwr", task, gradient_accumulation_steps=2, weights="top_q", top_q=0.5, beta_kl=1.0))
+    (first,) = rows(train("rwr", tmp_path / "rwr", task, gradient_accumulation_steps=2, weights="top_q", top_q=0.5, kl_weight=1.0))
     # The better half has weight 2, so 1 on average over all, which is what is drawn from.
     assert first["ref_distance"] == 0 and first["weighted_error"] == first["loss"] == pytest.approx(first["error"], rel=1e-6)
     assert first["effective_samples"] == pytest.approx(6) and first["max_weight"] == 2
@@ -387,7 +387,7 @@ def test_inversion_draws_no_noise_of_the_timesteps_stream(task, tmp_path, monkey
 
 
 def test_rwr_pretrains_besides_and_refuses_a_collapse(task, tmp_path):
-    flags = {"beta_pretrain": 0.5, "pretraining_dataset": task / "captioned.jsonl", "scope": "prompt", "weights": "rank"}
+    flags = {"pretrain_weight": 0.5, "pretrain_dataset_name": task / "captioned.jsonl", "scope": "prompt", "weights": "rank"}
     (only,) = rows(train("rwr", tmp_path / "run", task, gradient_accumulation_steps=2, **flags))
     assert only["loss"] > only["weighted_error"] > 0
     many = [{"prompt": "a cat", "image": "0w.png", "reward": float(i == 0)} for i in range(200)]
@@ -488,7 +488,7 @@ def test_how_images_are_checked_and_pairs_weigh(task, tmp_path):
         ("d3po", ["--num_train_timesteps", "0"], "--num_train_timesteps must be a whole number from 1 to 1000, got 0"),
         ("dpo", ["--safeguard_mu", "1.5"], "--safeguard_mu must be a number from 0 to 1, got 1.5"),
         ("kto", ["--gamma", "8"], "--gamma must be a number from 0 to 1, got 8"),
-        ("rwr", ["--beta_pretrain", "1"], "--beta_pretrain and --pretraining_dataset go together"),
+        ("rwr", ["--pretrain_weight", "1"], "--pretrain_weight has no effect without --pretrain_dataset_name"),
         ("rwr", [], "--dataset_name is required"),
     ],
 )
