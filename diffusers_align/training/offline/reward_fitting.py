@@ -1,4 +1,7 @@
-"""Fitting a reward to preferences of any kind: examples, what they ask of the reward's logits, and what the result is worth."""
+"""Fitting a reward to preferences of any kind: examples, what they ask of the reward's logits, and what the result is worth.
+
+`train_reward.py` alone has it: what it trains is a head on CLIP, not a pipeline.
+"""
 
 from __future__ import annotations
 
