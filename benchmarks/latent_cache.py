@@ -24,7 +24,10 @@ from transformers import CLIPTextModel
 
 from diffusers_align import embedded
 from diffusers_align.algorithms.diffusion_dpo import diffusion_dpo_loss
-from diffusers_align.training.offline import examples as offline
+from diffusers_align.training.offline.descent import Reference, descend
+from diffusers_align.training.offline.examples import Examples, pairs_of
+from diffusers_align.training.offline.rows import load_rows
+from diffusers_align.training.offline.steps import load_policy
 from diffusers_align.training.report.pictures import to_pil
 from diffusers_align.training.run.run import Run
 
@@ -71,17 +74,17 @@ class Session:
         self.run = Run(script.parse_args([f"--{name}={value}" for name, value in flags.items()]), "Diffusion-DPO")
         self.run.finished = True  # there is no loop to come to the end of
         self.num_batches, _ = self.run.batches(PAIRS)
-        self.rows = offline.load_rows(self.run, "pair")
-        self.policy = offline.load_policy(self.run)
+        self.rows = load_rows(self.run, "pair")
+        self.policy = load_policy(self.run)
         self.policy.remember_prompts(1, self.policy.prompt_memory.store)  # an epoch's batches are not met again
         self.run.load_optimizer(100)
-        self.examples, self.reference = offline.Examples(self.run, self.policy, self.rows), offline.Reference(self.run, self.policy)
+        self.examples, self.reference = Examples(self.run, self.policy, self.rows), Reference(self.run, self.policy)
 
     def encode(self, epoch: int) -> None:
         """Everything that a cache may save, with no denoiser in it."""
         for b in range(self.num_batches):
             places = self.examples.positions(epoch, b)
-            condition, (images, *_) = self.examples.condition(places), offline.pairs_of(self.rows, places, self.policy.device)
+            condition, (images, *_) = self.examples.condition(places), pairs_of(self.rows, places, self.policy.device)
             for side in images:
                 self.examples.latents(side, places, condition)
             with torch.no_grad():
@@ -89,15 +92,13 @@ class Session:
 
     def train(self, epoch: int) -> None:
         for b in range(self.num_batches):
-            places = self.examples.positions(epoch, b)
-            condition, (images, *_) = self.examples.condition(places), offline.pairs_of(self.rows, places, self.policy.device)
-            sides = [self.examples.noised(side, places, condition) for side in images]
+            sides, *_ = self.examples.pairs(epoch, b)
             self.reference(*sides)
 
             def loss(winner, loser):
                 return diffusion_dpo_loss(winner.error, loser.error, *(side.ref_error for side in sides), beta=2000)
 
-            offline.descend(self.run, self.policy, loss, sides, 1 / BATCH)
+            descend(self.run, self.policy, loss, sides, 1 / BATCH)
             self.run.optimizer_step()
 
 

@@ -37,7 +37,7 @@ METHODS = {
     "DRaFT-3": ("train_draft", "draft_mini_sd3", []),
     "DRaFT": ("train_draft", "draft_mini_sd3", ["--method", "draft"]),
     "DRaFT-LV": ("train_draft", "draft_mini_sd3", ["--method", "draft_lv"]),
-    "DRTune": ("train_draft", "draft_mini_sd3", ["--method", "drtune", "--num_trained_steps", "3", "--early_stop", "2"]),
+    "DRTune": ("train_draft", "draft_mini_sd3", ["--method", "drtune", "--num_trained_steps", "3", "--skip_last_steps", "2"]),
     "ReFL": ("train_refl", "refl_mini_sd3", []),
     "AlignProp": ("train_alignprop", "alignprop_mini_sd", []),
 }

@@ -18,7 +18,7 @@ from diffusers_align.training.flags.methods import StrengthArguments
 from diffusers_align.training.flags.options import Count, Positive, Seed, option, parse, required
 
 BASE = "base"
-SAMPLED = {"kl_samples": True}
+SAMPLED, STRENGTH = {"kl_samples": True}, ("sde_type", "noise_level", "eta")
 
 
 class ModelArguments(PipelineArguments, CallArguments, PrecisionArguments):
@@ -45,25 +45,25 @@ class ModelArguments(PipelineArguments, CallArguments, PrecisionArguments):
         return self
 
 
-class EvaluationArguments(
-    PromptArguments, ModelArguments, StrengthArguments, RetryArguments, needs={name: SAMPLED for name in ("sde_type", "noise_level", "eta")}
-):
+class EvaluationArguments(PromptArguments, ModelArguments, StrengthArguments, RetryArguments, needs={name: SAMPLED for name in STRENGTH}, advanced=STRENGTH):
     """rewards and other measures"""
 
     num_samples: Count | None = option(None, "images a model, prompt after prompt in turn; two a prompt if absent")
     reward: list[str] = required("built-in rewards, module:function, file.py:function, http://host:port, or sums of them")
-    reward_model: list[str] | None = option(None, "checkpoint of each reward's model, 'default' for its own")
-    invalid_rewards: Literal["error", "mask"] = option("error", "on a reward that raises: stop, or leave its images out")
-    reward_timeout: Positive | None = option(None, "seconds for a batch; none if absent")
+    reward_model: list[str] | None = option(None, "checkpoint of each reward's model, 'default' for its own", advanced=True)
+    invalid_rewards: Literal["error", "mask"] = option("error", "on a reward that raises: stop, or leave its images out", advanced=True)
+    reward_timeout: Positive | None = option(None, "seconds for a batch; none if absent", advanced=True)
     diversity: bool = option(True, "distance between samples of the same prompt")
     diversity_model: str | None = option(
-        None, "a CLIP model, such as mini-clip, for distances of image features beside those of pixels", needs={"diversity": True}
+        None, "a CLIP model, such as mini-clip, for distances of image features beside those of pixels", needs={"diversity": True}, advanced=True
     )
     kl_samples: Annotated[int, Interval(ge=0, le=10**9)] = option(16, "trajectories of the KL to the base, sampled with noise; 0 leaves it out")
     pairs: str | None = option(None, "held-out preferences (docs/preference_data.md), for the implicit accuracy; none if absent")
-    pairs_split: str = option("train", "their split", needs={"pairs": True})
-    pair_timesteps: Annotated[int, Interval(ge=1, le=1000)] = option(8, "draws of noise and timestep for a pair, in equal strata", needs={"pairs": True})
-    num_grid_images: Annotated[int, Interval(ge=1, le=10**4)] = option(8, "columns of the picture")
+    pairs_split: str = option("train", "their split", needs={"pairs": True}, advanced=True)
+    pair_timesteps: Annotated[int, Interval(ge=1, le=1000)] = option(
+        8, "draws of noise and timestep for a pair, in equal strata", needs={"pairs": True}, advanced=True
+    )
+    num_grid_images: Annotated[int, Interval(ge=1, le=10**4)] = option(8, "columns of the picture", advanced=True)
     output_dir: str = required("where the table, the numbers and the picture go")
 
     @model_validator(mode="after")
@@ -154,23 +154,8 @@ Gain: paired, over the base. Win rate: over the base, ties half, with Wilson's 9
 """
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    session = Session(args, Accelerator(mixed_precision=args.mixed_precision))
-    device = session.accelerator.device
-
-    # 1 whatever can be missing, before the model is loaded
-    out = common.check_output_dir(args.output_dir)
-    loras = load_models(args)
-    prompts = load_task(args, session.print)
-    pairs = HeldOutPairs(session, args.pairs, args.pair_timesteps, args.pairs_split, inputs=inputs_of(args)) if args.pairs else []
-    rewards = load_rewards(args.reward, args.reward_model, device, args.reward_retries)
-    embedder = CLIPEmbedder(**model_option(args.diversity_model)).to(device) if args.diversity and args.diversity_model else None
-    pipeline = load_pipeline(args).to(device)
-    sde = {name: getattr(args, name) for name in ("sde_type", "noise_level", "eta") if getattr(args, name) is not None}
-    scheduler = sde_twin(pipeline.scheduler, **sde)
-
-    # 2 the base and each LoRA at equal prompts and seeds
+def compare(args, session, pipeline, scheduler, loras, prompts, rewards, embedder, pairs):
+    """The base and each LoRA at equal prompts and seeds: what was sampled, by name, and the numbers of each."""
     evaluations, models, errors = {}, {}, {}
     total = len(loras) * (args.num_samples + len(pairs)) + (len(loras) - 1) * args.kl_samples
     with tqdm(total=total, unit="sample", disable=not session.accelerator.is_main_process) as bar:
@@ -189,6 +174,27 @@ def main(argv=None):
             models[name] = describe(evaluation, evaluations.get(BASE), spread, kl, Cost.read(lora) if lora else None, preferred)
             evaluations[name] = evaluation
             del evaluation.images[args.num_grid_images :]
+    return evaluations, models
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    session = Session(args, Accelerator(mixed_precision=args.mixed_precision))
+    device = session.accelerator.device
+
+    # 1 whatever can be missing, before the model is loaded
+    out = common.check_output_dir(args.output_dir)
+    loras = load_models(args)
+    prompts = load_task(args, session.print)
+    pairs = HeldOutPairs(session, args.pairs, args.pair_timesteps, args.pairs_split, inputs=inputs_of(args)) if args.pairs else []
+    rewards = load_rewards(args.reward, args.reward_model, device, args.reward_retries)
+    embedder = CLIPEmbedder(**model_option(args.diversity_model)).to(device) if args.diversity and args.diversity_model else None
+    pipeline = load_pipeline(args).to(device)
+    sde = {name: getattr(args, name) for name in STRENGTH if getattr(args, name) is not None}
+    scheduler = sde_twin(pipeline.scheduler, **sde)
+
+    # 2 the base and each LoRA at equal prompts and seeds
+    evaluations, models = compare(args, session, pipeline, scheduler, loras, prompts, rewards, embedder, pairs)
 
     # 3 table, numbers, picture
     if session.accelerator.is_main_process:

@@ -17,12 +17,10 @@ from diffusers_align.training.flags.common import CallArguments, PipelineArgumen
 from diffusers_align.training.flags.methods import StrengthArguments
 from diffusers_align.training.flags.options import Count, NonNegative, Positive, Probability, Real, Seed, option, parse, required
 
-NOISY = {"deterministic": False}
+NOISY, STRENGTH = {"deterministic": False}, ("sde_type", "noise_level", "eta")
 
 
-class SamplingArguments(
-    PipelineArguments, CallArguments, PrecisionArguments, StrengthArguments, needs={name: NOISY for name in ("sde_type", "noise_level", "eta")}
-):
+class SamplingArguments(PipelineArguments, CallArguments, PrecisionArguments, StrengthArguments, needs={name: NOISY for name in STRENGTH}, advanced=STRENGTH):
     """sampling"""
 
     lora: str | None = option(None, "of the model to sample from: folder of a run or a checkpoint, .safetensors file, or Hub name")
@@ -48,15 +46,15 @@ class PreferenceArguments(PromptArguments, SamplingArguments, RetryArguments):
     num_prompts: Count | None = option(None, "the first so many; all if absent")
     num_images_per_prompt: Annotated[int, Interval(ge=2, le=10**6)] = option(4, "to compare: two or more")
     reward: str = required("built-in reward, module:function, file.py:function, http://host:port, or a sum of them")
-    reward_model: str | None = option(None, "checkpoint of the reward's model, where it has one; its public one if absent")
-    invalid_rewards: Literal["error", "mask"] = option("error", "on rewards that are NaN or raise: stop, or leave the images out")
-    reward_timeout: Positive | None = option(None, "seconds for a batch; none if absent")
+    reward_model: str | None = option(None, "checkpoint of the reward's model, where it has one; its public one if absent", advanced=True)
+    invalid_rewards: Literal["error", "mask"] = option("error", "on rewards that are NaN or raise: stop, or leave the images out", advanced=True)
+    reward_timeout: Positive | None = option(None, "seconds for a batch; none if absent", advanced=True)
     pairs: Literal["best_worst", "all"] = option("best_worst", "of the images of a prompt")
     min_margin: NonNegative = option(0.0, "pairs whose rewards differ by less are left out")
-    binary_quantile: Probability = option(0.5, "an image is desirable from this quantile of all rewards on")
-    binary_threshold: Real | None = option(None, "an image is desirable from this reward on, in the place of the quantile")
-    allow_no_signal: bool = option(False, "end with status 0 although no two images of a prompt make a pair")
-    num_sheet_prompts: Count = option(32, "rows of the contact sheet")
+    binary_quantile: Probability = option(0.5, "an image is desirable from this quantile of all rewards on", advanced=True)
+    binary_threshold: Real | None = option(None, "an image is desirable from this reward on, in the place of the quantile", advanced=True)
+    allow_no_signal: bool = option(False, "end with status 0 although no two images of a prompt make a pair", advanced=True)
+    num_sheet_prompts: Count = option(32, "rows of the contact sheet", advanced=True)
     output_dir: str = required("images, data sets and the contact sheet")
 
     @model_validator(mode="after")
@@ -257,7 +255,7 @@ def main(argv=None):
             (folder / name).mkdir(exist_ok=True)
     accelerator.wait_for_everyone()
     pipeline = load_pipeline(args).to(accelerator.device)
-    sde = {name: getattr(args, name) for name in ("sde_type", "noise_level", "eta") if getattr(args, name) is not None}
+    sde = {name: getattr(args, name) for name in STRENGTH if getattr(args, name) is not None}
     with lora_loaded(pipeline, lora, "preferences"):
         sample(args, Policy(pipeline, sde_twin(pipeline.scheduler, **sde), **call_arguments(args)), accelerator, prompts, jobs, folder)
 

@@ -43,46 +43,30 @@ if __name__ == "__main__":
 
 from diffusers_align.algorithms.alignprop import alignprop_loss, grad_steps, truncation
 from diffusers_align.gradients.rollout import differentiable_rollout
-from diffusers_align.training import Report, Run
-from diffusers_align.training.gradient import updates as shared
-from diffusers_align.training.gradient.pretraining import Pretraining
+from diffusers_align.training import Run
+from diffusers_align.training.gradient.updates import RewardTraining
 
 
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "AlignProp")
-    batches = run.batches(args.num_samples_per_epoch)
-    report, pretraining = Report(run), Pretraining(run)
-    policy = shared.load_policy(run)
-    clip = shared.GradientClip(run)
-    run.load_optimizer(args.num_epochs * -(-batches[0] // batches[1]))
-    run.resume()
-    num_steps = shared.check_reward(run, policy, report)
-    report.start()
+    training = RewardTraining(run)
+    num_steps = training.check_reward()
     schedule = {"strategy": args.truncation_schedule, "mean": args.truncation_mean, "std": args.truncation_std, "fixed": args.truncation_step}
 
-    for epoch in run.epochs():
-        logged = shared.EpochLog()
-        for update in shared.updates_of_epoch(run, policy, report, epoch, *batches):
-            steps = grad_steps(num_steps, truncation(num_steps, update.generator, **schedule))
-            for batch in update.batches:
-                with run.accelerator.autocast():
-                    # 1 differentiable roll-out
-                    rollout = differentiable_rollout(policy, batch.condition, grad_steps=steps, **shared.rollout_options(args))
+    for update in training.updates():  # optimizer steps, each made when the loop comes back
+        # 1 the steps that carry the gradient: the last ones, from a random one on
+        steps = grad_steps(num_steps, truncation(num_steps, update.generator, **schedule))
+        training.logged["truncation"].append(len(steps))
+        for batch in update.batches:
+            with run.accelerator.autocast():
+                # 2 differentiable roll-out
+                rollout = differentiable_rollout(training.policy, batch.condition, grad_steps=steps, **training.rollout_options)
 
-                    # 2 reward and loss
-                    rewards = batch.reward(rollout.images.float())
-                    loss = shared.total_loss(policy, rollout, alignprop_loss(rewards, shared.reward_map(args)), args, logged)
-
-                # 3 update
-                run.accelerator.backward(shared.scored_sum(loss) * update.weight)
-                logged.add_rewards(batch, rewards)
-            logged["truncation"].append(len(steps))
-            pretraining.descend(policy, epoch, update.numbers, logged)
-            logged.norms.append(clip.step())
-        run.log(logged.metrics(run, report))
-        report.validate(epoch)
-    report.finish()
+                # 3 reward, loss and update
+                rewards = batch.reward(rollout.images.float())
+                loss = alignprop_loss(rewards, training.reward_map)
+            training.descend(update, batch, rollout, rewards, loss)
 
 
 if __name__ == "__main__":

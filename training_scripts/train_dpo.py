@@ -51,8 +51,6 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
-from collections import defaultdict
-
 import torch
 
 from diffusers_align.algorithms.diffusion_dpo import describe_beta, diffusion_dpo_loss, preference_metrics
@@ -61,8 +59,10 @@ from diffusers_align.algorithms.inpo import inversion_times, invert, inverted_no
 from diffusers_align.algorithms.linear_dpo import linear_dpo_loss, linear_weight
 from diffusers_align.algorithms.mapo import mapo_loss, mapo_margin
 from diffusers_align.policy import noise_seed
-from diffusers_align.training import Report, Run
-from diffusers_align.training.offline import examples as offline
+from diffusers_align.training import Run
+from diffusers_align.training.offline.descent import descend
+from diffusers_align.training.offline.rows import load_rows
+from diffusers_align.training.offline.steps import OfflineTraining
 
 # Diffusion, flow matching: official codes of Diffusion-DPO and Linear-DPO (SD 1.5, SD3), Flow-Factory's DPO, MaPO's for SDXL.
 BETA = {"mapo": (0.1, 0.1), "linear": (100, 1000), "dpo": (5000, 2000)}
@@ -92,13 +92,14 @@ def pair_metrics(args, errors, ref_errors, labels):
     return metrics
 
 
-def inverted(run, policy, noising, x0, places, condition):
+def inverted(examples, x0, places, condition):
     """InPO: each image at the state that the sampler would come from, at the same time as the other's."""
+    run, noising = examples.run, examples.noising
     drawn, forward = noising(x0, places, condition), noising.forward
     generators = [torch.Generator().manual_seed(noise_seed(place.seed, "inversion")) for place in places]
 
     def denoise(x, t):
-        output = policy.predict(x, t, condition)
+        output = examples.policy.predict(x, t, condition)
         return forward.to_x0(output, x, t), forward.to_noise(output, x, t)
 
     times = inversion_times(drawn.t, num_steps=run.args.inversion_steps, clean=forward.clean_timestep)
@@ -107,61 +108,41 @@ def inverted(run, policy, noising, x0, places, condition):
     return noising.at(x0, x_t, drawn.t, inverted_noise(x_t, x0, forward.alpha(drawn.t), forward.sigma(drawn.t)), condition)
 
 
+def safeguarded(args, step, sides, winner, loser):
+    """The errors of both, the loser's with as much of its gradient as Diffusion-SDPO lets through."""
+    if args.safeguard_mu is None:
+        return winner.error, loser.error
+    scale = safeguard_scale(sides[0].residual(winner.output), sides[1].residual(loser.output), mu=args.safeguard_mu, per_sample=True)
+    step.log(safeguard=scale.mean().item())
+    return winner.error, scale_gradient(loser.error, scale)
+
+
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "Diffusion-DPO")
-    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
-    rows = offline.load_rows(run, "pair")
-    report = Report(run, rows)
-    policy = offline.load_policy(run)
-    examples, reference = offline.Examples(run, policy, rows), offline.Reference(run, policy, args.reference_decay or None)
-    noising = examples.noising
-    if args.beta is None:
-        args.beta = BETA.get(args.loss, BETA["dpo"])[noising.forward.is_flow]
-    if args.linear_eta is None:
-        args.linear_eta = LINEAR_ETA[noising.forward.is_flow]
-    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
-    run.resume()
-    report.start()
+    run.batches(args.num_samples_per_epoch)
+    noise = inverted if args.inversion_steps else None
+    training = OfflineTraining(run, load_rows(run, "pair"), reference_decay=args.reference_decay or None, noise=noise)
+    args.beta = BETA.get(args.loss, BETA["dpo"])[training.is_flow] if args.beta is None else args.beta
+    args.linear_eta = LINEAR_ETA[training.is_flow] if args.linear_eta is None else args.linear_eta
 
-    for epoch in run.epochs():
-        norms, logged = [], defaultdict(list)
-        for chunk, weight in offline.epoch_batches(run, num_batches, batches_a_step):
-            for b in chunk:
-                # 1 pairs, with the same noise for both
-                places = examples.positions(epoch, b)
-                condition, (images, labels, weights) = examples.condition(places), offline.pairs_of(rows, places, policy.device)
-                latents = [examples.latents(side, places, condition) for side in images]
-                if args.inversion_steps:
-                    sides = [inverted(run, policy, noising, x0, places, condition) for x0 in latents]
-                else:
-                    sides = [noising(x0, places, condition) for x0 in latents]
+    for step in training.steps():  # optimizer steps, each made when the loop comes back
+        for b in step.batches:
+            # 1 pairs, with the same noise for both
+            sides, labels, weights = training.examples.pairs(step.epoch, b)
 
-                # 2 what the pretrained model makes of them
-                if args.loss != "mapo":
-                    run.explain_once(describe_beta(args.beta, latents[0][0].numel()))
-                    reference(*sides)
-                ref_errors = [side.ref_error for side in sides]
+            # 2 what the pretrained model makes of them
+            if args.loss != "mapo":
+                run.explain_once(describe_beta(args.beta, sides[0].x_t[0].numel()))
+                training.reference(*sides)
+            ref_errors = [side.ref_error for side in sides]
 
-                # 3 loss and update
-                def loss(winner, loser):
-                    errors = [winner.error, loser.error]
-                    if args.safeguard_mu is not None:
-                        residuals = [side.residual(own.output) for side, own in zip(sides, (winner, loser))]
-                        scale = safeguard_scale(*residuals, mu=args.safeguard_mu, per_sample=True)
-                        logged["safeguard"].append(scale.mean().item())
-                        errors[1] = scale_gradient(loser.error, scale)
-                    return weights * pair_loss(args, errors, ref_errors, labels)
+            # 3 loss and update
+            def loss(winner, loser):
+                return weights * pair_loss(args, safeguarded(args, step, sides, winner, loser), ref_errors, labels)
 
-                value, found = offline.descend(run, policy, loss, sides, weight, args.two_pass)
-                logged["loss"].append(value.mean().item())
-                for name, number in pair_metrics(args, [own.error for own in found], ref_errors, labels).items():
-                    logged[name].append(number)
-            norms.append(run.optimizer_step())
-            reference.follow()
-        run.log(run.epoch_metrics(None, [], norms, logged))
-        report.validate(epoch)
-    report.finish()
+            value, found = descend(run, training.policy, loss, sides, step.weight, args.two_pass)
+            step.log(loss=value.mean().item(), **pair_metrics(args, [own.error for own in found], ref_errors, labels))
 
 
 if __name__ == "__main__":

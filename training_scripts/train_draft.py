@@ -27,10 +27,12 @@ class DRaFTArguments(RewardGradientArguments, defaults=DEFAULTS):
     truncation: Steps = option(1, "number of last steps with gradient", needs={"method": "draft_k"})
     num_renoised: Steps = option(2, "how often a sample is noised and denoised anew", needs={"method": "draft_lv"})
     num_trained_steps: Steps = option(5, "evenly spaced steps with gradient", needs={"method": "drtune"})
-    early_stop: StepIndex = option(0, "leave out at most so many of the last steps, drawn", needs={"method": "drtune"})
+    skip_last_steps: StepIndex = option(
+        0, "leave out up to so many of the last steps, a number drawn anew each time", needs={"method": "drtune"}, advanced=True, was="early_stop"
+    )
     wanted_words: Words = option("Realistic photo of", "what comes before the prompt in the text to move towards", needs=SRPO)
     unwanted_words: Words = option("CG render of", "and in the text to move away from", needs=SRPO)
-    adjoint: bool = option(False, "gradients step by step from stored states, for one-step solvers", needs={"method": ("draft", "draft_k")})
+    adjoint: bool = option(False, "gradients step by step from stored states, for one-step solvers", needs={"method": ("draft", "draft_k")}, advanced=True)
 
     @model_validator(mode="after")
     def _check_method(self):
@@ -43,7 +45,7 @@ class DRaFTArguments(RewardGradientArguments, defaults=DEFAULTS):
             raise ValueError(f"--truncation must be a whole number from 1 to the {steps} solver steps of --num_inference_steps, got {self.truncation}")
         if self.method == "drtune" and self.num_trained_steps + self.early_stop > steps:
             raise ValueError(
-                f"--num_trained_steps {self.num_trained_steps} and --early_stop {self.early_stop} are more than the {steps} steps of --num_inference_steps"
+                f"--num_trained_steps {self.num_trained_steps} and --skip_last_steps {self.early_stop} are more than the {steps} steps of --num_inference_steps"
             )
         return self
 
@@ -67,10 +69,11 @@ import torch
 
 from diffusers_align.algorithms import draft, drtune, srpo
 from diffusers_align.gradients.rollout import differentiable_rollout
-from diffusers_align.training import Report, Run
+from diffusers_align.training import Run
 from diffusers_align.training.gradient import renoised
-from diffusers_align.training.gradient import updates as shared
-from diffusers_align.training.gradient.pretraining import Pretraining
+from diffusers_align.training.gradient.adjoints import adjoint_backward
+from diffusers_align.training.gradient.losses import finite
+from diffusers_align.training.gradient.updates import RewardTraining, checkpoint_options
 
 
 def choices(args, num_steps, generator):
@@ -78,82 +81,70 @@ def choices(args, num_steps, generator):
     if args.method == "srpo":
         return {"grad_steps": [], "decode": False}
     if args.method == "drtune":
-        steps, stop = drtune.grad_steps(num_steps, generator, number=args.num_trained_steps, early_stop=args.early_stop)
+        steps, stop = drtune.grad_steps(num_steps, generator, number=args.num_trained_steps, skip_last_steps=args.skip_last_steps)
         return {"grad_steps": steps, "stop_step": stop, "detach_input": True}
     return {"grad_steps": draft.grad_steps(num_steps, {"draft": None, "draft_k": args.truncation, "draft_lv": 1}[args.method])}
 
 
-def scored_loss(run, policy, batch, rollout, k, logged):
-    """The loss (B,) of a roll-out's rewards; `k` is SRPO's step."""
-    args, reward_map = run.args, shared.reward_map(run.args)
+def reward_and_loss(training, batch, rollout, drawn):
+    """The rewards of a roll-out and their loss, (B,) each; `drawn` in [0, 1) says where SRPO looks."""
+    args, policy, reward_map = training.run.args, training.policy, training.reward_map
     if args.method == "srpo":
-        denoised, inverted = renoised.aligned_images(policy, rollout, k, **shared.checkpoint_options(args))
-        words, number = (args.wanted_words, args.unwanted_words), len(renoised.noising_times(policy, rollout))
-        rewards = shared.relative_rewards(run, batch, denoised, words, float(srpo.discounts(number)[k]))
-        penalty = shared.relative_rewards(run, batch, inverted, words[::-1], float(srpo.discounts(number, inversion=True)[k]))
-        logged["penalty"] += shared.finite(penalty)
-        loss = srpo.srpo_loss(rewards, penalty, reward_map)
-        if args.reward_map == "hinge":
-            logged["hinge_inactive"] += [float(r >= args.reward_target) for r in shared.finite(rewards)]
-    else:
-        rewards = batch.reward(rollout.images.float())
-        if args.method == "draft_lv":
-            again = renoised.renoised_images(policy, rollout, args.num_renoised, **shared.checkpoint_options(args))
-            loss = draft.low_variance_loss([rewards, *(batch.reward(images) for images in again)], reward_map)
-        else:
-            loss = draft.draft_loss(rewards, reward_map)
-    logged.add_rewards(batch, rewards)
-    return loss
+        return aligned(training, batch, rollout, drawn)
+    rewards = batch.reward(rollout.images.float())
+    if args.method == "draft_lv":
+        again = renoised.renoised_images(policy, rollout, args.num_renoised, **checkpoint_options(args))
+        return rewards, draft.low_variance_loss([rewards, *(batch.reward(images) for images in again)], reward_map)
+    return rewards, draft.draft_loss(rewards, reward_map)
 
 
-def adjoint_update(args, run, policy, update, num_steps, logged):
+def aligned(training, batch, rollout, drawn):
+    """SRPO: a step denoised is to be better under the wanted words, a step inverted no worse."""
+    run, policy, args = training.run, training.policy, training.run.args
+    levels = renoised.alignable_steps(policy, rollout)
+    k, number = levels[int(drawn * len(levels))], len(renoised.noising_times(policy, rollout))
+    denoised, inverted = renoised.aligned_images(policy, rollout, k, **checkpoint_options(args))
+    words = (args.wanted_words, args.unwanted_words)
+    rewards = renoised.relative_rewards(run, batch, denoised, words, float(srpo.discounts(number)[k]))
+    penalty = renoised.relative_rewards(run, batch, inverted, words[::-1], float(srpo.discounts(number, inversion=True)[k]))
+    training.logged["penalty"] += finite(penalty)
+    training.logged.add_inactive(rewards, args)
+    return rewards, srpo.srpo_loss(rewards, penalty, training.reward_map)
+
+
+def adjoint_update(training, update, num_steps):
     """The continuous adjoint in the place of the roll-out's graph."""
+    args = training.run.args
     truncation = len(draft.grad_steps(num_steps, None if args.method == "draft" else args.truncation))
     for batch in update.batches:
-        rewards, mismatch = shared.adjoint_backward(run, policy, batch, truncation, update.weight)
-        logged.add_rewards(batch, rewards)
-        logged["mismatch"].append(mismatch)
+        rewards, mismatch = adjoint_backward(training.run, training.policy, batch, truncation, update.weight)
+        training.logged.add_rewards(batch, rewards)
+        training.logged["mismatch"].append(mismatch)
 
 
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "DRaFT")
-    batches = run.batches(args.num_samples_per_epoch)
-    report, pretraining = Report(run), Pretraining(run)
-    policy = shared.load_policy(run)
-    clip = shared.GradientClip(run)
-    run.load_optimizer(args.num_epochs * -(-batches[0] // batches[1]))
-    run.resume()
-    num_steps = shared.check_reward(run, policy, report)
+    training = RewardTraining(run)
+    num_steps = training.check_reward()
     choices(args, num_steps, torch.Generator())  # fails before the evaluation where the call has too few steps
-    report.start()
 
-    for epoch in run.epochs():
-        logged = shared.EpochLog()
-        for update in shared.updates_of_epoch(run, policy, report, epoch, *batches):
-            chosen = choices(args, num_steps, update.generator)
-            drawn = float(torch.rand((), generator=update.generator))
-            if args.adjoint:
-                adjoint_update(args, run, policy, update, num_steps, logged)
-            for batch in update.batches if not args.adjoint else ():
-                with run.accelerator.autocast():
-                    # 1 differentiable roll-out
-                    rollout = differentiable_rollout(policy, batch.condition, **shared.rollout_options(args), **chosen)
-                    levels = renoised.alignable_steps(policy, rollout) if args.method == "srpo" else [0]
+    for update in training.updates():  # optimizer steps, each made when the loop comes back
+        # 1 the steps that carry the gradient
+        chosen, drawn = choices(args, num_steps, update.generator), float(torch.rand((), generator=update.generator))
+        if args.method == "drtune":
+            training.logged["stop_step"].append(chosen["stop_step"])
+        if args.adjoint:
+            adjoint_update(training, update, num_steps)
+            continue
+        for batch in update.batches:
+            with run.accelerator.autocast():
+                # 2 differentiable roll-out
+                rollout = differentiable_rollout(training.policy, batch.condition, **training.rollout_options, **chosen)
 
-                    # 2 reward and loss
-                    loss = scored_loss(run, policy, batch, rollout, levels[int(drawn * len(levels))], logged)
-                    loss = shared.total_loss(policy, rollout, loss, args, logged)
-
-                # 3 update
-                run.accelerator.backward(shared.scored_sum(loss) * update.weight)
-            if args.method == "drtune":
-                logged["stop_step"].append(chosen["stop_step"])
-            pretraining.descend(policy, epoch, update.numbers, logged)
-            logged.norms.append(clip.step())
-        run.log(logged.metrics(run, report))
-        report.validate(epoch)
-    report.finish()
+                # 3 reward, loss and update
+                rewards, loss = reward_and_loss(training, batch, rollout, drawn)
+            training.descend(update, batch, rollout, rewards, loss)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,12 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
-from collections import defaultdict
-
 from diffusers_align.algorithms.diffusion_dpo import describe_beta, preference_metrics
 from diffusers_align.algorithms.dspo import dspo_loss
-from diffusers_align.training import Report, Run
-from diffusers_align.training.offline import examples as offline
+from diffusers_align.training import Run
+from diffusers_align.training.offline.descent import descend
+from diffusers_align.training.offline.rows import load_rows
+from diffusers_align.training.offline.steps import OfflineTraining
 
 
 def pair_loss(args, winner, loser, ref_errors, labels):
@@ -54,43 +54,27 @@ def pair_loss(args, winner, loser, ref_errors, labels):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "DSPO")
-    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
-    rows = offline.load_rows(run, "pair")
-    report = Report(run, rows)
-    policy = offline.load_policy(run)
-    examples, reference = offline.Examples(run, policy, rows), offline.Reference(run, policy)
-    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
-    run.resume()
-    report.start()
+    run.batches(args.num_samples_per_epoch)
+    training = OfflineTraining(run, load_rows(run, "pair"))
 
-    for epoch in run.epochs():
-        norms, logged = [], defaultdict(list)
-        for chunk, weight in offline.epoch_batches(run, num_batches, batches_a_step):
-            for b in chunk:
-                # 1 pairs, with the same noise for both
-                places = examples.positions(epoch, b)
-                condition, (images, labels, weights) = examples.condition(places), offline.pairs_of(rows, places, policy.device)
-                sides = [examples.noised(side, places, condition) for side in images]
-                run.explain_once(describe_beta(args.beta, sides[0].x_t[0].numel()))
+    for step in training.steps():  # optimizer steps, each made when the loop comes back
+        for b in step.batches:
+            # 1 pairs, with the same noise for both
+            sides, labels, weights = training.examples.pairs(step.epoch, b)
+            run.explain_once(describe_beta(args.beta, sides[0].x_t[0].numel()))
 
-                # 2 what the pretrained model makes of them
-                reference(*sides)
-                ref_errors = [side.ref_error for side in sides]
+            # 2 what the pretrained model makes of them
+            training.reference(*sides)
+            ref_errors = [side.ref_error for side in sides]
 
-                # 3 loss and update
-                def loss(winner, loser):
-                    return weights * pair_loss(args, winner, loser, ref_errors, labels)
+            # 3 loss and update
+            def loss(winner, loser):
+                return weights * pair_loss(args, winner, loser, ref_errors, labels)
 
-                value, found = offline.descend(run, policy, loss, sides, weight, args.two_pass)
-                metrics = preference_metrics(*(own.error for own in found), *ref_errors, beta=args.beta, label=labels)
-                metrics |= {"loss": value.mean().item(), "ref_distance": found[0].distance.mean().item()}
-                metrics["dspo_coefficient"] = args.dspo_beta * metrics["gradient_weight"]
-                for name, number in metrics.items():
-                    logged[name].append(number)
-            norms.append(run.optimizer_step())
-        run.log(run.epoch_metrics(None, [], norms, logged))
-        report.validate(epoch)
-    report.finish()
+            value, found = descend(run, training.policy, loss, sides, step.weight, args.two_pass)
+            metrics = preference_metrics(*(own.error for own in found), *ref_errors, beta=args.beta, label=labels)
+            coefficient = args.dspo_beta * metrics["gradient_weight"]
+            step.log(**metrics, loss=value.mean().item(), ref_distance=found[0].distance.mean().item(), dspo_coefficient=coefficient)
 
 
 if __name__ == "__main__":

@@ -43,15 +43,16 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
-from collections import defaultdict
 from dataclasses import replace
 
 import torch
 
 from diffusers_align.algorithms.diffusion_kto import ReferencePoint, describe_balance, kto_loss, kto_metrics
 from diffusers_align.data import balanced_batch_of
-from diffusers_align.training import Report, Run
-from diffusers_align.training.offline import examples as offline
+from diffusers_align.training import Run
+from diffusers_align.training.offline.descent import descend, measure
+from diffusers_align.training.offline.rows import load_rows
+from diffusers_align.training.offline.steps import OfflineTraining
 
 BETA = (5000, 1000)  # diffusion (the paper), flow matching: the logit scale of Diffusion-DPO's 2000
 
@@ -75,13 +76,13 @@ def balanced(run, rows):
 
 
 @torch.no_grad()
-def gains(run, policy, reference, sides):
+def gains(training, sides):
     """How much better than the reference the model denoises each image, (N,) for all of `sides`."""
-    reference(*sides)
-    return torch.cat([side.ref_error - offline.measure(run, policy, side).error for side in sides])
+    training.reference(*sides)
+    return torch.cat([side.ref_error - measure(training.run, training.policy, side).error for side in sides])
 
 
-def with_others_captions(policy, sides, captions, places):
+def with_others_captions(sides, captions, places):
     """The same noised images, each under the caption of the next of the optimizer step that has another one.
 
     `captions` are those of the step on all processes, `places` for each of `sides` where its images are among them.
@@ -94,53 +95,44 @@ def with_others_captions(policy, sides, captions, places):
     return [replace(side, condition=replace(side.condition, prompts=[turned[i] for i in own])) for side, own in zip(sides, places)]
 
 
+def mismatched_gains(training, step, sides):
+    """The gains of the same noised images under others' captions, of the whole optimizer step on all processes."""
+    division = training.run.division
+    positions = division.step(division.step_of(step.batches[0]))
+    captions = training.examples.captions(training.examples.at(step.epoch, positions))
+    places = [[i - positions.start for i in division.batches[b]] for b in step.batches]
+    return gains(training, with_others_captions(sides, captions, places))
+
+
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "Diffusion-KTO")
-    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
-    rows = offline.load_rows(run, "binary")
-    draw = balanced(run, rows)
-    report = Report(run, rows)
-    policy = offline.load_policy(run, batches_a_step)
-    examples, reference = offline.Examples(run, policy, rows, draw=draw), offline.Reference(run, policy)
-    args.beta = args.beta if args.beta is not None else BETA[examples.noising.forward.is_flow]
+    _, batches_a_step = run.batches(args.num_samples_per_epoch)
+    rows = load_rows(run, "binary")
+    training = OfflineTraining(run, rows, draw=balanced(run, rows), batches_in_turn=batches_a_step)
+    args.beta = args.beta if args.beta is not None else BETA[training.is_flow]
     point_of = ReferencePoint(args.reference_point, decay=args.reference_point_decay, clamp=args.clamp)
     run.register("reference_point", point_of)
-    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
-    run.resume()
-    report.start()
 
-    for epoch in run.epochs():
-        norms, logged = [], defaultdict(list)
-        for chunk, weight in offline.epoch_batches(run, num_batches, batches_a_step):
-            # 1 images with noise
-            index, sides = zip(*(examples.batch(epoch, b) for b in chunk))
-            labels = [torch.tensor([rows[i]["label"] for i in own], device=policy.device) for own in index]
+    for step in training.steps():  # optimizer steps, each made when the loop comes back
+        # 1 images with noise
+        index, sides = zip(*(training.examples.batch(step.epoch, b) for b in step.batches))
+        labels = [torch.tensor([rows[i]["label"] for i in own], device=training.policy.device) for own in index]
 
-            # 2 their gains over the pretrained model, and those that they are compared with
-            gain, other = gains(run, policy, reference, sides), None
-            if args.reference_point == "mismatched":
-                step = run.division.step(run.division.step_of(chunk[0]))
-                captions = examples.captions(examples.at(epoch, step))
-                places = [[i - step.start for i in run.division.batches[b]] for b in chunk]
-                other = gains(run, policy, reference, with_others_captions(policy, sides, captions, places))
-            point = point_of(gain, torch.cat(labels), mismatched_gain=other, reduce=lambda total: run.accelerator.reduce(total, "sum"))
+        # 2 their gains over the pretrained model, and those that they are compared with
+        gain = gains(training, sides)
+        other = mismatched_gains(training, step, sides) if args.reference_point == "mismatched" else None
+        point = point_of(gain, torch.cat(labels), mismatched_gain=other, reduce=lambda total: run.accelerator.reduce(total, "sum"))
 
-            # 3 loss and update
-            for side, liked in zip(sides, labels):
+        # 3 loss and update
+        for side, liked in zip(sides, labels):
 
-                def loss(own):
-                    options = {"beta": args.beta, "utility": args.utility, "lambda_d": args.lambda_d, "lambda_u": args.lambda_u}
-                    return kto_loss(own.error, side.ref_error, liked, point, **options)
+            def loss(own):
+                options = {"beta": args.beta, "utility": args.utility, "lambda_d": args.lambda_d, "lambda_u": args.lambda_u}
+                return kto_loss(own.error, side.ref_error, liked, point, **options)
 
-                value, (own,) = offline.descend(run, policy, loss, [side], weight)
-                metrics = kto_metrics(own.error, side.ref_error, liked, point, beta=args.beta)
-                for name, number in (metrics | {"loss": value.mean().item()}).items():
-                    logged[name].append(number)
-            norms.append(run.optimizer_step())
-        run.log(run.epoch_metrics(None, [], norms, logged))
-        report.validate(epoch)
-    report.finish()
+            value, (own,) = descend(run, training.policy, loss, [side], step.weight)
+            step.log(**kto_metrics(own.error, side.ref_error, liked, point, beta=args.beta), loss=value.mean().item())
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ class FlowDataArguments(ColumnArguments):
     """data"""
 
     data: str = required("pairs of images: whatever `load_preferences` reads; rankings and scores become pairs")
-    data_split: str = option("train", "of a Hub set")
+    data_split: str = option("train", "of a Hub set", advanced=True)
     held_out: Decay = option(0.1, "share of the prompts whose pairs are not trained on")
     outputs: str | None = option(None, "fresh outputs of the generator to judge the flow by (prompts and images); the held-out pairs' images if absent")
-    prompts: str | None = option(None, "prompts with the other fields that the reward wants, looked up by prompt")
-    resolution: Pixels | None = option(None, "resize images to this, squared; as they are if absent")
+    prompts: str | None = option(None, "prompts with the other fields that the reward wants, looked up by prompt", advanced=True)
+    resolution: Pixels | None = option(None, "resize images to this, squared; as they are if absent", advanced=True)
 
 
 class FieldArguments(PipelineArguments):
@@ -41,8 +41,8 @@ class FieldArguments(PipelineArguments):
     pixels: bool = option(False, "a flow of pixels: no autoencoder")
     sees_prompt: bool = option(True, "condition the flow on the prompt, through the text encoder")
     block_out_channels: list[Width] = option([64, 128, 256], "widths of the UNet's levels")
-    layers_per_block: Annotated[int, Interval(ge=1, le=100)] = option(2, "of each level")
-    attention_head_dim: Width = option(8, "of its attention")
+    layers_per_block: Annotated[int, Interval(ge=1, le=100)] = option(2, "of each level", advanced=True)
+    attention_head_dim: Width = option(8, "of its attention", advanced=True)
 
     @model_validator(mode="after")
     def _check_parts(self):
@@ -56,12 +56,12 @@ class PFMArguments(FlowDataArguments, RewardArguments, FieldArguments, RunArgume
 
     shard_denoiser: ClassVar[bool] = False  # of a LoRA's frozen model, and here all is trained
 
-    num_eval_samples: Count = option(256, "outputs to judge by, at most")
+    num_eval_samples: Count = option(256, "outputs to judge by, at most", advanced=True)
     coupling: Literal["paired", "independent", "ot"] = option("paired", "which winner a loser goes to: its own, or another one of its prompt")
     sigma: NonNegative = option(0.0, "noise on the points between, in units of the winners' std (0.1 in the official code)")
     num_inference_steps: Steps = option(10, "solver steps of a pass, in evaluations")
-    solver: Literal["euler", "heun", "rk4"] = option("heun", "of a pass, in evaluations")
-    iterations: Annotated[int, Interval(ge=1, le=1000)] = option(1, "passes, in evaluations")
+    solver: Literal["euler", "heun", "rk4"] = option("heun", "of a pass, in evaluations", advanced=True)
+    iterations: Annotated[int, Interval(ge=1, le=1000)] = option(1, "passes, in evaluations", advanced=True)
     strength: Annotated[float, Interval(ge=0, le=10)] = option(1.0, "how far a pass goes, in evaluations; 0 changes nothing")
 
 
@@ -94,19 +94,28 @@ from diffusers_align.training.run.model_loading import DTYPES, model_source, rai
 from diffusers_align.training.run.run import Run
 
 
-def load_flow(args, device):
-    """The pipeline with a fresh vector field, which starts as the flow that moves nothing."""
+def load_parts(args):
+    """The frozen parts of a pipeline that the flow stands on: its autoencoder, and its text encoder with tokenizer."""
     name, parts = args.pretrained_model_name_or_path, {}
     source = {"pretrained_model_name_or_path": name and model_source(name), "revision": args.revision}
     frozen = {**source, "variant": args.variant, "torch_dtype": DTYPES[args.mixed_precision]}
-    if not args.pixels:
-        parts["vae"] = AutoencoderKL.from_pretrained(subfolder="vae", **frozen).requires_grad_(False)
-        parts["vae"].register_to_config(_name_or_path=name)  # not the path of this machine
-    if args.sees_prompt:
-        parts["text_encoder"] = CLIPTextModel.from_pretrained(subfolder="text_encoder", **frozen).requires_grad_(False)
-        parts["tokenizer"] = CLIPTokenizer.from_pretrained(subfolder="tokenizer", **source)
-    widths, channels = args.block_out_channels, 3 if args.pixels else parts["vae"].config.latent_channels
-    cross = "CrossAttn" if args.sees_prompt else "Attn"
+    try:
+        if not args.pixels:
+            parts["vae"] = AutoencoderKL.from_pretrained(subfolder="vae", **frozen).requires_grad_(False)
+            parts["vae"].register_to_config(_name_or_path=name)  # not the path of this machine
+        if args.sees_prompt:
+            parts["text_encoder"] = CLIPTextModel.from_pretrained(subfolder="text_encoder", **frozen).requires_grad_(False)
+            parts["tokenizer"] = CLIPTokenizer.from_pretrained(subfolder="tokenizer", **source)
+    except Exception as error:
+        raise_if_missing(str(name), error)
+        raise
+    return parts
+
+
+def load_flow(args, device):
+    """The pipeline with a fresh vector field, which starts as the flow that moves nothing."""
+    parts, widths = load_parts(args), args.block_out_channels
+    channels, cross = 3 if args.pixels else parts["vae"].config.latent_channels, "CrossAttn" if args.sees_prompt else "Attn"
     config = {
         "in_channels": channels,
         "out_channels": channels,
@@ -188,7 +197,7 @@ def samples_of_epoch(args, pairs):
     return size * max(1, len(pairs) // size)
 
 
-def train_epoch(run, flow, pairs, epoch, num_batches, batches_a_step):
+def train_epoch(run, flow, pairs, epoch):
     """One pass over the pairs. Returns the epoch's metrics."""
     args, accelerator = run.args, run.accelerator
 
@@ -196,8 +205,8 @@ def train_epoch(run, flow, pairs, epoch, num_batches, batches_a_step):
     generator = torch.Generator().manual_seed(noise_seed(args.seed, "coupling", epoch))
     target = couple(args.coupling, pairs.y0, pairs.y1, pairs.prompts, generator=generator)
     losses, norms = [], []
-    for chunk, share in epoch_batches(run, num_batches, batches_a_step):
-        for b in chunk:
+    for batches, share in epoch_batches(run):
+        for b in batches:
             # 2 draw points between losers and winners
             index, t, noise = draw(run, pairs, epoch, b)
 
@@ -212,6 +221,19 @@ def train_epoch(run, flow, pairs, epoch, num_batches, batches_a_step):
     return run.epoch_metrics(None, [], norms, {"loss": [float(loss.mean())], "loss_se": [float(error)]})
 
 
+def validate(run, flow, held_out, outputs, epoch, **call):
+    """Every `--validation_epochs`, the loss on held-out pairs and a picture of transported outputs. Returns what is to be logged."""
+    if (epoch + 1) % run.args.validation_epochs:
+        return {}
+    with run.averaged(), run.meter.paused():
+        metrics = {"eval_loss": held_out_loss(run, flow, held_out)} if held_out else {}
+        shown = flow_pairs.transport_outputs(run, flow, outputs[: run.args.num_validation_images], {}, **call)
+    if run.is_main and shown.after:
+        (run.output_dir / "samples").mkdir(exist_ok=True)
+        save(grid(shown.after, shown.prompts), run.output_dir / "samples" / f"epoch-{epoch + 1:04d}.png")
+    return metrics
+
+
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "PFM")
@@ -220,15 +242,11 @@ def main(argv=None):
     if args.eval_reward:
         rewards[args.eval_reward] = reward_of_flags(args, device, "eval_")
     rows, held_out, outputs = load_data(args)
-    try:
-        flow = load_flow(args, device)
-    except Exception as error:
-        raise_if_missing(str(args.pretrained_model_name_or_path), error)
-        raise
+    flow = load_flow(args, device)
     pairs, held_out = (flow_pairs.encode_pairs(flow, part, args.train_batch_size, args.resolution, device) if part else None for part in (rows, held_out))
     run.train_parameters(list(flow.vector_field.parameters()), lambda folder: flow.vector_field.save_pretrained(folder / "vector_field"))
     run.meter.watch([flow.vector_field])
-    batches = run.batches(samples_of_epoch(args, pairs))
+    run.batches(samples_of_epoch(args, pairs))
     run.load_optimizer(args.num_epochs * run.division.num_steps)
     run.resume()
     judged = judged_on((prompt.text for prompt, _ in outputs), {row["prompt"] for row in rows})
@@ -236,15 +254,8 @@ def main(argv=None):
     call = {name: getattr(args, name) for name in ("num_inference_steps", "solver", "iterations", "strength")}
 
     for epoch in run.epochs():
-        metrics = train_epoch(run, flow, pairs, epoch, *batches)
-        if (epoch + 1) % args.validation_epochs == 0:
-            with run.averaged(), run.meter.paused():
-                metrics |= {"eval_loss": held_out_loss(run, flow, held_out)} if held_out else {}
-                shown = flow_pairs.transport_outputs(run, flow, outputs[: args.num_validation_images], {}, **call)
-            if run.is_main and shown.after:
-                (run.output_dir / "samples").mkdir(exist_ok=True)
-                save(grid(shown.after, shown.prompts), run.output_dir / "samples" / f"epoch-{epoch + 1:04d}.png")
-        run.log(metrics)
+        metrics = train_epoch(run, flow, pairs, epoch)
+        run.log(metrics | validate(run, flow, held_out, outputs, epoch, **call))
 
     with run.averaged():
         transported = flow_pairs.transport_outputs(run, flow, outputs, rewards, **call)

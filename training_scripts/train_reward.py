@@ -46,17 +46,17 @@ class RewardModelArguments(SourceArguments, BadRowArguments, StepAwareArguments)
     """reward model"""
 
     kind: Literal["pair", "binary", "scored", "ranked"] = option("pair", "what to learn from")
-    ties: Literal["drop", "soft"] = option("soft", "pairs without a winner: labels of one half, or left out")
+    ties: Literal["drop", "soft"] = option("soft", "pairs without a winner: labels of one half, or left out", advanced=True)
     held_out: Annotated[float, Interval(gt=0, lt=1)] = option(0.2, "share of the prompts that is not trained on")
     model: str = option("openai/clip-vit-large-patch14", "a CLIP model: Hub name, folder, or mini-clip")
-    hidden: Annotated[int, Interval(ge=0, le=65536)] = option(0, "units of the head's hidden layer; 0 is a linear head")
+    hidden: Annotated[int, Interval(ge=0, le=65536)] = option(0, "units of the head's hidden layer; 0 is a linear head", advanced=True)
     rank: Annotated[int, Interval(ge=0, le=4096)] = option(0, "of a LoRA on the vision tower's attention; 0 leaves CLIP frozen")
     num_epochs: Count = option(100, "over the data")
     batch_size: Count = option(128, "examples of an optimizer step")
     learning_rate: LearningRate = option(1e-3, "of AdamW")
-    weight_decay: Annotated[float, Interval(ge=0, le=100)] = option(0.1, "of AdamW")
-    seed: Seed = option(42, "of the split, the order and the noise")
-    allow_no_signal: bool = option(False, "end with status 0 although the data prefer nothing to anything, or nothing is learned")
+    weight_decay: Annotated[float, Interval(ge=0, le=100)] = option(0.1, "of AdamW", advanced=True)
+    seed: Seed = option(42, "of the split, the order and the noise", advanced=True)
+    allow_no_signal: bool = option(False, "end with status 0 although the data prefer nothing to anything, or nothing is learned", advanced=True)
     output_dir: str = required("the reward: learned_reward.json, head.safetensors and perhaps lora.safetensors")
 
 
@@ -82,12 +82,8 @@ from diffusers_align.training.report.model_card import public
 from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    common.check_output_dir(args.output_dir)
-    torch.manual_seed(args.seed)
-
-    # 1 preferences, for a step-aware reward also as a model sees them under noise
+def load_examples(args):
+    """The data set as examples to fit: for a step-aware reward, also as a model sees them under noise."""
     columns = parse_column_map(args.column_map) if args.column_map else None
     options = {"column_map": columns, "ties": args.ties, "bad_rows": args.bad_rows, "split": args.dataset_split, "image_root": args.image_root}
     rows, report = load_preferences(args.dataset_name, args.kind, **options)
@@ -97,16 +93,29 @@ def main(argv=None):
         accelerator = Accelerator(mixed_precision=args.mixed_precision)
         policy = Policy(load_pipeline(args).to(accelerator.device), **call_arguments(args))
         examples += noised_examples(args, accelerator, policy, rows, args.kind, args.num_noise_levels)
-        del policy
     if (reason := indifferent(rows, args.kind)) and not args.allow_no_signal:
         raise ValueError(f"{args.dataset_name}: {reason}, so there is nothing to learn. Give other data, or pass --allow_no_signal.")
+    return examples
+
+
+def standardise(examples, train):
+    """Scores as the model is to learn them, in place: with mean 0 and standard deviation 1 on `train`. Returns the scale and the shift back."""
+    targets = targets_of(train)
+    scale, shift = targets.std().clamp(min=1e-6).item(), targets.mean().item()
+    for example in examples:
+        example.target = (example.target - shift) / scale
+    return scale, shift
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    common.check_output_dir(args.output_dir)
+    torch.manual_seed(args.seed)
+
+    # 1 preferences
+    examples = load_examples(args)
     train, held_out = ([examples[i] for i in part] for part in split([vars(example) for example in examples], args.held_out, args.seed))
-    scale, shift = 1.0, 0.0
-    if args.kind == "scored":
-        targets = targets_of(train)
-        scale, shift = targets.std().clamp(min=1e-6).item(), targets.mean().item()
-        for example in examples:
-            example.target = (example.target - shift) / scale
+    scale, shift = standardise(examples, train) if args.kind == "scored" else (1.0, 0.0)
 
     # 2 fit
     model = RewardModel(args.model, args.hidden, args.rank, args.step_aware).to("cuda" if torch.cuda.is_available() else "cpu")

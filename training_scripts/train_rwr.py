@@ -8,13 +8,14 @@ look like.
 
 from typing import Literal
 
-from pydantic import model_validator
-
 from diffusers_align.training.flags.data import DataArguments
+from diffusers_align.training.flags.methods import PretrainingLossArguments
 from diffusers_align.training.flags.options import Count, NonNegative, Positive, PositiveShare, option, parse
 
+RENAMED = {"pretrain_weight": "beta_pretrain", "pretrain_dataset_name": "pretraining_dataset"}
 
-class RWRArguments(DataArguments, defaults={"rank": 16, "learning_rate": 1e-5}):
+
+class RWRArguments(PretrainingLossArguments, DataArguments, defaults={"rank": 16, "learning_rate": 1e-5}, was=RENAMED):
     """reward-weighted regression"""
 
     weights: Literal["softmax", "rank", "top_k", "top_q", "exp_clipped", "raw"] = option("softmax", "how rewards become weights")
@@ -26,15 +27,7 @@ class RWRArguments(DataArguments, defaults={"rank": 16, "learning_rate": 1e-5}):
     top_q: PositiveShare = option(0.1, "train on this best share alone", needs={"weights": "top_q"})
     max_weight: Positive = option(20.0, "bound of a weight", needs={"weights": "exp_clipped"})
     force: bool = option(False, "go on where an effective 1 % of the images bears all the weight")
-    beta_kl: NonNegative = option(0.0, "weight of the distance to the pretrained model's answers")
-    beta_pretrain: NonNegative = option(0.0, "weight of plain fine-tuning on --pretraining_dataset")
-    pretraining_dataset: str | None = option(None, "captioned images, real ones as a rule: what --dataset_name may be")
-
-    @model_validator(mode="after")
-    def _check_pretraining(self):
-        if bool(self.beta_pretrain) != bool(self.pretraining_dataset):
-            raise ValueError("--beta_pretrain and --pretraining_dataset go together: the weight of a second data set, and that set")
-        return self
+    kl_weight: NonNegative = option(0.0, "weight of the distance to the pretrained model's answers", was="beta_kl")
 
 
 def parse_args(argv=None):
@@ -45,13 +38,14 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
-from collections import defaultdict
-
 import torch
 
 from diffusers_align.algorithms.reward_weighted_regression import reward_weighted_loss, reward_weights, weight_statistics
-from diffusers_align.training import Report, Run
-from diffusers_align.training.offline import examples as offline
+from diffusers_align.training import Run
+from diffusers_align.training.offline.descent import descend
+from diffusers_align.training.offline.examples import Examples
+from diffusers_align.training.offline.rows import load_captioned, load_rows
+from diffusers_align.training.offline.steps import OfflineTraining
 
 
 def weighted(run, rows):
@@ -69,44 +63,32 @@ def weighted(run, rows):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "Reward-weighted regression")
-    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
-    rows, weights, statistics = weighted(run, offline.load_rows(run, "scored"))
-    real = offline.load_captioned(run, args.pretraining_dataset) if args.beta_pretrain else []
-    report = Report(run, rows)
-    policy = offline.load_policy(run)
-    examples, reference = offline.Examples(run, policy, rows), offline.Reference(run, policy)
-    pretraining = offline.Examples(run, policy, real, "pretraining") if real else None
-    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
-    run.resume()
-    report.start()
+    run.batches(args.num_samples_per_epoch)
+    rows, weights, statistics = weighted(run, load_rows(run, "scored"))
+    real = load_captioned(run, args.pretrain_dataset_name) if args.pretrain_weight else []
+    training = OfflineTraining(run, rows)
+    pretraining = Examples(run, training.policy, real, "pretraining") if real else None
 
-    for epoch in run.epochs():
-        norms, logged = [], defaultdict(list)
-        for chunk, weight in offline.epoch_batches(run, num_batches, batches_a_step):
-            for b in chunk:
-                # 1 images with noise
-                index, side = examples.batch(epoch, b)
-                sides = [side] + ([pretraining.batch(epoch, b)[1]] if pretraining else [])
-                own_weights = weights[index].to(policy.device)
+    for step in training.steps(**statistics):  # optimizer steps, each made when the loop comes back
+        for b in step.batches:
+            # 1 images with noise
+            index, side = training.examples.batch(step.epoch, b)
+            sides = [side] + ([pretraining.batch(step.epoch, b)[1]] if pretraining else [])
+            own_weights = weights[index].to(training.policy.device)
 
-                # 2 what the pretrained model makes of them
-                if args.beta_kl:
-                    reference(side)
+            # 2 what the pretrained model makes of them
+            if args.kl_weight:
+                training.reference(side)
 
-                # 3 loss and update
-                def loss(own, real=None):
-                    options = {"beta_kl": args.beta_kl, "beta_pretrain": args.beta_pretrain}
-                    return reward_weighted_loss(own.error, own_weights, own.distance, real.error if real else 0.0, **options)
+            # 3 loss and update
+            def loss(own, real=None):
+                options = {"kl_weight": args.kl_weight, "pretrain_weight": args.pretrain_weight}
+                return reward_weighted_loss(own.error, own_weights, own.distance, real.error if real else 0.0, **options)
 
-                value, (own, *_) = offline.descend(run, policy, loss, sides, weight)
-                metrics = {"loss": value, "weighted_error": own_weights * own.error, "error": own.error}
-                metrics |= {"ref_distance": own.distance} if args.beta_kl else {}
-                for name, number in metrics.items():
-                    logged[name].append(number.mean().item())
-            norms.append(run.optimizer_step())
-        run.log(run.epoch_metrics(None, [], norms, logged) | statistics)
-        report.validate(epoch)
-    report.finish()
+            value, (own, *_) = descend(run, training.policy, loss, sides, step.weight)
+            metrics = {"loss": value, "weighted_error": own_weights * own.error, "error": own.error}
+            metrics |= {"ref_distance": own.distance} if args.kl_weight else {}
+            step.log(**{name: number.mean().item() for name, number in metrics.items()})
 
 
 if __name__ == "__main__":

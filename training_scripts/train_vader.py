@@ -37,49 +37,34 @@ if __name__ == "__main__":
 
 from diffusers_align.algorithms.vader import frame_indices, grad_steps, vader_loss
 from diffusers_align.gradients.rollout import differentiable_rollout
-from diffusers_align.training import Report, Run
-from diffusers_align.training.gradient import updates as shared
-from diffusers_align.training.gradient.pretraining import Pretraining
+from diffusers_align.training import Run
+from diffusers_align.training.gradient.reward_check import count_frames
+from diffusers_align.training.gradient.updates import RewardTraining
 
 
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "VADER")
-    batches = run.batches(args.num_samples_per_epoch)
-    report, pretraining = Report(run), Pretraining(run)
-    policy = shared.load_policy(run)
-    clip = shared.GradientClip(run)
-    run.load_optimizer(args.num_epochs * -(-batches[0] // batches[1]))
-    run.resume()
-    num_frames = shared.count_frames(policy, report.prompts[0])
+    training = RewardTraining(run)
+    num_frames = count_frames(training.policy, training.report.prompts[0])
     if num_frames is None and args.given("frames"):
         run.print(f"--frames {args.frames} has no effect: the pipeline makes images, not videos.")
-    num_steps = shared.check_reward(run, policy, report, frames=None if num_frames is None else [0])
-    report.start()
+    num_steps = training.check_reward(frames=None if num_frames is None else [0])
 
-    for epoch in run.epochs():
-        logged = shared.EpochLog()
-        for update in shared.updates_of_epoch(run, policy, report, epoch, *batches):
-            steps = grad_steps(num_steps, update.generator, mode=args.backprop_mode, specific=args.backprop_step)
-            frames = None if num_frames is None else frame_indices(num_frames, update.generator, mode=args.frames)
-            for batch in update.batches:
-                with run.accelerator.autocast():
-                    # 1 differentiable roll-out
-                    rollout = differentiable_rollout(policy, batch.condition, grad_steps=steps, frames=frames, **shared.rollout_options(args))
+    for update in training.updates():  # optimizer steps, each made when the loop comes back
+        # 1 the steps that carry the gradient, and the frames that are decoded
+        steps = grad_steps(num_steps, update.generator, mode=args.backprop_mode, specific=args.backprop_step)
+        frames = None if num_frames is None else frame_indices(num_frames, update.generator, mode=args.frames)
+        training.logged["truncation"].append(len(steps))
+        for batch in update.batches:
+            with run.accelerator.autocast():
+                # 2 differentiable roll-out
+                rollout = differentiable_rollout(training.policy, batch.condition, grad_steps=steps, frames=frames, **training.rollout_options)
 
-                    # 2 reward and loss
-                    rewards = batch.reward(rollout.images.float())
-                    loss = shared.total_loss(policy, rollout, vader_loss(rewards, shared.reward_map(args)), args, logged)
-
-                # 3 update
-                run.accelerator.backward(shared.scored_sum(loss) * update.weight)
-                logged.add_rewards(batch, rewards)
-            logged["truncation"].append(len(steps))
-            pretraining.descend(policy, epoch, update.numbers, logged)
-            logged.norms.append(clip.step())
-        run.log(logged.metrics(run, report))
-        report.validate(epoch)
-    report.finish()
+                # 3 reward, loss and update
+                rewards = batch.reward(rollout.images.float())
+                loss = vader_loss(rewards, training.reward_map)
+            training.descend(update, batch, rollout, rewards, loss)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ Samples are drawn once, or in rounds, and scored; the model is trained on them a
 weights exp(r / tau) the samples' distribution p becomes p(x) exp(r(x) / tau): for a Gaussian N(mu, S) and the reward cx, exactly
 N(mu + cS/tau, S).
 
-$$ L = \mathbb E\big[w(r)\, L_\theta\big] + \beta_{pre}\,\mathbb E_{pre}\big[L_\theta\big] + \beta_{kl}\, \tfrac1D\|f_\theta - f_{ref}\|^2,
+$$ L = \mathbb E\big[w(r)\, L_\theta\big] + w_{pre}\,\mathbb E_{pre}\big[L_\theta\big] + w_{kl}\, \tfrac1D\|f_\theta - f_{ref}\|^2,
 \qquad w_i = N\,\mathrm{softmax}(r / \tau)_i $$
 
 Sources: for diffusion, the baseline RWR of DDPO (https://arxiv.org/abs/2305.13301); with rewards in [0, 1] as weights and a pretraining
@@ -143,8 +143,8 @@ def reward_weighted_loss(
     ref_distance: Tensor | float = 0.0,
     pretraining_error: Tensor | float = 0.0,
     *,
-    beta_kl: float = 0.0,
-    beta_pretrain: float = 0.0,
+    kl_weight: float = 0.0,
+    pretrain_weight: float = 0.0,
 ) -> Tensor:
     """The loss of each sample, (B,).
 
@@ -153,6 +153,6 @@ def reward_weighted_loss(
         weight: (B,), of `reward_weights`, without gradient.
         ref_distance: (B,) mean squared difference of the outputs of model and reference there.
         pretraining_error: (B,) or a number, the error on real images.
-        beta_kl, beta_pretrain: weights of these two, both 0: plain RWR.
+        kl_weight, pretrain_weight: weights of these two, both 0: plain RWR.
     """
-    return weight.to(error) * error + beta_kl * ref_distance + beta_pretrain * pretraining_error
+    return weight.to(error) * error + kl_weight * ref_distance + pretrain_weight * pretraining_error

@@ -374,13 +374,13 @@ def test_the_terms_of_the_loss():
     model = Model()
     error, _ = model.errors()
     distance, weight = matching_error(model.x @ model.weight, model.x @ model.reference), reward_weights(random(B))
-    loss = reward_weighted_loss(error, weight, distance, error.flip(0), beta_kl=0.3, beta_pretrain=0.7)
+    loss = reward_weighted_loss(error, weight, distance, error.flip(0), kl_weight=0.3, pretrain_weight=0.7)
     assert_equal(loss, weight * error + 0.3 * distance + 0.7 * error.flip(0))
-    assert_equal(reward_weighted_loss(error, weight, pretraining_error=error.mean(), beta_pretrain=0.7), weight * error + 0.7 * error.mean())
+    assert_equal(reward_weighted_loss(error, weight, pretraining_error=error.mean(), pretrain_weight=0.7), weight * error + 0.7 * error.mean())
     first = model.gradient(loss[:3].sum()) + model.gradient(loss[3:].sum())
     assert_equal(first / B, model.gradient(loss.mean()))
     inputs = [x.detach().requires_grad_() for x in (error, distance)]
-    assert torch.autograd.gradcheck(lambda e, k: reward_weighted_loss(e, weight, k, beta_kl=0.3), inputs)
+    assert torch.autograd.gradcheck(lambda e, k: reward_weighted_loss(e, weight, k, kl_weight=0.3), inputs)
 
 
 # --- N(mu, S) in one dimension under the reward c x ------------------------------------------------------------------------

@@ -263,7 +263,7 @@ def test_alignprops_other_cuts():
 
 
 def test_a_seed_fixes_the_choice():
-    for choose in (lambda g: refl.middle_step(40, g), lambda g: alignprop.truncation(50, g), lambda g: tuple(drtune.grad_steps(50, g, early_stop=9)[0])):
+    for choose in (lambda g: refl.middle_step(40, g), lambda g: alignprop.truncation(50, g), lambda g: tuple(drtune.grad_steps(50, g, skip_last_steps=9)[0])):
         assert drawn(choose, 20) == drawn(choose, 20)
         assert len(set(drawn(choose, 20))) > 1
 
@@ -282,14 +282,14 @@ def test_vaders_steps_and_frames():
 
 
 def test_drtunes_steps_are_evenly_spaced_and_end_before_the_stop():
-    choices = drawn(lambda g: drtune.grad_steps(50, g, number=5, early_stop=10), 500)
+    choices = drawn(lambda g: drtune.grad_steps(50, g, number=5, skip_last_steps=10), 500)
     assert {stop for _, stop in choices} == set(range(39, 50))
     for steps, stop in choices:
         assert len(steps) == 5 and 0 <= steps[0] and steps[-1] <= stop
         assert {b - a for a, b in zip(steps, steps[1:])} == {(stop + 1) // 5}
     assert {steps[0] for steps, _ in choices} >= set(range(8))
     with pytest.raises(ValueError, match="number"):
-        drtune.grad_steps(5, number=5, early_stop=1)
+        drtune.grad_steps(5, number=5, skip_last_steps=1)
 
 
 def test_drafts_truncation_is_checked():

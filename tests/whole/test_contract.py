@@ -592,7 +592,7 @@ def refl(flow, prompt, generator):
 
 
 def drtune(flow, prompt, generator):
-    steps, stop_step = sparse_steps(STEPS, generator, number=2, early_stop=1)
+    steps, stop_step = sparse_steps(STEPS, generator, number=2, skip_last_steps=1)
     return draft_loss(gain(differentiate(flow, prompt, steps, generator, stop_step=stop_step, detach_input=True), prompt))
 
 

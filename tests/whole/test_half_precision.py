@@ -46,7 +46,7 @@ THROUGH_SAMPLING = {
     "draft": ("draft", {**TWO, "kl_weight": 0.1}),
     "draft_lv": ("draft", {**TWO, "method": "draft_lv", "num_renoised": 1}),
     "srpo": ("draft", {**TWO, **MINI_SD, "method": "srpo", "reward_map": "hinge", "reward_target": 3.0, "num_inference_steps": 3}),
-    "drtune": ("draft", {**TWO, "method": "drtune", "num_trained_steps": 1, "early_stop": 1}),
+    "drtune": ("draft", {**TWO, "method": "drtune", "num_trained_steps": 1, "skip_last_steps": 1}),
     "adjoint": ("draft", {**TWO, "method": "draft", "adjoint": True}),
     "refl": ("refl", {**TWO, **MINI_SD, "window": (0.3, 0.9), "reward_target": 5.0, "reward_scale": 1.0}),
     "alignprop": ("alignprop", {**TWO, **MINI_SD, "truncation_schedule": "uniform", "reward_scale": 1.0}),

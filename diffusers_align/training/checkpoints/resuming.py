@@ -21,19 +21,19 @@ from ...rewards.registry import parse_terms
 # Decide what is learned: a change in the middle makes a run that no flags describe.
 LEARNED = frozenset(
     """
-    adaptive_weight adjoint adv_clip_max adv_mode attention_head_dim backprop_mode backprop_step bad_rows baseline best_of_n beta beta_pretrain
+    adaptive_weight adjoint adv_clip_max adv_mode attention_head_dim backprop_mode backprop_step bad_rows baseline best_of_n beta
     block_out_channels calibration_increment calibration_rounds calibration_tolerance call_kwargs cfg cg_damping cg_iterations clamp clip clip_mode
-    clip_range clip_range_high column_map coupling data data_split dataset_name dataset_split decay divert_start_step dmpo_alpha dspo_beta early_stop
+    clip_range clip_range_high column_map coupling data data_split dataset_name dataset_split decay divert_start_step dmpo_alpha dspo_beta
     early_stop_diversity early_stop_metric ema_beta error_weighting estimator eta force frames gae_lambda gamma ghuber_power global_std group_size
     guidance_scale height held_out image_root input_columns inversion_steps ipo_tau kl_form label_smoothing lag_decay lambda_d lambda_u last_steps
     layers_per_block linear_eta lora_alpha lora_layers loss loss_clip max_kl max_rows max_weight method min_margin min_std mixed_precision
     multi_reward noise_level num_candidates num_inference_steps num_prompts_per_epoch num_renoised num_samples_per_epoch num_train_timesteps
     num_trained_steps num_updates_per_epoch num_views objective pair_weighting pairs per_prompt_stat_buffer_size per_prompt_stat_min_count
-    per_prompt_stat_tracking pixels posterior_views pretrain_dataset_name pretrain_weight pretrained_model_name_or_path pretraining_dataset
+    per_prompt_stat_tracking pixels posterior_views pretrain_dataset_name pretrain_weight pretrained_model_name_or_path
     prompt_column prompts proportion_empty_prompts psi_init random_crop random_flip random_steps random_timesteps rank reference_decay
     reference_point reference_point_decay resolution revision reward reward_filter reward_map reward_model reward_scale reward_target reward_weight
     safeguard_mu same_latent scope score_scale sde_type sde_window sde_window_interval sde_window_range sde_window_size sde_window_strategy seed
-    sees_prompt sft_weight shared_timesteps sigma single_file_config smoothing_copies smoothing_quantile smoothing_std std_ddof stochastic
+    sees_prompt sft_weight shared_timesteps sigma single_file_config skip_last_steps smoothing_copies smoothing_quantile smoothing_std std_ddof stochastic
     temperature threshold ties
     timestep_fraction timestep_scheme top_k top_q trajectories truncation truncation_mean truncation_schedule truncation_std truncation_step
     unwanted_words update use_ema utility value_accumulation_steps value_baseline value_batch_size value_buffer_size variant verify views
@@ -43,7 +43,7 @@ LEARNED = frozenset(
 # Take effect from the resumed epoch on, and are said.
 TAKES_EFFECT = frozenset(
     """
-    adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 beta_kl early_stop_patience ema_decay ema_interval grad_clip_quantile
+    adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 early_stop_patience ema_decay ema_interval grad_clip_quantile
     invalid_rewards kl_beta kl_weight learning_rate lr_scheduler lr_warmup_steps max_grad_norm num_epochs value_learning_rate value_steps
     """.split()
 )
@@ -64,9 +64,7 @@ FREE = frozenset(
 )
 # Differ in every resumed run, so that nobody need be told.
 UNSAID = frozenset({"allow_changes", "config", "hub_token", "output_dir", "resume_from_checkpoint"})
-CONTENTS = frozenset(
-    {"data", "dataset_name", "pretrain_dataset_name", "pretrained_model_name_or_path", "pretraining_dataset", "prompts", "reward", "reward_model"}
-)
+CONTENTS = frozenset({"data", "dataset_name", "pretrain_dataset_name", "pretrained_model_name_or_path", "prompts", "reward", "reward_model"})
 NOT_FLAGS = frozenset({"command", "trackers", "hub_token"})
 MADE_BY = frozenset({"algorithm", "flags", "contents", "commands", "samples_a_step", "processes"})
 # A file up to this size counts by its content, a larger one by its size.

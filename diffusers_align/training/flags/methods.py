@@ -103,21 +103,28 @@ class NoiseArguments(StrengthArguments):
         return self
 
 
-class PretrainingArguments(
-    NoisedImageArguments,
-    needs={name: {"pretrain_dataset_name": True} for name in NoisedImageArguments.model_fields if name != "config"},
-):
+class PretrainingLossArguments(Arguments):
     """pre-training loss"""
 
-    # Used by `gradient.pretraining`.
-    pretrain_dataset_name: str | None = option(None, "captioned images (a file, a folder, a set of the Hub) for plain fine-tuning beside the reward")
-    pretrain_weight: NonNegative | None = option(None, "of that loss; 1 if absent, as in ReFL's paper", needs={"pretrain_dataset_name": True})
+    # Used by `gradient.pretraining`, and by RWR.
+    pretrain_dataset_name: str | None = option(None, "captioned images (a file, a folder, a set of the Hub) for plain fine-tuning besides", advanced=True)
+    pretrain_weight: NonNegative | None = option(None, "of that loss; 1 if absent, as in ReFL's paper", needs={"pretrain_dataset_name": True}, advanced=True)
 
     @model_validator(mode="after")
     def _fill_pretrain_weight(self):
         if self.pretrain_weight is None:
             self.pretrain_weight = 1.0 if self.pretrain_dataset_name else 0.0
         return self
+
+
+# Each does something where there are such images, and few runs have them.
+OF_CAPTIONED = [name for name in NoisedImageArguments.model_fields if name != "config"]
+
+
+class PretrainingArguments(
+    PretrainingLossArguments, NoisedImageArguments, needs={name: {"pretrain_dataset_name": True} for name in OF_CAPTIONED}, advanced=OF_CAPTIONED
+):
+    """pre-training loss"""
 
 
 class RewardGradientArguments(PretrainingArguments, TrainingArguments, defaults={"gradient_accumulation_steps": 1}):
@@ -129,11 +136,13 @@ class RewardGradientArguments(PretrainingArguments, TrainingArguments, defaults=
     reward_target: Real | None = option(None, "a margin, a target, or the best possible reward", needs={"reward_map": ("hinge", "distance", "shortfall")})
     reward_scale: Positive = option(1.0, "factor of that loss: with Adam, its weight against --kl_weight and the clipping")
     kl_weight: NonNegative = option(0.0, "of the distance to the pretrained model at the trained steps; 0 saves its forward pass")
-    grad_clip_quantile: PositiveShare | None = option(None, "also clip at this quantile of the last 100 updates' gradient norms")
+    grad_clip_quantile: PositiveShare | None = option(None, "also clip at this quantile of the last 100 gradient norms", advanced=True)
     stochastic: bool = option(False, "roll out with the SDE twin's noise; otherwise by the pipeline's own solver")
-    eta: Probability | None = option(None, "of that noise for diffusion: 0 is DDIM's ODE, 1 (if absent) ancestral sampling", needs={"stochastic": True})
-    checkpoint_steps: bool = option(True, "compute each step's activations again on the way back")
-    checkpoint_decoder: bool = option(True, "compute the autoencoder's activations again on the way back")
+    eta: Probability | None = option(
+        None, "of that noise for diffusion: 0 is DDIM's ODE, 1 (if absent) ancestral sampling", needs={"stochastic": True}, advanced=True
+    )
+    checkpoint_steps: bool = option(True, "compute each step's activations again on the way back", advanced=True)
+    checkpoint_decoder: bool = option(True, "compute the autoencoder's activations again on the way back", advanced=True)
 
     @model_validator(mode="after")
     def _check_reward_map(self):

@@ -1,4 +1,5 @@
-"""Adjoint Matching on a policy: the reward's gradient, and its way back through the pretrained pipeline step by step."""
+"""A reward's gradient on its way back through the pipeline step by step, from stored states: Adjoint Matching's lean adjoints along the
+pretrained model's chain, and the continuous adjoint of the model that is trained (`train_draft.py --adjoint`)."""
 
 from __future__ import annotations
 
@@ -9,13 +10,17 @@ import torch
 from torch import Tensor
 
 from ...algorithms.adjoint_matching import lean_adjoints, smoothed_gradient, terminal_adjoint
+from ...algorithms.continuous_adjoint import adjoint_gradient
+from ...algorithms.draft import draft_loss
 from ...condition import Condition
 from ...forward_process import ForwardProcess
 from ...gradients.check import scaled_gradients
 from ...gradients.decoding import decode_latents
+from ...gradients.rollout import differentiable_rollout, solver_step
 from ...policy import Policy, noise_seed
 from ...trajectory import Trajectory
 from ...transition import GaussianTransition
+from .losses import reward_map, scored_sum
 
 
 def make_memoryless(policy: Policy, sde_type: str = "memoryless") -> None:
@@ -176,3 +181,30 @@ def matching_targets(
         missing = [k for k in steps if k not in means]
         means |= {k: kernel.mean for k, kernel in policy.transitions(trajectory, missing, condition).items()}
     return Matching({k: means[k] for k in steps}, {k: adjoints[k] for k in steps}, reward)
+
+
+# --- the continuous adjoint ----------------------------------------------------------------------------------------------
+
+
+def adjoint_backward(run, policy: Policy, batch, truncation: int, weight: float) -> tuple[Tensor, float]:
+    """Add the gradient of `weight` * sum(loss) through the last `truncation` steps to the parameters', step by step from stored states.
+
+    Returns:
+        The rewards (B,) and the adjoint's `mismatch`.
+
+    Raises:
+        ValueError: the solver remembers earlier steps.
+    """
+    parameters = run.parameters
+    with run.accelerator.autocast():
+        rollout = differentiable_rollout(policy, batch.condition, grad_steps=[], decode=False)
+        latents = rollout.latents.detach().requires_grad_()
+        images = decode_latents(policy, latents, batch.condition, checkpoint=run.args.checkpoint_decoder)
+        rewards = batch.reward(images.float())
+        (final,) = torch.autograd.grad(scored_sum(draft_loss(rewards, reward_map(run.args))) * weight, latents)
+        states = [*rollout.states, latents.detach()]
+        first = len(rollout.states) - truncation
+        found = adjoint_gradient(lambda k, x: solver_step(policy, batch.condition, first + k, x), states[first:], final, parameters)
+    for parameter, gradient in zip(parameters, found.gradients):
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+    return rewards.detach(), found.mismatch

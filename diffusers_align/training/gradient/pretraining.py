@@ -11,7 +11,10 @@ Logged: `pretrain_loss`, without its weight.
 from __future__ import annotations
 
 from ...policy import Policy
-from ..offline import examples as offline
+from ..offline.descent import descend
+from ..offline.examples import Examples
+from ..offline.rows import load_captioned
+from ..offline.steps import sample_weight
 
 
 class Pretraining:
@@ -19,7 +22,7 @@ class Pretraining:
 
     def __init__(self, run):
         self.run, self.examples = run, None
-        self.rows = offline.load_captioned(run, run.args.pretrain_dataset_name) if run.args.pretrain_weight else []
+        self.rows = load_captioned(run, run.args.pretrain_dataset_name) if run.args.pretrain_weight else []
 
     def descend(self, policy: Policy, epoch: int, batches: range, logged: dict[str, list[float]]) -> None:
         """Add the gradient at one optimizer step to the parameters': a batch of images for each of the step's own `batches`, which
@@ -27,9 +30,9 @@ class Pretraining:
         if not self.rows:
             return
         if self.examples is None:
-            self.examples = offline.Examples(self.run, policy, self.rows, "pretraining")
-        weight = self.run.args.pretrain_weight * offline.sample_weight(self.run, batches)
+            self.examples = Examples(self.run, policy, self.rows, "pretraining")
+        weight = self.run.args.pretrain_weight * sample_weight(self.run, batches)
         for b in batches:
             _, noised = self.examples.batch(epoch, b)
-            loss, _ = offline.descend(self.run, policy, lambda own: own.error, [noised], weight)
+            loss, _ = descend(self.run, policy, lambda own: own.error, [noised], weight)
             logged["pretrain_loss"].append(loss.mean().item())

@@ -1,9 +1,11 @@
-"""Finished samples noised anew, and the images that one more call of the model makes of them: DRaFT-LV's and SRPO's."""
+"""DRaFT's relatives (`train_draft.py` alone has them): finished samples noised anew, the images that one more call of the model makes of them,
+and their rewards under two texts. DRaFT-LV's and SRPO's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ...algorithms.draft import renoised
-from ...algorithms.srpo import recovered_sample
+from ...algorithms.srpo import recovered_sample, semantic_relative_preference
 from ...driving.replacements import replaced
 from ...forward_process import ForwardProcess
 from ...gradients.decoding import decode_latents
@@ -75,6 +77,18 @@ def aligned_images(policy: Policy, rollout: DifferentiableRollout, k: int, *, ch
     recovered = (recovered_sample(x0, noise, velocity, sigma=levels[k], sigma_next=levels[after]) for after in (k + 1, k - 1))
     denoised, inverted = (decode_latents(policy, clean.to(x0.dtype), rollout.condition, checkpoint=decode_checkpoint).float() for clean in recovered)
     return denoised, inverted
+
+
+def relative_rewards(run, batch, images: Tensor, words: tuple[str, str], discount: float) -> Tensor:
+    """SRPO's relative rewards (B,): the images' with the first of `words` before the prompts, against those with the second."""
+    asked = ([replace(prompt, text=f"{word} {prompt.text}".strip()) for prompt in batch.asked] for word in words)
+    wanted, unwanted = (replace(batch.reward, asked=prompts)(images) for prompts in asked)
+    if torch.equal(wanted, unwanted):
+        run.explain_once(
+            f"SRPO: the reward is the same under {words[0]!r} and {words[1]!r}, so it reads no such words in a prompt, and all that is left of the relative "
+            f"reward is {discount:.2g} times the reward. Take one that compares images with texts, such as clip_score, hps_v2 or pick_score."
+        )
+    return semantic_relative_preference(wanted, unwanted, discount)
 
 
 def _predicted(policy: Policy, x: Tensor, t: Tensor, rollout: DifferentiableRollout, checkpoint: bool) -> Tensor:

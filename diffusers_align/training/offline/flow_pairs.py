@@ -1,4 +1,7 @@
-"""What a preference flow is trained on and judged by: latents of image pairs, outputs to transport, the pipeline and its card."""
+"""What a preference flow is trained on and judged by: latents of image pairs, outputs to transport, the pipeline and its card.
+
+`train_pfm.py` alone has it: its model is no policy, so that nothing of the other scripts fits.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import random
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +20,8 @@ from ...data import LazyImage, Prompt
 from ...files.paths import front_door
 from ...files.weight_files import settle_all
 from ...rewards import InvalidReward
-from ..checkpoints import resuming
 from ..online.scoring import Scorer, columns_of
-from ..report.model_card import front_matter, public, public_command, public_configuration
+from ..report.model_card import front_matter, page, published_as
 from ..report.pictures import before_and_after
 from ..report.pictures import save as save_picture
 from ..report.statistics import WinRate, in_words, mean_and_error, win_rate
@@ -166,40 +167,17 @@ def save(run, pipeline, transported: Transported, asked: Iterable[str], judged: 
 
 
 def _card(run, results: dict[str, str], judged: str) -> str:
-    args = run.args
-    repo = args.hub_model_id if args.push_to_hub and args.hub_model_id else public(str(args.output_dir))
+    args, repo = run.args, published_as(run)
     front = front_matter(args.pretrained_model_name_or_path, ["preference-flow-matching", "image-to-image"], "image-to-image", data=args.data)
-    rows = "\n".join(f"| {public(name)} | {value} |" for name, value in results.items())
-    pictures = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in ("before_after.png", "reward_curve.png") if (run.output_dir / p).is_file())
+    text = (
+        f"A preference flow (https://arxiv.org/abs/2405.19806), trained with diffusers-align {__version__}: it carries any images, whoever made them, to "
+        "preferred ones."
+    )
     call = f"num_inference_steps={args.num_inference_steps}, iterations={args.iterations}, strength={args.strength:g}, solver={args.solver!r}"
-    return f"""{front}
-
-# {repo}
-
-A preference flow (https://arxiv.org/abs/2405.19806), trained with diffusers-align {__version__}: it carries any images, whoever made them, to preferred ones.
-
-```python
-from diffusers_align.pipelines.preference_flow import PreferenceFlowPipeline
+    code = f"""from diffusers_align.pipelines.preference_flow import PreferenceFlowPipeline
 
 pipe = PreferenceFlowPipeline.from_pretrained("{repo}")
-images = pipe(images, prompts, {call}).images
-```
-
-Outputs of {judged} before and after the flow (mean ± standard error; 95 % interval of the win rate):
-
-| | |
-|---|---|
-{rows}
-
-{pictures}
-
-## Training
-
-```bash
-{public_command(resuming.commands(run))}
-```
-
-```yaml
-{public_configuration(args)}
-```
-"""
+images = pipe(images, prompts, {call}).images"""
+    caption = f"Outputs of {judged} before and after the flow (mean ± standard error; 95 % interval of the win rate):"
+    pictures = [name for name in ("before_after.png", "reward_curve.png") if (run.output_dir / name).is_file()]
+    return page(run, front, repo, text, code, caption, results, pictures)

@@ -1,4 +1,7 @@
-"""Data sets of each kind from the rewards of a model's own images, and whether there is anything to learn from them."""
+"""Data sets of each kind from the rewards of a model's own images, and whether there is anything to learn from them.
+
+The other end of what this folder reads: `make_preferences.py` alone writes, and is long enough without.
+"""
 
 from __future__ import annotations
 

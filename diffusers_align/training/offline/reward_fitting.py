@@ -1,4 +1,7 @@
-"""Fitting a reward to preferences of any kind: examples, what they ask of the reward's logits, and what the result is worth."""
+"""Fitting a reward to preferences of any kind: examples, what they ask of the reward's logits, and what the result is worth.
+
+`train_reward.py` alone has it: what it trains is a head on CLIP, not a pipeline.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from ...rewards.learned import RewardModel
 from ...rl.pair_losses import pair_loss, plackett_luce_loss
 from ..report.statistics import wilson_interval
 from ..run.health import Start
-from .data_latents import LatentImages, Noising, Position, as_they_are, predict
+from .data_latents import LatentImages, Position
+from .noised_latents import Noising, as_they_are, predict
 
 TARGET = {"pair": "label_0", "binary": "label", "scored": "reward", "ranked": "ranks"}
 NOISE_BINS = 4

@@ -107,29 +107,26 @@ def write_widgets(output_dir: Path, prompts: list[str], images: list) -> list[di
     return found
 
 
-def lora_card(run, results: dict[str, tuple[float, float]], pictures: list[str], note: str, judged_on: str, widgets: list[dict]) -> str:
-    """The card of a LoRA: how to load it, results as (mean, s.e.), pictures, a note on the training, the command and the configuration."""
-    args, given = run.args, run.args.pretrained_model_name_or_path
-    pushed = bool(args.push_to_hub)
-    where = args.hub_model_id if pushed and args.hub_model_id else public(str(args.output_dir))
-    title, data = (where if pushed else run.output_dir.name), getattr(args, "dataset_name", None)
-    policy = run.policy
-    tags = ["lora", "template:sd-lora", re.sub(r"[^a-z0-9]+", "-", run.algorithm.lower()).strip("-")]
-    front = front_matter(given, tags, pipeline_tag(policy.pipeline), widgets, data)
-    aim = f"the preferences of `{public(data)}`" if data else f"the reward `{public(args.reward)}`"
-    rows = "\n".join(f"| {public(key)} | {in_words(mean, error)} |" for key, (mean, error) in results.items())
-    measured = f"; the reward, which only measures, is `{public(args.reward)}`" if data and args.reward else ""
-    caption = f"Results on {judged_on} at equal seeds (mean ± standard error, {args.num_eval_samples} images{measured}):"
+def published_as(run) -> str:
+    """What lines that load it call the output folder: the repository that it is pushed to, or the folder."""
+    args = run.args
+    return args.hub_model_id if args.push_to_hub and args.hub_model_id else public(str(args.output_dir))
+
+
+def page(run, front: str, title: str, text: str, code: str, caption: str, results: dict[str, str], pictures: list[str], note: str = "") -> str:
+    """A card: what it is and the lines that load it, results in words with a caption (none: no table), pictures of the output folder, a note
+    on the training, the command and the configuration."""
+    rows = "\n".join(f"| {public(name)} | {value} |" for name, value in results.items())
     table = f"{caption}\n\n| | |\n|---|---|\n{rows}\n\n" if results else ""
     shown = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in pictures)
     return f"""{front}
 
 # {title}
 
-A LoRA that aligns `{public(given)}` with {aim}, trained by {run.algorithm} with diffusers-align {__version__}.
+{text}
 
 ```python
-{loading_lines(policy, given, where, pushed)}
+{code}
 ```
 
 {table}{shown}
@@ -141,9 +138,24 @@ A LoRA that aligns `{public(given)}` with {aim}, trained by {run.algorithm} with
 ```
 
 ```yaml
-{public_configuration(args)}
+{public_configuration(run.args)}
 ```
 """
+
+
+def lora_card(run, results: dict[str, tuple[float, float]], pictures: list[str], note: str, judged_on: str, widgets: list[dict]) -> str:
+    """The card of a LoRA, with results as (mean, s.e.): see `page`."""
+    args, policy, given = run.args, run.policy, run.args.pretrained_model_name_or_path
+    pushed, where, data = bool(args.push_to_hub), published_as(run), getattr(args, "dataset_name", None)
+    tags = ["lora", "template:sd-lora", re.sub(r"[^a-z0-9]+", "-", run.algorithm.lower()).strip("-")]
+    front = front_matter(given, tags, pipeline_tag(policy.pipeline), widgets, data)
+    aim = f"the preferences of `{public(data)}`" if data else f"the reward `{public(args.reward)}`"
+    text = f"A LoRA that aligns `{public(given)}` with {aim}, trained by {run.algorithm} with diffusers-align {__version__}."
+    measured = f"; the reward, which only measures, is `{public(args.reward)}`" if data and args.reward else ""
+    caption = f"Results on {judged_on} at equal seeds (mean ± standard error, {args.num_eval_samples} images{measured}):"
+    worded = {name: in_words(mean, error) for name, (mean, error) in results.items()}
+    title = where if pushed else run.output_dir.name
+    return page(run, front, title, text, loading_lines(policy, given, where, pushed), caption, worded, pictures, note)
 
 
 def loading_lines(policy, given: str, where: str, pushed: bool) -> str:

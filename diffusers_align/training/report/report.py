@@ -8,8 +8,8 @@ from tqdm.auto import tqdm
 
 from ...data.prompts import Prompt, load_prompts
 from ...lora import stock_lines
-from ..offline.examples import reading_options
 from ..offline.held_out_pairs import HeldOutPairs, margins
+from ..offline.rows import reading_options
 from ..online.sampling import Evaluation, described_solver, evaluate, paired_gain
 from ..online.scoring import reward_of_flags
 from ..run import failures

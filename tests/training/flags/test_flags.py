@@ -20,7 +20,7 @@ from diffusers_align.training.flags.options import options_of as flags_of
 PACKAGE, SCRIPTS = Path(__file__).parents[3] / "diffusers_align", folder("training_scripts")
 STEMS = sorted(path.stem for path in SCRIPTS.glob("*.py"))
 # Flags that are given together or not at all.
-PARTNERS = [("step_aware", "pretrained_model_name_or_path"), ("pretrained_model_name_or_path", "step_aware"), ("beta_pretrain", "pretraining_dataset")]
+PARTNERS = [("step_aware", "pretrained_model_name_or_path"), ("pretrained_model_name_or_path", "step_aware")]
 READ_AS = {"report_to": "trackers"}
 EXTREMES = ["nan", "inf", "-inf", "-1", "0", "1e30", str(10**12), ""]
 

@@ -19,9 +19,12 @@ from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.gradients.check import GradientError
 from diffusers_align.gradients.rollout import differentiable_rollout
 from diffusers_align.rewards import InvalidReward, RewardError, RewardTimeout
-from diffusers_align.training.gradient import renoised
-from diffusers_align.training.gradient import updates as shared
+from diffusers_align.training.gradient import epoch_log, losses, renoised
+from diffusers_align.training.gradient.adjoints import adjoint_backward
 from diffusers_align.training.gradient.bound_rewards import BoundReward
+from diffusers_align.training.gradient.losses import distance_to_reference, scored_sum, total_loss
+from diffusers_align.training.gradient.reward_check import count_frames
+from diffusers_align.training.gradient.updates import Batch, updates_of_epoch
 from diffusers_align.training.online.scoring import Scorer
 from diffusers_align.training.run.run import Run
 
@@ -40,7 +43,7 @@ def task(tmp_path_factory):
 def finished(task):
     """DRaFT-2 with everything that has a state of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared, "MIN_NORMS", 2)
+        patch.setattr(epoch_log, "MIN_NORMS", 2)
         return run_script("draft", task / "run", task, **{**STATEFUL, "num_epochs": 3})
 
 
@@ -61,7 +64,7 @@ def test_a_run_and_its_lora(finished):
 
 
 def test_resumed_equals_uninterrupted(finished, task, tmp_path, monkeypatch):
-    monkeypatch.setattr(shared, "MIN_NORMS", 2)
+    monkeypatch.setattr(epoch_log, "MIN_NORMS", 2)
     run_script("draft", tmp_path / "run", task, **STATEFUL)
     run_script("draft", tmp_path / "run", task, **{**STATEFUL, "num_epochs": 3, "resume_from_checkpoint": "latest"})
     assert_same_run(tmp_path / "run", finished, "checkpoint-3")
@@ -69,7 +72,7 @@ def test_resumed_equals_uninterrupted(finished, task, tmp_path, monkeypatch):
 
 METHODS = {
     "draft_lv": ("draft", {"method": "draft_lv", "num_renoised": 1}),
-    "drtune": ("draft", {"method": "drtune", "num_trained_steps": 2, "early_stop": 1}),
+    "drtune": ("draft", {"method": "drtune", "num_trained_steps": 2, "skip_last_steps": 1}),
     "srpo": ("draft", {"method": "srpo", "reward_map": "hinge", "reward_target": 3.0, **MINI_SD}),
     "adjoint": ("draft", {"method": "draft", "adjoint": True}),
     "refl": ("refl", {"window": (0.3, 0.9), "reward_target": 5.0, "reward_scale": 1.0}),
@@ -142,7 +145,7 @@ def test_videos(task, tmp_path):
 
 @pytest.mark.long
 def test_two_processes_train_what_one_does(task, tmp_path):
-    flags = {**FLAGS, "method": "drtune", "num_trained_steps": 1, "early_stop": 2, "adam_epsilon": 1e-3}
+    flags = {**FLAGS, "method": "drtune", "num_trained_steps": 1, "skip_last_steps": 2, "adam_epsilon": 1e-3}
     flags |= {"train_batch_size": 2, "gradient_accumulation_steps": 1}
     run_script_on_two_processes("draft", task / "two", task, **flags)
     run_script("draft", tmp_path / "one", task, **{**flags, "reward": f"{task / 'rewards.py'}:recorded"})
@@ -160,9 +163,9 @@ def loss_args(**flags):
 @pytest.mark.parametrize("reward_map, expected", [("none", [-1.0, -3.0]), ("hinge", [1.0, 0.0]), ("distance", [1.0, 1.0]), ("shortfall", [1.0, -1.0])])
 def test_the_reward_in_the_loss(reward_map, expected):
     args = loss_args(reward_map=reward_map, reward_target=None if reward_map == "none" else 2.0, reward_scale=0.5)
-    loss = shared.reward_map(args)(torch.tensor([1.0, 3.0, torch.nan]))
+    loss = losses.reward_map(args)(torch.tensor([1.0, 3.0, torch.nan]))
     assert loss[:2].tolist() == [0.5 * e for e in expected] and loss[2].isnan()
-    assert shared.scored_sum(loss) == 0.5 * sum(expected)
+    assert scored_sum(loss) == 0.5 * sum(expected)
 
 
 def undefined_of_dogs(images, prompts, **columns):
@@ -179,7 +182,7 @@ def test_a_sample_that_could_not_be_scored_has_no_part_in_the_gradient(family):
     for reward in (undefined_of_dogs, lambda images, prompts, **columns: images.flatten(1).mean(1) * torch.tensor([1.0, 0.0])):
         rollout = differentiable_rollout(policy, conditioned(policy), grad_steps=[2, 3])
         rewards = BoundReward(reward, asked, "mask")(rollout.images.float())
-        found = torch.autograd.grad(shared.scored_sum(-rewards), policy.trainable_parameters(), allow_unused=True)
+        found = torch.autograd.grad(scored_sum(-rewards), policy.trainable_parameters(), allow_unused=True)
         gradients.append(torch.cat([g.flatten() for g in found if g is not None]))
     assert gradients[0].isfinite().all() and gradients[0].abs().max() > 0
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-9)
@@ -188,7 +191,7 @@ def test_a_sample_that_could_not_be_scored_has_no_part_in_the_gradient(family):
 def test_a_masked_image_gets_the_gradient_zero_and_no_hook_where_nothing_is_masked():
     images = torch.rand(2, 3, 4, 4, requires_grad=True)
     rewards = BoundReward(undefined_of_dogs, [Prompt("a cat"), Prompt("a dog")], "mask")(images)
-    (found,) = torch.autograd.grad(shared.scored_sum(rewards), images)
+    (found,) = torch.autograd.grad(scored_sum(rewards), images)
     assert torch.equal(found[0], torch.full((3, 4, 4), 1 / 48)) and not found[1].any()
     with pytest.raises(InvalidReward, match="a dog"):
         BoundReward(undefined_of_dogs, [Prompt("a dog")], "error")(images[:1])
@@ -209,14 +212,14 @@ def test_a_reward_that_fails_is_masked_or_named_as_the_flag_says():
     images, asked = torch.rand(2, 3, 4, 4, requires_grad=True), [Prompt("a cat"), Prompt("a dog")]
     rewards = BoundReward(raises_for_dogs, asked, "mask")(images)
     assert rewards[0] == images[0].mean() and rewards[1].isnan()
-    (found,) = torch.autograd.grad(shared.scored_sum(rewards), images)
+    (found,) = torch.autograd.grad(scored_sum(rewards), images)
     assert torch.equal(found[0], torch.full((3, 4, 4), 1 / 48)) and not found[1].any()
     with pytest.raises(RewardError, match="raised KeyError: 'dog', for 2 images of the prompts 'a cat', 'a dog'"):
         BoundReward(raises_for_dogs, asked, "error")(images)
     with pytest.raises(RewardTimeout, match="no answer in 0.05 s"):
         BoundReward(sleeps, asked, "error", 0.05)(images)
     late = BoundReward(sleeps, asked, "mask", 0.05)(images)
-    assert late.isnan().all() and not torch.autograd.grad(shared.scored_sum(late), images)[0].any()
+    assert late.isnan().all() and not torch.autograd.grad(scored_sum(late), images)[0].any()
     timed = BoundReward(brightness, asked, "error", 60.0)(images)
     torch.testing.assert_close(torch.autograd.grad(timed.sum(), images)[0], torch.full_like(images, 1 / 48))
 
@@ -318,7 +321,8 @@ def test_updates_do_not_depend_on_the_number_of_processes():
         found = []
         for rank in range(world):
             run = fake_run(tiny("sd3"), rank, world, batch_size=2, gradient_accumulation_steps=2)
-            for number, update in enumerate(shared.updates_of_epoch(run, tiny("sd3"), REPORT, 3, *Run.batches(run, 8))):
+            Run.batches(run, 8)
+            for number, update in enumerate(updates_of_epoch(run, tiny("sd3"), REPORT, 3)):
                 samples = [pair for batch in update.batches for pair in zip(batch.condition.seeds, batch.condition.prompts)]
                 found.append((number, int(torch.randint(10**9, (), generator=update.generator)), update.weight, samples))
         return found
@@ -334,11 +338,12 @@ def test_updates_do_not_depend_on_the_number_of_processes():
 @pytest.mark.parametrize("truncation", [2, 4])
 def test_the_adjoint_gives_the_same_gradient(truncation):
     policy, run = tiny("sd3"), fake_run(tiny("sd3"), 0, 1, 2, gradient_accumulation_steps=1)
-    update = next(shared.updates_of_epoch(run, policy, REPORT, 0, *Run.batches(run, 8)))
+    Run.batches(run, 8)
+    update = next(updates_of_epoch(run, policy, REPORT, 0))
     batch = update.batches[0]
     rollout = differentiable_rollout(policy, batch.condition, grad_steps=range(4 - truncation, 4))
     expected = torch.autograd.grad(-batch.reward(rollout.images).sum() * update.weight, run.parameters)
-    rewards, mismatch = shared.adjoint_backward(run, policy, batch, truncation, update.weight)
+    rewards, mismatch = adjoint_backward(run, policy, batch, truncation, update.weight)
     assert mismatch < 1e-5
     torch.testing.assert_close(rewards, batch.reward(rollout.images).detach())
     for parameter, gradient in zip(run.parameters, expected):
@@ -360,14 +365,14 @@ def test_the_distance_to_the_reference(family):
     with policy.reference():
         old = policy.transitions(trajectory, [1, 2])
         own = differentiable_rollout(policy, conditioned(policy), grad_steps=[1], decode=False)
-        assert shared.distance_to_reference(policy, own).abs().max() == 0
-    kl = shared.distance_to_reference(policy, stochastic)
+        assert distance_to_reference(policy, own).abs().max() == 0
+    kl = distance_to_reference(policy, stochastic)
     expected = sum(new[k].kl(old[k]) for k in (1, 2)) / 2 / trajectory.final[0].numel()
     torch.testing.assert_close(kl.detach(), expected.to(kl), rtol=1e-3, atol=0)
     silent = differentiable_rollout(policy, conditioned(policy), grad_steps=[1], decode=False)
-    assert (shared.distance_to_reference(policy, silent) > 0).all()
+    assert (distance_to_reference(policy, silent) > 0).all()
     logged = {"kl": []}
-    total = shared.total_loss(policy, stochastic, torch.ones(2), loss_args(kl_weight=2.0), logged)
+    total = total_loss(policy, stochastic, torch.ones(2), loss_args(kl_weight=2.0), logged)
     torch.testing.assert_close(total, 1 + 2 * kl)
     assert logged["kl"] == [pytest.approx(kl.mean().item())]
 
@@ -381,7 +386,7 @@ def test_the_distance_has_its_whole_gradient(family, stochastic):
 
     def distance():
         rollout = differentiable_rollout(policy, conditioned(policy), grad_steps=range(4), stochastic=stochastic, decode=False)
-        return shared.distance_to_reference(policy, rollout).sum()
+        return distance_to_reference(policy, rollout).sum()
 
     found = torch.autograd.grad(distance(), parameters, allow_unused=True)
     norm = sum(g.square().sum() for g in found if g is not None).sqrt()
@@ -461,10 +466,10 @@ def test_relative_rewards_read_the_words():
     asked = [Prompt("cat"), Prompt("mouse")]
     said = []
     run = SimpleNamespace(explain_once=said.append)
-    found = shared.relative_rewards(run, shared.Batch(None, asked, BoundReward(lengths, asked)), torch.zeros(2, 3, 4, 4), ("red", "a"), 0.5)
+    found = renoised.relative_rewards(run, Batch(None, asked, BoundReward(lengths, asked)), torch.zeros(2, 3, 4, 4), ("red", "a"), 0.5)
     assert found.tolist() == [1.5 * 7 - 5, 1.5 * 9 - 7]
     assert not said
-    shared.relative_rewards(run, shared.Batch(None, asked, BoundReward(brightness, asked)), torch.ones(2, 3, 4, 4), ("red", "a"), 0.5)
+    renoised.relative_rewards(run, Batch(None, asked, BoundReward(brightness, asked)), torch.ones(2, 3, 4, 4), ("red", "a"), 0.5)
     assert len(said) == 1 and "the same under 'red' and 'a'" in said[0]
 
 
@@ -475,12 +480,12 @@ def test_the_clip_follows_the_norms(monkeypatch):
         register=lambda name, it: None,
         optimizer_step=lambda limit: limits.append(limit) or next(norms),
     )
-    monkeypatch.setattr(shared, "MIN_NORMS", 2)
-    clip = shared.GradientClip(run)
+    monkeypatch.setattr(epoch_log, "MIN_NORMS", 2)
+    clip = epoch_log.GradientClip(run)
     for _ in range(5):
         clip.step()
     assert limits == [5.0, 5.0, 2.0, 2.0, 2.0]
-    again = shared.GradientClip(run)
+    again = epoch_log.GradientClip(run)
     again.load_state_dict(clip.state_dict())
     assert again.limit == clip.limit == 2.5
     run.args.grad_clip_quantile = None
@@ -488,5 +493,5 @@ def test_the_clip_follows_the_norms(monkeypatch):
 
 
 def test_frames_are_counted():
-    assert shared.count_frames(tiny("wan"), Prompt("a cat")) == 5
-    assert shared.count_frames(tiny("sd3"), Prompt("a cat")) is None
+    assert count_frames(tiny("wan"), Prompt("a cat")) == 5
+    assert count_frames(tiny("sd3"), Prompt("a cat")) is None

@@ -18,7 +18,12 @@ from diffusers_align.algorithms.diffusion_sdpo import safeguard_scale, scale_gra
 from diffusers_align.algorithms.dspo import dspo_loss
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.policy import Policy
-from diffusers_align.training.offline import examples as offline
+from diffusers_align.training.offline.data_latents import Position
+from diffusers_align.training.offline.descent import Measured, Reference, descend, measure
+from diffusers_align.training.offline.examples import Examples, pairs_of
+from diffusers_align.training.offline.noised_latents import predict
+from diffusers_align.training.offline.rows import load_rows
+from diffusers_align.training.offline.steps import load_policy
 from diffusers_align.training.run.run import Run
 
 torch.set_num_threads(1)
@@ -30,7 +35,7 @@ FLAGS = {
     "dpo": {},
     "dspo": {**MINI_SD, "dspo_beta": 0.5, "two_pass": True},
     "kto": {"gamma": 0.5},
-    "rwr": {**MINI_SD, "temperature": 0.5, "beta_kl": 0.1},
+    "rwr": {**MINI_SD, "temperature": 0.5, "kl_weight": 0.1},
 }
 
 
@@ -84,18 +89,11 @@ def prepared(folder, task, **flags):
     values |= {"dataset_name": task / "pair.jsonl", "output_dir": folder, "train_batch_size": 4, "num_samples_per_epoch": 8, **flags}
     run = make_run(folder, **vars(script.parse_args([f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()])))
     run.batches(run.args.num_samples_per_epoch)
-    found = offline.load_rows(run, "pair")
-    policy = offline.load_policy(run)
+    found = load_rows(run, "pair")
+    policy = load_policy(run)
     for i, parameter in enumerate(policy.trainable_parameters()):
         parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
-    return run, policy, found, offline.Examples(run, policy, found)
-
-
-def pair_at(examples, found, policy, epoch=0, batch=0):
-    places = examples.positions(epoch, batch)
-    images, labels, weights = offline.pairs_of(found, places, policy.device)
-    condition = examples.condition(places)
-    return [examples.noised(side, places, condition) for side in images], labels, weights
+    return run, policy, found, Examples(run, policy, found)
 
 
 # --- the four scripts --------------------------------------------------------------------------------------------------
@@ -150,7 +148,7 @@ def test_held_out_pairs_are_judged_at_validations(task, tmp_path, capsys):
 def test_kto_and_rwr_start_where_their_pages_say(task, tmp_path):
     (first,) = rows(train("kto", tmp_path / "kto", task, gradient_accumulation_steps=2))
     assert (first["loss"], first["accuracy"], first["gradient_weight"], first["reference_point"]) == (0.5, 0.5, 1, 0)
-    (first,) = rows(train("rwr", tmp_path / "rwr", task, gradient_accumulation_steps=2, weights="top_q", top_q=0.5, beta_kl=1.0))
+    (first,) = rows(train("rwr", tmp_path / "rwr", task, gradient_accumulation_steps=2, weights="top_q", top_q=0.5, kl_weight=1.0))
     # The better half has weight 2, so 1 on average over all, which is what is drawn from.
     assert first["ref_distance"] == 0 and first["weighted_error"] == first["loss"] == pytest.approx(first["error"], rel=1e-6)
     assert first["effective_samples"] == pytest.approx(6) and first["max_weight"] == 2
@@ -196,10 +194,10 @@ def test_winner_loser_and_reference_see_one_noise_time_and_caption(task, tmp_pat
 @pytest.mark.parametrize("decay", [None, 0.5])
 def test_no_gradient_goes_into_the_reference(task, tmp_path, decay):
     run, policy, found, examples = prepared(tmp_path, task)
-    sides, _, _ = pair_at(examples, found, policy)
-    reference = offline.Reference(run, policy, decay)
+    sides, _, _ = examples.pairs(0, 0)
+    reference = Reference(run, policy, decay)
     reference(*sides)
-    errors, ref_errors = [offline.measure(run, policy, side).error for side in sides], [side.ref_error for side in sides]
+    errors, ref_errors = [measure(run, policy, side).error for side in sides], [side.ref_error for side in sides]
     assert all(error.requires_grad for error in errors) and not any(error.requires_grad for error in ref_errors)
     diffusion_dpo_loss(*errors, *ref_errors, beta=5000.0).sum().backward()
     trained = {id(parameter) for parameter in policy.trainable_parameters()}
@@ -209,17 +207,17 @@ def test_no_gradient_goes_into_the_reference(task, tmp_path, decay):
 
 def test_adapters_are_on_again_after_an_error_in_the_reference(task, tmp_path, monkeypatch):
     run, policy, found, examples = prepared(tmp_path, task)
-    (side, _), _, _ = pair_at(examples, found, policy)
-    own = offline.predict(run, policy, side).detach()
+    (side, _), _, _ = examples.pairs(0, 0)
+    own = predict(run, policy, side).detach()
     parameters = [p.detach().clone() for p in policy.trainable_parameters()]
     for decay in (None, 0.9):
-        reference = offline.Reference(run, policy, decay)
+        reference = Reference(run, policy, decay)
         if decay:
             reference.lagging.values[0].zero_()
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of luck"):
             patch.setattr(Policy, "predict", lambda *_: (_ for _ in ()).throw(RuntimeError("out of luck")))
             reference(side)
-        assert torch.equal(offline.predict(run, policy, side), own)
+        assert torch.equal(predict(run, policy, side), own)
         assert all(torch.equal(p, before) for p, before in zip(policy.trainable_parameters(), parameters))
         reference(side)
         assert not side.reference.requires_grad and not torch.equal(side.reference, own)
@@ -227,8 +225,8 @@ def test_adapters_are_on_again_after_an_error_in_the_reference(task, tmp_path, m
 
 def test_the_reference_may_follow_the_model(task, tmp_path):
     run, policy, found, examples = prepared(tmp_path, task)
-    (side, _), _, _ = pair_at(examples, found, policy)
-    reference = offline.Reference(run, policy, 0.5)
+    (side, _), _, _ = examples.pairs(0, 0)
+    reference = Reference(run, policy, 0.5)
     (parameter, *_), before = policy.trainable_parameters(), policy.trainable_parameters()[0].detach().clone()
     with torch.no_grad():
         parameter.add_(1.0)
@@ -242,8 +240,8 @@ def test_the_reference_may_follow_the_model(task, tmp_path):
 @pytest.mark.parametrize("name", ["safeguard", "dspo"])
 def test_two_passes_give_the_gradient_of_one(task, tmp_path, name):
     run, policy, found, examples = prepared(tmp_path, task)
-    sides, labels, weights = pair_at(examples, found, policy)
-    offline.Reference(run, policy)(*sides)
+    sides, labels, weights = examples.pairs(0, 0)
+    Reference(run, policy)(*sides)
     ref_errors, scales = [side.ref_error for side in sides], []
 
     def loss(winner, loser):
@@ -255,7 +253,7 @@ def test_two_passes_give_the_gradient_of_one(task, tmp_path, name):
 
     gradients = []
     for two_pass in (False, True):
-        value, measured = offline.descend(run, policy, loss, sides, 0.25, two_pass)
+        value, measured = descend(run, policy, loss, sides, 0.25, two_pass)
         gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable_parameters()]))
         assert value.shape == (4,) and not any(tensor.requires_grad for own in measured for tensor in (value, own.error, own.distance, own.output))
         for parameter in policy.trainable_parameters():
@@ -321,18 +319,18 @@ def test_kto_takes_pairs_and_other_reference_points(task, tmp_path, flags, capsy
 
 def test_mismatched_images_get_the_next_ones_captions(task, tmp_path):
     run, policy, found, examples = prepared(tmp_path, task, proportion_empty_prompts=0)
-    (side, other), _, _ = pair_at(examples, found, policy)
+    (side, other), _, _ = examples.pairs(0, 0)
     others, captions = load_script("kto").with_others_captions, side.condition.prompts + other.condition.prompts
-    turned = others(policy, [side, other], captions, [range(4), range(4, 8)])
+    turned = others([side, other], captions, [range(4), range(4, 8)])
     assert [prompt for own in turned for prompt in own.condition.prompts] == captions[1:] + captions[:1]
     assert turned[0].x_t is side.x_t
 
-    (turned,) = others(policy, [side], ["a", "a", "b", "a"], [range(4)])
+    (turned,) = others([side], ["a", "a", "b", "a"], [range(4)])
     assert list(turned.condition.prompts) == ["b", "b", "a", "b"], "nobody keeps a caption of his own"
-    (turned,) = others(policy, [side], [*"aaaa", *"abba"], [range(4, 8)])
+    (turned,) = others([side], [*"aaaa", *"abba"], [range(4, 8)])
     assert list(turned.condition.prompts) == ["b", "a", "a", "b"], "the step's captions on other processes count"
     with pytest.raises(ValueError, match="one caption .'a'. has no other's"):
-        others(policy, [side], ["a"] * 4, [range(4)])
+        others([side], ["a"] * 4, [range(4)])
 
 
 def test_kto_finds_a_class_that_is_missing_before_it_loads_a_model(task, tmp_path, monkeypatch):
@@ -351,7 +349,7 @@ def test_a_soft_label_weighs_a_pair_and_its_opposite(name, flags):
     def loss(winner, loser, labels):
         labels = torch.tensor(labels)
         if name == "dspo":
-            sides = [offline.Measured(numbers[side], numbers[4 + side], None) for side in (winner, loser)]
+            sides = [Measured(numbers[side], numbers[4 + side], None) for side in (winner, loser)]
             return script.pair_loss(args, *sides, [numbers[2 + winner], numbers[2 + loser]], labels)
         return script.pair_loss(args, [numbers[winner], numbers[loser]], [numbers[2 + winner], numbers[2 + loser]], labels)
 
@@ -382,12 +380,12 @@ def test_inversion_draws_no_noise_of_the_timesteps_stream(task, tmp_path, monkey
     script, places, seeds = load_script("dpo"), examples.positions(0, 0), []
     monkeypatch.setattr(script, "invert", lambda x0, *_, generator: seeds.extend(g.initial_seed() for g in generator) or x0)
     condition = examples.condition(places)
-    script.inverted(run, policy, examples.noising, examples.latents(offline.pairs_of(found, places, policy.device)[0][0], places, condition), places, condition)
+    script.inverted(examples, examples.latents(pairs_of(found, places, policy.device)[0][0], places, condition), places, condition)
     assert len(set(seeds)) == 4 and not set(seeds) & {place.seed for place in places}
 
 
 def test_rwr_pretrains_besides_and_refuses_a_collapse(task, tmp_path):
-    flags = {"beta_pretrain": 0.5, "pretraining_dataset": task / "captioned.jsonl", "scope": "prompt", "weights": "rank"}
+    flags = {"pretrain_weight": 0.5, "pretrain_dataset_name": task / "captioned.jsonl", "scope": "prompt", "weights": "rank"}
     (only,) = rows(train("rwr", tmp_path / "run", task, gradient_accumulation_steps=2, **flags))
     assert only["loss"] > only["weighted_error"] > 0
     many = [{"prompt": "a cat", "image": "0w.png", "reward": float(i == 0)} for i in range(200)]
@@ -406,7 +404,7 @@ def test_cached_latents_are_equal_and_encoded_once(task, tmp_path, monkeypatch):
     encoded, encode = [], Policy.encode
     monkeypatch.setattr(Policy, "encode", lambda self, images, condition: encoded.append(len(images)) or encode(self, images, condition))
     places = plain.positions(0, 0)
-    images, condition = offline.pairs_of(found, places, policy.device)[0][0], plain.condition(places)
+    images, condition = pairs_of(found, places, policy.device)[0][0], plain.condition(places)
     expected = plain.latents(images, places, condition)
     assert encoded == [4]
     for calls in ([4, 4], [4, 4]):
@@ -436,7 +434,7 @@ def test_later_epochs_and_runs_encode_nothing(task, tmp_path, monkeypatch):
 def test_crops_and_flips_are_a_pairs_own_and_new_each_epoch(task, tmp_path):
     _, policy, found, examples = prepared(tmp_path, task, random_crop=True, random_flip=True)
     draw = examples.latents._augmentation
-    places = [offline.Position(row=3, seed=0, epoch=epoch) for epoch in range(8)]
+    places = [Position(row=3, seed=0, epoch=epoch) for epoch in range(8)]
     assert draw(places[0]) == draw(places[0])
     assert {draw(place).flip for place in places} == {True, False} and len({draw(place).top for place in places}) == 8
 
@@ -447,7 +445,7 @@ def test_ties_bad_rows_and_max_rows(task, tmp_path, capsys):
     source = write(task / "flawed.jsonl", pairs)
     run, policy, found, _ = prepared(tmp_path / "soft", task, dataset_name=source, ties="soft", max_rows=5)
     assert "row 3: image_1: no file" in capsys.readouterr().out
-    images, labels, weights = offline.pairs_of(found, [offline.Position(row, 0, 0) for row in range(4)], policy.device)
+    images, labels, weights = pairs_of(found, [Position(row, 0, 0) for row in range(4)], policy.device)
     assert [winner.source.name for winner in images[0]] == ["0w.png", "1w.png", "3l.png", "4w.png"]
     torch.testing.assert_close(labels, torch.tensor([1.0, 0.5, 0.8, 1.0]))
     assert weights.tolist() == [1, 1, 1, 3]
@@ -465,7 +463,7 @@ def test_how_images_are_checked_and_pairs_weigh(task, tmp_path):
     flags = load_script("dpo").parse_args(["--pretrained_model_name_or_path=m", "--dataset_name=d", "--output_dir=o"])
 
     def weights(**given):
-        return [row["weight"] for row in offline.load_rows(make_run(tmp_path, **{**vars(flags), **data, **given}), "pair")]
+        return [row["weight"] for row in load_rows(make_run(tmp_path, **{**vars(flags), **data, **given}), "pair")]
 
     assert weights() == [1] * 5 and weights(verify="header") == [1] * 6
     assert weights(pair_weighting="prompt") == [0.5, 1, 0.5, 1, 1], "a cat is there twice"
@@ -488,7 +486,7 @@ def test_how_images_are_checked_and_pairs_weigh(task, tmp_path):
         ("d3po", ["--num_train_timesteps", "0"], "--num_train_timesteps must be a whole number from 1 to 1000, got 0"),
         ("dpo", ["--safeguard_mu", "1.5"], "--safeguard_mu must be a number from 0 to 1, got 1.5"),
         ("kto", ["--gamma", "8"], "--gamma must be a number from 0 to 1, got 8"),
-        ("rwr", ["--beta_pretrain", "1"], "--beta_pretrain and --pretraining_dataset go together"),
+        ("rwr", ["--pretrain_weight", "1"], "--pretrain_weight has no effect without --pretrain_dataset_name"),
         ("rwr", [], "--dataset_name is required"),
     ],
 )

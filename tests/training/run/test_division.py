@@ -6,7 +6,7 @@ import pytest
 import torch
 from script_tools import load_script, make_run
 
-from diffusers_align.training.offline import examples as offline
+from diffusers_align.training.offline.examples import Examples
 from diffusers_align.training.run.division import Division, divide, division_of
 from diffusers_align.training.run.run import Run
 from diffusers_align.training.run.sharding import sum_over_processes
@@ -93,7 +93,7 @@ def test_rows_of_a_data_set_go_to_steps_by_their_position(tmp_path):
         found = []
         for rank in range(world):
             run = SimpleNamespace(args=SimpleNamespace(seed=3), division=divide(flags(4, 2), 16, 2, rank, world)[0])
-            examples = offline.Examples.__new__(offline.Examples)
+            examples = Examples.__new__(Examples)
             examples.run, examples.rows, examples.stream, examples.draw = run, [None] * 5, "data", None
             for b in range(len(run.division.batches)):
                 if run.division.step_of(b) == number:
