@@ -10,8 +10,9 @@ from torch import Tensor
 from ...condition import Condition
 from ...data import LazyImage, Prompt, TensorCache, key_of
 from ...data.augment import Augmentation, draw_augmentations, to_tensor
+from ...driving.driver import images_of
 from ...driving.steps import Step
-from ...policy import Policy, _images
+from ...policy import Policy
 from ..run.inputs import condition_of
 
 
@@ -38,7 +39,7 @@ def image_shape(policy: Policy, condition: Condition) -> torch.Size:
         step.skip()
         return step.sample
 
-    return _images(policy._drive(condition, skipped, needs_denoiser=lambda k: False, output_type="pt")).shape[1:]
+    return images_of(policy.drive(condition, skipped, needs_denoiser=lambda k: False, output_type="pt")).shape[1:]
 
 
 class LatentImages:
