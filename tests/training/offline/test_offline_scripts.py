@@ -400,7 +400,7 @@ def test_weights_are_updated_when_the_loop_comes_back(task, tmp_path, monkeypatc
     values = {"pretrained_model_name_or_path": "mini-sd3", "call_kwargs": '{"max_sequence_length": 1}', "num_inference_steps": 2, "rank": 2}
     values |= {"dataset_name": task / "pair.jsonl", "output_dir": tmp_path, "train_batch_size": 2, "num_samples_per_epoch": 6, "num_epochs": 2}
     values |= {"gradient_accumulation_steps": 2, "num_eval_samples": 2, "num_validation_images": 1}
-    run = Run(load_script("dpo").parse_args([f"--{name}={value}" for name, value in values.items()]), "Test")
+    run = Run(load_script("dpo").parse_args(["--allow_no_signal", *(f"--{name}={value}" for name, value in values.items())]), "Test")
     run.batches(6)
     training, happened = OfflineTraining(run, load_rows(run, "pair")), []
     monkeypatch.setattr(run, "optimizer_step", lambda: happened.append("update") or 0.0)
