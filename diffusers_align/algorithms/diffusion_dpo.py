@@ -23,6 +23,8 @@ Logged: `accuracy`, the share of pairs with z > 0 (ties half), 0.5 at first; `ma
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,27 +54,24 @@ def diffusion_dpo_loss(
     ref_error_l: Tensor,
     *,
     beta: float | Tensor,
-    kind: str = "sigmoid",
     label: Tensor | float | None = None,
-    label_smoothing: float = 0.0,
-    ipo_tau: float = 0.5,
-    dmpo_alpha: float = 0.01,
     sft_weight: float = 0.0,
+    **options: Any,
 ) -> Tensor:
     """The loss of each pair, (B,).
 
     Args:
         error_w, error_l, ref_error_w, ref_error_l, beta: as for `preference_logit`.
-        kind, label, label_smoothing, ipo_tau, dmpo_alpha: as for `pair_loss`. The official code's is `sigmoid` with certain labels.
+        label: as for `pair_loss`.
         sft_weight: adds this times the winner's error, fine-tuning on winners; 0 as in the paper. With a label p, p L_w + (1 - p) L_l.
+        options: `kind`, `label_smoothing`, `ipo_tau`, `dmpo_alpha` of `pair_loss`. The official code's is `sigmoid` with certain labels.
 
     Raises:
         TypeError: errors in half precision.
         ValueError: an unknown kind, or a label that is no probability.
     """
     logit = preference_logit(error_w, error_l, ref_error_w, ref_error_l, beta=beta)
-    options = {"kind": kind, "label": label, "label_smoothing": label_smoothing, "ipo_tau": ipo_tau, "dmpo_alpha": dmpo_alpha}
-    loss = pair_loss(logit, **options)
+    loss = pair_loss(logit, label=label, **options)
     if sft_weight == 0:
         return loss
     p = 1.0 if label is None else label

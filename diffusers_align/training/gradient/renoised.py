@@ -4,7 +4,7 @@ and their rewards under two texts. DRaFT-LV's and SRPO's."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ...algorithms.draft import renoised
 from ...algorithms.srpo import recovered_sample, semantic_relative_preference
-from ...driving.replacements import replaced
 from ...forward_process import ForwardProcess
 from ...gradients.decoding import decode_latents
 from ...gradients.rollout import DifferentiableRollout
@@ -93,9 +92,7 @@ def relative_rewards(run, batch, images: Tensor, words: tuple[str, str], discoun
 
 def _predicted(policy: Policy, x: Tensor, t: Tensor, rollout: DifferentiableRollout, checkpoint: bool) -> Tensor:
     """The model's output at x (B, *D), guidance included."""
-    with ExitStack() as stack:
-        for module in policy.denoisers.values() if checkpoint else ():
-            stack.enter_context(replaced(module, "forward", _recomputed))
+    with policy.denoising(_recomputed) if checkpoint else nullcontext():
         return policy.predict(x, t, rollout.condition, guidance=True)
 
 

@@ -126,6 +126,12 @@ def test_flags_that_make_no_sense(script, flags, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_name_of_the_last_version_is_taken(tmp_path, capsys):
+    required = ["--pretrained_model_name_or_path", "mini-sd", "--prompts", "mini_train", "--reward", "clip_score", "--output_dir", str(tmp_path)]
+    args = load_script("draft").parse_args([*required, "--method", "drtune", "--early_stop", "2"])
+    assert args.skip_last_steps == 2 and "--early_stop is now called --skip_last_steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("recipe", sorted(p.stem for script in ("draft", "refl", "alignprop", "vader") for p in RECIPES.glob(f"{script}_*.yaml")))
 def test_recipes_are_read(recipe, tmp_path):
     args = load_script(recipe.split("_")[0]).parse_args(["--config", str(RECIPES / f"{recipe}.yaml"), "--output_dir", str(tmp_path)])

@@ -18,12 +18,12 @@ from diffusers_align.algorithms.diffusion_sdpo import safeguard_scale, scale_gra
 from diffusers_align.algorithms.dspo import dspo_loss
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.policy import Policy
-from diffusers_align.training.offline.data_latents import Position
+from diffusers_align.training.offline.data_latents import Position, image_shape
 from diffusers_align.training.offline.descent import Measured, Reference, descend, measure
 from diffusers_align.training.offline.examples import Examples, pairs_of
 from diffusers_align.training.offline.noised_latents import predict
 from diffusers_align.training.offline.rows import load_rows
-from diffusers_align.training.offline.steps import load_policy
+from diffusers_align.training.offline.steps import OfflineTraining, load_policy
 from diffusers_align.training.run.run import Run
 
 torch.set_num_threads(1)
@@ -395,6 +395,35 @@ def test_rwr_pretrains_besides_and_refuses_a_collapse(task, tmp_path):
     train("rwr", tmp_path / "forced", task, force=True, **flags)
 
 
+def test_weights_are_updated_when_the_loop_comes_back(task, tmp_path, monkeypatch):
+    """Nothing is updated where the loop's body raises, and each step of each epoch otherwise."""
+    values = {"pretrained_model_name_or_path": "mini-sd3", "call_kwargs": '{"max_sequence_length": 1}', "num_inference_steps": 2, "rank": 2}
+    values |= {"dataset_name": task / "pair.jsonl", "output_dir": tmp_path, "train_batch_size": 2, "num_samples_per_epoch": 6, "num_epochs": 2}
+    values |= {"gradient_accumulation_steps": 2, "num_eval_samples": 2, "num_validation_images": 1}
+    run = Run(load_script("dpo").parse_args(["--allow_no_signal", *(f"--{name}={value}" for name, value in values.items())]), "Test")
+    run.batches(6)
+    training, happened = OfflineTraining(run, load_rows(run, "pair")), []
+    monkeypatch.setattr(run, "optimizer_step", lambda: happened.append("update") or 0.0)
+    monkeypatch.setattr(training.reference, "follow", lambda: happened.append("follow"))
+    monkeypatch.setattr(training.report, "start", lambda: happened.append("start"))
+    monkeypatch.setattr(training.report, "validate", lambda epoch: happened.append(f"validate {epoch}"))
+    monkeypatch.setattr(training.report, "finish", lambda: happened.append("finish"))
+    monkeypatch.setattr(run, "checkpoint", lambda: None)
+    with pytest.raises(RuntimeError, match="in the body"):
+        for _ in training.steps():
+            raise RuntimeError("in the body")
+    assert happened == ["start"] and run.epoch == 0
+    run.registered.clear()
+    happened.clear()
+    for step in training.steps(constant=3.0):
+        happened.append(f"body {step.epoch} {list(step.batches)} {step.weight:.3f}")
+        step.log(loss=1.0 + step.batches[0])
+    epochs = [[f"body {e} [0, 1] 0.250", "update", "follow", f"body {e} [2] 0.500", "update", "follow", f"validate {e}"] for e in (0, 1)]
+    assert happened == ["start", *epochs[0], *epochs[1], "finish"]
+    assert [(row["loss"], row["constant"]) for row in run.history] == [(2.0, 3.0)] * 2
+    run.finished = True
+
+
 # --- data --------------------------------------------------------------------------------------------------------------
 
 
@@ -429,6 +458,17 @@ def test_later_epochs_and_runs_encode_nothing(task, tmp_path, monkeypatch):
     assert once > 0 and len(encoded) == once + 1, "what an image of the pipeline's size is, is found by encoding one"
     train("dpo", tmp_path / "again", task, num_epochs=2, **flags)
     assert_same_run(tmp_path / "again", tmp_path / "two", "checkpoint-2")
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux", "wan"])
+def test_the_size_of_images_is_known_without_a_denoiser_call(family):
+    policy, calls = Policy(FAMILIES[family].build(), **FAMILIES[family].call), []
+    condition = policy.condition(["a cat"], seeds=[0])
+    expected = policy.decode(policy.rollout(condition, deterministic=True).final, condition).shape[1:]
+    for module in policy.denoisers.values():
+        for child in module.children():  # a gate closes the denoiser itself
+            child.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert image_shape(policy, condition) == expected and not calls
 
 
 def test_crops_and_flips_are_a_pairs_own_and_new_each_epoch(task, tmp_path):
@@ -495,6 +535,13 @@ def test_flags_that_make_no_sense_are_named(name, flags, message, capsys):
     with pytest.raises(SystemExit) as exit:
         load_script(name).parse_args(["--pretrained_model_name_or_path", "mini-sd", "--output_dir", "out", *data, *flags])
     assert exit.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+
+
+def test_names_of_the_last_version_are_taken(capsys):
+    old = ["--beta_kl=0.5", "--beta_pretrain=0.2", "--pretraining_dataset=photos"]
+    args = load_script("rwr").parse_args(["--pretrained_model_name_or_path=mini-sd", "--dataset_name=data", "--output_dir=out", *old])
+    assert (args.kl_weight, args.pretrain_weight, args.pretrain_dataset_name) == (0.5, 0.2, "photos")
+    assert "--beta_kl is now called --kl_weight" in capsys.readouterr().err
 
 
 # --- resuming, and other pipelines -------------------------------------------------------------------------------------
