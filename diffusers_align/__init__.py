@@ -8,6 +8,8 @@ import sys
 from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
+from .moved import accept_old_names
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from . import embedded
     from .condition import Condition
+    from .gradients.rollout import differentiable_rollout
     from .lora import load_lora
     from .policy import Policy, noise_seed
     from .schedulers import DDIMSDEScheduler, FlowMatchSDEScheduler, apply_recipe, sde_twin
@@ -31,6 +34,7 @@ _HOMES = {
     "SchedulerMixin": "diffusers",  # pipelines that name our schedulers look this class up here
     "Trajectory": ".trajectory",
     "apply_recipe": ".schedulers",
+    "differentiable_rollout": ".gradients.rollout",
     "load_lora": ".lora",
     "noise_seed": ".policy",
     "sde_twin": ".schedulers",
@@ -44,6 +48,7 @@ __all__ = [
     "SchedulerMixin",
     "Trajectory",
     "apply_recipe",
+    "differentiable_rollout",
     "embedded",
     "load_lora",
     "noise_seed",
@@ -93,3 +98,4 @@ if _Registration.target in sys.modules:
     _Registration.register(sys.modules[_Registration.target])
 else:
     sys.meta_path.insert(0, _Registration())
+accept_old_names()

@@ -25,7 +25,7 @@ from ..checks.ranges import check_call, check_value
 from ..condition import Condition, is_embedding
 from ..driving.arguments import checked_prompts, unknown_prompts
 from ..driving.driver import images_of
-from ..driving.promptprompt_memory import PromptMemory
+from ..driving.prompt_memory import PromptMemory
 from ..driving.safety_checker import unchecked
 from ..driving.steps import Step, drive
 from ..gradients.decoding import light_decoding
