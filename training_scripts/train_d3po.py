@@ -58,8 +58,8 @@ from diffusers_align.algorithms.d3po import d3po_loss, d3po_metrics, sampled_ste
 from diffusers_align.rl.matching import error_coefficients
 from diffusers_align.rl.pair_losses import ranked_pairs
 from diffusers_align.training import Report, Run
-from diffusers_align.training.online.sampling import sample_epoch
-from diffusers_align.training.online.stored_trajectories import StoredTrajectories, descend, log_probs, noise_fields
+from diffusers_align.training.online.sampling import noise_fields, sample_epoch
+from diffusers_align.training.online.stored_trajectories import StoredTrajectories, descend, log_probs
 
 
 def update(run, policy, samples, pairs, steps, logged):
