@@ -20,7 +20,7 @@ class AWMArguments(NoiselessGroupArguments, NoisingArguments, SamplingArguments,
     """AWM"""
 
     weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = option("ghuber", "of the matching error, by its time and size")
-    ghuber_power: Annotated[float, Interval(gt=0, le=10)] = option(0.25, "of the error", needs={"weighting": "ghuber"})
+    ghuber_power: Annotated[float, Interval(gt=0, le=10)] = option(0.25, "of the error", needs={"weighting": "ghuber"}, advanced=True)
     clip_range: Positive = option(1.0, "of the ratio; 1 hardly ever clips")
     kl_weight: NonNegative = option(3e-3, "of the squared distance to the pretrained model (official: 1e-3 to 3e-3)", was="kl_beta", resume="takes effect")
     ema_beta: NonNegative = option(1.0, "weight of the squared distance to the policy that lags behind")

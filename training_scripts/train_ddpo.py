@@ -34,14 +34,14 @@ class DDPOArguments(
         1.0, "train a random share of the steps, drawn anew for each batch", needs=BY_GRADIENT, was="timestep_fraction"
     )
     clip_range: Positive = option(1e-4, "of the ratio per dimension", needs={**BY_GRADIENT, "estimator": "is"})
-    adv_clip_max: Positive = option(5.0, "largest advantage, and smallest but for its sign")
+    adv_clip_max: Positive = option(5.0, "largest advantage, and smallest but for its sign", advanced=True)
     per_prompt_stat_tracking: bool = option(True, "compare a reward with the latest of its prompt; otherwise with its batch")
-    per_prompt_stat_buffer_size: Count = option(32, "so many latest rewards of each prompt", needs=TRACKED)
-    per_prompt_stat_min_count: Count = option(16, "with fewer of them, compare with the batch", needs=TRACKED)
+    per_prompt_stat_buffer_size: Count = option(32, "so many latest rewards of each prompt", needs=TRACKED, advanced=True)
+    per_prompt_stat_min_count: Count = option(16, "with fewer of them, compare with the batch", needs=TRACKED, advanced=True)
     update: Literal["adamw", "trpo"] = option("adamw", "trpo: one trust-region step an epoch, without learning rate and clip")
     max_kl: Positive = option(0.05, "KL of a step in nats a trajectory, summed over steps and dimensions", needs=TRPO)
-    cg_iterations: Annotated[int, Interval(ge=1, le=1000)] = option(10, "products with the Fisher matrix; each costs three replays", needs=TRPO)
-    cg_damping: Positive = option(0.1, "added to the Fisher matrix's diagonal", needs=TRPO)
+    cg_iterations: Annotated[int, Interval(ge=1, le=1000)] = option(10, "products with the Fisher matrix; each costs three replays", needs=TRPO, advanced=True)
+    cg_damping: Positive = option(0.1, "added to the Fisher matrix's diagonal", needs=TRPO, advanced=True)
 
     @model_validator(mode="after")
     def _check_trust_region(self):

@@ -23,9 +23,11 @@ class DenseGRPOArguments(GroupArguments, WindowArguments, StepArguments, Samplin
     psi_init: NoiseLevel = option(0.3, "noise of every step before calibration: psi sqrt(-dt); 0.3 is DanceGRPO's")
     calibration_rounds: Annotated[int, Interval(ge=0, le=10**4)] = option(20, "rounds of sampling that set psi before training; 0 keeps --psi_init")
     calibration_tolerance: NonNegative | None = option(
-        None, "psi rises where gains and losses differ by fewer samples (paper: 2); sqrt(samples) if absent", needs=CALIBRATED
+        None, "psi rises where gains and losses differ by fewer samples (paper: 2); sqrt(samples) if absent", needs=CALIBRATED, advanced=True
     )
-    calibration_increment: Annotated[float, Interval(gt=0, le=1)] = option(0.01, "by which psi moves in a round: the paper's epsilon_2", needs=CALIBRATED)
+    calibration_increment: Annotated[float, Interval(gt=0, le=1)] = option(
+        0.01, "by which psi moves in a round: the paper's epsilon_2", needs=CALIBRATED, advanced=True
+    )
     clip_range: Positive = option(1e-4, "of the ratio per dimension")
     kl_weight: NonNegative = option(0.04, "of the KL to the pretrained model; 0 saves its forward pass", was="kl_beta", resume="takes effect")
     kl_form: Literal["official", "gaussian"] = option("official", "official is the exact Gaussian KL times the step's length", needs={"kl_weight": True})

@@ -27,20 +27,22 @@ class DPOKArguments(NoiseArguments, SamplingArguments, defaults=DEFAULTS):
 
     num_samples_per_epoch: Count = option(10, "samples an epoch, each of a prompt")
     clip_range: Positive = option(1e-4, "of the ratio per dimension")
-    clip_mode: Literal["ppo", "clamp"] = option("ppo", "clamp is the official code's: no gradient beyond the clip on either side")
+    clip_mode: Literal["ppo", "clamp"] = option("ppo", "clamp is the official code's: no gradient beyond the clip on either side", advanced=True)
     reward_weight: Positive = option(10.0, "of the policy gradient; 10 for a single prompt, 1000 for many")
-    reward_filter: bool = option(False, "train on max(reward, 0)")
+    reward_filter: bool = option(False, "train on max(reward, 0)", advanced=True)
     kl_form: Literal["official", "paper"] = option("official", "error of the model's outputs, or Gaussian KL per dimension", needs={"kl_weight": True})
     kl_weight: NonNegative | None = option(
         None, "of the KL to the pretrained model (official: 0.01, paper: 0.05); 0 saves its forward pass", resume="takes effect"
     )
     value_baseline: bool = option(True, "a learned baseline; without it, rewards normalised over the batch")
-    gae_lambda: Probability = option(1.0, "1: reward minus value, as in DPOK; below 1 later values stand in for part of the reward (GAE)", needs=LEARNED)
-    value_learning_rate: LearningRate = option(1e-4, "of the baseline", needs=LEARNED)
-    value_batch_size: Count = option(256, "transitions of a minibatch", needs=LEARNED)
-    value_accumulation_steps: Count = option(5, "minibatches of an optimizer step", needs=LEARNED)
-    value_steps: Count = option(1, "optimizer steps an epoch", needs=LEARNED)
-    value_buffer_size: Count = option(1000, "latest transitions kept; at most half are of one epoch", needs=LEARNED)
+    gae_lambda: Probability = option(
+        1.0, "1: reward minus value, as in DPOK; below 1 later values stand in for part of the reward (GAE)", needs=LEARNED, advanced=True
+    )
+    value_learning_rate: LearningRate = option(1e-4, "of the baseline", needs=LEARNED, resume="takes effect")
+    value_batch_size: Count = option(256, "transitions of a minibatch", needs=LEARNED, advanced=True)
+    value_accumulation_steps: Count = option(5, "minibatches of an optimizer step", needs=LEARNED, advanced=True)
+    value_steps: Count = option(1, "optimizer steps per epoch", needs=LEARNED, advanced=True, resume="takes effect")
+    value_buffer_size: Count = option(1000, "latest transitions kept; at most half are of one epoch", needs=LEARNED, advanced=True)
 
     @model_validator(mode="after")
     def _fill_kl_weight(self):

@@ -27,6 +27,7 @@ class FlowGRPOArguments(
     StepArguments,
     SamplingArguments,
     defaults={"sde_type": "flow_grpo"},
+    advanced={"eta"},
     was={"sde_window": "sde_window_range"},
     gone={"random_timesteps": bool},
 ):

@@ -17,7 +17,7 @@ from diffusers_align.training.flags.options import NonNegative, Positive, option
 DEFAULTS = {"global_std": False, "sde_type": "flow_grpo"}
 
 
-class MVGRPOArguments(GroupArguments, NoiseArguments, StepArguments, SamplingArguments, defaults=DEFAULTS):
+class MVGRPOArguments(GroupArguments, NoiseArguments, StepArguments, SamplingArguments, defaults=DEFAULTS, advanced={"eta"}):
     """MV-GRPO"""
 
     views: str = required(".json or .jsonl file of captions, or a function (prompt, images or None) -> captions: module:function")

@@ -19,7 +19,7 @@ class NFTArguments(NoiselessGroupArguments, NoisingArguments, SamplingArguments,
     beta: Positive = option(1.0, "the smaller, the farther from the old policy the optimum (official: 1, or 0.1)")
     kl_weight: NonNegative = option(1e-4, "of the squared distance to the pretrained model; 0 saves its forward pass", was="kl_beta", resume="takes effect")
     adv_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = option("all", "what of the advantages counts")
-    adaptive_weight: bool = option(True, "divide errors by their mean absolute value")
+    adaptive_weight: bool = option(True, "divide errors by their mean absolute value", advanced=True)
     decay: Literal["type0", "type1", "type2"] = option("type1", "how fast the old policy follows")
 
 

@@ -26,13 +26,15 @@ class GroupArguments(Arguments):
     num_prompts_per_epoch: Count = option(48, "groups an epoch")
     group_size: GroupSize = option(24, "samples of a prompt; with one there is nothing to compare")
     same_latent: bool = option(False, "one initial noise a group (DanceGRPO's default)")
-    adv_clip_max: Positive = option(5.0, "largest advantage, and smallest but for its sign")
-    global_std: bool = option(True, "divide advantages by the std of all rewards", needs={"baseline": "group", "multi_reward": "sum"})
+    adv_clip_max: Positive = option(5.0, "largest advantage, and smallest but for its sign", advanced=True)
+    global_std: bool = option(True, "divide advantages by the std of all rewards", needs={"baseline": "group", "multi_reward": "sum"}, advanced=True)
     std_ddof: Annotated[int, Interval(ge=0, le=1)] = option(
-        0, "0 divides the variance by n (numpy), 1 by n - 1 (torch, DanceGRPO)", needs={"baseline": "group"}
+        0, "0 divides the variance by n (numpy), 1 by n - 1 (torch, DanceGRPO)", needs={"baseline": "group"}, advanced=True
     )
-    baseline: Literal["group", "leave_one_out"] = option("group", "of a sample: its group's mean, over the std; or the others' mean alone (RLOO)")
-    multi_reward: Literal["sum", "gdpo"] = option("sum", "of a sum of rewards: add up first, or normalise each in its group first")
+    baseline: Literal["group", "leave_one_out"] = option(
+        "group", "of a sample: its group's mean, over the std; or the others' mean alone (RLOO)", advanced=True
+    )
+    multi_reward: Literal["sum", "gdpo"] = option("sum", "of a sum of rewards: add up first, or normalise each in its group first", advanced=True)
 
     @model_validator(mode="after")
     def _check_baseline(self):
@@ -41,7 +43,7 @@ class GroupArguments(Arguments):
         return self
 
 
-class NoiselessGroupArguments(GroupArguments):
+class NoiselessGroupArguments(GroupArguments, advanced={"same_latent"}):
     """groups and advantages"""
 
     # Of methods that sample along the ODE.
@@ -111,7 +113,7 @@ class StepArguments(Arguments):
 
     # Used by `online.trained_steps`.
     timestep_fraction: PositiveShare = option(0.99, "train the first steps only; 0.99 leaves out the last one")
-    random_timestep_fraction: PositiveShare = option(1.0, "train a random share of those, drawn anew each epoch (DanceGRPO)")
+    random_timestep_fraction: PositiveShare = option(1.0, "train a random share of those, drawn anew each epoch (DanceGRPO)", advanced=True)
 
 
 class PretrainingLossArguments(Arguments):
