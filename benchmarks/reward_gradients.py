@@ -50,7 +50,7 @@ def runs(base: str, reward: str) -> dict[str, Recipe]:
     task += ["--pretrained_model_name_or_path", base, "--call_kwargs", json.dumps(CALLS[base])]
     methods = dict(METHODS)
     if base == "mini-sd3":
-        methods["Flow-GRPO"] = ("train_flow_grpo", "flow_grpo_mini_sd3", ["--kl_beta", "0"])
+        methods["Flow-GRPO"] = ("train_flow_grpo", "flow_grpo_mini_sd3", ["--kl_weight", "0"])
     else:
         methods["DDPO"] = ("train_ddpo", "ddpo_mini_sd", [])
     methods["Adjoint Matching"] = ("train_adjoint_matching", f"adjoint_matching_{base.replace('-', '_')}", ["--num_prompts_per_epoch", "48"])

@@ -52,6 +52,13 @@ class Trajectory:
         return self.stochastic.nonzero().flatten().tolist()
 
     @property
+    def step_sizes(self) -> list[float]:
+        """|sigma_next - sigma| of each of the K steps; the last ends at the clean sample. NaN where there are no sigmas (diffusion)."""
+        rising = self.sigmas[0] < self.sigmas[-1] or self.sigmas[0] == 0  # some schedules count from noise at 0
+        clean = 1.0 if rising else 0.0
+        return torch.cat([self.sigmas, self.sigmas.new_tensor([clean])]).diff().abs().tolist()
+
+    @property
     def final(self) -> Tensor:
         """(B, *D), the last action. Pipelines decode it, after what they do to it behind their last step: `Policy.decode` does the same. Those that
         blend in a given picture (inpainting) or change the scale there return other latents for `output_type="latent"`."""

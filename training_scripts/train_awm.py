@@ -20,9 +20,9 @@ class AWMArguments(NoiselessGroupArguments, NoisingArguments, SamplingArguments,
     """AWM"""
 
     weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = option("ghuber", "of the matching error, by its time and size")
-    ghuber_power: Annotated[float, Interval(gt=0, le=10)] = option(0.25, "of the error", needs={"weighting": "ghuber"})
+    ghuber_power: Annotated[float, Interval(gt=0, le=10)] = option(0.25, "of the error", needs={"weighting": "ghuber"}, advanced=True)
     clip_range: Positive = option(1.0, "of the ratio; 1 hardly ever clips")
-    kl_beta: NonNegative = option(3e-3, "weight of the squared distance to the pretrained model (official: 1e-3 to 3e-3)")
+    kl_weight: NonNegative = option(3e-3, "of the squared distance to the pretrained model (official: 1e-3 to 3e-3)", was="kl_beta", resume="takes effect")
     ema_beta: NonNegative = option(1.0, "weight of the squared distance to the policy that lags behind")
     lag_decay: Decay = option(0.3, "how much that one keeps of itself each epoch, reached at 0.001 an optimizer step")
 
@@ -35,39 +35,54 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
-from collections import defaultdict
+from functools import partial
 
 import torch
 
 from diffusers_align.algorithms.advantage_weighted_matching import awm_loss, lagging_decay, pseudo_log_prob, unit_advantages
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.rl import ratio_diagnostics
-from diffusers_align.rl.matching import matching_error
 from diffusers_align.training import Report, Run
-from diffusers_align.training.online.forward_samples import noised, num_timesteps
+from diffusers_align.training.online.forward_samples import Anchor, forward_epoch, noised_batches
 from diffusers_align.training.online.group_advantages import advantages_of
 from diffusers_align.training.online.sampling import sample_epoch
 from diffusers_align.training.run.weight_copies import LaggingWeights
 
 
+def log_prob(args, forward, noised):
+    """What the output at noised samples says of their log-probability, (B,)."""
+    target = forward.target(noised.x0, noised.noise, noised.t)
+    return pseudo_log_prob(noised.output, target, forward.flow_time(noised.t), weighting=args.weighting, ghuber_power=args.ghuber_power)
+
+
+@torch.no_grad()
+def old_log_probs(run, policy, samples, forward, epoch):
+    """Those under the weights that an epoch begins with, by batch and draw. The first optimizer step's are its own."""
+    later = range(run.division.batches_a_step, len(samples.batches))
+    return {noised.place: log_prob(run.args, forward, noised) for noised in noised_batches(run, policy, samples, forward, epoch, later)}
+
+
+def loss(args, forward, old, advantages, noised):
+    """The loss of a noised batch, (B,), without the distances; what to log, and the ratio's diagnostics."""
+    new = log_prob(args, forward, noised)
+    before = old.get(noised.place, new.detach())
+    value = awm_loss(new, before, advantages[noised.index], clip_range=args.clip_range)
+    return value, {"log_prob": new.mean().item()}, ratio_diagnostics(new, before, args.clip_range)
+
+
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "AWM")
-    num_batches, batches_a_step = run.batches(args.num_prompts_per_epoch * args.group_size, steps=1)
+    run.batches(args.num_prompts_per_epoch * args.group_size, steps=1)
     report = Report(run)
     policy = run.load_policy()
     forward, lagging = ForwardProcess(policy.scheduler), LaggingWeights(policy.trainable_parameters())
     run.register("lagging_policy", lagging)
-    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
+    run.load_optimizer(args.num_epochs * run.division.num_steps)
     run.resume()
     report.start()
-
-    def predict(trajectory, x_t, t, noise):
-        """The output at noised samples, and what it says of their log-probability."""
-        with run.accelerator.autocast():
-            output = policy.predict(x_t, t, trajectory.condition)
-        target = forward.target(trajectory.final, noise, t)
-        return output, pseudo_log_prob(output, target, forward.flow_time(t), weighting=args.weighting, ghuber_power=args.ghuber_power)
+    anchors = [Anchor("kl", policy.reference, args.kl_weight), Anchor("ema_kl", lagging.applied, args.ema_beta)]
+    anchors = [anchor for anchor in anchors if anchor.weight > 0]
 
     for epoch in run.epochs():
         # 1 roll out along the ODE
@@ -77,33 +92,12 @@ def main(argv=None):
         # 2 advantages
         advantages = unit_advantages(advantages_of(samples, args, report.reward).to(run.accelerator.device), adv_clip_max=args.adv_clip_max)
 
-        # 3 noised samples, loss and update
-        chunks, diagnostics, norms, logged = run.chunks(num_batches, batches_a_step), [], [], defaultdict(list)
-        with torch.no_grad():  # the first update's are its own
-            later = {b: samples.batches[b] for chunk in chunks[1:] for b in chunk}
-            old = {b: [predict(trajectory, *draw)[1] for draw in noised(forward, trajectory, args, epoch)] for b, trajectory in later.items()}
-        for chunk in chunks:
-            diagnostics.append([])
-            weight = run.loss_weight(samples, chunk, num_timesteps(args))
-            for b in chunk:
-                trajectory, advantage = samples.batches[b], advantages[samples.index[b]]
-                for j, draw in enumerate(noised(forward, trajectory, args, epoch)):
-                    output, log_prob = predict(trajectory, *draw)
-                    before = old[b][j] if b in old else log_prob.detach()
-                    loss = awm_loss(log_prob, before, advantage, clip_range=args.clip_range)
-                    for name, beta, other in (("kl", args.kl_beta, policy.reference), ("ema_kl", args.ema_beta, lagging.applied)):
-                        if beta > 0:
-                            with torch.no_grad(), other():
-                                anchor = predict(trajectory, *draw)[0]
-                            distance = matching_error(output, anchor)
-                            loss = loss + beta * distance
-                            logged[name].append(distance.mean().item())
-                    run.accelerator.backward(loss.sum() * weight)
-                    logged["log_prob"].append(log_prob.mean().item())
-                    diagnostics[-1].append(ratio_diagnostics(log_prob, before, args.clip_range))
-            norms.append(run.optimizer_step())
-        lagging.update(lagging_decay(run.optimizer_steps, maximum=args.lag_decay) if run.rates else 1.0)  # without an optimizer step it stays
-        run.log(run.epoch_metrics(samples, diagnostics, norms, logged))
+        # 3 loss on noised samples, and update
+        old = old_log_probs(run, policy, samples, forward, epoch)
+        run.log(forward_epoch(run, policy, samples, forward, epoch, partial(loss, args, forward, old, advantages), anchors))
+
+        # 4 the policy that lags behind follows; without an optimizer step it stays
+        lagging.update(lagging_decay(run.optimizer_steps, maximum=args.lag_decay) if run.rates else 1.0)
         report.validate(epoch)
     report.finish()
 

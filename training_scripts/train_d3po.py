@@ -27,13 +27,13 @@ class D3POArguments(NoiseArguments, SamplingArguments, defaults=DEFAULTS):
     group_size: GroupSize = option(7, "samples of a prompt; 7 in the official code")
     same_latent: bool = option(True, "one initial noise a group, as in the official code")
     pairs: Literal["all", "extremes"] = option("all", "all pairs of a group (official), or its best and worst image")
-    min_margin: NonNegative = option(0.0, "pairs whose rewards differ by no more are left out")
+    min_margin: NonNegative = option(0.0, "pairs whose rewards differ by no more are left out", advanced=True)
     trajectories: str | None = option(None, "learn from those of this folder of make_preferences.py, with its rewards, and sample none")
     beta: Positive = option(0.1, "preference temperature, with log-probabilities per dimension (official)")
-    clip: Literal["one_sided", "official", "none"] = option("one_sided", "what holds steps that went far: see the algorithm's page")
+    clip: Literal["one_sided", "official", "none"] = option("one_sided", "what holds steps that went far: see the algorithm's page", advanced=True)
     clip_range: ClipRange = option(0.1, "of the ratio per dimension (official)", needs={"clip": ("one_sided", "official")})
     num_updates_per_epoch: Count = option(2, "optimizer steps on an epoch's pairs, each on steps of its own")
-    num_train_timesteps: Steps | None = option(None, "solver steps of an update, drawn anew for each; all with noise if absent")
+    num_train_timesteps: Steps | None = option(None, "solver steps of an update, drawn anew for each; all with noise if absent", advanced=True)
 
     @model_validator(mode="after")
     def _check_trajectories(self):
@@ -58,8 +58,8 @@ from diffusers_align.algorithms.d3po import d3po_loss, d3po_metrics, sampled_ste
 from diffusers_align.rl.matching import error_coefficients
 from diffusers_align.rl.pair_losses import ranked_pairs
 from diffusers_align.training import Report, Run
-from diffusers_align.training.online.sampling import sample_epoch
-from diffusers_align.training.online.stored_trajectories import StoredTrajectories, descend, log_probs, noise_fields
+from diffusers_align.training.online.sampling import noise_fields, sample_epoch
+from diffusers_align.training.online.stored_trajectories import StoredTrajectories, descend, log_probs
 
 
 def update(run, policy, samples, pairs, steps, logged):

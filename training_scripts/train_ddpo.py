@@ -30,23 +30,25 @@ class DDPOArguments(
     estimator: Literal["is", "sf"] = option("is", "importance sampling, or the score function (one step an epoch)", needs=BY_GRADIENT)
     num_samples_per_epoch: Annotated[int, Interval(ge=2, le=10**9)] = option(256, "samples an epoch, each of a prompt; one alone has no advantage")
     eta: Eta = option(1.0, "noise of the DDIM kernel")
-    timestep_fraction: PositiveShare = option(1.0, "share of the steps that is trained, drawn for each batch", needs=BY_GRADIENT)
+    random_timestep_fraction: PositiveShare = option(
+        1.0, "train a random share of the steps, drawn anew for each batch", needs=BY_GRADIENT, was="timestep_fraction"
+    )
     clip_range: Positive = option(1e-4, "of the ratio per dimension", needs={**BY_GRADIENT, "estimator": "is"})
-    adv_clip_max: Positive = option(5.0, "largest advantage, and smallest but for its sign")
+    adv_clip_max: Positive = option(5.0, "largest advantage, and smallest but for its sign", advanced=True)
     per_prompt_stat_tracking: bool = option(True, "compare a reward with the latest of its prompt; otherwise with its batch")
-    per_prompt_stat_buffer_size: Count = option(32, "so many latest rewards of each prompt", needs=TRACKED)
-    per_prompt_stat_min_count: Count = option(16, "with fewer of them, compare with the batch", needs=TRACKED)
+    per_prompt_stat_buffer_size: Count = option(32, "so many latest rewards of each prompt", needs=TRACKED, advanced=True)
+    per_prompt_stat_min_count: Count = option(16, "with fewer of them, compare with the batch", needs=TRACKED, advanced=True)
     update: Literal["adamw", "trpo"] = option("adamw", "trpo: one trust-region step an epoch, without learning rate and clip")
     max_kl: Positive = option(0.05, "KL of a step in nats a trajectory, summed over steps and dimensions", needs=TRPO)
-    cg_iterations: Annotated[int, Interval(ge=1, le=1000)] = option(10, "products with the Fisher matrix; each costs three replays", needs=TRPO)
-    cg_damping: Positive = option(0.1, "added to the Fisher matrix's diagonal", needs=TRPO)
+    cg_iterations: Annotated[int, Interval(ge=1, le=1000)] = option(10, "products with the Fisher matrix; each costs three replays", needs=TRPO, advanced=True)
+    cg_damping: Positive = option(0.1, "added to the Fisher matrix's diagonal", needs=TRPO, advanced=True)
 
     @model_validator(mode="after")
     def _check_trust_region(self):
         if self.update == "trpo" and self.mixed_precision == "fp16":
             raise ValueError("--update trpo does not scale its gradients, which underflow in fp16: use --mixed_precision bf16")
-        if self.update == "trpo" and self.timestep_fraction < 1:
-            raise ValueError("--update trpo bounds the KL of whole trajectories: leave --timestep_fraction at 1")
+        if self.update == "trpo" and self.random_timestep_fraction < 1:
+            raise ValueError("--update trpo bounds the KL of whole trajectories: leave --random_timestep_fraction at 1")
         return self
 
 
@@ -58,57 +60,38 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
-import random
+from functools import partial
 
 from diffusers_align.algorithms.ddpo import ddpo_loss
 from diffusers_align.algorithms.reinforce import reinforce_loss
-from diffusers_align.rl import PromptStatistics, batch_advantages, describe_clip, ratio_diagnostics
+from diffusers_align.rl import PromptStatistics, batch_advantages
 from diffusers_align.training import Report, Run
+from diffusers_align.training.online.policy_gradient import policy_gradient_epoch
 from diffusers_align.training.online.sampling import sample_epoch
+from diffusers_align.training.online.trained_steps import trained_steps
 from diffusers_align.training.online.trust_region import trust_region_update
 
 
-def trained_steps(trajectory, args, epoch, block):
-    """The stochastic steps, or a random share of them, in order."""
-    steps = trajectory.noisy_steps
-    number = min(len(steps), max(1, round(len(steps) * args.timestep_fraction)))
-    return sorted(random.Random(f"{args.seed}/{epoch}/{block}/steps").sample(steps, number))
+def steps_of(run, samples, fraction, epoch):
+    """The solver steps that are trained of each batch."""
+    blocks = [run.division.block(b) for b in range(len(samples.batches))]
+    return [trained_steps(t, random_timestep_fraction=fraction, key=f"{run.args.seed}/{epoch}/{block}/steps") for t, block in zip(samples.batches, blocks)]
 
 
-def gradient_steps(run, policy, samples, advantages, args, epoch, chunks):
-    """An optimizer step for each of `chunks` of batches. Returns the epoch's metrics."""
-    dimensions = samples.batches[0].final[0].numel()
-    run.explain_once(describe_clip(args.clip_range, dimensions))
-    diagnostics, norms = [], []
-    for chunk in chunks:
-        diagnostics.append([])
-        for b in chunk:
-            trajectory, advantage = samples.batches[b], advantages[samples.index[b]]
-            steps = trained_steps(trajectory, args, epoch, run.division.block(b))
-            weight = run.loss_weight(samples, chunk, len(steps))
-
-            def on_step(k, transition):
-                old, new = trajectory.log_probs[:, k], transition.log_prob(trajectory.actions[:, k])
-                if args.estimator == "sf":
-                    loss = reinforce_loss(new, advantage, per_dim=dimensions)
-                else:
-                    loss = ddpo_loss(new, old, advantage, per_dim=dimensions, clip_range=args.clip_range)
-                run.accelerator.backward(loss.sum() * weight)
-                diagnostics[-1].append(ratio_diagnostics(new, old, args.clip_range, dimensions))
-
-            with run.accelerator.autocast():
-                policy.replay(trajectory, on_step, steps)
-        norms.append(run.optimizer_step())
-    return run.epoch_metrics(samples, diagnostics, norms, {})
+def loss(args, advantages, step):
+    """The loss of a step, (B,)."""
+    if args.estimator == "sf":
+        return reinforce_loss(step.log_prob, advantages[step.index], per_dim=step.per_dim)
+    return ddpo_loss(step.log_prob, step.old_log_prob, advantages[step.index], per_dim=step.per_dim, clip_range=args.clip_range)
 
 
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "DDPO")
-    num_batches, batches_a_step = run.batches(args.num_samples_per_epoch, steps=1 if args.estimator == "sf" else 2)
+    run.batches(args.num_samples_per_epoch, steps=1 if args.estimator == "sf" else 2)
     report = Report(run)
     policy = run.load_policy(eta=args.eta)
-    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
+    run.load_optimizer(args.num_epochs * run.division.num_steps)
     statistics = PromptStatistics(args.per_prompt_stat_buffer_size, args.per_prompt_stat_min_count)
     run.register("prompt_statistics", statistics)
     run.resume()
@@ -130,7 +113,8 @@ def main(argv=None):
             limits = {"max_kl": args.max_kl, "cg_iterations": args.cg_iterations, "cg_damping": args.cg_damping}
             metrics = samples.metrics() | trust_region_update(run, policy, samples, advantages, **limits)
         else:
-            metrics = gradient_steps(run, policy, samples, advantages, args, epoch, run.chunks(num_batches, batches_a_step))
+            steps = steps_of(run, samples, args.random_timestep_fraction, epoch)
+            metrics = policy_gradient_epoch(run, policy, samples, steps, partial(loss, args, advantages), clip_range=args.clip_range)
         run.log(metrics)
         report.validate(epoch)
     report.finish()

@@ -11,30 +11,29 @@ from annotated_types import Interval
 from pydantic import model_validator
 
 from diffusers_align.training.flags.common import SamplingArguments
-from diffusers_align.training.flags.methods import GroupArguments, NoiseLevel, check_window
-from diffusers_align.training.flags.options import NonNegative, Positive, PositiveShare, StepIndex, option, parse
+from diffusers_align.training.flags.methods import GroupArguments, NoiseLevel, StepArguments, WindowArguments
+from diffusers_align.training.flags.options import NonNegative, Positive, option, parse
 
 CALIBRATED = {"calibration_rounds": True}
 
 
-class DenseGRPOArguments(GroupArguments, SamplingArguments, defaults={"global_std": False}):
+class DenseGRPOArguments(GroupArguments, WindowArguments, StepArguments, SamplingArguments, defaults={"global_std": False}):
     """DenseGRPO"""
 
     psi_init: NoiseLevel = option(0.3, "noise of every step before calibration: psi sqrt(-dt); 0.3 is DanceGRPO's")
     calibration_rounds: Annotated[int, Interval(ge=0, le=10**4)] = option(20, "rounds of sampling that set psi before training; 0 keeps --psi_init")
     calibration_tolerance: NonNegative | None = option(
-        None, "psi rises where gains and losses differ by fewer samples (paper: 2); sqrt(samples) if absent", needs=CALIBRATED
+        None, "psi rises where gains and losses differ by fewer samples (paper: 2); sqrt(samples) if absent", needs=CALIBRATED, advanced=True
     )
-    calibration_increment: Annotated[float, Interval(gt=0, le=1)] = option(0.01, "by which psi moves in a round: the paper's epsilon_2", needs=CALIBRATED)
-    sde_window: tuple[StepIndex, StepIndex] | None = option(None, "steps with noise; all if absent. Fewer need fewer completions", metavar=("FIRST", "END"))
-    timestep_fraction: PositiveShare = option(0.99, "train the first steps only; 0.99 leaves out the last one")
+    calibration_increment: Annotated[float, Interval(gt=0, le=1)] = option(
+        0.01, "by which psi moves in a round: the paper's epsilon_2", needs=CALIBRATED, advanced=True
+    )
     clip_range: Positive = option(1e-4, "of the ratio per dimension")
-    kl_beta: NonNegative = option(0.04, "weight of the KL to the pretrained model; 0 saves its forward pass")
-    kl_form: Literal["official", "gaussian"] = option("official", "official is the exact Gaussian KL times the step's length", needs={"kl_beta": True})
+    kl_weight: NonNegative = option(0.04, "of the KL to the pretrained model; 0 saves its forward pass", was="kl_beta", resume="takes effect")
+    kl_form: Literal["official", "gaussian"] = option("official", "official is the exact Gaussian KL times the step's length", needs={"kl_weight": True})
 
     @model_validator(mode="after")
     def _check_dense_rewards(self):
-        check_window(self.sde_window, self.num_inference_steps)
         if self.multi_reward != "sum":
             raise ValueError(f"--multi_reward {self.multi_reward}: for each step there is only the sum of the rewards; leave it out")
         return self
@@ -48,67 +47,55 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
+from functools import partial
+
 from diffusers_align.algorithms.dense_grpo import gain_metrics, step_gains
 from diffusers_align.algorithms.flow_grpo import describe_kl, flow_grpo_loss, kl_penalty
-from diffusers_align.rl import describe_clip, ratio_diagnostics
 from diffusers_align.training import Report, Run
 from diffusers_align.training.online.group_advantages import advantages_of
+from diffusers_align.training.online.policy_gradient import policy_gradient_epoch
 from diffusers_align.training.online.sampling import sample_epoch
 from diffusers_align.training.online.step_rewards import NoiseLevels, calibrate_noise, completion_rewards
+from diffusers_align.training.online.trained_steps import trained_steps
+
+
+def loss(args, advantages, step):
+    """Flow-GRPO's loss with the step's own advantage, (B,)."""
+    return flow_grpo_loss(step.log_prob, step.old_log_prob, advantages[step.index, step.k], per_dim=step.per_dim, clip_range=args.clip_range)
+
+
+def kl(args, step, reference):
+    """The penalty of a step, (B,)."""
+    return kl_penalty(step.transition.mean, reference.mean, step.transition.std, step.length, form=args.kl_form)
 
 
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "DenseGRPO")
-    num_batches, batches_a_step = run.batches(args.num_prompts_per_epoch * args.group_size)
+    run.batches(args.num_prompts_per_epoch * args.group_size)
     report = Report(run)
     policy = run.load_policy(sde_type="dance_grpo", sde_window=args.sde_window)
-    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
+    run.load_optimizer(args.num_epochs * run.division.num_steps)
     levels = NoiseLevels(args.psi_init, args.num_inference_steps)
     run.register("noise_levels", levels)
     run.resume()
     report.start()
     calibrate_noise(run, policy, report.reward, report.prompts, levels)
+    objective = {"clip_range": args.clip_range, "kl": partial(kl, args), "kl_weight": args.kl_weight}
 
     for epoch in run.epochs():
         # 1 roll out, and complete from the states on the way
         samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_prompts_per_epoch, args.group_size, args.same_latent)
-        trajectory = samples.batches[0]
-        last = int(trajectory.num_steps * args.timestep_fraction)
-        steps = [k for k in trajectory.noisy_steps if k < max(1, last)]
-        step_sizes = policy.scheduler.sigmas.diff().abs().tolist()[-trajectory.num_steps :]
-        dimensions = trajectory.final[0].numel()
-        run.explain_once(describe_clip(args.clip_range, dimensions), describe_kl(args.kl_beta, args.kl_form, step_sizes))
+        steps = trained_steps(samples.batches[0], args.timestep_fraction, args.random_timestep_fraction, f"{args.seed}/{epoch}/steps")
+        run.explain_once(describe_kl(args.kl_weight, args.kl_form, samples.batches[0].step_sizes))
         gains = step_gains(completion_rewards(run, policy, report.reward, samples, steps))
 
-        # 2 advantages
+        # 2 advantages of each step
         advantages = advantages_of(samples, args, report.reward, gains).to(run.accelerator.device)
 
         # 3 loss and update
-        diagnostics, norms, kls = [], [], []
-        for chunk in run.chunks(num_batches, batches_a_step):
-            diagnostics.append([])
-            weight = run.loss_weight(samples, chunk, len(steps))
-            for b in chunk:
-                trajectory, advantage, reference = samples.batches[b], advantages[samples.index[b]], {}
-                if args.kl_beta > 0:
-                    with policy.reference(), run.accelerator.autocast():
-                        reference = policy.transitions(trajectory, steps)
-
-                def on_step(k, transition):
-                    old, new = trajectory.log_probs[:, k], transition.log_prob(trajectory.actions[:, k])
-                    loss = flow_grpo_loss(new, old, advantage[:, k], per_dim=dimensions, clip_range=args.clip_range)
-                    if args.kl_beta > 0:
-                        kl = kl_penalty(transition.mean, reference[k].mean, transition.std, step_sizes[k], form=args.kl_form)
-                        loss = loss + args.kl_beta * kl
-                        kls.append(kl.mean().item())
-                    run.accelerator.backward(loss.sum() * weight)
-                    diagnostics[-1].append(ratio_diagnostics(new, old, args.clip_range, dimensions))
-
-                with run.accelerator.autocast():
-                    policy.replay(trajectory, on_step, steps)
-            norms.append(run.optimizer_step())
-        run.log({**run.epoch_metrics(samples, diagnostics, norms, {"kl": kls}), **gain_metrics(gains)})
+        metrics = policy_gradient_epoch(run, policy, samples, steps, partial(loss, args, advantages), **objective)
+        run.log({**metrics, **gain_metrics(gains)})
         report.validate(epoch)
     report.finish()
 

@@ -17,9 +17,9 @@ class NFTArguments(NoiselessGroupArguments, NoisingArguments, SamplingArguments,
     """DiffusionNFT"""
 
     beta: Positive = option(1.0, "the smaller, the farther from the old policy the optimum (official: 1, or 0.1)")
-    kl_beta: NonNegative = option(1e-4, "weight of the squared distance to the pretrained model; 0 saves its forward pass")
+    kl_weight: NonNegative = option(1e-4, "of the squared distance to the pretrained model; 0 saves its forward pass", was="kl_beta", resume="takes effect")
     adv_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = option("all", "what of the advantages counts")
-    adaptive_weight: bool = option(True, "divide errors by their mean absolute value")
+    adaptive_weight: bool = option(True, "divide errors by their mean absolute value", advanced=True)
     decay: Literal["type0", "type1", "type2"] = option("type1", "how fast the old policy follows")
 
 
@@ -31,31 +31,37 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
-from collections import defaultdict
-
-import torch
+from functools import partial
 
 from diffusers_align.algorithms.diffusion_nft import nft_loss, old_policy_decay, optimality
 from diffusers_align.forward_process import ForwardProcess
-from diffusers_align.rl.matching import matching_error
 from diffusers_align.training import Report, Run
-from diffusers_align.training.online.forward_samples import noised, num_timesteps
+from diffusers_align.training.online.forward_samples import Anchor, forward_epoch
 from diffusers_align.training.online.group_advantages import advantages_of
 from diffusers_align.training.online.sampling import sample_epoch
 from diffusers_align.training.run.weight_copies import LaggingWeights
 
 
+def loss(args, forward, optimal, noised):
+    """The loss of a noised batch, (B,), without the distance to the pretrained model; and what to log."""
+    x0_hat, old_x0_hat = (forward.to_x0(output, noised.x_t, noised.t) for output in (noised.output, noised.others["old_deviation"]))
+    options = {"beta": args.beta, "adv_clip_max": args.adv_clip_max, "adaptive": args.adaptive_weight}
+    value = nft_loss(x0_hat, old_x0_hat, noised.x0.float(), optimal[noised.index], **options)
+    return value, {"policy_loss": value.mean().item()}, None
+
+
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "DiffusionNFT")
-    num_batches, batches_a_step = run.batches(args.num_prompts_per_epoch * args.group_size, steps=1)
+    run.batches(args.num_prompts_per_epoch * args.group_size, steps=1)
     report = Report(run)
     policy = run.load_policy()
     forward, old = ForwardProcess(policy.scheduler), LaggingWeights(policy.trainable_parameters())
     run.register("old_policy", old)
-    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
+    run.load_optimizer(args.num_epochs * run.division.num_steps)
     run.resume()
     report.start()
+    anchors = [Anchor("old_deviation", old.applied, 0.0), *([Anchor("kl", policy.reference, args.kl_weight)] if args.kl_weight > 0 else [])]
 
     for epoch in run.epochs():
         # 1 roll out the old policy along the ODE
@@ -67,33 +73,13 @@ def main(argv=None):
         advantages = advantages_of(samples, args, report.reward).to(run.accelerator.device)
         optimal = optimality(advantages, adv_clip_max=args.adv_clip_max, mode=args.adv_mode)
 
-        # 3 noised samples, loss and update
-        norms, logged = [], defaultdict(list)
-        for chunk in run.chunks(num_batches, batches_a_step):
-            weight = run.loss_weight(samples, chunk, num_timesteps(args))
-            for b in chunk:
-                trajectory, r = samples.batches[b], optimal[samples.index[b]]
-                for x_t, t, _ in noised(forward, trajectory, args, epoch):
-                    with torch.no_grad(), run.accelerator.autocast():
-                        with old.applied():
-                            old_output = policy.predict(x_t, t, trajectory.condition)
-                        with policy.reference():
-                            ref_output = policy.predict(x_t, t, trajectory.condition) if args.kl_beta > 0 else None
-                    with run.accelerator.autocast():
-                        output = policy.predict(x_t, t, trajectory.condition)
-                    x0_hat, old_x0_hat, x0 = forward.to_x0(output, x_t, t), forward.to_x0(old_output, x_t, t), trajectory.final.float()
-                    loss = nft_loss(x0_hat, old_x0_hat, x0, r, beta=args.beta, adv_clip_max=args.adv_clip_max, adaptive=args.adaptive_weight)
-                    logged["policy_loss"].append(loss.mean().item())
-                    logged["old_deviation"].append(matching_error(output, old_output).mean().item())
-                    if args.kl_beta > 0:
-                        kl = matching_error(output, ref_output)
-                        loss = loss + args.kl_beta * kl
-                        logged["kl"].append(kl.mean().item())
-                    run.accelerator.backward(loss.sum() * weight)
-            norms.append(run.optimizer_step())
-        decay = old_policy_decay(run.optimizer_steps, args.decay) if run.rates else 1.0  # without an optimizer step it stays
+        # 3 loss on noised samples, and update
+        metrics = forward_epoch(run, policy, samples, forward, epoch, partial(loss, args, forward, optimal), anchors)
+
+        # 4 the old policy follows; without an optimizer step it stays
+        decay = old_policy_decay(run.optimizer_steps, args.decay) if run.rates else 1.0
         old.update(decay)
-        run.log(run.epoch_metrics(samples, [], norms, {**logged, "decay": [decay]}))
+        run.log({**metrics, "decay": decay})
         report.validate(epoch)
     report.finish()
 

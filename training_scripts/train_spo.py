@@ -51,8 +51,9 @@ from collections import defaultdict
 from diffusers_align.algorithms.d3po import d3po_metrics
 from diffusers_align.algorithms.spo import spo_loss
 from diffusers_align.training import Report, Run
+from diffusers_align.training.online.policy_gradient import add_gradient
+from diffusers_align.training.online.sampling import noise_fields
 from diffusers_align.training.online.step_candidates import sample_pairs
-from diffusers_align.training.online.stored_trajectories import noise_fields
 
 
 def accumulate(run, policy, samples, b, weight, logged):
@@ -61,22 +62,19 @@ def accumulate(run, policy, samples, b, weight, logged):
     keep = samples.keep[samples.index[b]].to(policy.device)
     used = [k for place, k in enumerate(samples.steps) if policy.lockstep or keep[:, place].any()]
     options = {"per_dim": trajectory.final[0].numel(), "beta": args.beta, "clip": args.clip, "clip_range": args.clip_range}
-    with policy.reference(), run.accelerator.autocast():
-        reference = policy.transitions(trajectory, used)
 
-    def on_step(k, transition):
+    def loss(k, transition, reference):
         place = samples.steps.index(k)
-        pair = [side[b][:, place] for side in (samples.winners, samples.losers)]
-        log_probs = [kernel.log_prob(action) for kernel in (transition, reference[k]) for action in pair]
-        loss = spo_loss(*log_probs, **options)
-        run.accelerator.backward((loss * keep[:, place]).sum() * weight)
-        if (mask := keep[:, place]).any():
-            logged["loss"].append(loss[mask].mean().item())
-            for name, number in d3po_metrics(*(value[mask] for value in log_probs), **options).items():
+        pair, kept = [side[b][:, place] for side in (samples.winners, samples.losers)], keep[:, place]
+        log_probs = [kernel.log_prob(action) for kernel in (transition, reference) for action in pair]
+        values = spo_loss(*log_probs, **options)
+        if kept.any():
+            logged["loss"].append(values[kept].mean().item())
+            for name, number in d3po_metrics(*(value[kept] for value in log_probs), **options).items():
                 logged[name].append(number)
+        return (values * kept).sum() * weight
 
-    with run.accelerator.autocast():
-        policy.replay(trajectory, on_step, used)
+    add_gradient(run, policy, trajectory, used, loss, reference=True)
 
 
 def main(argv=None):
@@ -85,7 +83,7 @@ def main(argv=None):
     num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
     report = Report(run)
     policy = run.load_policy(**noise_fields(args))
-    run.load_optimizer(args.num_epochs * -(-num_batches // batches_a_step))
+    run.load_optimizer(args.num_epochs * run.division.num_steps)
     run.resume()
     report.start()
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Tape:
-    """Collects steps, each child scheduler's by itself; `record` is an `on_step` of the driver."""
+    """Collects steps, each child scheduler's by itself; `record` is an `on_step` of the driver, and `add` is for one that chooses its own."""
 
     def __init__(self):
         self.rows: dict[int, list[dict[str, Any]]] = {}
@@ -26,8 +26,11 @@ class Tape:
     def record(self, step: Step) -> None:
         """Run the step and keep its state, action, log-probability and place in the schedule."""
         state, output = step.sample.detach().clone(), step.run()
-        row = {"state": state, "action": output.prev_sample.detach().clone(), "log_prob": output.log_prob}
-        self.rows.setdefault(step.child, []).append({**row, **_schedule(step)})
+        self.add(step, state, output.prev_sample.detach().clone(), output.log_prob)
+
+    def add(self, step: Step, state: Tensor, action: Tensor, log_prob: Tensor | None) -> None:
+        """Keep a step that has run: the states (B, *D) before and after it, and the log-probabilities (B,), None where it has no noise."""
+        self.rows.setdefault(step.child, []).append({"state": state, "action": action, "log_prob": log_prob, **_schedule(step)})
 
     def trajectory(self, condition: Condition) -> Trajectory:
         """What was recorded, the main scheduler's steps with those of the others as `children`.

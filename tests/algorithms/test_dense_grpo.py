@@ -231,7 +231,7 @@ def test_each_step_is_trained_on_its_own_advantage(finished, tmp_path, monkeypat
 
     for k, trained in ((1, True), (2, False)):  # 2 is behind the window
         monkeypatch.setattr("diffusers_align.training.online.group_advantages.advantages_of", only_step(k))
-        out = run_script("dense_grpo", tmp_path / str(k), finished[0], **{**FIXED, "kl_beta": 0, "allow_no_signal": True})
+        out = run_script("dense_grpo", tmp_path / str(k), finished[0], **{**FIXED, "kl_weight": 0, "allow_no_signal": True})
         assert (rows(out)[0]["grad_norm"] > 0) is trained
 
 

@@ -20,9 +20,11 @@ from diffusers_align.algorithms.grpo_guard import grpo_guard_loss, guard_log_rat
 from diffusers_align.algorithms.mix_grpo import window_at
 from diffusers_align.algorithms.reinforce import reinforce_loss
 from diffusers_align.rewards.base import WeightedSum
-from diffusers_align.rl import group_advantages, multi_reward_advantages
+from diffusers_align.rl import group_advantages, multi_reward_advantages, ratio_diagnostics
 from diffusers_align.training.online.group_advantages import advantages_of
+from diffusers_align.training.online.policy_gradient import ReplayedStep, policy_gradient_epoch
 from diffusers_align.training.online.sampling import Samples
+from diffusers_align.training.online.trained_steps import trained_steps
 from diffusers_align.trajectory import Condition, Trajectory
 
 torch.set_num_threads(1)
@@ -162,16 +164,16 @@ def test_flow_grpos_kl_would_weigh_the_last_step_of_cps_a_thousandfold():
 
 
 def test_cps_comes_with_its_own_penalty(tmp_path):
-    free = {name: value for name, value in TINY.items() if name != "kl_beta"}
+    free = {name: value for name, value in TINY.items() if name != "kl_weight"}
     parse = lambda **flags: script().parse_args([w for n, v in {**free, "output_dir": tmp_path, **flags}.items() for w in (f"--{n}", str(v))])  # noqa: E731
     args = parse(sde_type="cps", loss="flow_cps")
-    assert (args.kl_form, args.kl_beta) == ("mean_squared", 0.01)
-    assert parse(sde_type="cps", kl_form="gaussian", kl_beta=0.1).kl_form == "gaussian"
+    assert (args.kl_form, args.kl_weight) == ("mean_squared", 0.01)
+    assert parse(sde_type="cps", kl_form="gaussian", kl_weight=0.1).kl_form == "gaussian"
     args = parse()
-    assert (args.kl_form, args.kl_beta) == ("official", 0.04)
+    assert (args.kl_form, args.kl_weight) == ("official", 0.04)
     recipe = str(ROOT / "training_scripts" / "recipes" / "flow_grpo_cps_sd35.yaml")
     args = script().parse_args(["--config", recipe])
-    assert (args.noise_level, args.clip_range, args.kl_form, args.kl_beta, args.sde_window_size) == (0.7, 1e-4, "mean_squared", 0.01, None)
+    assert (args.noise_level, args.clip_range, args.kl_form, args.kl_weight, args.sde_window_size) == (0.7, 1e-4, "mean_squared", 0.01, None)
 
 
 # --- DanceGRPO: best and worst -----------------------------------------------------------------------------------------
@@ -291,7 +293,7 @@ def test_advantages_are_clamped_and_shaped_like_the_rewards():
 TINY = {
     "pretrained_model_name_or_path": "mini-sd3", "prompts": "simple_animals", "reward": "jpeg_compressibility", "call_kwargs": '{"max_sequence_length": 1}',
     "num_inference_steps": 5, "guidance_scale": 1.0, "num_prompts_per_epoch": 2, "group_size": 4, "train_batch_size": 4, "rank": 4, "num_epochs": 2,
-    "learning_rate": 3e-3, "num_eval_samples": 4, "num_validation_images": 4, "checkpointing_epochs": 2, "kl_beta": 0,
+    "learning_rate": 3e-3, "num_eval_samples": 4, "num_validation_images": 4, "checkpointing_epochs": 2, "kl_weight": 0,
 }  # fmt: skip
 VARIANTS = {
     "dance": {
@@ -300,11 +302,10 @@ VARIANTS = {
         "same_latent": True,
         "std_ddof": 1,
         "best_of_n": 2,
-        "random_timesteps": True,
-        "timestep_fraction": 0.5,
+        "random_timestep_fraction": 0.5,
     },
-    "mix": {"sde_window_size": 2, "sde_window_range": "0 4", "sde_window_strategy": "progressive", "sde_window_interval": 1},
-    "guard": {"loss": "grpo_guard", "kl_beta": 0.01},
+    "mix": {"sde_window_size": 2, "sde_window": "0 4", "sde_window_strategy": "progressive", "sde_window_interval": 1},
+    "guard": {"loss": "grpo_guard", "kl_weight": 0.01},
     "cps": {"sde_type": "cps", "noise_level": 0.8, "loss": "flow_cps", "reward": "jpeg_compressibility*1+background_color*1", "multi_reward": "gdpo"},
 }
 TRAINED = {"dance": 2, "mix": 2, "guard": 4, "cps": 4}
@@ -320,7 +321,7 @@ def script():
 def command(out, **flags):
     words = []
     for name, value in {**TINY, "output_dir": out, **flags}.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", *(str(value).split() if name == "sde_window_range" else [str(value)])]
+        words += [f"--{name}"] if value is True else [f"--{name}", *(str(value).split() if name == "sde_window" else [str(value)])]
     return words
 
 
@@ -352,16 +353,22 @@ def test_a_run_of_each_variant(variant, tmp_path, monkeypatch):
         ({"loss": "flow_cps"}, "scales the ratio of --sde_type cps"),
         ({"best_of_n": 3}, "must be even"),
         ({"best_of_n": 6}, "at most --group_size 4"),
-        ({"sde_window_size": 3, "sde_window_range": "1 3"}, "has no room for a window"),
-        ({"sde_window_size": 1, "sde_window_range": "-2 2"}, "2 values, each a whole number from 0 to 1000, got -2 2"),
+        ({"sde_window_size": 3, "sde_window": "1 3"}, "has no room for a window"),
+        ({"sde_window_size": 1, "sde_window": "-2 2"}, "2 values, each a whole number from 0 to 1000, got -2 2"),
         ({"sde_window_size": 0}, "--sde_window_size must be a whole number from 1 to 1000, got 0"),
         ({"sde_window_size": 1, "sde_window_interval": 0}, "--sde_window_interval must be a whole number from 1 to 1e9, got 0"),
         ({"sde_window_size": 1, "sde_window_interval": 2}, "no effect without --sde_window_strategy progressive or exp_decay"),
-        ({"sde_window_range": "0 2"}, "--sde_window_range has no effect without --sde_window_size"),
-        ({"sde_window_size": 1, "sde_window_range": "3 5"}, "the steps that are trained, 0 to 3: end it at 4"),
-        ({"sde_window_size": 1, "sde_window_range": "3 5", "timestep_fraction": 1.0}, "0 to 3: end it at 4"),
-        ({"sde_window_size": 1, "sde_window_range": "3 5", "random_timesteps": True}, "0 to 3: end it at 4"),
-        ({"sde_window_size": 2, "sde_window_range": "0 3", "timestep_fraction": 0.4}, "0 to 1: end it at 2"),
+        ({"sde_window": "3 5"}, "the steps that are trained, 0 to 3: end it at 4"),
+        ({"sde_window": "2 6"}, "--sde_window 2 6 must be a first step and a later end within the 5 solver steps"),
+        ({"eta": 1.0, "sde_window": "0 2"}, "--eta is the noise of diffusion, --sde_window that of flow matching"),
+        ({"eta": 1.0, "sde_window_size": 1}, "leave out one of the two"),
+        ({"eta": 1.0, "loss": "grpo_guard"}, "go by the lengths of flow matching's steps"),
+        ({"eta": 1.0, "kl_form": "official", "kl_weight": 0.1}, "go by the lengths of flow matching's steps"),
+        ({"sde_type": "cps", "noise_level": 1.5}, "above 0 and at most 1, got 1.5"),
+        ({"sde_window_size": 1, "sde_window": "3 5"}, "the steps that are trained, 0 to 3: end it at 4"),
+        ({"sde_window_size": 1, "sde_window": "3 5", "timestep_fraction": 1.0}, "0 to 3: end it at 4"),
+        ({"sde_window_size": 1, "sde_window": "3 5", "random_timestep_fraction": 0.5}, "0 to 3: end it at 4"),
+        ({"sde_window_size": 2, "sde_window": "0 3", "timestep_fraction": 0.4}, "0 to 1: end it at 2"),
         ({"timestep_fraction": 0.0}, "a number above 0 and at most 1, got 0.0"),
         ({"timestep_fraction": 1.5}, "a number above 0 and at most 1, got 1.5"),
     ],
@@ -382,7 +389,7 @@ def rolled_out(scheduler):
 @pytest.mark.parametrize("sde_type", ["flow_grpo", "dance_grpo", "cps", "memoryless", "memoryless_em"])
 def test_every_window_of_a_run_has_noise_at_each_of_its_steps(sde_type, strategy, tmp_path):
     """The widest range that the script takes, over the epochs of two rounds."""
-    flags = {"sde_type": sde_type, "sde_window_size": 2, "sde_window_range": "0 4", "sde_window_strategy": strategy}
+    flags = {"sde_type": sde_type, "sde_window_size": 2, "sde_window": "0 4", "sde_window_strategy": strategy}
     flags |= {} if strategy == "random" else {"sde_window_interval": 2}
     args, module = script().parse_args(command(tmp_path, timestep_fraction=1.0, **flags)), script()
     policy = SimpleNamespace(scheduler=FlowMatchSDEScheduler(shift=3.0, sde_type=sde_type, noise_level=0.7))
@@ -390,19 +397,20 @@ def test_every_window_of_a_run_has_noise_at_each_of_its_steps(sde_type, strategy
     for epoch in range(12):
         module.place_window(policy, args, epoch)
         policy.scheduler.set_timesteps(args.num_inference_steps)
-        steps = module.trained_steps(rolled_out(policy.scheduler), args, epoch)
+        steps = trained_steps(rolled_out(policy.scheduler), args.timestep_fraction, args.random_timestep_fraction, f"{args.seed}/{epoch}/steps")
         assert steps == list(range(*policy.scheduler.config.sde_window))
         windows.add(tuple(steps))
     assert windows == {(0, 1), (1, 2), (2, 3)}
 
 
-@pytest.mark.parametrize(("flags", "texts"), [({}, 1), ({"kl_beta": 0.04}, 2), ({"loss": "grpo_guard"}, 0), ({"loss": "flow_cps", "sde_type": "cps"}, 0)])
-def test_the_clip_is_explained_where_one_number_says_it(flags, texts, tmp_path):
-    said, module = [], script()
-    run = SimpleNamespace(explain_once=said.append)
-    module.explain(run, module.parse_args(command(tmp_path, **flags)), 1024, [0.2] * 5)
-    assert len(said) == texts
-    assert texts == 0 or "1.108" in said[0], "(1 + 1e-4)^1024"
+@pytest.mark.parametrize(("clip_range", "log_ratio", "said"), [(1e-4, None, "1.108"), ((1e-4, 2e-4), None, "1.227"), (1e-4, lambda step: None, "")])
+def test_the_clip_is_explained_where_one_number_says_it(clip_range, log_ratio, said):
+    """A scaled ratio's clip leaves each step another share of the true ratio: no one number."""
+    lines, final = [], torch.zeros(1, 1024)
+    run = SimpleNamespace(explain_once=lines.append, division=SimpleNamespace(batches_a_step=1), chunks=lambda *_: [], epoch_metrics=lambda *_: {})
+    samples = SimpleNamespace(batches=[SimpleNamespace(final=final)])
+    policy_gradient_epoch(run, None, samples, [0], None, clip_range=clip_range, log_ratio=log_ratio)
+    assert len(lines) == bool(said) and all(said in line for line in lines), "(1 + c)^1024"
 
 
 def test_each_loss_comes_with_its_published_clip_range(tmp_path):
@@ -419,7 +427,9 @@ def test_a_wider_clip_above_one_leaves_gains_their_gradient(loss, sde_type, tmp_
     ratios, gradients = {}, {}
     for name, flags in (("equal", {}), ("wide", {"clip_range_high": 10.0})):
         args = module.parse_args(command(tmp_path, loss=loss, sde_type=sde_type, clip_range=1e-6, **flags))
-        value, numbers = module.policy_loss(args, new, action, old.log_prob(action), old.mean, torch.ones(6, dtype=torch.float64), 0.1)
+        replayed = ReplayedStep(0, new, action, new.log_prob(action), old.log_prob(action), torch.arange(6), 0, 0.1, old)
+        value, log_ratio = module.loss(args, torch.ones(6, dtype=torch.float64), replayed), module.log_ratio(args, replayed)
+        numbers = ratio_diagnostics(log_ratio, torch.zeros_like(log_ratio), (args.clip_range, args.clip_range_high))
         gradients[name] = gradient(value, new.mean).flatten(1).norm(dim=1)
         ratios[name] = (numbers["clip_low"], numbers["clip_high"])
     assert ratios["equal"][1] > 0 and ratios["wide"][1] == 0 and ratios["equal"][0] == ratios["wide"][0]
@@ -448,12 +458,51 @@ def test_gdpo_leaves_out_what_the_sum_leaves_out():
 
 def test_kernels_and_windows_come_with_their_published_defaults(tmp_path):
     def parsed(**flags):
-        tiny = {name: value for name, value in TINY.items() if name != "kl_beta"}
+        tiny = {name: value for name, value in TINY.items() if name != "kl_weight"}
         words = [w for n, v in {**tiny, "output_dir": tmp_path, **flags}.items() for w in (f"--{n}", str(v))]
         return script().parse_args(words)
 
-    assert (parsed().noise_level, parsed().kl_beta, parsed().loss) == (0.7, 0.04, "flow_grpo")
+    assert (parsed().noise_level, parsed().kl_weight, parsed().loss) == (0.7, 0.04, "flow_grpo")
     assert parsed(sde_type="dance_grpo").noise_level == 0.3
     assert (parsed(sde_type="cps").noise_level, parsed(sde_type="cps").loss) == (0.8, "flow_cps")
-    assert parsed(sde_window_size=2).kl_beta == 0.0 and parsed(loss="grpo_guard").kl_beta == 0.0
-    assert parsed(sde_window_size=2, kl_beta=0.1).kl_beta == 0.1
+    assert parsed(sde_window_size=2).kl_weight == 0.0 and parsed(loss="grpo_guard").kl_weight == 0.0
+    assert parsed(sde_window_size=2, kl_weight=0.1).kl_weight == 0.1
+
+
+# --- trained steps ------------------------------------------------------------------------------------------------------
+
+
+def test_the_trained_steps_are_one_rule():
+    scheduler = FlowMatchSDEScheduler(shift=3.0)
+    scheduler.set_timesteps(10)
+    trajectory = rolled_out(scheduler)
+    noisy = trajectory.noisy_steps
+    assert trained_steps(trajectory) == noisy and trained_steps(trajectory, 0.99) == [k for k in noisy if k < 9]
+    assert trained_steps(trajectory, 0.01) == [0], "at least one"
+    drawn = [trained_steps(trajectory, 0.99, 0.6, f"7/{epoch}/steps") for epoch in range(40)]
+    assert {len(steps) for steps in drawn} == {round(0.6 * 9)} and all(steps == sorted(set(steps)) for steps in drawn)
+    assert {k for steps in drawn for k in steps} == set(range(9)) and drawn[0] == trained_steps(trajectory, 0.99, 0.6, "7/0/steps") != drawn[1]
+    assert len(trained_steps(trajectory, 1.0, 0.01)) == 1
+
+
+def test_the_lengths_of_steps_are_the_trajectorys_own():
+    for inverted in (False, True):
+        scheduler = FlowMatchSDEScheduler(shift=3.0, invert_sigmas=inverted)
+        scheduler.set_timesteps(5)
+        trajectory = rolled_out(scheduler)
+        lengths = scheduler.sigmas.diff().abs().tolist()
+        scheduler.set_timesteps(7)  # a later call, of an evaluation
+        assert trajectory.step_sizes == lengths
+    nowhere = torch.full((5,), torch.nan)
+    assert all(
+        math.isnan(length) for length in Trajectory(*[torch.zeros(1, 5, 1)] * 2, nowhere, nowhere, nowhere > 0, torch.zeros(1, 5), Condition(["a"])).step_sizes
+    )
+
+
+def test_old_flags_are_read_as_todays(tmp_path, capsys):
+    old = ["--random_timesteps", "--timestep_fraction", "0.6", "--sde_window_range", "0", "3", "--sde_window_size", "2", "--kl_beta", "0.2"]
+    words = command(tmp_path)
+    words[words.index("--kl_weight") : words.index("--kl_weight") + 2] = []
+    args = script().parse_args([*words, *old])
+    assert (args.timestep_fraction, args.random_timestep_fraction, args.sde_window, args.kl_weight) == (0.99, 0.6, (0, 3), 0.2)
+    assert "--random_timesteps" in (said := capsys.readouterr().err) and "--kl_weight" in said

@@ -14,7 +14,8 @@ from diffusers_align.algorithms.flow_grpo import flow_grpo_loss
 from diffusers_align.algorithms.mv_grpo import mv_grpo_loss
 from diffusers_align.data.prompts import Prompt, load_prompts
 from diffusers_align.embedded.scenes import adjacent_captions, parse
-from diffusers_align.training.online.captions import decoded, load_views, view_conditions, view_log_probs, view_rewards, write_views
+from diffusers_align.training.online.captions import decoded, load_views, view_rewards, view_trajectories, write_views
+from diffusers_align.training.online.policy_gradient import add_gradient
 from diffusers_align.training.online.sampling import Samples, sample_epoch
 
 torch.set_num_threads(1)
@@ -177,20 +178,19 @@ def test_rewards_of_the_same_images_under_each_view(policy, run, samples):
 
 def gradient_over_views(policy, run, samples: Samples, captions, advantages):
     """What the script does before its optimizer step."""
-    conditions = view_conditions(samples, captions)
+    views = view_trajectories(run, policy, samples, captions, [0, 1])
     for parameter in policy.trainable_parameters():
         parameter.grad = None
     ratios = []
-    for b, trajectory in enumerate(samples.batches):
-        old = view_log_probs(run, policy, trajectory, conditions[b], [0, 1])
-        for view, condition in enumerate(conditions[b]):
+    for index, of_batch in zip(samples.index, views):
+        for view, trajectory in enumerate(of_batch):
 
-            def on_step(k, transition, advantage=advantages[samples.index[b], view], before=old[view]):
-                new = transition.log_prob(trajectory.actions[:, k])
-                ratios.append((new - before[k]).detach().abs().max().item())
-                mv_grpo_loss(new, before[k], advantage, num_views=len(captions), per_dim=1024).sum().backward()
+            def loss(k, transition, _, trajectory=trajectory, advantage=advantages[index, view]):
+                old, new = trajectory.log_probs[:, k], transition.log_prob(trajectory.actions[:, k])
+                ratios.append((new - old).detach().abs().max().item())
+                return mv_grpo_loss(new, old, advantage, num_views=len(captions), per_dim=1024).sum()
 
-            policy.replay(trajectory, on_step, [0, 1], condition)
+            add_gradient(run, policy, trajectory, [0, 1], loss)
     return torch.cat([p.grad.flatten() for p in policy.trainable_parameters()]), ratios
 
 
@@ -206,17 +206,14 @@ def test_views_equal_to_the_prompt_train_as_flow_grpo_does_and_another_does_not(
 
 
 def test_the_prompts_own_old_log_probs_are_the_rollouts_and_a_views_are_not(policy, run, samples):
-    trajectory = samples.batches[0]
-    conditions = view_conditions(samples, [samples.prompts, ["three stars"] * 4])[0]
-    own, other = view_log_probs(run, policy, trajectory, conditions, [0, 1])
-    for k in (0, 1):
-        assert torch.equal(own[k], trajectory.log_probs[:, k])
-        assert not other[k].requires_grad and (other[k] - own[k]).abs().min() > 1e-2
+    own, other = view_trajectories(run, policy, samples, [samples.prompts, ["three stars"] * 4], [0, 1])[0]
+    assert own is samples.batches[0] and other.condition.prompts == ["three stars"] * 2 and torch.equal(other.actions, own.actions)
+    assert not other.log_probs.requires_grad and (other.log_probs - own.log_probs)[:, :2].abs().min() > 1e-2
 
 
 # --- the script --------------------------------------------------------------------------------------------------------
 
-FLAGS = {"num_prompts_per_epoch": 2, "group_size": 2, "num_views": 1, "kl_beta": 0.1, "sde_window": (0, 2), "gradient_accumulation_steps": 2}
+FLAGS = {"num_prompts_per_epoch": 2, "group_size": 2, "num_views": 1, "kl_weight": 0.1, "sde_window": (0, 2), "gradient_accumulation_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +246,7 @@ def test_each_view_is_trained_on_its_own_advantage(finished, tmp_path, monkeypat
 
     monkeypatch.setattr("diffusers_align.training.online.group_advantages.advantages_of", only_view)
     views = f"{finished[0] / 'captioner.py'}:rewritten"
-    assert rows(run_script("mv_grpo", tmp_path / "run", finished[0], views=views, **{**FLAGS, "kl_beta": 0}))[0]["grad_norm"] > 0
+    assert rows(run_script("mv_grpo", tmp_path / "run", finished[0], views=views, **{**FLAGS, "kl_weight": 0}))[0]["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("recipe", ["mv_grpo_flux", "mv_grpo_mini_sd3"])

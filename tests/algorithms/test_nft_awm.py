@@ -227,7 +227,7 @@ def train(name, out, model="mini-sd3", **flags):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name, flags", [("train_nft", {"kl_beta": 0.1, "beta": 0.5}), ("train_awm", {"kl_beta": 0.1, "lag_decay": 0.2})])
+@pytest.mark.parametrize("name, flags", [("train_nft", {"kl_weight": 0.1, "beta": 0.5}), ("train_awm", {"kl_weight": 0.1, "lag_decay": 0.2})])
 def test_a_script_trains_flow_and_diffusion_models_and_resumes_exactly(tmp_path, name, flags, model):
     flags |= {"gradient_accumulation_steps": 1}  # two updates an epoch: the second is off-policy
     rows = train(name, tmp_path / "whole", model, num_epochs=3, **flags)

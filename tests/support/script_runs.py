@@ -79,7 +79,7 @@ STATEFUL = {
     "ddpo": {
         "per_prompt_stat_min_count": 2,
         "per_prompt_stat_buffer_size": 4,
-        "timestep_fraction": 0.7,
+        "random_timestep_fraction": 0.7,
         "lr_scheduler": "constant_with_warmup",
         "lr_warmup_steps": 6,
     },

@@ -139,7 +139,7 @@ def test_resumed_equals_uninterrupted(finished, task, tmp_path, name, checkpoint
 
 def test_flow_grpo_with_cps_a_window_and_the_official_kl(task, tmp_path):
     flags = {"sde_type": "cps", "sde_window_size": 1, "num_inference_steps": 4, "kl_form": "official", "no-global_std": True}
-    train("flow_grpo", tmp_path / "run", task, num_epochs=2, kl_beta=0.1, **flags)
+    train("flow_grpo", tmp_path / "run", task, num_epochs=2, kl_weight=0.1, **flags)
     assert all(row["ratio_error"] == 0.0 and row["grad_norm"] > 0 for row in rows(tmp_path / "run"))
     assert rows(tmp_path / "run")[1]["kl"] > 0
 

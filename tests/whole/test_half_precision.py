@@ -28,7 +28,7 @@ TWO = {"num_samples_per_epoch": 2}
 # One run for each way through the code that a dtype can go; the LoRA starts at 0, so one step of any method moves it.
 ONLINE = {
     "flow_grpo": ("flow_grpo", GROUP),
-    "flow_grpo_cps": ("flow_grpo", {**GROUP, "sde_type": "cps", "kl_beta": 0.1, "sde_window_size": 1, "sde_window_range": (0, 1)}),
+    "flow_grpo_cps": ("flow_grpo", {**GROUP, "sde_type": "cps", "kl_weight": 0.1, "sde_window": (0, 1)}),
     "mv_grpo": ("mv_grpo", {**GROUP, "num_views": 1, "views": "views.json", "sde_window": (0, 1)}),
     "dense_grpo": ("dense_grpo", {**GROUP, "calibration_rounds": 1, "sde_window": (0, 1)}),
     "ddpo": ("ddpo", {**TWO, **MINI_SD}),

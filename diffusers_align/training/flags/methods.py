@@ -16,12 +16,7 @@ NoiseLevel = Annotated[float, Interval(gt=0, le=100)]
 GroupSize = Annotated[int, Interval(ge=2, le=10**6)]
 # Below 1, so that the least ratio has a logarithm.
 ClipRange = Annotated[float, Interval(gt=0, lt=1)]
-
-
-def check_window(window: tuple[int, int] | None, steps: int) -> None:
-    """Raise ValueError where `--sde_window` is no part of the solver steps."""
-    if window is not None and not window[0] < window[1] <= steps:
-        raise ValueError(f"--sde_window {window[0]} {window[1]} must be a first step and a later end within the {steps} solver steps of --num_inference_steps")
+PAPERS_NOISE = {"flow_grpo": 0.7, "dance_grpo": 0.3, "cps": 0.8}
 
 
 class GroupArguments(Arguments):
@@ -31,13 +26,15 @@ class GroupArguments(Arguments):
     num_prompts_per_epoch: Count = option(48, "groups an epoch")
     group_size: GroupSize = option(24, "samples of a prompt; with one there is nothing to compare")
     same_latent: bool = option(False, "one initial noise a group (DanceGRPO's default)")
-    adv_clip_max: Positive = option(5.0, "largest advantage, and smallest but for its sign")
-    global_std: bool = option(True, "divide advantages by the std of all rewards", needs={"baseline": "group", "multi_reward": "sum"})
+    adv_clip_max: Positive = option(5.0, "largest advantage, and smallest but for its sign", advanced=True)
+    global_std: bool = option(True, "divide advantages by the std of all rewards", needs={"baseline": "group", "multi_reward": "sum"}, advanced=True)
     std_ddof: Annotated[int, Interval(ge=0, le=1)] = option(
-        0, "0 divides the variance by n (numpy), 1 by n - 1 (torch, DanceGRPO)", needs={"baseline": "group"}
+        0, "0 divides the variance by n (numpy), 1 by n - 1 (torch, DanceGRPO)", needs={"baseline": "group"}, advanced=True
     )
-    baseline: Literal["group", "leave_one_out"] = option("group", "of a sample: its group's mean, over the std; or the others' mean alone (RLOO)")
-    multi_reward: Literal["sum", "gdpo"] = option("sum", "of a sum of rewards: add up first, or normalise each in its group first")
+    baseline: Literal["group", "leave_one_out"] = option(
+        "group", "of a sample: its group's mean, over the std; or the others' mean alone (RLOO)", advanced=True
+    )
+    multi_reward: Literal["sum", "gdpo"] = option("sum", "of a sum of rewards: add up first, or normalise each in its group first", advanced=True)
 
     @model_validator(mode="after")
     def _check_baseline(self):
@@ -46,7 +43,7 @@ class GroupArguments(Arguments):
         return self
 
 
-class NoiselessGroupArguments(GroupArguments):
+class NoiselessGroupArguments(GroupArguments, advanced={"same_latent"}):
     """groups and advantages"""
 
     # Of methods that sample along the ODE.
@@ -73,34 +70,50 @@ class NoisingArguments(Arguments):
         return self
 
 
-class StrengthArguments(Arguments):
+class WindowArguments(Arguments):
     """noise"""
 
-    sde_type: SDEType | None = option(None, "kernel of flow matching; flow_grpo if absent")
-    noise_level: NoiseLevel | None = option(None, "its strength, flow matching; the kernel's default if absent", needs={"sde_type": WITH_STRENGTH})
+    sde_window: tuple[StepIndex, StepIndex] | None = option(None, "steps that have noise, flow matching; all if absent", metavar=("FIRST", "END"))
+
+    @model_validator(mode="after")
+    def _check_window(self):
+        if self.sde_window is not None and not self.sde_window[0] < self.sde_window[1] <= self.num_inference_steps:
+            raise ValueError(
+                f"--sde_window {self.sde_window[0]} {self.sde_window[1]} must be a first step and a later end within the {self.num_inference_steps} solver "
+                "steps of --num_inference_steps"
+            )
+        return self
+
+
+class NoiseArguments(WindowArguments):
+    """noise"""
+
+    # Used by `online.sampling.noise_fields`.
+    sde_type: SDEType | None = option(None, "kernel of flow matching's noise; flow_grpo if absent")
+    noise_level: NoiseLevel | None = option(
+        None, "its strength, the papers' a or eta: 0.7 for flow_grpo, 0.3 for dance_grpo, 0.8 for cps if absent", needs={"sde_type": WITH_STRENGTH}
+    )
     eta: Eta | None = option(None, "weight of the DDIM kernel's noise, diffusion; 1 if absent")
 
     @model_validator(mode="after")
-    def _check_strength(self):
-        if self.eta is not None and (self.sde_type or self.noise_level):
-            raise ValueError("--eta is the noise of diffusion, --sde_type and --noise_level that of flow matching: leave out those of the other kind")
-        if self.sde_type == "cps" and (self.noise_level or 0) > 1:
+    def _check_noise(self):
+        if self.eta is not None and (of_flow := [name for name in ("sde_type", "noise_level", "sde_window") if self.given(name)]):
+            raise ValueError(f"--eta is the noise of diffusion, --{' and --'.join(of_flow)} that of flow matching: leave out those of the other kind")
+        if self.eta is not None:
+            self.sde_type = None  # of a script whose default it is
+        if self.noise_level is None and self.sde_type in PAPERS_NOISE:
+            self.noise_level = PAPERS_NOISE[self.sde_type]
+        if self.sde_type == "cps" and self.noise_level > 1:
             raise ValueError(f"--noise_level of --sde_type cps must be above 0 and at most 1, got {self.noise_level:g}")
         return self
 
 
-class NoiseArguments(StrengthArguments):
-    """noise"""
+class StepArguments(Arguments):
+    """trained steps"""
 
-    # Used by `online.stored_trajectories.noise_fields`.
-    sde_window: tuple[StepIndex, StepIndex] | None = option(None, "steps with noise, flow matching; all if absent", metavar=("FIRST", "END"))
-
-    @model_validator(mode="after")
-    def _check_noise(self):
-        check_window(self.sde_window, self.num_inference_steps)
-        if self.sde_window is not None and self.eta is not None:
-            raise ValueError("--sde_window is of flow matching, --eta of diffusion: leave out that of the other kind")
-        return self
+    # Used by `online.trained_steps`.
+    timestep_fraction: PositiveShare = option(0.99, "train the first steps only; 0.99 leaves out the last one")
+    random_timestep_fraction: PositiveShare = option(1.0, "train a random share of those, drawn anew each epoch (DanceGRPO)", advanced=True)
 
 
 class PretrainingLossArguments(Arguments):

@@ -106,20 +106,21 @@ def view_rewards(run, reward, samples: Samples, images: list[Tensor], captions: 
     return torch.stack([samples.rewards, *others], 1)
 
 
-def view_conditions(samples: Samples, captions: list[list[str]]) -> list[list[Condition]]:
-    """For each of this process's batches, its call under each view."""
-    return [
-        [replace(trajectory.condition, prompts=[view[i] for i in index.tolist()]) for view in captions]
-        for trajectory, index in zip(samples.batches, samples.index)
-    ]
-
-
-def view_log_probs(run, policy: Policy, trajectory: Trajectory, conditions: list[Condition], steps: list[int]) -> list[dict[int, Tensor]]:
-    """Log-probabilities (B,) of the recorded actions of `steps` under each view and the current weights: before the first update,
-    those of the policy that sampled. The first view is the rollout's own, whose are known."""
-    views = [{k: trajectory.log_probs[:, k] for k in steps}]
-    for condition in conditions[1:]:
-        with run.accelerator.autocast():
-            transitions = policy.transitions(trajectory, steps, condition)
-        views.append({k: transition.log_prob(trajectory.actions[:, k]) for k, transition in transitions.items()})
+def view_trajectories(run, policy: Policy, samples: Samples, captions: list[list[str]], steps: list[int]) -> list[list[Trajectory]]:
+    """For each of this process's batches, its trajectory under each view: other prompts, and the log-probabilities that the recorded actions of
+    `steps` have under them and the current weights. Before the first update those are of the policy that sampled. The first view is the
+    batch itself."""
+    views = []
+    for trajectory, index in zip(samples.batches, samples.index):
+        others = [replace(trajectory.condition, prompts=[view[i] for i in index.tolist()]) for view in captions[1:]]
+        views.append([trajectory, *(_under(run, policy, trajectory, condition, steps) for condition in others)])
     return views
+
+
+def _under(run, policy: Policy, trajectory: Trajectory, condition: Condition, steps: list[int]) -> Trajectory:
+    with run.accelerator.autocast():
+        transitions = policy.transitions(trajectory, steps, condition)
+    log_probs = torch.full_like(trajectory.log_probs, torch.nan)
+    for k, transition in transitions.items():
+        log_probs[:, k] = transition.log_prob(trajectory.actions[:, k])
+    return replace(trajectory, condition=condition, log_probs=log_probs)

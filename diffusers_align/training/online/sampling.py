@@ -22,6 +22,14 @@ from ..run.division import division_of
 from ..run.inputs import batches_by_size, condition_of
 from .scoring import Scorer, columns_of, gather_scores
 
+# The fields of the SDE schedulers that flags choose.
+NOISE_FIELDS = ("sde_type", "noise_level", "sde_window", "eta")
+
+
+def noise_fields(args) -> dict[str, Any]:
+    """Those of `NOISE_FIELDS` that the flags give, for `Run.load_policy`."""
+    return {name: getattr(args, name) for name in NOISE_FIELDS if getattr(args, name, None) is not None}
+
 
 @dataclass
 class Samples:

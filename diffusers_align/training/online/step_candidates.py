@@ -16,6 +16,7 @@ from ...algorithms.spo import resample, step_pairs
 from ...condition import Condition
 from ...data.prompts import Prompt, prompts_of_epoch
 from ...driving.steps import Step
+from ...driving.tape import Tape
 from ...policy import Policy, noise_seed
 from ...trajectory import Trajectory
 from ...transition import GaussianTransition
@@ -49,7 +50,7 @@ class _Sampler:
         self.noise = [torch.Generator().manual_seed(noise_seed(seed, "candidate", j)) for seed in seeds for j in range(number)]
         self.choice = [torch.Generator().manual_seed(noise_seed(seed, "resample")) for seed in seeds]
         self.chosen = torch.arange(len(seeds)) * number
-        self.rows: list[dict] = []
+        self.tape, self.drawn, self.seen = Tape(), [], []
 
     def __call__(self, step: Step) -> Tensor:
         """Go on from the chosen candidates: new ones for the next state."""
@@ -63,22 +64,16 @@ class _Sampler:
         drawn = step.like(kernel.sample(self.noise, step.sample.dtype) if stochastic else kernel.mean)
         state, first = step.sample[self.chosen], torch.arange(len(self.chosen)) * self.number
         self.chosen = first + resample(len(first), self.number, self.choice)
-        log_prob = GaussianTransition(mean, std).log_prob(drawn[self.chosen]) if stochastic else torch.full((len(first),), torch.nan, dtype=torch.float64)
-        sigmas, index = getattr(step.scheduler, "sigmas", None), getattr(step.scheduler, "step_index", None)
-        sigma = float(sigmas[index - 1]) if sigmas is not None and index else float("nan")
-        self.rows.append(
-            {"states": state, "actions": drawn[self.chosen], "log_probs": log_prob.to(mean.device), "drawn": drawn.unflatten(0, (-1, self.number))}
-            | {"timesteps": float(step.timestep), "sigmas": sigma, "stochastic": stochastic, "seen": output.pred_original_sample}
-        )
+        action = drawn[self.chosen]
+        self.tape.add(step, state, action, GaussianTransition(mean, std).log_prob(action) if stochastic else None)
+        self.drawn.append(drawn.unflatten(0, (-1, self.number)))
+        self.seen.append(output.pred_original_sample.unflatten(0, (-1, self.number)))
         return drawn
 
     def finish(self, condition: Condition) -> Candidates:
         """All steps, with what the model saw in each step's candidates one step later."""
-        fields = {name: torch.stack([row[name] for row in self.rows], 1) for name in ("states", "actions", "log_probs", "drawn")}
-        drawn = fields.pop("drawn")
-        seen = [row["seen"].unflatten(0, (-1, self.number)) for row in self.rows[1:]]
-        table = {name: torch.tensor([row[name] for row in self.rows]) for name in ("timesteps", "sigmas", "stochastic")}
-        return Candidates(Trajectory(**fields, **table, condition=condition), drawn, torch.stack([*seen, drawn[:, -1]], 1))
+        drawn = torch.stack(self.drawn, 1)
+        return Candidates(self.tape.trajectory(condition), drawn, torch.stack([*self.seen[1:], drawn[:, -1]], 1))
 
 
 @torch.no_grad()

@@ -1,11 +1,10 @@
-"""What methods on pairs of recorded steps share: the noise of their roll-outs, log-probabilities of all samples, gradients from coefficients."""
+"""Learning from recorded steps, one's own or stored ones: log-probabilities of all samples, gradients from coefficients, trajectories in a folder."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -16,14 +15,8 @@ from ...data.prompts import Prompt, prompts_of_epoch
 from ...policy import Policy
 from ...trajectory import Trajectory
 from ..run.division import division_of
-from .sampling import Samples
-
-NOISE_FIELDS = ("sde_type", "noise_level", "sde_window", "eta")
-
-
-def noise_fields(args) -> dict[str, Any]:
-    """The fields of the SDE scheduler that are given."""
-    return {name: getattr(args, name) for name in NOISE_FIELDS if getattr(args, name, None) is not None}
+from .policy_gradient import add_gradient
+from .sampling import NOISE_FIELDS, Samples
 
 
 def log_probs(run, policy: Policy, samples: Samples, steps: list[int]) -> Tensor:
@@ -44,14 +37,12 @@ def descend(run, policy: Policy, samples: Samples, steps: list[int], coefficient
     in memory for one denoiser step, on whichever process has it.
     """
     for trajectory, index in zip(samples.batches, samples.index):
-        weights = coefficients[index].to(policy.device)
+        add_gradient(run, policy, trajectory, steps, _weighted(trajectory, dict(zip(steps, coefficients[index].to(policy.device).unbind(1)))))
 
-        def on_step(k, transition):
-            log_prob = transition.log_prob(trajectory.actions[:, k])
-            run.accelerator.backward((weights[:, steps.index(k)] * log_prob).sum())
 
-        with run.accelerator.autocast():
-            policy.replay(trajectory, on_step, steps)
+def _weighted(trajectory: Trajectory, weights: dict[int, Tensor]):
+    """The sum of the recorded actions' log-probabilities at a step, times its weights (B,)."""
+    return lambda k, transition, _: (weights[k] * transition.log_prob(trajectory.actions[:, k])).sum()
 
 
 class StoredTrajectories:

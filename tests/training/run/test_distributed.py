@@ -30,7 +30,7 @@ CONFIGS = sorted((ROOT / "training_scripts" / "accelerate_configs").glob("*.yaml
 # Gradients that are nearly zero are rounding; Adam would make whole steps of them.
 TWO = {"num_epochs": 2, "train_batch_size": 2, "seed": 43, "num_eval_samples": 3, "num_validation_images": 3, "adam_epsilon": 1e-3}
 FLOW = {**TWO, "use_ema": True, "ema_interval": 1, "kl_form": "gaussian"}
-DDPO = {**TWO, "per_prompt_stat_min_count": 2, "per_prompt_stat_buffer_size": 4, "timestep_fraction": 0.7}
+DDPO = {**TWO, "per_prompt_stat_min_count": 2, "per_prompt_stat_buffer_size": 4, "random_timestep_fraction": 0.7}
 SPREAD = {"shard_denoiser": True}
 JOBS = {
     "flow_grpo": {"script": "flow_grpo", "flags": FLOW},

@@ -1,0 +1,28 @@
+"""Which solver steps of a trajectory are trained: one rule for all methods. Imports no torch, since flags are checked with it."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ...trajectory import Trajectory
+
+
+def first_share(number: int, fraction: float) -> int:
+    """How many of `number` solver steps their first `fraction` is (`--timestep_fraction`): rounded down, at least one."""
+    return max(1, int(number * fraction))
+
+
+def trained_steps(trajectory: Trajectory, timestep_fraction: float = 1.0, random_timestep_fraction: float = 1.0, key: str = "") -> list[int]:
+    """The steps with noise among the first ones, or a random share of those, in order.
+
+    Args:
+        timestep_fraction: the first share of the solver steps, see `first_share`; 0.99 leaves out the last of up to a hundred.
+        random_timestep_fraction: the share of those that is drawn, rounded to the nearest, at least one.
+        key: fixes the draw: equal keys draw the same on every process and after a resume.
+    """
+    end = first_share(trajectory.num_steps, timestep_fraction)
+    steps = [k for k in trajectory.noisy_steps if k < end]
+    number = min(len(steps), max(1, round(len(steps) * random_timestep_fraction)))
+    return sorted(random.Random(key).sample(steps, number))
