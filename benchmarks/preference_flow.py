@@ -109,7 +109,7 @@ def main():
         make_data(args.task, args.folder / args.task)
     script = ROOT / "training_scripts" / "train_pfm.py"
     folder = Path(__file__).parent if args.task == "variations" else script.parent / "recipes"
-    data = ["--data", str(args.folder / args.task / "pairs"), "--outputs", str(args.folder / args.task / "outputs")]
+    data = ["--dataset_name", str(args.folder / args.task / "pairs"), "--outputs", str(args.folder / args.task / "outputs")]
     sys.argv = [str(script), "--config", str(folder / f"pfm_{args.task}_mini_sd.yaml"), *data, *rest]
     runpy.run_path(str(script), run_name="__main__")
 

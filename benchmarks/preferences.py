@@ -75,7 +75,7 @@ def main() -> None:
     measured = dict.fromkeys([args.reward, "scene_score", "background_color"])
     models = [args.reward_model if name == args.reward and args.reward_model else "default" for name in measured]
     flags = [*CALL, "--prompts", new, "--reward", *measured, "--reward_model", *models, "--guidance_scale", "3"]
-    flags += ["--pairs", str(args.output_dir / "held_out" / "pairs"), "--num_samples", str(args.num_samples)]
+    flags += ["--eval_dataset_name", str(args.output_dir / "held_out" / "pairs"), "--num_samples", str(args.num_samples)]
     evaluate("mini-sd3", {name: args.output_dir / name for name in args.only}, args.output_dir / "evaluation", flags)
 
 

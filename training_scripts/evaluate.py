@@ -3,35 +3,36 @@
     accelerate launch training_scripts/evaluate.py --pretrained_model_name_or_path mini-sd3 --call_kwargs '{"max_sequence_length": 1}' \
         --lora runs/a runs/b --prompts likes_blue_heldout --reward background_color scene_score --output_dir eval
 
-Rewards, paired gains, win rates, diversity, the path KL and, with `--pairs`, the implicit accuracy on held-out preferences
+Rewards, paired gains, win rates, diversity, the path KL and, with `--eval_dataset_name`, the implicit accuracy on held-out preferences
 go to `evaluation.md` and `evaluation.json`, samples to `evaluation.png`.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.flags.common import CallArguments, EvalScheduler, PipelineArguments, PrecisionArguments, PromptArguments, RetryArguments
+from diffusers_align.training.flags.common import PlaceArguments, SeedArguments
+from diffusers_align.training.flags.data import HeldOutArguments
 from diffusers_align.training.flags.methods import StrengthArguments
-from diffusers_align.training.flags.options import Count, Positive, Seed, option, parse, required
+from diffusers_align.training.flags.model import CallArguments, EvalSchedulerArguments, PipelineArguments, PrecisionArguments
+from diffusers_align.training.flags.options import Count, option, parse, required
+from diffusers_align.training.flags.task import InvalidRewardArguments, PromptArguments, RetryArguments
 
 BASE = "base"
 SAMPLED, STRENGTH = {"kl_samples": True}, ("sde_type", "noise_level", "eta")
 
 
-class ModelArguments(PipelineArguments, CallArguments, PrecisionArguments):
-    """model"""
+class ComparisonArguments(EvalSchedulerArguments, PipelineArguments, CallArguments, PrecisionArguments, SeedArguments):
+    """comparison"""
 
     lora: list[str] = required("folders of runs or checkpoints, .safetensors files, or Hub names; each is compared with the base")
     lora_names: list[str] | None = option(None, "what to call them; after their folders if absent")
     lora_scale: list[Annotated[float, Interval(ge=0, le=100)]] | None = option(
         None, "compare each LoRA at these shares of its own strength (DRaFT): 0.5 1; as it is if absent"
     )
-    eval_scheduler: EvalScheduler = option("stock", "the pipeline's own solver, or the SDE twin's ODE")
     batch_size: Count = option(8, "samples at a time, on each process")
-    seed: Seed = option(42, "of the noise: the same for every model")
 
     @model_validator(mode="after")
     def _check_loras(self):
@@ -45,26 +46,33 @@ class ModelArguments(PipelineArguments, CallArguments, PrecisionArguments):
         return self
 
 
-class EvaluationArguments(PromptArguments, ModelArguments, StrengthArguments, RetryArguments, needs={name: SAMPLED for name in STRENGTH}, advanced=STRENGTH):
+class EvaluationArguments(
+    PromptArguments,
+    ComparisonArguments,
+    StrengthArguments,
+    HeldOutArguments,
+    RetryArguments,
+    InvalidRewardArguments,
+    PlaceArguments,
+    needs={name: SAMPLED for name in STRENGTH},
+    advanced=STRENGTH,
+    basic={"eval_dataset_name", "eval_scheduler"},
+    was={"eval_dataset_name": "pairs", "eval_dataset_split": "pairs_split"},
+):
     """rewards and other measures"""
 
     num_samples: Count | None = option(None, "images a model, prompt after prompt in turn; two a prompt if absent")
     reward: list[str] = required("built-in rewards, module:function, file.py:function, http://host:port, or sums of them")
     reward_model: list[str] | None = option(None, "checkpoint of each reward's model, 'default' for its own", advanced=True)
-    invalid_rewards: Literal["error", "mask"] = option("error", "on a reward that raises: stop, or leave its images out", advanced=True)
-    reward_timeout: Positive | None = option(None, "seconds for a batch; none if absent", advanced=True)
     diversity: bool = option(True, "distance between samples of the same prompt")
     diversity_model: str | None = option(
         None, "a CLIP model, such as mini-clip, for distances of image features beside those of pixels", needs={"diversity": True}, advanced=True
     )
     kl_samples: Annotated[int, Interval(ge=0, le=10**9)] = option(16, "trajectories of the KL to the base, sampled with noise; 0 leaves it out")
-    pairs: str | None = option(None, "held-out preferences (docs/preference_data.md), for the implicit accuracy; none if absent")
-    pairs_split: str = option("train", "their split", needs={"pairs": True}, advanced=True)
     pair_timesteps: Annotated[int, Interval(ge=1, le=1000)] = option(
-        8, "draws of noise and timestep for a pair, in equal strata", needs={"pairs": True}, advanced=True
+        8, "draws of noise and timestep for a pair, in equal strata", needs={"eval_dataset_name": True}, advanced=True
     )
     num_grid_images: Annotated[int, Interval(ge=1, le=10**4)] = option(8, "columns of the picture", advanced=True)
-    output_dir: str = required("where the table, the numbers and the picture go")
 
     @model_validator(mode="after")
     def _check_reward_models(self):
@@ -143,7 +151,11 @@ def page(args, solver, noise, numbers):
         if args.kl_samples
         else ""
     )
-    pairs = f"\nImplicit accuracy: on the pairs of `{args.pairs}`, against the base, whose own is 1/2 by construction; margin in errors." if args.pairs else ""
+    pairs = (
+        f"\nImplicit accuracy: on the pairs of `{args.eval_dataset_name}`, against the base, whose own is 1/2 by construction; margin in errors."
+        if args.eval_dataset_name
+        else ""
+    )
     return f"""# {args.pretrained_model_name_or_path} and LoRAs of it
 
 {args.num_samples} images a model for the prompts of `{args.prompts}`, at equal seeds (from {args.seed}), by {solver}. Mean ± standard error.
@@ -186,7 +198,9 @@ def main(argv=None):
     out = common.check_output_dir(args.output_dir)
     loras = load_models(args)
     prompts = load_task(args, session.print)
-    pairs = HeldOutPairs(session, args.pairs, args.pair_timesteps, args.pairs_split, inputs=inputs_of(args)) if args.pairs else []
+    pairs = (
+        HeldOutPairs(session, args.eval_dataset_name, args.pair_timesteps, args.eval_dataset_split, inputs=inputs_of(args)) if args.eval_dataset_name else []
+    )
     rewards = load_rewards(args.reward, args.reward_model, device, args.reward_retries)
     embedder = CLIPEmbedder(**model_option(args.diversity_model)).to(device) if args.diversity and args.diversity_model else None
     pipeline = load_pipeline(args).to(device)

@@ -13,19 +13,28 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.flags.common import CallArguments, PipelineArguments, PrecisionArguments, PromptArguments, RetryArguments
+from diffusers_align.training.flags.common import PlaceArguments, SeedArguments, SignalArguments
 from diffusers_align.training.flags.methods import StrengthArguments
-from diffusers_align.training.flags.options import Count, NonNegative, Positive, Probability, Real, Seed, option, parse, required
+from diffusers_align.training.flags.model import CallArguments, PipelineArguments, PrecisionArguments
+from diffusers_align.training.flags.options import Count, NonNegative, Probability, Real, option, parse
+from diffusers_align.training.flags.task import InvalidRewardArguments, OneRewardArguments, PromptArguments
 
 NOISY, STRENGTH = {"deterministic": False}, ("sde_type", "noise_level", "eta")
 
 
-class SamplingArguments(PipelineArguments, CallArguments, PrecisionArguments, StrengthArguments, needs={name: NOISY for name in STRENGTH}, advanced=STRENGTH):
+class DrawingArguments(
+    PipelineArguments,
+    CallArguments,
+    PrecisionArguments,
+    StrengthArguments,
+    SeedArguments,
+    needs={name: NOISY for name in STRENGTH},
+    advanced=STRENGTH,
+):
     """sampling"""
 
     lora: str | None = option(None, "of the model to sample from: folder of a run or a checkpoint, .safetensors file, or Hub name")
-    batch_size: Count = option(8, "images at a time, on each process")
-    seed: Seed = option(42, "of the noise, with the prompt's number and the image's")
+    batch_size: Count = option(8, "samples at a time, on each process")
     deterministic: bool | None = option(
         None, "the pipeline's own solver, or the SDE twin's noise at each step; its own if absent, unless trajectories are saved"
     )
@@ -40,22 +49,17 @@ class SamplingArguments(PipelineArguments, CallArguments, PrecisionArguments, St
         return self
 
 
-class PreferenceArguments(PromptArguments, SamplingArguments, RetryArguments):
+class PreferenceArguments(PromptArguments, DrawingArguments, OneRewardArguments, InvalidRewardArguments, SignalArguments, PlaceArguments):
     """reward and data sets"""
 
     num_prompts: Count | None = option(None, "the first so many; all if absent")
     num_images_per_prompt: Annotated[int, Interval(ge=2, le=10**6)] = option(4, "to compare: two or more")
-    reward: str = required("built-in reward, module:function, file.py:function, http://host:port, or a sum of them")
-    reward_model: str | None = option(None, "checkpoint of the reward's model, where it has one; its public one if absent", advanced=True)
-    invalid_rewards: Literal["error", "mask"] = option("error", "on rewards that are NaN or raise: stop, or leave the images out", advanced=True)
-    reward_timeout: Positive | None = option(None, "seconds for a batch; none if absent", advanced=True)
     pairs: Literal["best_worst", "all"] = option("best_worst", "of the images of a prompt")
     min_margin: NonNegative = option(0.0, "pairs whose rewards differ by less are left out")
     binary_quantile: Probability = option(0.5, "an image is desirable from this quantile of all rewards on", advanced=True)
     binary_threshold: Real | None = option(None, "an image is desirable from this reward on, in the place of the quantile", advanced=True)
     allow_no_signal: bool = option(False, "end with status 0 although no two images of a prompt make a pair", advanced=True)
     num_sheet_prompts: Count = option(32, "rows of the contact sheet", advanced=True)
-    output_dir: str = required("images, data sets and the contact sheet")
 
     @model_validator(mode="after")
     def _check_threshold(self):

@@ -11,9 +11,11 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.flags.common import PipelineArguments, RewardArguments, RunArguments
-from diffusers_align.training.flags.data import ColumnArguments
-from diffusers_align.training.flags.options import Count, Decay, NonNegative, Pixels, Steps, option, parse, required
+from diffusers_align.training.flags.common import RunArguments
+from diffusers_align.training.flags.data import SourceArguments
+from diffusers_align.training.flags.model import PipelineArguments
+from diffusers_align.training.flags.options import Count, Decay, NonNegative, Pixels, Steps, option, parse
+from diffusers_align.training.flags.task import RewardArguments
 
 # Adam as in the official code; the average is what is judged and saved.
 DEFAULTS = {
@@ -23,14 +25,14 @@ DEFAULTS = {
 Width = Annotated[int, Interval(ge=1, le=65536)]
 
 
-class FlowDataArguments(ColumnArguments):
-    """data"""
+class FlowDataArguments(SourceArguments, was={"dataset_name": "data", "dataset_split": "data_split"}):
+    """pairs"""
 
-    data: str = required("pairs of images: whatever `load_preferences` reads; rankings and scores become pairs")
-    data_split: str = option("train", "of a Hub set", advanced=True)
-    held_out: Decay = option(0.1, "share of the prompts whose pairs are not trained on")
-    outputs: str | None = option(None, "fresh outputs of the generator to judge the flow by (prompts and images); the held-out pairs' images if absent")
-    prompts: str | None = option(None, "prompts with the other fields that the reward wants, looked up by prompt", advanced=True)
+    held_out: Decay = option(0.1, "share of the prompts that is not trained on")
+    outputs: str | None = option(
+        None, "fresh outputs of the generator to judge the flow by (prompts and images); the held-out pairs' images if absent", resume="measured"
+    )
+    prompts: str | None = option(None, "prompts with the other fields that the reward wants, looked up by prompt", advanced=True, resume="content")
     resolution: Pixels | None = option(None, "resize images to this, squared; as they are if absent", advanced=True)
 
 
@@ -56,13 +58,13 @@ class PFMArguments(FlowDataArguments, RewardArguments, FieldArguments, RunArgume
 
     shard_denoiser: ClassVar[bool] = False  # of a LoRA's frozen model, and here all is trained
 
-    num_eval_samples: Count = option(256, "outputs to judge by, at most", advanced=True)
+    num_eval_samples: Count = option(256, "outputs to judge by, at most", advanced=True, resume="measured")
     coupling: Literal["paired", "independent", "ot"] = option("paired", "which winner a loser goes to: its own, or another one of its prompt")
     sigma: NonNegative = option(0.0, "noise on the points between, in units of the winners' std (0.1 in the official code)")
     num_inference_steps: Steps = option(10, "solver steps of a pass, in evaluations")
-    solver: Literal["euler", "heun", "rk4"] = option("heun", "of a pass, in evaluations", advanced=True)
-    iterations: Annotated[int, Interval(ge=1, le=1000)] = option(1, "passes, in evaluations", advanced=True)
-    strength: Annotated[float, Interval(ge=0, le=10)] = option(1.0, "how far a pass goes, in evaluations; 0 changes nothing")
+    solver: Literal["euler", "heun", "rk4"] = option("heun", "of a pass, in evaluations", advanced=True, resume="measured")
+    iterations: Annotated[int, Interval(ge=1, le=1000)] = option(1, "passes, in evaluations", advanced=True, resume="measured")
+    strength: Annotated[float, Interval(ge=0, le=10)] = option(1.0, "how far a pass goes, in evaluations; 0 changes nothing", resume="measured")
 
 
 def parse_args(argv=None):
@@ -140,7 +142,7 @@ def load_flow(args, device):
 def load_data(args):
     """Canonical pairs to train on, pairs held out, and outputs to judge by: [(Prompt, image)]."""
     columns = parse_column_map(args.column_map) if args.column_map else None
-    rows, report = load_preferences(args.data, "pair", column_map=columns, split=args.data_split)
+    rows, report = load_preferences(args.dataset_name, "pair", column_map=columns, split=args.dataset_split, image_root=args.image_root)
     print(report)
     rows, held_out = flow_pairs.split_by_prompt(rows, args.held_out, args.seed)
     fields = {prompt.text: prompt for prompt in load_prompts(args.prompts)} if args.prompts else {}

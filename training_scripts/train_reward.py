@@ -13,9 +13,10 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from diffusers_align.training.flags.common import LearningRate, PipelineArguments, PrecisionArguments, SizeArguments
+from diffusers_align.training.flags.common import LearningRate, PlaceArguments, SeedArguments, SignalArguments
 from diffusers_align.training.flags.data import BadRowArguments, SourceArguments
-from diffusers_align.training.flags.options import Count, Seed, option, parse, required
+from diffusers_align.training.flags.model import PipelineArguments, PrecisionArguments, SizeArguments
+from diffusers_align.training.flags.options import Count, option, parse
 
 PREDICTED = {"step_aware": True}
 
@@ -42,7 +43,7 @@ class StepAwareArguments(
         return self
 
 
-class RewardModelArguments(SourceArguments, BadRowArguments, StepAwareArguments):
+class RewardModelArguments(SourceArguments, BadRowArguments, StepAwareArguments, SeedArguments, SignalArguments, PlaceArguments):
     """reward model"""
 
     kind: Literal["pair", "binary", "scored", "ranked"] = option("pair", "what to learn from")
@@ -52,12 +53,11 @@ class RewardModelArguments(SourceArguments, BadRowArguments, StepAwareArguments)
     hidden: Annotated[int, Interval(ge=0, le=65536)] = option(0, "units of the head's hidden layer; 0 is a linear head", advanced=True)
     rank: Annotated[int, Interval(ge=0, le=4096)] = option(0, "of a LoRA on the vision tower's attention; 0 leaves CLIP frozen")
     num_epochs: Count = option(100, "over the data")
-    batch_size: Count = option(128, "examples of an optimizer step")
+    train_batch_size: Count = option(128, "examples of an optimizer step", was="batch_size")
     learning_rate: LearningRate = option(1e-3, "of AdamW")
-    weight_decay: Annotated[float, Interval(ge=0, le=100)] = option(0.1, "of AdamW", advanced=True)
-    seed: Seed = option(42, "of the split, the order and the noise", advanced=True)
-    allow_no_signal: bool = option(False, "end with status 0 although the data prefer nothing to anything, or nothing is learned", advanced=True)
-    output_dir: str = required("the reward: learned_reward.json, head.safetensors and perhaps lora.safetensors")
+    adam_weight_decay: Annotated[float, Interval(ge=0, le=100)] = option(
+        0.1, "times the learning rate, the share of the weights that a step takes off", advanced=True, was="weight_decay"
+    )
 
 
 def parse_args(argv=None):
@@ -119,7 +119,7 @@ def main(argv=None):
 
     # 2 fit
     model = RewardModel(args.model, args.hidden, args.rank, args.step_aware).to("cuda" if torch.cuda.is_available() else "cpu")
-    logits = Logits(model, args.batch_size)
+    logits = Logits(model, args.train_batch_size)
     logits.embed(examples)
     learned = fit(args, logits, train)
 

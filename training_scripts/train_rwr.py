@@ -27,7 +27,7 @@ class RWRArguments(PretrainingLossArguments, DataArguments, defaults={"rank": 16
     top_q: PositiveShare = option(0.1, "train on this best share alone", needs={"weights": "top_q"})
     max_weight: Positive = option(20.0, "bound of a weight", needs={"weights": "exp_clipped"})
     force: bool = option(False, "go on where an effective 1 % of the images bears all the weight")
-    kl_weight: NonNegative = option(0.0, "weight of the distance to the pretrained model's answers", was="beta_kl")
+    kl_weight: NonNegative = option(0.0, "weight of the distance to the pretrained model's answers", was="beta_kl", resume="takes effect")
 
 
 def parse_args(argv=None):

@@ -4,8 +4,8 @@ import importlib.util
 import json
 import subprocess
 import sys
-from argparse import Namespace
 
+from pydantic import ConfigDict
 from script_runs import COMMON, PROMPTS, REWARDS, assert_same_lora, assert_same_run, rows, script, started
 
 from diffusers_align.training.flags.common import SamplingArguments
@@ -44,11 +44,19 @@ def arguments(out, task, **flags):
     return argv
 
 
-def make_run(folder, **flags):
+class AnyArguments(SamplingArguments):
+    """The flags that every script has, and any others, unchecked."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def make_run(folder, command="", **flags):
     """A run without a script, for the library's functions; `flags` join those that every script has."""
     required = {"pretrained_model_name_or_path": "mini-sd3", "prompts": "mini_train", "reward": "jpeg_compressibility", "output_dir": str(folder)}
-    args = SamplingArguments(**required, train_batch_size=2)
-    return Run(Namespace(**{**vars(args), "trackers": [], "command": args.command, **flags}), "Test")
+    defaults = SamplingArguments(**required, train_batch_size=2)
+    args = AnyArguments.model_construct(**{**dict(defaults), **flags})
+    args._command = command
+    return Run(args, "Test")
 
 
 def load_script(name):

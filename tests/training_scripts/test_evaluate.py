@@ -276,7 +276,13 @@ def task(loras):
 @pytest.fixture(scope="module")
 def evaluated(task, tmp_path_factory):
     out = tmp_path_factory.mktemp("evaluated") / "eval"
-    flags = {"lora_names": ("blue", "other"), "diversity_model": "mini-clip", "num_grid_images": 4, "pairs": task / "pairs.jsonl", "pair_timesteps": 2}
+    flags = {
+        "lora_names": ("blue", "other"),
+        "diversity_model": "mini-clip",
+        "num_grid_images": 4,
+        "eval_dataset_name": task / "pairs.jsonl",
+        "pair_timesteps": 2,
+    }
     script().main(arguments(task, out, **flags))
     return out, json.loads((out / "evaluation.json").read_text())
 

@@ -414,7 +414,10 @@ SMALL = {
 
 
 def arguments(folder, out, **flags):
-    argv, values = [], {"data": folder / "pairs.jsonl", "reward": f"{folder / 'rewards.py'}:brightness", "output_dir": out, "num_epochs": 4, **SMALL, **flags}
+    argv, values = (
+        [],
+        {"dataset_name": folder / "pairs.jsonl", "reward": f"{folder / 'rewards.py'}:brightness", "output_dir": out, "num_epochs": 4, **SMALL, **flags},
+    )
     for name, value in values.items():
         if value is not None:
             argv += [f"--{name}", *([] if value is True else map(str, value if isinstance(value, tuple) else [value]))]
@@ -530,7 +533,7 @@ def test_pairs_split_by_prompt_and_both_sides_have_some():
 
 @pytest.mark.parametrize(
     "flags, message",
-    [({"data": None}, "--data is required"), ({"pixels": True, "pretrained_model_name_or_path": None}, "its autoencoder and its text encoder")],
+    [({"dataset_name": None}, "--dataset_name is required"), ({"pixels": True, "pretrained_model_name_or_path": None}, "its autoencoder and its text encoder")],
 )
 def test_missing_flags_are_named(folder, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit):
@@ -544,8 +547,8 @@ def test_images_of_different_sizes_need_a_resolution(folder, tmp_path):
     mixed = [{"prompt": f"a {i}", "image_0": "large.png", "image_1": "1-dark.png", "label_0": i} for i in (0, 1)]
     (folder / "mixed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mixed))
     with pytest.raises(ValueError, match="(?s)32x32, 48x40.*--resolution"):
-        train(folder, tmp_path / "run", data=folder / "mixed.jsonl")
-    train(folder, tmp_path / "run", data=folder / "mixed.jsonl", resolution=32, num_epochs=1)
+        train(folder, tmp_path / "run", dataset_name=folder / "mixed.jsonl")
+    train(folder, tmp_path / "run", dataset_name=folder / "mixed.jsonl", resolution=32, num_epochs=1)
 
 
 def test_recipes_parse():

@@ -170,7 +170,7 @@ def restore(run) -> None:
         run.on_main(lambda: begin(run))
         return
     manifest = run.on_main(lambda: json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-    notes = resuming.compare(manifest, made_by, run.args.allow_changes, folder.name)
+    notes = resuming.compare(manifest, made_by, run.args.allow_changes, folder.name, type(run.args))
     notes += _load(run, folder, manifest)
     resuming.check_epochs(run, folder.name)
     made_by["commands"] = resuming.history(manifest["commands"], made_by["commands"], run.epoch)

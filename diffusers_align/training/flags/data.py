@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from .common import Arguments, TrainingArguments
-from .options import Count, Probability, option, required
+from .common import TrainingArguments
+from .options import Arguments, Count, Probability, option, required
 
 
 class ColumnArguments(Arguments):
@@ -27,26 +27,28 @@ class ColumnArguments(Arguments):
 class SourceArguments(ColumnArguments):
     """data"""
 
-    dataset_name: str = required("a .jsonl, .csv or .parquet file, a folder, or a set of the Hub")
+    dataset_name: str = required("a .jsonl, .csv or .parquet file, a folder, or a set of the Hub", resume="content")
     dataset_split: str = option("train", "its split")
-    image_root: str | None = option(None, "folder of relative image paths; the file's own if absent")
+    image_root: str | None = option(None, "folder of relative image paths; the file's own if absent", advanced=True)
 
 
 class BadRowArguments(Arguments):
     """images"""
 
-    bad_rows: Literal["skip", "error"] = option("skip", "broken rows: report and leave out, or stop")
+    bad_rows: Literal["skip", "error"] = option("skip", "broken rows: report and leave out, or stop", advanced=True)
 
 
 class ImageArguments(BadRowArguments):
     """images"""
 
-    verify: Literal["full", "header", "none"] = option("full", "decode each image before training, read its header, or neither")
-    max_rows: Count | None = option(None, "read the first so many rows only")
-    random_crop: bool = option(False, "crop at random, both images of a pair alike; centred otherwise")
-    random_flip: bool = option(False, "mirror at random, both images of a pair alike")
-    proportion_empty_prompts: Probability = option(0.1, "share of captions that are emptied, which keeps guidance working")
-    cache_dir: str | None = option(None, "keep latents and encoded prompts on disk here; encoded at every use if absent. Not with --random_crop")
+    verify: Literal["full", "header", "none"] = option("full", "decode each image before training, read its header, or neither", advanced=True)
+    max_rows: Count | None = option(None, "read the first so many rows only", advanced=True)
+    random_crop: bool = option(False, "crop at random, both images of a pair alike; centred otherwise", advanced=True)
+    random_flip: bool = option(False, "mirror at random, both images of a pair alike", advanced=True)
+    proportion_empty_prompts: Probability = option(0.1, "share of captions that are emptied, which keeps guidance working", advanced=True)
+    cache_dir: str | None = option(
+        None, "keep latents and encoded prompts on disk here; encoded at every use if absent. Not with --random_crop", advanced=True, resume="free"
+    )
 
     @model_validator(mode="after")
     def _check_cache(self):
@@ -58,20 +60,31 @@ class ImageArguments(BadRowArguments):
 class ImageNoiseArguments(Arguments):
     """noise"""
 
-    timestep_scheme: Literal["uniform", "logit_normal"] | None = option(None, "logit_normal for flow matching, uniform for diffusion if absent")
-    error_weighting: Literal["native", "eps", "x0", "elbo"] = option("native", "errors in the model's own terms, or converted")
+    timestep_scheme: Literal["uniform", "logit_normal"] | None = option(None, "logit_normal for flow matching, uniform for diffusion if absent", advanced=True)
+    error_weighting: Literal["native", "eps", "x0", "elbo"] = option("native", "errors in the model's own terms, or converted", advanced=True)
 
 
 class NoisedImageArguments(ImageArguments, ImageNoiseArguments):
     """How a data set's rows are read, its images prepared and noised."""
 
 
-class DataArguments(SourceArguments, NoisedImageArguments, TrainingArguments):
+# Whoever trains from data has no roll-outs: what is said of sampling is for pictures and the evaluation.
+EVALUATION = {"num_inference_steps", "guidance_scale", "eval_reward", "eval_prompts"}
+
+
+class HeldOutArguments(Arguments):
+    """data"""
+
+    eval_dataset_name: str | None = option(
+        None, "held-out pairs, read as the data set is, for the implicit accuracy; none if absent", advanced=True, resume="measured"
+    )
+    eval_dataset_split: str = option("train", "their split", needs={"eval_dataset_name": True}, advanced=True, resume="measured")
+
+
+class DataArguments(SourceArguments, HeldOutArguments, NoisedImageArguments, TrainingArguments, advanced=EVALUATION, basic={"cache_dir"}):
     """data"""
 
     num_samples_per_epoch: Count = option(1024, "rows an epoch: the stretch between two lines of the log")
-    eval_dataset_name: str | None = option(None, "held-out pairs, read as the data set is, for the implicit accuracy at each validation; none if absent")
-    eval_dataset_split: str = option("train", "their split", needs={"eval_dataset_name": True})
     prompts: str | None = option(None, "a .txt, .jsonl or .csv file, or a shipped set, for the pictures and the evaluation; the data set's if absent")
     reward: str | None = option(
         None, "for the evaluation: built-in, module:function, file.py:function, http://host:port, or a sum such as clip_score*1+scene_score*0.5"
@@ -81,6 +94,6 @@ class DataArguments(SourceArguments, NoisedImageArguments, TrainingArguments):
 class PairArguments(Arguments):
     """pairs"""
 
-    ties: Literal["drop", "soft", "keep"] = option("drop", "pairs without a winner: leave out, label 1/2, or one of each label")
-    pair_weighting: Literal["row", "prompt"] = option("row", "weights as the rows have them, or summing to 1 for each prompt")
-    two_pass: bool = option(False, "errors first, then gradients side by side: the same update with half the memory")
+    ties: Literal["drop", "soft", "keep"] = option("drop", "pairs without a winner: leave out, label 1/2, or one of each label", advanced=True)
+    pair_weighting: Literal["row", "prompt"] = option("row", "weights as the rows have them, or summing to 1 for each prompt", advanced=True)
+    two_pass: bool = option(False, "errors first, then gradients side by side: the same update with half the memory", advanced=True, resume="free")

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from .common import WITH_STRENGTH, Arguments, SDEType, TrainingArguments
+from .common import WITH_STRENGTH, SDEType, TrainingArguments
 from .data import NoisedImageArguments
-from .options import Count, NonNegative, Positive, PositiveShare, Probability, Real, StepIndex, Steps, option
+from .options import Arguments, Count, NonNegative, Positive, PositiveShare, Probability, Real, StepIndex, Steps, option
 
 Eta = Annotated[float, Interval(gt=0, le=1)]
 NoiseLevel = Annotated[float, Interval(gt=0, le=100)]
@@ -120,7 +120,9 @@ class PretrainingLossArguments(Arguments):
     """pre-training loss"""
 
     # Used by `gradient.pretraining`, and by RWR.
-    pretrain_dataset_name: str | None = option(None, "captioned images (a file, a folder, a set of the Hub) for plain fine-tuning besides", advanced=True)
+    pretrain_dataset_name: str | None = option(
+        None, "captioned images (a file, a folder, a set of the Hub) for plain fine-tuning besides", advanced=True, resume="content"
+    )
     pretrain_weight: NonNegative | None = option(None, "of that loss; 1 if absent, as in ReFL's paper", needs={"pretrain_dataset_name": True}, advanced=True)
 
     @model_validator(mode="after")
@@ -148,14 +150,14 @@ class RewardGradientArguments(PretrainingArguments, TrainingArguments, defaults=
     reward_map: Literal["none", "hinge", "distance", "shortfall"] = option("none", "the loss: -r, max(0, target - r), |target - r|, or target - r")
     reward_target: Real | None = option(None, "a margin, a target, or the best possible reward", needs={"reward_map": ("hinge", "distance", "shortfall")})
     reward_scale: Positive = option(1.0, "factor of that loss: with Adam, its weight against --kl_weight and the clipping")
-    kl_weight: NonNegative = option(0.0, "of the distance to the pretrained model at the trained steps; 0 saves its forward pass")
-    grad_clip_quantile: PositiveShare | None = option(None, "also clip at this quantile of the last 100 gradient norms", advanced=True)
+    kl_weight: NonNegative = option(0.0, "of the distance to the pretrained model at the trained steps; 0 saves its forward pass", resume="takes effect")
+    grad_clip_quantile: PositiveShare | None = option(None, "also clip at this quantile of the last 100 gradient norms", advanced=True, resume="takes effect")
     stochastic: bool = option(False, "roll out with the SDE twin's noise; otherwise by the pipeline's own solver")
     eta: Probability | None = option(
         None, "of that noise for diffusion: 0 is DDIM's ODE, 1 (if absent) ancestral sampling", needs={"stochastic": True}, advanced=True
     )
-    checkpoint_steps: bool = option(True, "compute each step's activations again on the way back", advanced=True)
-    checkpoint_decoder: bool = option(True, "compute the autoencoder's activations again on the way back", advanced=True)
+    checkpoint_steps: bool = option(True, "compute each step's activations again on the way back", advanced=True, resume="free")
+    checkpoint_decoder: bool = option(True, "compute the autoencoder's activations again on the way back", advanced=True, resume="free")
 
     @model_validator(mode="after")
     def _check_reward_map(self):

@@ -64,7 +64,12 @@ PositiveShare = Annotated[float, Interval(gt=0, le=1)]
 Decay = Annotated[float, Interval(ge=0, lt=1)]
 Guidance = Annotated[float, Interval(ge=0, le=1000)]
 
-# What a change means for a run that goes on from a checkpoint (`checkpoints/resuming.py` acts on it).
+# The modules whose flags are for many scripts; those of a method or a script are its own.
+COMMON = ("common", "data", "model", "options", "task")
+
+# What a change means for a run that goes on from a checkpoint. "learned": it decides what is learned, so it is refused; "content": so do the files
+# that it names; "takes effect" from there on, and is said; "measured": decides what is measured, so it is refused only where an early stop looks;
+# "free": decides neither, and is said; "unsaid": differs in every resumed run; "secret": checkpoints do not keep it.
 Resume = Literal["learned", "content", "takes effect", "measured", "free", "unsaid", "secret"]
 
 
@@ -74,11 +79,11 @@ def option(
     *,
     needs: dict[str, Any] | None = None,
     metavar: str | tuple[str, ...] | None = None,
-    advanced: bool = False,
-    was: str | tuple[str, ...] = (),
-    resume: Resume = "learned",
+    advanced: bool | None = None,
+    was: str | tuple[str, ...] | None = None,
+    resume: Resume | None = None,
 ) -> Any:
-    """A field of an `Arguments` class.
+    """A field of an `Arguments` class. What the last three do not say is as the base classes' field of that name has it.
 
     Args:
         default: None where the flag may be absent and the text says what happens then.
@@ -86,23 +91,26 @@ def option(
         needs: other flags with the values (one, or a tuple) without which this one has no effect; True is any but 0, false and absent.
         metavar: what stands for the value in the help.
         advanced: whether `--help` only names it, and `--help_all` explains it.
-        was: the names that it had in the last version.
-        resume: what a resumed run may do with it (`Resume`); if nothing is said, a change is refused.
+        was: the name, or names, that it had in the last version.
+        resume: what a change means for a run that goes on from a checkpoint (`Resume`); if nobody says, it is refused.
     """
-    return Field(default, description=text, json_schema_extra={"needs": needs or {}, "metavar": metavar, "advanced": advanced, "was": was, "resume": resume})
+    said = {"advanced": advanced, "was": was, "resume": resume}
+    extra = {"needs": needs or {}, "metavar": metavar, **{word: value for word, value in said.items() if value is not None}}
+    return Field(default, description=text, json_schema_extra=extra)
 
 
-def required(text: str, *, was: str | tuple[str, ...] = (), resume: Resume = "learned") -> Any:
-    """A field that the command line or the recipe must give; `was` and `resume` as of `option`."""
-    return Field(description=text, json_schema_extra={"was": was, "resume": resume})
+def required(text: str, **said: Any) -> Any:
+    """A field that the command line or the recipe must give; the keywords are those of `option`."""
+    field = option(None, text, **said)
+    return Field(description=text, json_schema_extra=field.json_schema_extra)
 
 
 class Arguments(BaseModel):
-    """recipe"""
+    """run"""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, str_min_length=1, coerce_numbers_to_str=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, str_min_length=1, coerce_numbers_to_str=True, protected_namespaces=(), defer_build=True)
 
-    config: str | None = option(None, "YAML recipe: its values replace the defaults, flags on the command line replace its values")
+    config: str | None = option(None, "YAML recipe: its values replace the defaults, flags on the command line replace its values", resume="unsaid")
     _command: str = PrivateAttr("")
     _gone: ClassVar[dict[str, Any]] = {}
 
@@ -135,7 +143,6 @@ class Arguments(BaseModel):
         for name, more in said.items():
             fields[name].json_schema_extra = {**(fields[name].json_schema_extra or {}), **more}
         cls._gone = {**cls._gone, **(gone or {})}
-        cls.model_rebuild(force=True)
 
     @classmethod
     def from_old(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +166,8 @@ class Option:
         kind: its type and range.
         text, needs, metavar, advanced, was, resume: of `option`, by the class that said them last.
         group: the heading under which its first class puts it.
-        is_common: whether that class is one for many scripts (`common.py`, `data.py`), not of a method or a script.
+        owner: its first class.
+        is_common: whether that class is one for many scripts (`COMMON`), not of a method or a script.
     """
 
     def __init__(self, arguments: type[Arguments], name: str):
@@ -167,13 +175,16 @@ class Option:
         told = next((f for f in (field, *(c.model_fields[name] for c in classes)) if f.description), field)
         self.name, self.default, self.is_required = name, field.default, field.is_required()
         self.kind: Kind = kind_of(field.annotation, field.metadata)
-        extra = {**(told.json_schema_extra or {}), **(field.json_schema_extra or {})}
+        extra: dict[str, Any] = {}
+        for owner in (cls for cls in reversed(arguments.__mro__) if name in getattr(cls, "model_fields", {})):
+            extra |= owner.model_fields[name].json_schema_extra or {}
         self.text, self.needs, self.metavar = told.description or "", extra.get("needs") or {}, extra.get("metavar")
         self.advanced, self.resume = bool(extra.get("advanced")), extra.get("resume", "learned")
         was = extra.get("was", ())
         self.was: tuple[str, ...] = (was,) if isinstance(was, str) else was
-        self.group = (classes[-1].__doc__ or classes[-1].__name__).splitlines()[0]
-        self.is_common = classes[-1].__module__.removeprefix(f"{__package__}.") in ("common", "data", "options")
+        self.owner = classes[-1]
+        self.group = (self.owner.__doc__ or self.owner.__name__).splitlines()[0]
+        self.is_common = self.owner.__module__.removeprefix(f"{__package__}.") in COMMON
 
     def help(self) -> str:
         """The line of `--help`: what it is, what it may be, what it is by default."""

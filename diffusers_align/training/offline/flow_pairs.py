@@ -168,7 +168,7 @@ def save(run, pipeline, transported: Transported, asked: Iterable[str], judged: 
 
 def _card(run, results: dict[str, str], judged: str) -> str:
     args, repo = run.args, published_as(run)
-    front = front_matter(args.pretrained_model_name_or_path, ["preference-flow-matching", "image-to-image"], "image-to-image", data=args.data)
+    front = front_matter(args.pretrained_model_name_or_path, ["preference-flow-matching", "image-to-image"], "image-to-image", data=args.dataset_name)
     text = (
         f"A preference flow (https://arxiv.org/abs/2405.19806), trained with diffusers-align {__version__}: it carries any images, whoever made them, to "
         "preferred ones."

@@ -78,8 +78,8 @@ def noised_examples(args, accelerator, policy: Policy, rows: list[dict], kind: s
     latents, noising = LatentImages(run, policy), Noising(run, policy)
     found = [[Example(e.prompt, [], e.target, e.weight) for e in examples_of(rows, kind)] for _ in range(number)]
     jobs = [(row, image) for row in range(len(rows)) for image in images_of(rows[row], kind)]
-    for start in tqdm(range(0, len(jobs), args.batch_size), desc="denoising", unit="batch"):
-        part = jobs[start : start + args.batch_size]
+    for start in tqdm(range(0, len(jobs), args.train_batch_size), desc="denoising", unit="batch"):
+        part = jobs[start : start + args.train_batch_size]
         places = [Position(row, noise_seed(args.seed, "reward", row), 0) for row, _ in part]
         condition = policy.condition([rows[row]["prompt"] for row, _ in part], seeds=[place.seed for place in places])
         x0 = latents([image for _, image in part], places, condition)
@@ -195,12 +195,12 @@ def fit(args, logits: Logits, examples: list[Example]) -> bool:
     check_signal(args.kind, targets_of(examples))
     model, order = logits.model, torch.Generator().manual_seed(args.seed)
     parameters = [*model.head.parameters(), *(p for name, p in model.clip.named_parameters() if "lora_" in name)]
-    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.adam_weight_decay)
     start = Start(parameters)
     start.mark()
     model.head.train()
     for _ in (bar := tqdm(range(args.num_epochs), desc="fitting", unit="epoch")):
-        for index in torch.randperm(len(examples), generator=order).split(args.batch_size):
+        for index in torch.randperm(len(examples), generator=order).split(args.train_batch_size):
             part = [examples[i] for i in index]
             outputs = logits(part)
             weights = torch.tensor([example.weight for example in part], device=outputs.device)

@@ -295,7 +295,7 @@ def test_checkpoints_that_are_trained_again_are_set_aside_and_said(tmp_path, cap
 
 
 def test_the_logs_of_an_earlier_run_are_not_continued(tmp_path, capsys):
-    flags = {"trackers": ["tensorboard"], "run_name": "x"}
+    flags = {"report_to": "tensorboard", "run_name": "x"}
     for expected in (1, 1):
         train(tmp_path / "run", **flags).end()
         assert len(list((tmp_path / "run" / "logs" / "x").glob("events*"))) == expected

@@ -1,15 +1,15 @@
-"""A resumed run and its checkpoint's flags: what is refused, what takes effect, what is free, and that no flag is undecided."""
+"""A resumed run and its checkpoint's flags: what is refused, what takes effect, what is free."""
 
 import json
-from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
-from script_tools import Run, load_script
+from script_tools import AnyArguments, Run
 from small_run import resumed, train, weights
 
-from diffusers_align.training.checkpoints import resuming
-from diffusers_align.training.flags.options import Arguments, options_of
+from diffusers_align.training.checkpoints import contents, resuming
+from diffusers_align.training.flags.options import Resume, option
 
 # --- hyper-parameters take effect ----------------------------------------------------------------------------------------------
 
@@ -85,9 +85,11 @@ def test_what_is_learned_may_not_change(tmp_path, capsys, monkeypatch, old, new)
     ((name, was), (_, now)) = next(iter(old.items())), next(iter(new.items()))
     before, after = ({"algorithm": "A", "flags": flags, "contents": {}, "samples_a_step": 4, "processes": 1, "commands": []} for flags in (old, new))
     with pytest.raises(ValueError, match=f"(?s)checkpoint-2 was made with other flags.*--{name} was {was or 'null'}, now {now}.*--allow_changes"):
-        resuming.compare(before, after, False, "checkpoint-2")
-    assert resuming.compare(before, after, True, "checkpoint-2") == [f"Changed from here on (--allow_changes): --{name} was {was or 'null'}, now {now}."]
-    assert resuming.compare(before, before, False, "checkpoint-2") == []
+        resuming.compare(before, after, False, "checkpoint-2", AnyArguments)
+    assert resuming.compare(before, after, True, "checkpoint-2", AnyArguments) == [
+        f"Changed from here on (--allow_changes): --{name} was {was or 'null'}, now {now}."
+    ]
+    assert resuming.compare(before, before, False, "checkpoint-2", AnyArguments) == []
 
 
 def test_a_refused_run_leaves_the_folder_as_it_was(tmp_path):
@@ -148,27 +150,27 @@ def test_the_code_of_a_reward_and_its_weights_count(tmp_path):
     (tmp_path / "a.py").write_text("one")
     (tmp_path / "b.py").write_text("one")
     spec = "{}:f*1.0+clip_score*{}"
-    found = [resuming.content(spec.format(tmp_path / name, weight)) for name, weight in (("a.py", 2), ("b.py", 2), ("a.py", 3))]
+    found = [contents.content(spec.format(tmp_path / name, weight)) for name, weight in (("a.py", 2), ("b.py", 2), ("a.py", 3))]
     assert found[0] == found[1] != found[2]
     (tmp_path / "a.py").write_text("two")
-    assert resuming.content(spec.format(tmp_path / "a.py", 2)) != found[0]
-    assert resuming.content(f"{tmp_path / 'a.py'}:f") != resuming.content(f"{tmp_path / 'a.py'}:g")
-    assert resuming.content("clip_score*1+scene_score") is None and resuming.content("http://host:1") is None and resuming.content("x" * 5000) is None
+    assert contents.content(spec.format(tmp_path / "a.py", 2)) != found[0]
+    assert contents.content(f"{tmp_path / 'a.py'}:f") != contents.content(f"{tmp_path / 'a.py'}:g")
+    assert contents.content("clip_score*1+scene_score") is None and contents.content("http://host:1") is None and contents.content("x" * 5000) is None
 
 
 def test_a_folder_counts_by_its_lists_and_sizes(tmp_path, monkeypatch):
     (tmp_path / "metadata.jsonl").write_text("{}")
     (tmp_path / "image.png").write_bytes(b"abc")
-    first = resuming.content(str(tmp_path))
+    first = contents.content(str(tmp_path))
     (tmp_path / "metadata.jsonl").write_text("[]")
-    second = resuming.content(str(tmp_path))
+    second = contents.content(str(tmp_path))
     (tmp_path / "image.png").write_bytes(b"abcd")
-    third = resuming.content(str(tmp_path))
+    third = contents.content(str(tmp_path))
     assert len({first, second, third}) == 3
-    monkeypatch.setattr(resuming, "MAX_FILES", 1)
-    many = resuming.content(str(tmp_path))
+    monkeypatch.setattr(contents, "MAX_FILES", 1)
+    many = contents.content(str(tmp_path))
     (tmp_path / "image.png").write_bytes(b"abcde")
-    assert resuming.content(str(tmp_path)) == many, "of very many files the lists alone"
+    assert contents.content(str(tmp_path)) == many, "of very many files the lists alone"
 
 
 def test_no_secret_is_kept(tmp_path):
@@ -193,24 +195,42 @@ def test_the_commands_that_made_a_run(tmp_path):
     assert resuming.commands(again) == "first\n\n# resumed after epoch 2\nfourth", "nothing is left of the others"
 
 
-# --- every flag ------------------------------------------------------------------------------------------------------------------
+# --- what the fields say ---------------------------------------------------------------------------------------------------------
 
 
-def flags_of_scripts():
-    """The flags of every script that makes a `Run`, with one that has them."""
-    found = {}
-    for path in sorted((Path(__file__).parents[3] / "training_scripts").glob("train_*.py")):
-        if "Run(args" in path.read_text():
-            module = load_script(path.stem.removeprefix("train_"))
-            classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Arguments) and c.__module__ == module.__name__]
-            found |= {name: path.stem for own in classes for name in options_of(own)}
-    return found
+def test_flags_of_a_checkpoint_under_their_old_names_are_compared_under_the_new(tmp_path):
+    class Renamed(AnyArguments, was={"seed": "noise_seed", "prompts": "prompt_file"}):
+        """A script whose flags have new names."""
+
+    kept = {"algorithm": "A", "samples_a_step": 4, "processes": 1, "commands": []}
+    before = {**kept, "flags": {"noise_seed": 1, "prompt_file": "p"}, "contents": {"prompt_file": "hash"}}
+    now = {**kept, "flags": {"seed": 1, "prompts": "p"}, "contents": {"prompts": "hash"}}
+    assert resuming.compare(before, now, False, "checkpoint-2", Renamed) == []
+    for change, said in (({"flags": {"seed": 2, "prompts": "p"}}, "--seed was 1, now 2"), ({"contents": {"prompts": "other"}}, "--prompts: the content of p")):
+        with pytest.raises(ValueError, match=said):
+            resuming.compare(before, {**now, **change}, False, "checkpoint-2", Renamed)
 
 
-def test_every_flag_of_every_script_is_decided_once():
-    flags, lists = flags_of_scripts(), (resuming.LEARNED, resuming.TAKES_EFFECT, resuming.MEASURED, resuming.FREE)
-    assert len(flags) > 200
-    decided = [name for names in lists for name in names]
-    assert {name: script for name, script in flags.items() if decided.count(name) != 1} == {}, "put each into one list of resuming.py"
-    assert set(decided) - set(flags) == set(), "flags that no script has"
-    assert resuming.CONTENTS <= resuming.LEARNED and resuming.UNSAID <= resuming.FREE
+def test_a_flag_that_says_nothing_is_refused_when_it_changes():
+    class New(AnyArguments):
+        """A script with a new flag."""
+
+        quiet: int = option(0, "of tomorrow")
+
+    assert resuming.meanings(New)["quiet"] == "learned"
+    assert set(resuming.meanings(New).values()) == set(get_args(Resume)), "each meaning has flags"
+
+
+@pytest.mark.parametrize("metric", [None, "reward"])
+def test_what_is_measured_is_free_unless_an_early_stop_looks_at_it(metric):
+    before, now = (
+        {"algorithm": "A", "flags": {"early_stop_metric": metric, "num_eval_samples": n}, "contents": {}, "samples_a_step": 4, "processes": 1, "commands": []}
+        for n in (4, 8)
+    )
+    if metric:
+        with pytest.raises(ValueError, match="--num_eval_samples was 4, now 8"):
+            resuming.compare(before, now, False, "checkpoint-2", AnyArguments)
+    else:
+        assert resuming.compare(before, now, False, "checkpoint-2", AnyArguments) == [
+            "Changed without effect on what is learned: --num_eval_samples was 4, now 8."
+        ]

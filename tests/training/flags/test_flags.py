@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import types
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,76 @@ def test_a_flag_that_the_recipe_voids_by_itself_is_refused_and_one_that_is_overr
     args, _ = outcome("train_ddpo", {**base, "update": ["--update=adamw"]}, capsys)
     assert args.max_kl == 0.05
     assert "--max_kl 0.1" in capsys.readouterr().err
+
+
+MOST_COMMON, MOST_OWN = 25, 12
+
+
+def test_the_first_screen_of_help_is_short(capsys):
+    """At most 25 common flags and 12 of the script's own, of whatever it has."""
+    lines, long = [], []
+    for stem in STEMS:
+        options = flags_of(arguments_of(stem)).values()
+        first = [option for option in options if not option.advanced]
+        common, own = (sum(option.is_common is kind for option in first) for kind in (True, False))
+        lines.append(f"{stem:24} {common:2} common, {own:2} own, {len(options) - len(first):2} advanced")
+        long += [stem] if common > MOST_COMMON or own > MOST_OWN else []
+        assert all(not option.advanced for option in options if option.is_required), f"{stem}: what is required is on the first screen"
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+    assert not long, f"{long}: mark what few runs need as advanced"
+
+
+def meaning(option):
+    """The type, and what the help says first, before an example or a default."""
+    return option.kind.type, option.kind.choices, option.kind.length, re.split(r"[;:(]", option.text)[0].strip()
+
+
+# Names whose meaning depends on the script, and why they keep the one name.
+ONE_NAME = {
+    "allow_no_signal": "what would be no signal differs: pairs, preferences, gradients",
+    "beta": "each preference loss has a temperature of its own, in the paper's name",
+    "clip_range": "of the ratio that each loss clips",
+    "eta": "DDIM's eta, where it is chosen and where it is not",
+    "kl_form": "each objective has KL forms of its own",
+    "kl_weight": "of the distance that each objective holds the model by",
+    "lora": "evaluate.py compares several",
+    "loss": "each family's losses",
+    "num_epochs": "train_reward.py rolls nothing out",
+    "num_eval_samples": "train_pfm.py judges given outputs",
+    "num_inference_steps": "train_pfm.py's are those of its own flow",
+    "num_prompts_per_epoch": "groups where there are groups, single samples where not",
+    "num_samples_per_epoch": "samples are rows, paths, or prompts' one image",
+    "num_train_timesteps": "timesteps of the forward process, or steps of stored trajectories",
+    "pairs": "the choices' names are those of each method",
+    "min_margin": "make_preferences.py keeps what differs by just as much",
+    "prompts": "train_pfm.py only looks rewards' columns up by them",
+    "rank": "train_reward.py adapts the reward, where 0 is none",
+    "reward": "evaluate.py takes several",
+    "reward_model": "evaluate.py takes several",
+    "reward_scale": "Adjoint Matching's lambda is a number of nats",
+    "same_latent": "of a group or of a prompt's images",
+    "sde_type": "each method allows kernels of its own",
+    "ties": "train_reward.py cannot keep both labels",
+    "timestep_scheme": "of images' noise, or of the sampler's own grid",
+    "train_batch_size": "train_reward.py makes a step of each batch",
+}
+
+
+def test_one_name_means_one_thing():
+    """Fields of one name are of one class, or have the same type and the same words, or are excused above; and they mean the same to a resumed run."""
+    found = defaultdict(list)
+    for stem in STEMS:
+        for name, option in flags_of(arguments_of(stem)).items():
+            found[name].append((stem, option))
+    several = {}
+    for name, uses in found.items():
+        if len({option.owner for _, option in uses}) > 1 and len({meaning(option) for _, option in uses}) > 1:
+            several[name] = sorted({f"{stem}: {option.text}" for stem, option in uses})
+        trained = [(stem, option) for stem, option in uses if "Run(args" in halves(stem)[1]]
+        assert len({option.resume for _, option in trained}) <= 1, f"--{name}: { ({stem: option.resume for stem, option in trained}) }"
+    assert {name: texts for name, texts in several.items() if name not in ONE_NAME} == {}
+    assert set(ONE_NAME) <= set(several), "excuses that nobody needs"
 
 
 COLD = """
