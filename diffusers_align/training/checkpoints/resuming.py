@@ -30,9 +30,9 @@ LEARNED = frozenset(
     multi_reward noise_level num_candidates num_inference_steps num_prompts_per_epoch num_renoised num_samples_per_epoch num_train_timesteps
     num_trained_steps num_updates_per_epoch num_views objective pair_weighting pairs per_prompt_stat_buffer_size per_prompt_stat_min_count
     per_prompt_stat_tracking pixels posterior_views pretrain_dataset_name pretrain_weight pretrained_model_name_or_path
-    prompt_column prompts proportion_empty_prompts psi_init random_crop random_flip random_steps random_timesteps rank reference_decay
+    prompt_column prompts proportion_empty_prompts psi_init random_crop random_flip random_steps random_timestep_fraction rank reference_decay
     reference_point reference_point_decay resolution revision reward reward_filter reward_map reward_model reward_scale reward_target reward_weight
-    safeguard_mu same_latent scope score_scale sde_type sde_window sde_window_interval sde_window_range sde_window_size sde_window_strategy seed
+    safeguard_mu same_latent scope score_scale sde_type sde_window sde_window_interval sde_window_size sde_window_strategy seed
     sees_prompt sft_weight shared_timesteps sigma single_file_config skip_last_steps smoothing_copies smoothing_quantile smoothing_std std_ddof stochastic
     temperature threshold ties
     timestep_fraction timestep_scheme top_k top_q trajectories truncation truncation_mean truncation_schedule truncation_std truncation_step
@@ -44,7 +44,7 @@ LEARNED = frozenset(
 TAKES_EFFECT = frozenset(
     """
     adam_beta1 adam_beta2 adam_epsilon adam_weight_decay allow_tf32 early_stop_patience ema_decay ema_interval grad_clip_quantile
-    invalid_rewards kl_beta kl_weight learning_rate lr_scheduler lr_warmup_steps max_grad_norm num_epochs value_learning_rate value_steps
+    invalid_rewards kl_weight learning_rate lr_scheduler lr_warmup_steps max_grad_norm num_epochs value_learning_rate value_steps
     """.split()
 )
 # Decide what is measured: free, but part of what is learned where an early stop looks at it.
