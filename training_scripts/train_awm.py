@@ -24,7 +24,7 @@ class AWMArguments(NoiselessGroupArguments, NoisingArguments, SamplingArguments,
     clip_range: Positive = option(1.0, "of the ratio; 1 hardly ever clips")
     kl_weight: NonNegative = option(3e-3, "of the squared distance to the pretrained model (official: 1e-3 to 3e-3)", was="kl_beta", resume="takes effect")
     ema_beta: NonNegative = option(1.0, "weight of the squared distance to the policy that lags behind")
-    lag_decay: Decay = option(0.3, "how much that one keeps of itself each epoch, reached at 0.001 an optimizer step")
+    lag_decay: Decay = option(0.3, "how much that one keeps of itself each epoch, reached at 0.001 per optimizer step")
 
 
 def parse_args(argv=None):
@@ -92,11 +92,11 @@ def main(argv=None):
         # 2 advantages
         advantages = unit_advantages(advantages_of(samples, args, report.reward).to(run.accelerator.device), adv_clip_max=args.adv_clip_max)
 
-        # 3 loss on noised samples, and update
-        old = old_log_probs(run, policy, samples, forward, epoch)
-        run.log(forward_epoch(run, policy, samples, forward, epoch, partial(loss, args, forward, old, advantages), anchors))
+        # 3 loss on noised samples
+        objective = partial(loss, args, forward, old_log_probs(run, policy, samples, forward, epoch), advantages)
 
-        # 4 the policy that lags behind follows; without an optimizer step it stays
+        # 4 update; the policy that lags behind follows, where there was an optimizer step
+        run.log(forward_epoch(run, policy, samples, forward, epoch, objective, anchors))
         lagging.update(lagging_decay(run.optimizer_steps, maximum=args.lag_decay) if run.rates else 1.0)
         report.validate(epoch)
     report.finish()

@@ -23,9 +23,9 @@ class D3POArguments(NoiseArguments, SamplingArguments, defaults=DEFAULTS):
 
     prompts: str | None = None
     reward: str | None = None
-    num_prompts_per_epoch: Count = option(16, "groups an epoch")
-    group_size: GroupSize = option(7, "samples of a prompt; 7 in the official code")
-    same_latent: bool = option(True, "one initial noise a group, as in the official code")
+    num_prompts_per_epoch: Count = option(16, "groups per epoch")
+    group_size: GroupSize = option(7, "samples per prompt; 7 in the official code")
+    same_latent: bool = option(True, "one initial noise per group, as in the official code")
     pairs: Literal["all", "extremes"] = option("all", "all pairs of a group (official), or its best and worst image")
     min_margin: NonNegative = option(0.0, "pairs whose rewards differ by no more are left out", advanced=True)
     trajectories: str | None = option(None, "learn from those of this folder of make_preferences.py, with its rewards, and sample none")
@@ -94,7 +94,7 @@ def main(argv=None):
     report.start()
 
     for epoch in run.epochs():
-        # 1 trajectories and their rewards
+        # 1 roll out, or take stored trajectories with their rewards
         if stored:
             samples = stored.epoch(run, epoch, args.num_prompts_per_epoch)
         else:
@@ -104,7 +104,7 @@ def main(argv=None):
         pairs = ranked_pairs(samples.rewards, samples.groups, kind=args.pairs, min_gap=args.min_margin)
         stochastic = samples.batches[0].noisy_steps
 
-        # 3 loss and update
+        # 3 loss and 4 update, each on steps of its own
         norms, logged = [], defaultdict(list)
         logged["pairs"].append(len(pairs[0]))
         for number in range(args.num_updates_per_epoch if len(pairs[0]) else 0):

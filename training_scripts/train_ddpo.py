@@ -27,8 +27,8 @@ class DDPOArguments(
 ):
     """DDPO"""
 
-    estimator: Literal["is", "sf"] = option("is", "importance sampling, or the score function (one step an epoch)", needs=BY_GRADIENT)
-    num_samples_per_epoch: Annotated[int, Interval(ge=2, le=10**9)] = option(256, "samples an epoch, each of a prompt; one alone has no advantage")
+    estimator: Literal["is", "sf"] = option("is", "importance sampling, or the score function (one step per epoch)", needs=BY_GRADIENT)
+    num_samples_per_epoch: Annotated[int, Interval(ge=2, le=10**9)] = option(256, "samples per epoch, each of a prompt; one alone has no advantage")
     eta: Eta = option(1.0, "noise of the DDIM kernel")
     random_timestep_fraction: PositiveShare = option(
         1.0, "train a random share of the steps, drawn anew for each batch", needs=BY_GRADIENT, was="timestep_fraction"
@@ -38,7 +38,7 @@ class DDPOArguments(
     per_prompt_stat_tracking: bool = option(True, "compare a reward with the latest of its prompt; otherwise with its batch")
     per_prompt_stat_buffer_size: Count = option(32, "so many latest rewards of each prompt", needs=TRACKED, advanced=True)
     per_prompt_stat_min_count: Count = option(16, "with fewer of them, compare with the batch", needs=TRACKED, advanced=True)
-    update: Literal["adamw", "trpo"] = option("adamw", "trpo: one trust-region step an epoch, without learning rate and clip")
+    update: Literal["adamw", "trpo"] = option("adamw", "trpo: one trust-region step per epoch, without learning rate and clip")
     max_kl: Positive = option(0.05, "KL of a step in nats a trajectory, summed over steps and dimensions", needs=TRPO)
     cg_iterations: Annotated[int, Interval(ge=1, le=1000)] = option(10, "products with the Fisher matrix; each costs three replays", needs=TRPO, advanced=True)
     cg_damping: Positive = option(0.1, "added to the Fisher matrix's diagonal", needs=TRPO, advanced=True)
@@ -108,13 +108,16 @@ def main(argv=None):
             advantages = batch_advantages(samples.rewards)
         advantages = advantages.clamp(-args.adv_clip_max, args.adv_clip_max).to(run.accelerator.device)
 
-        # 3 loss and update
+        # 3 loss
+        objective = partial(loss, args, advantages)
+
+        # 4 update
         if args.update == "trpo":
             limits = {"max_kl": args.max_kl, "cg_iterations": args.cg_iterations, "cg_damping": args.cg_damping}
             metrics = samples.metrics() | trust_region_update(run, policy, samples, advantages, **limits)
         else:
             steps = steps_of(run, samples, args.random_timestep_fraction, epoch)
-            metrics = policy_gradient_epoch(run, policy, samples, steps, partial(loss, args, advantages), clip_range=args.clip_range)
+            metrics = policy_gradient_epoch(run, policy, samples, steps, objective, clip_range=args.clip_range)
         run.log(metrics)
         report.validate(epoch)
     report.finish()

@@ -81,7 +81,7 @@ def main(argv=None):
     run.resume()
     report.start()
     calibrate_noise(run, policy, report.reward, report.prompts, levels)
-    objective = {"clip_range": args.clip_range, "kl": partial(kl, args), "kl_weight": args.kl_weight}
+    options = {"clip_range": args.clip_range, "kl": partial(kl, args), "kl_weight": args.kl_weight}
 
     for epoch in run.epochs():
         # 1 roll out, and complete from the states on the way
@@ -93,8 +93,11 @@ def main(argv=None):
         # 2 advantages of each step
         advantages = advantages_of(samples, args, report.reward, gains).to(run.accelerator.device)
 
-        # 3 loss and update
-        metrics = policy_gradient_epoch(run, policy, samples, steps, partial(loss, args, advantages), **objective)
+        # 3 loss
+        objective = partial(loss, args, advantages)
+
+        # 4 update
+        metrics = policy_gradient_epoch(run, policy, samples, steps, objective, **options)
         run.log({**metrics, **gain_metrics(gains)})
         report.validate(epoch)
     report.finish()

@@ -25,7 +25,7 @@ LEARNED = {"value_baseline": True}
 class DPOKArguments(NoiseArguments, SamplingArguments, defaults=DEFAULTS):
     """DPOK"""
 
-    num_samples_per_epoch: Count = option(10, "samples an epoch, each of a prompt")
+    num_samples_per_epoch: Count = option(10, "samples per epoch, each of a prompt")
     clip_range: Positive = option(1e-4, "of the ratio per dimension")
     clip_mode: Literal["ppo", "clamp"] = option("ppo", "clamp is the official code's: no gradient beyond the clip on either side", advanced=True)
     reward_weight: Positive = option(10.0, "of the policy gradient; 10 for a single prompt, 1000 for many")
@@ -124,10 +124,12 @@ def main(argv=None):
         else:
             advantages = batch_advantages(rewards)[:, None].expand(-1, trajectory.num_steps)
 
-        # 3 loss and update
-        objective = {"clip_range": args.clip_range, "kl": partial(kl, args, weights), "kl_weight": args.kl_weight, "logged": learned}
-        advantages = advantages.to(run.accelerator.device)
-        run.log(policy_gradient_epoch(run, policy, samples, trajectory.noisy_steps, partial(loss, args, advantages), **objective))
+        # 3 loss
+        objective, divergence = partial(loss, args, advantages.to(run.accelerator.device)), partial(kl, args, weights)
+
+        # 4 update
+        options = {"clip_range": args.clip_range, "kl": divergence, "kl_weight": args.kl_weight, "logged": learned}
+        run.log(policy_gradient_epoch(run, policy, samples, trajectory.noisy_steps, objective, **options))
         report.validate(epoch)
     report.finish()
 

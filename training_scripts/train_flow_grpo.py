@@ -161,9 +161,9 @@ def main(argv=None):
     run.load_optimizer(args.num_epochs * run.division.num_steps)
     run.resume()
     report.start()
-    objective = {"clip_range": (args.clip_range, args.clip_range_high), "kl": partial(kl, args), "kl_weight": args.kl_weight}
+    options = {"clip_range": (args.clip_range, args.clip_range_high), "kl": partial(kl, args), "kl_weight": args.kl_weight}
     if args.loss != "flow_grpo":
-        objective |= {"log_ratio": partial(log_ratio, args), "with_old": args.loss == "grpo_guard"}
+        options |= {"log_ratio": partial(log_ratio, args), "with_old": args.loss == "grpo_guard"}
 
     for epoch in run.epochs():
         # 1 roll out
@@ -178,9 +178,11 @@ def main(argv=None):
         if args.best_of_n:
             advantages = best_and_worst(advantages, samples.groups, args.best_of_n)
 
-        # 3 loss and update
-        advantages = advantages.to(run.accelerator.device)
-        run.log(policy_gradient_epoch(run, policy, samples, steps, partial(loss, args, advantages), **objective))
+        # 3 loss
+        objective = partial(loss, args, advantages.to(run.accelerator.device))
+
+        # 4 update
+        run.log(policy_gradient_epoch(run, policy, samples, steps, objective, **options))
         report.validate(epoch)
     report.finish()
 

@@ -79,6 +79,7 @@ def main(argv=None):
     run.load_optimizer(args.num_epochs * run.division.num_steps)
     run.resume()
     report.start()
+    options = {"clip_range": args.clip_range, "kl": kl, "kl_weight": args.kl_weight}
 
     for epoch in run.epochs():
         # 1 roll out, and look at the images under every view
@@ -92,9 +93,12 @@ def main(argv=None):
         # 2 advantages under each view
         advantages = advantages_of(samples, args, report.reward, rewards).to(run.accelerator.device)
 
-        # 3 loss and update
-        objective = {"clip_range": args.clip_range, "kl": kl, "kl_weight": args.kl_weight, "logged": {"reward/view": [rewards[:, 1:].nanmean().item()]}}
-        run.log(policy_gradient_epoch(run, policy, samples, steps, partial(loss, args, advantages), views=views, **objective))
+        # 3 loss
+        objective = partial(loss, args, advantages)
+
+        # 4 update
+        logged = {"reward/view": [rewards[:, 1:].nanmean().item()]}
+        run.log(policy_gradient_epoch(run, policy, samples, steps, objective, views=views, logged=logged, **options))
         report.validate(epoch)
     report.finish()
 

@@ -73,10 +73,11 @@ def main(argv=None):
         advantages = advantages_of(samples, args, report.reward).to(run.accelerator.device)
         optimal = optimality(advantages, adv_clip_max=args.adv_clip_max, mode=args.adv_mode)
 
-        # 3 loss on noised samples, and update
-        metrics = forward_epoch(run, policy, samples, forward, epoch, partial(loss, args, forward, optimal), anchors)
+        # 3 loss on noised samples
+        objective = partial(loss, args, forward, optimal)
 
-        # 4 the old policy follows; without an optimizer step it stays
+        # 4 update; the old policy follows, where there was an optimizer step
+        metrics = forward_epoch(run, policy, samples, forward, epoch, objective, anchors)
         decay = old_policy_decay(run.optimizer_steps, args.decay) if run.rates else 1.0
         old.update(decay)
         run.log({**metrics, "decay": decay})

@@ -22,7 +22,7 @@ DEFAULTS = {"rank": 4, "lora_alpha": 4, "learning_rate": 6e-5, "num_inference_st
 class SPOArguments(NoiseArguments, SamplingArguments, defaults=DEFAULTS):
     """SPO"""
 
-    num_samples_per_epoch: Count = option(40, "paths an epoch, each of a prompt")
+    num_samples_per_epoch: Count = option(40, "paths per epoch, each of a prompt")
     num_candidates: Annotated[int, Interval(ge=2, le=10**4)] = option(4, "k, from each state: 4 for SD 1.5, 2 for SDXL (official)")
     divert_start_step: StepIndex = option(4, "no pairs before this solver step (official: 4 of 20)")
     threshold: Decay = option(0.3, "least difference of the pair's softmax probabilities: 0.3 for SD 1.5, 0.4 for SDXL")
@@ -88,10 +88,10 @@ def main(argv=None):
     report.start()
 
     for epoch in run.epochs():
-        # 1 candidates at each step, judged by what the model sees in them, and the pairs that they make
+        # 1 roll out with candidates at each step, judged by what the model sees in them, 2 and the pairs that they make
         samples = sample_pairs(run, policy, report.reward, report.prompts, epoch, args.num_samples_per_epoch)
 
-        # 2 loss and update: the mean over the pairs that are kept
+        # 3 loss and 4 update: the mean over the pairs that are kept
         norms, logged = [], defaultdict(list)
         logged["kept"], logged["score_gap"] = [samples.keep.float().mean().item()], [samples.gap.mean().item()]
         for number, chunk in enumerate(run.chunks(num_batches, batches_a_step)):

@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def lean_adjoints(states: Sequence[Tensor], base_mean: Callable[[int, Tensor], T
     last = len(states) - 2
     adjoints = {last: terminal}
     for k in range(last, first, -1):
-        adjoints[k - 1] = pulled_back(lambda x: base_mean(k, x), states[k], adjoints[k])
+        adjoints[k - 1] = pulled_back(partial(base_mean, k), states[k], adjoints[k])
     return adjoints
 
 

@@ -23,9 +23,9 @@ class GroupArguments(Arguments):
     """groups and advantages"""
 
     # The defaults are Flow-GRPO's (https://arxiv.org/abs/2505.05470, official code). Used by `online.group_advantages`.
-    num_prompts_per_epoch: Count = option(48, "groups an epoch")
-    group_size: GroupSize = option(24, "samples of a prompt; with one there is nothing to compare")
-    same_latent: bool = option(False, "one initial noise a group (DanceGRPO's default)")
+    num_prompts_per_epoch: Count = option(48, "groups per epoch")
+    group_size: GroupSize = option(24, "samples per prompt; with one there is nothing to compare")
+    same_latent: bool = option(False, "one initial noise per group (DanceGRPO's default)")
     adv_clip_max: Positive = option(5.0, "largest advantage, and smallest but for its sign", advanced=True)
     global_std: bool = option(True, "divide advantages by the std of all rewards", needs={"baseline": "group", "multi_reward": "sum"}, advanced=True)
     std_ddof: Annotated[int, Interval(ge=0, le=1)] = option(
@@ -59,7 +59,7 @@ class NoisingArguments(Arguments):
 
     # Used by `online.forward_samples`.
     timestep_scheme: Literal["uniform", "logit_normal", "grid"] = option("grid", "where to train: on the sampler's own steps, or over the training range")
-    num_train_timesteps: Steps | None = option(None, "timesteps a sample, in equal strata; as many as the grid has if absent")
+    num_train_timesteps: Steps | None = option(None, "timesteps per sample, in equal strata; as many as the grid has if absent")
     timestep_fraction: PositiveShare = option(0.99, "grid: train the first steps only; 0.99 leaves out the last one")
     shared_timesteps: bool = option(False, "the same timesteps for all samples of an epoch")
 
@@ -145,8 +145,8 @@ class PretrainingArguments(
 class RewardGradientArguments(PretrainingArguments, TrainingArguments, defaults={"gradient_accumulation_steps": 1}):
     """reward gradients"""
 
-    # Used by `gradient.updates`. One batch a step: on-policy however many updates an epoch has, each samples anew.
-    num_samples_per_epoch: Count = option(128, "one a prompt: the stretch between two lines of the log")
+    # Used by `gradient.updates`. One batch per step: on-policy however many updates an epoch has, each samples anew.
+    num_samples_per_epoch: Count = option(128, "one per prompt: the stretch between two lines of the log")
     reward_map: Literal["none", "hinge", "distance", "shortfall"] = option("none", "the loss: -r, max(0, target - r), |target - r|, or target - r")
     reward_target: Real | None = option(None, "a margin, a target, or the best possible reward", needs={"reward_map": ("hinge", "distance", "shortfall")})
     reward_scale: Positive = option(1.0, "factor of that loss: with Adam, its weight against --kl_weight and the clipping")

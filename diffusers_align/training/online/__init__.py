@@ -1,1 +1,1 @@
-"""Learning from a model's own samples and any reward: sampling, scoring, advantages, replays."""
+"""Learning from a model's own samples and any reward: sampling, scoring, advantages, updates."""

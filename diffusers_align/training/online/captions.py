@@ -1,4 +1,7 @@
-"""Views (MV-GRPO): other captions of a group's images, from a file or a function, and what the policy and the reward make of them."""
+"""Views: other captions of a group's images, from a file or a function, and what the policy and the reward make of them.
+
+`train_mv_grpo.py` alone has it: reading and checking captions is no part of the algorithm that its page shows.
+"""
 
 from __future__ import annotations
 

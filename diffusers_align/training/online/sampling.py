@@ -96,19 +96,14 @@ def sample_epoch(
     """
     if same_latent and deterministic:
         raise ValueError("One initial noise a group (same_latent) and no other noise (deterministic) make equal images: leave out one of the two.")
-    args, accelerator = run.args, run.accelerator
-    chosen = prompts_of_epoch(prompts, num_prompts, args.seed, epoch)
-    order = [(group, sample) for group in range(num_prompts) for sample in range(group_size or 1)]
-    random.Random(f"{args.seed}/{epoch}/order").shuffle(order)
-    step_seeds = [noise_seed(args.seed, epoch, group, chosen[group], sample) for group, sample in order]
-    seeds = [noise_seed(args.seed, epoch, group, chosen[group]) for group, _ in order] if same_latent else step_seeds
-    asked = [prompts[chosen[group]] for group, _ in order]
-    parts = [list(part) for part in division_of(run, len(order)).batches]
+    args = run.args
+    asked, groups, seeds, step_seeds = _asked(args, prompts, epoch, num_prompts, group_size or 1, same_latent)
+    parts = [list(part) for part in division_of(run, len(asked)).batches]
     run.meter.count_images(sum(map(len, parts)))
     batches, index = [], []
     with Scorer.of_run(reward, args) as scorer:
         for part in parts:
-            with accelerator.autocast():
+            with run.accelerator.autocast():
                 noise = {"seeds": [seeds[i] for i in part], "step_seeds": [step_seeds[i] for i in part]}
                 condition = condition_of(policy, [asked[i] for i in part], **noise, **call_kwargs)
                 trajectory = policy.rollout(condition, deterministic=deterministic)
@@ -120,8 +115,20 @@ def sample_epoch(
                 images = policy.decode(trajectory.final, trajectory.condition).float()
             scorer.submit(part, images, [asked[i] for i in part])
         components = gather_scores(run, scorer, asked)
-    groups = torch.tensor([group if group_size else 0 for group, _ in order])
+    groups = torch.tensor(groups if group_size else [0] * len(asked))
     return Samples(batches, index, [p.text for p in asked], groups, components["reward"], components, asked)
+
+
+def _asked(
+    args, prompts: list[Prompt], epoch: int, num_prompts: int, group_size: int, same_latent: bool
+) -> tuple[list[Prompt], list[int], list[int], list[int]]:
+    """Of each of an epoch's samples its prompt, its group, and the seeds of its initial noise and of its steps, in an order that mixes the groups."""
+    chosen = prompts_of_epoch(prompts, num_prompts, args.seed, epoch)
+    order = [(group, sample) for group in range(num_prompts) for sample in range(group_size)]
+    random.Random(f"{args.seed}/{epoch}/order").shuffle(order)
+    step_seeds = [noise_seed(args.seed, epoch, group, chosen[group], sample) for group, sample in order]
+    seeds = [noise_seed(args.seed, epoch, group, chosen[group]) for group, _ in order] if same_latent else step_seeds
+    return [prompts[chosen[group]] for group, _ in order], [group for group, _ in order], seeds, step_seeds
 
 
 def describe_walk(policy: Policy, trajectory: Trajectory) -> list[str]:

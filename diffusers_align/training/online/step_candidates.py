@@ -1,7 +1,9 @@
 """Candidates for each solver step from one and the same state, each with the clean sample that the model sees in it, and their scores.
 
+`train_spo.py` alone has it: its roll-out is another one than that of all other methods.
+
 A state's candidates are rows of the pipeline's batch: at the next step its denoiser evaluates all of them, which gives their clean
-samples, and the output of the one that sampling goes on from is known already. So k candidates cost k denoiser rows a step and no
+samples, and the output of the one that sampling goes on from is known already. So k candidates cost k denoiser rows per step and no
 pass of their own.
 """
 

@@ -1,7 +1,11 @@
-"""Rewards of the states on the way (DenseGRPO), and the noise that each step bears."""
+"""Rewards of the states on the way, and the noise that each step bears.
+
+`train_dense_grpo.py` alone has it: completions and calibration sample on their own, before and beside the loop that its page shows.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,12 +28,14 @@ def completion_rewards(run, policy: Policy, reward, samples: Samples, steps: lis
     rewards = torch.full((len(samples.rewards), trajectory.num_steps + 1), torch.nan)
     states = sorted({i for k in steps for i in (k, k + 1)})
     for i in tqdm(states, desc="completions", unit="state", leave=False, disable=not run.is_main):
-        rewards[:, i] = samples.rewards if i >= behind else score_again(run, reward, samples, lambda b: _completed(run, policy, samples.batches[b], i))
+        rewards[:, i] = samples.rewards if i >= behind else score_again(run, reward, samples, partial(_completed, run, policy, samples, i))
     return rewards
 
 
 @torch.no_grad()
-def _completed(run, policy: Policy, trajectory, i: int) -> Tensor:
+def _completed(run, policy: Policy, samples: Samples, i: int, b: int) -> Tensor:
+    """The images (B, 3, H, W) to which the ODE leads from state i of batch b."""
+    trajectory = samples.batches[b]
     with run.accelerator.autocast():
         latents = policy.complete(trajectory, i)
     return policy.decode(latents, trajectory.condition).float()

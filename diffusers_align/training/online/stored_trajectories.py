@@ -1,4 +1,7 @@
-"""Learning from recorded steps, one's own or stored ones: log-probabilities of all samples, gradients from coefficients, trajectories in a folder."""
+"""Learning from recorded steps, one's own or stored ones: log-probabilities of all samples, gradients from coefficients, trajectories in a folder.
+
+`train_d3po.py` alone has it: its pairs join samples of different batches and processes, which no other loss on log-probabilities does.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """A trust-region step (`diffusers_align.rl.trust_region`) on an epoch's trajectories, by replaying them.
 
+`train_ddpo.py --update trpo` alone has it: it walks the trajectories many times for one step, where `policy_gradient` walks them once.
+
 Every number is a sum over the steps of a trajectory and a mean over the trajectories of all processes, made one denoiser step of
 one batch at a time: memory is that of any other update, plus the means of the rollout. The KL is the exact one of the Gaussian
 kernels, in nats, summed over steps and latent dimensions: the KL between distributions of trajectories.

@@ -1,7 +1,6 @@
-"""A learned value of each state as the baseline of its step's advantage: what DPOK alone learns beside the policy.
+"""A learned value of each state as the baseline of its step's advantage; the network is that of `diffusers_align.rl.values`.
 
-Here rather than in its script because a network, its replay buffer and their order (advantages first, then the fit) are a page of their own;
-the network is `diffusers_align.rl.values`, which any method may use.
+`train_dpok.py` alone has it: a replay buffer, and advantages that are taken before the fit, are a page of their own beside the policy's.
 """
 
 from __future__ import annotations
