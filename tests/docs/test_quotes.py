@@ -30,7 +30,7 @@ def quoted(page):
             yield from (text for text in re.findall(r"`([^`]+)`", line.split(" | ")[0]) if " " in text and not text.startswith("--"))
 
 
-@pytest.mark.parametrize("page", ["troubleshooting.md", "guides/a_pipeline_that_fails.md", "guides/editing.md", "guides/several_gpus.md"])
+@pytest.mark.parametrize("page", ["troubleshooting.md", "guides/a_pipeline_that_fails.md", "guides/editing.md", "guides/several_gpus.md", "guides/video.md"])
 def test_quoted_messages_are_the_codes_own(page):
     texts, quotes = "\n".join(told()), list(quoted(page))
     assert quotes
