@@ -40,4 +40,4 @@ style: $(VENV)/installed
 
 # The site, into site/: strict, so that a broken link or an unknown reference fails.
 docs: $(VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

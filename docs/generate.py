@@ -88,9 +88,7 @@ PAGES = {
     "diffusion_sdpo": Page("train_dpo", ("dpo_mini_sd3", "dpo_sdxl"), flags="--safeguard_mu 0.6", rows=("DPO, safeguard",)),
     "discrete_adjoint_matching": Page(note="It is for models over tokens and has no script: its functions are for your own loop."),
     "dpok": Page("train_dpok", ("dpok_mini_sd", "dpok_sd15"), rows=("DPOK",)),
-    "draft": Page(
-        "train_draft", ("draft_mini_sd3", "draft_sd15", "draft_sd35"), rows=("DRaFT-1", "DRaFT-3", "DRaFT", "DRaFT-LV"), picture=GRADIENTS
-    ),
+    "draft": Page("train_draft", ("draft_mini_sd3", "draft_sd15", "draft_sd35"), rows=("DRaFT-1", "DRaFT-3", "DRaFT", "DRaFT-LV"), picture=GRADIENTS),
     "drtune": Page("train_draft", ("draft_mini_sd3",), flags="--method drtune --num_trained_steps 3", rows=("DRTune",), picture=GRADIENTS),
     "dspo": Page("train_dspo", ("dspo_mini_sd3", "dspo_sd15", "dspo_sdxl"), rows=("DSPO",), picture=PREFERENCES),
     "flow_cps": Page("train_flow_grpo", ("flow_grpo_cps_mini_sd3", "flow_grpo_cps_sd35"), rows=("Flow-CPS",), picture=ONLINE),
@@ -134,12 +132,14 @@ PAGES = {
         "benchmarkspreference_flowpy---task-likes_blue-scene_score-variations) say what was won and what was lost.",
     ),
     "refl": Page("train_refl", ("refl_mini_sd3", "refl_sd15"), rows=("ReFL",), picture=GRADIENTS),
-    "reinforce": Page("train_ddpo", ("ddpo_mini_sd",), flags="--estimator sf --clip_range 1e-4", rows=("DDPO-SF",)),
+    "reinforce": Page("train_ddpo", ("ddpo_mini_sd",), flags="--estimator sf", rows=("DDPO-SF",)),
     "reward_weighted_regression": Page("train_rwr", ("rwr_mini_sd3", "rwr_sd15"), rows=("RWR",), picture=PREFERENCES),
     "spo": Page("train_spo", ("spo_mini_sd3", "spo_sd15", "spo_sdxl"), rows=("SPO",), picture=PREFERENCES),
     "srpo": Page("train_draft", ("draft_mini_sd3",), flags="--method srpo"),
     "svdd": Page(pipeline="particle_steering", call='method="svdd", num_particles=8', rows=("SVDD, 8 candidates",), picture=COMPUTE),
-    "vader": Page("train_vader", ("vader_wan",), note="No video model is embedded, so no learning curve was measured; tests compare its gradients with autograd's."),
+    "vader": Page(
+        "train_vader", ("vader_wan",), note="No video model is embedded, so no learning curve was measured; tests compare its gradients with autograd."
+    ),
 }
 
 
@@ -263,7 +263,9 @@ def page_of(name: str) -> str:
     if page.picture:
         file, what = page.picture
         parts.append(f"![{what}](../{file})\n\n*{what[0].upper()}{what[1:]}.*\n\n")
-    parts.append(f"## Functions\n\nIn [`diffusers_align/algorithms/{name}.py`](../../diffusers_align/algorithms/{name}.py); torch alone, tensors in and out.\n\n")
+    parts.append(
+        f"## Functions\n\nIn [`diffusers_align/algorithms/{name}.py`](../../diffusers_align/algorithms/{name}.py); torch alone, tensors in and out.\n\n"
+    )
     parts += [f"::: diffusers_align.algorithms.{name}.{public}\n\n" for public in public_names(name)]
     return "".join(parts).rstrip() + "\n"
 
