@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Small models on two cores lose more to threads waiting for each other than they gain.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-ddpo test test-fast test-long style
+.PHONY: demo demo-ddpo test test-fast test-long style docs
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,3 +37,7 @@ test-fast: $(VENV)/installed
 style: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The site, into site/: strict, so that a broken link or an unknown reference fails.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

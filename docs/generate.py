@@ -1,0 +1,280 @@
+"""Writes docs/algorithms/*.md, one page per algorithm, from what the repository says of it already.
+
+    python docs/generate.py
+
+A page is its module's docstring (idea, objective, differences, logged numbers), then how to run it, its recipes, the rows of
+benchmarks/README.md that name it, its picture, and its functions. `PAGES` says which script, recipes, rows and picture belong to which
+algorithm. The pages are committed, so that they can be read without building the site; a test compares them with this script's output.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+MODULES = ROOT / "diffusers_align" / "algorithms"
+RECIPES = ROOT / "training_scripts" / "recipes"
+
+ONLINE = ("route_c_mini_sd3.png", "the pretrained model and what each online method makes of it, at equal prompts and seeds")
+PREFERENCES = ("preferences_mini_sd3.png", "the pretrained model and what each preference method makes of it, at equal prompts and seeds")
+GRADIENTS = ("reward_gradients_mini_sd3.png", "the pretrained model and what each reward-gradient method makes of it, at equal prompts and seeds")
+COMPUTE = ("inference_time.png", "reward against compute of the methods that train nothing")
+
+
+@dataclass(frozen=True)
+class Page:
+    """What belongs to an algorithm.
+
+    Attributes:
+        script: the training script, without `.py`.
+        recipes: names of its recipes; the first one is run in the command.
+        flags: what the command adds to that recipe.
+        pipeline: of `pipelines/`, where nothing is trained; `call` and `load` are arguments of the example.
+        rows: first cells of its rows in benchmarks/README.md.
+        picture: a file of docs/ and what it shows.
+        note: a sentence of its own.
+    """
+
+    script: str = ""
+    recipes: tuple[str, ...] = ()
+    flags: str = ""
+    pipeline: str = ""
+    call: str = ""
+    load: str = 'reward="scene_score"'
+    rows: tuple[str, ...] = ()
+    picture: tuple[str, str] | None = None
+    note: str = ""
+
+
+PAGES = {
+    "adjoint_matching": Page(
+        "train_adjoint_matching",
+        ("adjoint_matching_mini_sd3", "adjoint_matching_mini_sd", "adjoint_matching_sd35"),
+        rows=("Adjoint Matching",),
+        picture=GRADIENTS,
+    ),
+    "advantage_weighted_matching": Page("train_awm", ("awm_mini_sd3", "awm_sd35"), rows=("AWM",), picture=ONLINE),
+    "alignprop": Page("train_alignprop", ("alignprop_mini_sd", "alignprop_sd15"), rows=("AlignProp",), picture=GRADIENTS),
+    "best_of_n": Page(
+        pipeline="best_of_n", call="num_candidates=8", rows=("stock (best of 1)", "best of 2", "best of 4", "best of 8", "zero-order, 2 x 4"), picture=COMPUTE
+    ),
+    "continuous_adjoint": Page("train_draft", ("draft_mini_sd3",), flags="--adjoint"),
+    "d3po": Page("train_d3po", ("d3po_mini_sd3", "d3po_sd15"), rows=("D3PO",), picture=PREFERENCES),
+    "dance_grpo": Page("train_flow_grpo", ("flow_grpo_dance_mini_sd3", "flow_grpo_dance_flux"), rows=("DanceGRPO",), picture=ONLINE),
+    "ddpo": Page(
+        "train_ddpo",
+        ("ddpo_mini_sd", "ddpo_sd15"),
+        rows=("DDPO-IS", "DDPO", "TRPO"),
+        picture=("ddpo_before_after.png", "mini-sd before and after `make demo-ddpo`, at equal prompts and seeds"),
+        note="`--update trpo` replaces the clipped steps by natural-gradient steps with a line search on the exact KL (`diffusers_align.rl.trust_region`).",
+    ),
+    "dense_grpo": Page("train_dense_grpo", ("dense_grpo_mini_sd3", "dense_grpo_sd35"), rows=("DenseGRPO",), picture=ONLINE),
+    "diffusion_dpo": Page(
+        "train_dpo",
+        ("dpo_mini_sd3", "dpo_sd15", "dpo_sdxl", "dpo_sd35", "dpo_flux"),
+        rows=("Diffusion-DPO", "DPO, safeguard"),
+        picture=PREFERENCES,
+        note="[Why is my loss 0.69?](../why_is_my_loss_069.md) says what to expect of the first epochs, [Preference data](../preference_data.md) "
+        "what the data may look like.",
+    ),
+    "diffusion_kto": Page("train_kto", ("kto_mini_sd3", "kto_sd15"), rows=("Diffusion-KTO",), picture=PREFERENCES),
+    "diffusion_nft": Page("train_nft", ("nft_mini_sd3", "nft_sd35"), rows=("DiffusionNFT",), picture=ONLINE),
+    "diffusion_sdpo": Page("train_dpo", ("dpo_mini_sd3", "dpo_sdxl"), flags="--safeguard_mu 0.6", rows=("DPO, safeguard",)),
+    "discrete_adjoint_matching": Page(note="It is for models over tokens and has no script: its functions are for your own loop."),
+    "dpok": Page("train_dpok", ("dpok_mini_sd", "dpok_sd15"), rows=("DPOK",)),
+    "draft": Page("train_draft", ("draft_mini_sd3", "draft_sd15", "draft_sd35"), rows=("DRaFT-1", "DRaFT-3", "DRaFT", "DRaFT-LV"), picture=GRADIENTS),
+    "drtune": Page("train_draft", ("draft_mini_sd3",), flags="--method drtune --num_trained_steps 3", rows=("DRTune",), picture=GRADIENTS),
+    "dspo": Page("train_dspo", ("dspo_mini_sd3", "dspo_sd15", "dspo_sdxl"), rows=("DSPO",), picture=PREFERENCES),
+    "flow_cps": Page("train_flow_grpo", ("flow_grpo_cps_mini_sd3", "flow_grpo_cps_sd35"), rows=("Flow-CPS",), picture=ONLINE),
+    "flow_grpo": Page(
+        "train_flow_grpo",
+        ("flow_grpo_mini_sd3", "flow_grpo_sd35", "flow_grpo_flux"),
+        rows=("Flow-GRPO",),
+        picture=("demo_before_after.png", "mini-sd3 before and after `make demo`, at equal prompts and seeds"),
+    ),
+    "grpo_guard": Page("train_flow_grpo", ("flow_grpo_guard_mini_sd3", "flow_grpo_guard_sd35"), rows=("GRPO-Guard",), picture=ONLINE),
+    "guidance": Page(
+        pipeline="reward_guided",
+        call='preset="mpgd"',
+        rows=("dps, 10", "mpgd, 0.2", "freedom, 0.2", "tfg, 4", "flowchef, 4", "universal, 2"),
+        picture=("inference_time_samples.png", "stock samples, universal guidance, best of 8 and particle steering, at equal prompts and seeds"),
+    ),
+    "inpo": Page("train_dpo", ("dpo_mini_sd3",), flags="--inversion_steps 2", rows=("InPO",)),
+    "linear_dpo": Page(
+        "train_dpo",
+        ("dpo_mini_sd3", "dpo_linear_sd15", "dpo_linear_sdxl", "dpo_linear_sd35"),
+        flags="--loss linear --sft_weight 0",
+        rows=("Linear-DPO",),
+    ),
+    "mapo": Page("train_dpo", ("dpo_mini_sd3", "dpo_mapo_sdxl"), flags="--loss mapo --beta 0.1 --sft_weight 0", rows=("MaPO",)),
+    "mix_grpo": Page("train_flow_grpo", ("flow_grpo_mix_mini_sd3", "flow_grpo_mix_flux"), rows=("MixGRPO",), picture=ONLINE),
+    "mv_grpo": Page("train_mv_grpo", ("mv_grpo_mini_sd3", "mv_grpo_flux"), rows=("MV-GRPO",), picture=ONLINE),
+    "noise_optimization": Page(
+        pipeline="noise_optimization", call='optimizer="sgd", num_iterations=10', rows=("ReNO, 10 iterations", "D-Flow, 5 iterations"), picture=COMPUTE
+    ),
+    "particle_steering": Page(
+        pipeline="particle_steering",
+        call="num_particles=8, reward_scale=10.0",
+        rows=("SDE twin, 1 particle", "bootstrap, 4 particles", "bootstrap, 8 particles", "twisted, 4 particles", "twisted, 8 particles"),
+        picture=COMPUTE,
+    ),
+    "preference_flow_matching": Page(
+        "train_pfm",
+        ("pfm_likes_blue_mini_sd", "pfm_scene_score_mini_sd"),
+        picture=("pfm_before_after.png", "pictures of mini-sd, and what the flow makes of them"),
+        note="It needs pictures alone, so the generator may be a closed API. [Figures](../../benchmarks/README.md#preference-flow-matching-python-"
+        "benchmarkspreference_flowpy---task-likes_blue-scene_score-variations) say what was won and what was lost.",
+    ),
+    "refl": Page("train_refl", ("refl_mini_sd3", "refl_sd15"), rows=("ReFL",), picture=GRADIENTS),
+    "reinforce": Page("train_ddpo", ("ddpo_mini_sd",), flags="--estimator sf", rows=("DDPO-SF",)),
+    "reward_weighted_regression": Page("train_rwr", ("rwr_mini_sd3", "rwr_sd15"), rows=("RWR",), picture=PREFERENCES),
+    "spo": Page("train_spo", ("spo_mini_sd3", "spo_sd15", "spo_sdxl"), rows=("SPO",), picture=PREFERENCES),
+    "srpo": Page("train_draft", ("draft_mini_sd3",), flags="--method srpo"),
+    "svdd": Page(pipeline="particle_steering", call='method="svdd", num_particles=8', rows=("SVDD, 8 candidates",), picture=COMPUTE),
+    "vader": Page(
+        "train_vader", ("vader_wan",), note="No video model is embedded, so no learning curve was measured; tests compare its gradients with autograd."
+    ),
+}
+
+
+# the module's own page
+
+
+def described(name: str) -> tuple[str, str]:
+    """Title and text of a module's docstring, in Markdown."""
+    page = ast.get_docstring(ast.parse((MODULES / f"{name}.py").read_text(encoding="utf-8")))
+    opening, _, text = page.partition("\n\n")
+    opening, source = " ".join(opening.split()), re.search(r" \(([^()]*https://[^()]*)\)", opening.replace("\n", " "))
+    title, _, rest = (opening.replace(source.group(), "") if source else opening).removesuffix(".").partition(". ")
+    text = "".join(f"{part}.\n\n" for part in (f"Source: {source.group(1)}" if source else "", rest) if part) + text
+    text = re.sub(r"^\$\$ *(.*?) *\$\$$", r"```math\n\1\n```", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^(Logged|Reported|Returned|Against the official code)\b", r"**\1**", text, flags=re.MULTILINE)
+    others = "|".join(sorted(set(PAGES) - {name}, key=len, reverse=True))
+    text = re.sub(rf"`({others})`", r"[`\1`](\1.md)", text)
+    return title, text
+
+
+def public_names(name: str) -> list[str]:
+    """Public functions and classes of a module, in their order."""
+    tree = ast.parse((MODULES / f"{name}.py").read_text(encoding="utf-8"))
+    return [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")]
+
+
+# how it is run
+
+
+def comment_of(recipe: str) -> list[str]:
+    """The comment lines of a recipe, up to its last one that stands before the second value."""
+    lines = (RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()
+    return [line[2:] for line in lines[:12] if line.startswith("# ")]
+
+
+def made_by(recipe: str) -> list[str]:
+    """The command that makes a recipe's data, where its comment has one."""
+    lines = comment_of(recipe)
+    start = next((i for i, line in enumerate(lines) if line.startswith("Made by: ")), None)
+    if start is None:
+        return []
+    end = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith("  ")), len(lines))
+    command = [lines[start].removeprefix("Made by: "), *(line.strip() for line in lines[start + 1 : end])]
+    return [" \\\n    ".join(command)]
+
+
+def run_section(page: Page) -> str:
+    if page.pipeline:
+        return example(page)
+    if not page.script:
+        return ""
+    recipe = page.recipes[0]
+    command = f"accelerate launch training_scripts/{page.script}.py --config training_scripts/recipes/{recipe}.yaml"
+    if page.flags:
+        command += f" \\\n    {page.flags} --output_dir runs/{page.script.removeprefix('train_')}_variant"
+    commands = "\n".join([*made_by(recipe), command])
+    table = ["| recipe | model | what it is |", "|---|---|---|"]
+    for name in page.recipes:
+        model = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))["pretrained_model_name_or_path"]
+        table.append(f"| [`{name}`](../../training_scripts/recipes/{name}.yaml) | `{model}` | {first_sentence(name)} |")
+    script = f"Script: [`training_scripts/{page.script}.py`](../../training_scripts/{page.script}.py); `--help` explains its flags."
+    return f"## Run it\n\n```bash\n{commands}\n```\n\n{script}\n\n" + "\n".join(table) + "\n\n"
+
+
+def first_sentence(recipe: str) -> str:
+    text = " ".join(comment_of(recipe))
+    return re.match(r"(.*?[^.][.:])(?= [A-Z(]|$)|.*", text).group(0).rstrip(":.") + "."
+
+
+def example(page: Page) -> str:
+    return f"""## Run it
+
+<!-- run: num_inference_steps=2 -->
+```python
+from diffusers import DiffusionPipeline
+from diffusers_align import embedded, pipelines
+
+pipe = DiffusionPipeline.from_pretrained(
+    embedded.path("mini-sd3"),  # or any model of the Hub
+    custom_pipeline=pipelines.path("{page.pipeline}"),
+    trust_remote_code=True,  # diffusers asks for it with every custom pipeline
+    {page.load},
+)
+out = pipe("two dogs on a blue background", {page.call}, num_inference_steps=10, max_sequence_length=1)
+out.images[0].save("two_dogs.png")
+print(out.rewards)
+```
+
+Pipeline: [`pipelines/{page.pipeline}.py`](../../pipelines/README.md), with every argument of the stock pipeline's call besides its own.
+
+"""
+
+
+# what was measured
+
+
+def measured(rows: tuple[str, ...]) -> str:
+    """The rows of benchmarks/README.md with these first cells, under the headings of their tables, each beside the base."""
+    found, heading, caption = [], "", ""
+    for block in re.split(r"\n\n+", (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")):
+        lines = block.splitlines()
+        if lines[0].startswith("#"):
+            heading, caption = lines[0].lstrip("# "), ""
+        elif not lines[0].startswith("|"):
+            caption = lines[-1] if len(lines) == 1 and len(lines[0]) < 80 else ""
+        kept = [line for line in lines[2:] if line.split("|")[1:2] and line.split("|")[1].strip() in ("base", "stock (best of 1)", *rows)]
+        if lines[0].startswith("|") and any(line.split("|")[1].strip() in rows for line in kept):
+            kept = list(dict.fromkeys(kept))
+            found.append(f"{heading}{f': {caption}' if caption else ''}\n\n" + "\n".join([*lines[:2], *kept]) + "\n\n")
+    if not found:
+        return ""
+    return "## Measured\n\nFrom [benchmarks/README.md](../../benchmarks/README.md), which says how and what it means.\n\n" + "".join(found)
+
+
+def page_of(name: str) -> str:
+    """The whole page of an algorithm."""
+    page = PAGES[name]
+    title, text = described(name)
+    parts = ["<!-- Written by docs/generate.py: change the module's docstring, or that script. -->\n\n", f"# {title}\n\n{text.strip()}\n\n"]
+    parts += [f"{page.note}\n\n" if page.note else "", run_section(page), measured(page.rows)]
+    if page.picture:
+        file, what = page.picture
+        parts.append(f"![{what}](../{file})\n\n*{what[0].upper()}{what[1:]}.*\n\n")
+    parts.append(
+        f"## Functions\n\nIn [`diffusers_align/algorithms/{name}.py`](../../diffusers_align/algorithms/{name}.py); torch alone, tensors in and out.\n\n"
+    )
+    parts += [f"::: diffusers_align.algorithms.{name}.{public}\n\n" for public in public_names(name)]
+    return "".join(parts).rstrip() + "\n"
+
+
+def main() -> None:
+    for name in PAGES:
+        (DOCS / "algorithms" / f"{name}.md").write_text(page_of(name), encoding="utf-8")
+    print(f"{len(PAGES)} pages in {(DOCS / 'algorithms').relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
