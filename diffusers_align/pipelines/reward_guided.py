@@ -108,12 +108,12 @@ class _Tail(WrappedPipeline):
         few = {} if fixed or "num_inference_steps" not in parameters else {"num_inference_steps": 2}
         quiet = {name: None for name in ("callback_on_step_end", "callback", "latents") if name in {**condition.kwargs, **condition.per_sample}}
         overrides = {**few, **quiet, "output_type": "pt", "return_dict": False}
-        tail.__dict__.update(prompt_memory=guided.prompt_memory, _call=(condition, generator, overrides))
+        tail.prompt_memory, tail.given = guided.prompt_memory, (condition, generator, overrides)
         return tail
 
     def images(self, latents: Tensor, rows: list[int]) -> Tensor:
         """Of latents (b, *D) for these rows of the batch: (b, 3, H, W) or (b, F, 3, H, W) in [0, 1], with the graph if autograd is on."""
-        condition, generator, overrides = self._call
+        condition, generator, overrides = self.given
         own = torch.Generator().manual_seed(0) if generator is None else copied(_rows(generator, rows))
 
         def put(step: Step) -> Tensor:
