@@ -46,10 +46,10 @@ MOVED = {
 }
 # Modules in whose place stands a folder of that name, which hands on what they had.
 INTO_FOLDERS = {
-    "training.run": "training.run.run",
-    "training.checkpoints": "training.checkpoints.checkpoints",
-    "training.report": "training.report.report",
-    "training.offline": "training.offline.examples",
+    "training.run": ("training.run.run",),
+    "training.checkpoints": ("training.checkpoints.checkpoints",),
+    "training.report": ("training.report.report",),
+    "training.offline": tuple(f"training.offline.{module}" for module in ("examples", "rows", "descent", "noised_latents", "steps")),
 }
 
 
@@ -88,11 +88,11 @@ def as_before(folder: str) -> Callable[[str], Any]:
     def __getattr__(name: str) -> Any:
         # A module of the folder is no name of what was there before; and without one, nothing heavy is imported to find that out.
         maybe = not name.startswith("_") and importlib.util.find_spec(f"{folder}.{name}") is None
-        module = importlib.import_module(f"{PACKAGE}.{INTO_FOLDERS[old]}") if maybe else None
-        if not hasattr(module, name):
-            raise AttributeError(f"module {folder!r} has no attribute {name!r}")
-        _said(f"{old}.{name}", f"{INTO_FOLDERS[old]}.{name}")
-        return getattr(module, name)
+        for module in INTO_FOLDERS[old] if maybe else ():
+            if hasattr(found := importlib.import_module(f"{PACKAGE}.{module}"), name):
+                _said(f"{old}.{name}", f"{module}.{name}")
+                return getattr(found, name)
+        raise AttributeError(f"module {folder!r} has no attribute {name!r}")
 
     return __getattr__
 

@@ -1,1 +1,2 @@
-"""Learning from a differentiable reward: the updates of an epoch, adjoints, samples noised anew, the pre-training loss."""
+"""Learning from a differentiable reward: `updates` is the scripts' loop, with what is looked at before (`reward_check`), descended (`losses`,
+`adjoints`, `renoised`, `pretraining`) and kept (`epoch_log`); `bound_rewards` are rewards as functions of images."""
