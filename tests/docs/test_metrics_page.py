@@ -41,6 +41,7 @@ def logged_by(tree):
             yield name_of(node.slice)
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", None)) in LOGGING:
             yield from (name for argument in node.args for name in keys(argument))
+            yield from (keyword.arg for keyword in node.keywords)
         elif isinstance(node, (ast.Assign, ast.AugAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             if any(isinstance(target, ast.Name) and target.id in COLLECTED for target in targets):
