@@ -1,8 +1,7 @@
 """Candidates for each solver step from one and the same state, each with the clean sample that the model sees in it, and their scores.
 
 A state's candidates are rows of the pipeline's batch: at the next step its denoiser evaluates all of them, which gives their clean
-samples, and the output of the one that sampling goes on from is known already. So k candidates cost k denoiser rows a step and no
-pass of their own.
+samples; the chosen candidate's denoiser output is reused. So k candidates cost k denoiser rows per step and no pass of their own.
 """
 
 from __future__ import annotations
