@@ -151,7 +151,7 @@ class ForwardProcess:
                 T/2 (SNR(t - 1) - SNR(t)): the bound on -log p(x0) of https://arxiv.org/abs/2107.00630, in nats for a sum over
                 dimensions.
 
-        At t = 0 of a table, whose term of the bound is another one, `elbo` is 0; a flow's is infinite without noise.
+        `elbo` is 0 at t = 0 of a table, where the bound has a different term; a flow's is infinite without noise.
 
         Raises:
             ValueError: an unknown weighting.

@@ -21,7 +21,9 @@ OF_LABELS = {"loss": ("sigmoid", "hinge", "ipo", "dmpo")}
 class DPOArguments(PairArguments, DataArguments, defaults={"rank": 16, "learning_rate": 1e-5}):
     """Diffusion-DPO"""
 
-    loss: Literal["sigmoid", "hinge", "ipo", "dmpo", "mapo", "linear"] = option("sigmoid", "DPO's, or a relative's")
+    loss: Literal["sigmoid", "hinge", "ipo", "dmpo", "mapo", "linear"] = option(
+        "sigmoid", "sigmoid is DPO's own; the others are IPO, hinge, DMPO, MaPO and Linear-DPO"
+    )
     beta: Positive | None = option(None, "preference temperature; if absent 5000 for diffusion, 2000 for flow matching; linear 100, 1000; mapo 0.1")
     ipo_tau: Positive = option(0.5, "IPO aims at the logit 1 / (2 tau); 0.5 is our choice, a preference of 73 %", needs={"loss": "ipo"})
     dmpo_alpha: Annotated[float, Interval(gt=0, lt=0.5)] = option(0.01, "DMPO aims at logit(1 - alpha) (official: 0.01)", needs={"loss": "dmpo"})
@@ -70,7 +72,7 @@ LINEAR_ETA = (1e-3, 0.05)
 
 
 def pair_loss(args, errors, ref_errors, labels):
-    """The loss of each pair, (B,). MaPO and Linear-DPO, which know no labels, take one of p as the pair and its opposite, weighted p and 1 - p."""
+    """The loss of each pair, (B,). For MaPO and Linear-DPO, which know no labels, a pair with label p counts as (w, l) with weight p and (l, w) with 1 - p."""
     if args.loss == "mapo":
         return labels * mapo_loss(*errors, beta=args.beta) + (1 - labels) * mapo_loss(*errors[::-1], beta=args.beta)
     if args.loss == "linear":

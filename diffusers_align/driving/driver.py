@@ -140,7 +140,7 @@ class Driver:
 
     @checked
     def remember_prompts(self, batches: Count, store: Store | None = None) -> None:
-        """Keep the encoded prompts of that many batches (32 at first; fewer than a loop visits in turn are none at all), and of all in `store`."""
+        """Cache the encoded prompts of the last `batches` batches, 32 at first, and of all in `store`. Fewer than a loop visits in turn never help."""
         self.prompt_memory.size, self.prompt_memory.store = batches, store
 
     def prompt_features(self, condition: Condition) -> Tensor:

@@ -1,4 +1,4 @@
-r"""Reward gradients through the sampling of any stock pipeline: one roll-out whose images know how they came about.
+r"""Reward gradients through the sampling of any stock pipeline: one roll-out whose images keep their autograd graph.
 
 Every method of this kind differentiates $r(\mathrm{decode}(x_K))$ along the solver's chain and differs in which denoiser calls take
 part. So there is one roll-out, and the methods are choices of `grad_steps` (`diffusers_align.algorithms`):

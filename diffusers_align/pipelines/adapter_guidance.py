@@ -4,8 +4,8 @@ At each denoiser call the adapter is on for one pass and off for another, and th
 
 $$ \hat v = v_{\text{base}} + w_k\, (v_{\text{tuned}} - v_{\text{base}}) $$
 
-w = 1 is the fine-tuned model, w = 0 the pretrained one, in between are fewer of the traits (and faults) that training brought, and more
-of the pretrained model's variety; w > 1 goes beyond. A weight that rises along the chain lets the pretrained model lay out the picture and
+w = 1 is the fine-tuned model, w = 0 the pretrained one. 0 < w < 1 trades what training added, faults included, against the pretrained
+model's variety; w > 1 extrapolates. A weight that rises along the chain lets the pretrained model lay out the picture and
 the fine-tuned one finish it: annealed importance guidance (https://arxiv.org/abs/2409.06493; its code, NVIDIA/NeMo-Aligner, has the
 schedules `linear`, `power_2`, `step_0.6`). A guider of diffusers does the arithmetic in its own way, with the fine-tuned prediction as its
 conditional one and the pretrained as its unconditional one.

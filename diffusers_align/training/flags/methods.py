@@ -85,10 +85,9 @@ class WindowArguments(Arguments):
         return self
 
 
-class NoiseArguments(WindowArguments):
+class StrengthArguments(Arguments):
     """noise"""
 
-    # Used by `online.sampling.noise_fields`.
     sde_type: SDEType | None = option(None, "kernel of flow matching's noise; flow_grpo if absent")
     noise_level: NoiseLevel | None = option(
         None, "its strength, the papers' a or eta: 0.7 for flow_grpo, 0.3 for dance_grpo, 0.8 for cps if absent", needs={"sde_type": WITH_STRENGTH}
@@ -106,6 +105,12 @@ class NoiseArguments(WindowArguments):
         if self.sde_type == "cps" and self.noise_level > 1:
             raise ValueError(f"--noise_level of --sde_type cps must be above 0 and at most 1, got {self.noise_level:g}")
         return self
+
+
+class NoiseArguments(WindowArguments, StrengthArguments):
+    """noise"""
+
+    # Used by `online.sampling.noise_fields`.
 
 
 class StepArguments(Arguments):

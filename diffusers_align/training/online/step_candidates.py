@@ -3,8 +3,7 @@
 `train_spo.py` alone has it: its roll-out is another one than that of all other methods.
 
 A state's candidates are rows of the pipeline's batch: at the next step its denoiser evaluates all of them, which gives their clean
-samples, and the output of the one that sampling goes on from is known already. So k candidates cost k denoiser rows per step and no
-pass of their own.
+samples; the chosen candidate's denoiser output is reused. So k candidates cost k denoiser rows per step and no pass of their own.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from ..report.pictures import reward_curve
 
 def epoch_metrics(run, samples, diagnostics: list[list[dict]], norms: list[float], others: dict[str, list[float]]) -> dict[str, float]:
     """Reward metrics of `samples` (None: there are none); `ratio_error` before the first update, clipping after the last, if there are
-    ratios; means of `others` over whatever any process has logged of a name: one may have seen nothing of its kind. `grad_norm` and `lr`
+    ratios; means of `others`, each over the processes that logged the name. `grad_norm` and `lr`
     are means over the epoch's optimizer steps, `lr` of the rates that they used.
 
     Args:

@@ -1,4 +1,4 @@
-"""The trainable weights beside themselves: as a checkpoint keeps them, as a moving average, and as an old policy that lags behind."""
+"""Copies of the trainable weights: what a checkpoint keeps, a moving average, and an old policy that lags behind."""
 
 from __future__ import annotations
 
