@@ -45,7 +45,8 @@ class DRaFTArguments(RewardGradientArguments, defaults=DEFAULTS):
             raise ValueError(f"--truncation must be a whole number from 1 to the {steps} solver steps of --num_inference_steps, got {self.truncation}")
         if self.method == "drtune" and self.num_trained_steps + self.skip_last_steps > steps:
             raise ValueError(
-                f"--num_trained_steps {self.num_trained_steps} and --skip_last_steps {self.skip_last_steps} are more than the {steps} steps of --num_inference_steps"
+                f"--num_trained_steps {self.num_trained_steps} and --skip_last_steps {self.skip_last_steps} are more than the {steps} steps of "
+                "--num_inference_steps"
             )
         return self
 
