@@ -94,7 +94,10 @@ class FlowGRPOArguments(
         if size is not None and end - first < size:
             raise ValueError(f"--sde_window {first} {end} has no room for a window of --sde_window_size {size}")
         if end > end_of_trained:
-            raise ValueError(f"--sde_window {first} {end} goes beyond the steps that are trained, 0 to {end_of_trained - 1}: end it at {end_of_trained}")
+            moving = f" (--sde_window_size {size})" if size is not None else ""
+            raise ValueError(
+                f"--sde_window {first} {end}{moving} goes beyond the steps that are trained, 0 to {end_of_trained - 1}: end it at {end_of_trained}"
+            )
         return self
 
 

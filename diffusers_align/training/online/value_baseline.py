@@ -18,8 +18,10 @@ from .sampling import Samples
 
 def make_values(args, device: torch.device) -> ValueBaseline:
     """The baseline that the flags ask for."""
-    options = {n: getattr(args, f"value_{n}") for n in ("learning_rate", "batch_size", "accumulation_steps", "buffer_size")}
-    return ValueBaseline(args.num_inference_steps, **options, seed=args.seed, device=device)
+    return ValueBaseline(
+        args.num_inference_steps, learning_rate=args.value_learning_rate, batch_size=args.value_batch_size,
+        accumulation_steps=args.value_accumulation_steps, buffer_size=args.value_buffer_size, seed=args.seed, device=device,
+    )  # fmt: skip
 
 
 def _transitions_for_the_buffer(samples, features, rewards, args, epoch):

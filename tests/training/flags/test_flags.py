@@ -248,7 +248,6 @@ def meaning(option):
 
 # Names whose meaning depends on the script, and why they keep the one name.
 ONE_NAME = {
-    "allow_no_signal": "what would be no signal differs: pairs, preferences, gradients",
     "beta": "each preference loss has a temperature of its own, in the paper's name",
     "clip_range": "of the ratio that each loss clips",
     "eta": "DDIM's eta, where it is chosen and where it is not",
@@ -265,6 +264,8 @@ ONE_NAME = {
     "pairs": "the choices' names are those of each method",
     "min_margin": "make_preferences.py keeps what differs by just as much",
     "prompts": "train_pfm.py only looks rewards' columns up by them",
+    "random_timestep_fraction": "drawn for each epoch, DDPO's for each batch",
+    "timestep_fraction": "of the steps, or of the grid where samples are noised",
     "rank": "train_reward.py adapts the reward, where 0 is none",
     "reward": "evaluate.py takes several",
     "reward_model": "evaluate.py takes several",
