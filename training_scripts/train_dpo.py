@@ -21,9 +21,7 @@ OF_LABELS = {"loss": ("sigmoid", "hinge", "ipo", "dmpo")}
 class DPOArguments(PairArguments, DataArguments, defaults={"rank": 16, "learning_rate": 1e-5}):
     """Diffusion-DPO"""
 
-    loss: Literal["sigmoid", "hinge", "ipo", "dmpo", "mapo", "linear"] = option(
-        "sigmoid", "sigmoid is DPO's own; the others are IPO, hinge, DMPO, MaPO and Linear-DPO"
-    )
+    loss: Literal["sigmoid", "hinge", "ipo", "dmpo", "mapo", "linear"] = option("sigmoid", "sigmoid is DPO's own, linear Linear-DPO's")
     beta: Positive | None = option(None, "preference temperature; if absent 5000 for diffusion, 2000 for flow matching; linear 100, 1000; mapo 0.1")
     ipo_tau: Positive = option(0.5, "IPO aims at the logit 1 / (2 tau); 0.5 is our choice, a preference of 73 %", needs={"loss": "ipo"})
     dmpo_alpha: Annotated[float, Interval(gt=0, lt=0.5)] = option(0.01, "DMPO aims at logit(1 - alpha) (official: 0.01)", needs={"loss": "dmpo"})

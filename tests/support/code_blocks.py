@@ -271,8 +271,12 @@ def loaded(path: Path) -> ModuleType:
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         sys.modules[name] = importlib.util.module_from_spec(spec)
-        with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
-            spec.loader.exec_module(sys.modules[name])
+        try:
+            with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
+                spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
     return sys.modules[name]
 
 
