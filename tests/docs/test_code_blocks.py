@@ -1,4 +1,4 @@
-"""Every code block of every Markdown file runs, or says why not: docs/README.md has the rules."""
+"""Every code block of every Markdown file runs, or says why not: docs/keeping_the_docs.md has the rules."""
 
 import pytest
 from code_blocks import FREE, ROOT, Block, blocks_of, pages, replaced, run

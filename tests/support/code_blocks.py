@@ -1,4 +1,4 @@
-"""Reads the code blocks of Markdown files, and runs or checks each by its language; docs/README.md says how a page declares what."""
+"""Reads the code blocks of Markdown files, and runs or checks each by its language; docs/keeping_the_docs.md says how a page declares what."""
 
 from __future__ import annotations
 
