@@ -14,13 +14,13 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from test_house_rules import MODULES, PACKAGE, UPSTREAM
+from private_names import CODE, ROOT, UPSTREAM
 from torch import nn
 
 from diffusers_align.driving.replacements import InPlace, held, reads_global, replaced, with_globals
 from diffusers_align.pipelines.base import WrappedPipeline
 
-PAGE = PACKAGE.parent / "docs" / "patches.md"
+PACKAGE, PAGE = ROOT / "diffusers_align", ROOT / "docs" / "patches.md"
 PIPELINES = [
     getattr(diffusers, f"{name}Pipeline")
     for name in ("StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux", "PixArtSigma", "Sana", "Lumina2", "QwenImage", "ZImage", "Wan", "LTX")
@@ -101,8 +101,9 @@ def shared(target: str) -> str:
     return (found.group() if not target.startswith("self.") and (found := STATE.search(target)) else "").removesuffix("(")
 
 
-CODE = [path for path in (*MODULES, *(PACKAGE.parent / "training_scripts").glob("*.py")) if path.stem != "replacements"]
-PATCHES = sorted((path.relative_to(PACKAGE.parent).as_posix().removeprefix("diffusers_align/"), *patch) for path in CODE for patch in patches(path))
+# But for the module of the tools.
+CHANGED = [path for path in CODE if path.stem != "replacements"]
+PATCHES = sorted((path.relative_to(ROOT).as_posix().removeprefix("diffusers_align/"), *patch) for path in CHANGED for patch in patches(path))
 
 
 def test_patches_are_found():
@@ -122,12 +123,12 @@ def test_the_page_lists_every_patch(path, place, what):
 def test_what_the_page_lists_is_there(cells):
     assert len(cells) in (3, 5) and all(cells)
     files = [word for word in quoted(cells[1]) if word.endswith(".py")]
-    sources = [next(root / file for root in (PACKAGE, PACKAGE.parent) if (root / file).is_file()).read_text(encoding="utf-8") for file in files]
+    sources = [next(root / file for root in (PACKAGE, ROOT) if (root / file).is_file()).read_text(encoding="utf-8") for file in files]
     assert sources
     for word in quoted(cells[1]):
         assert word.endswith(".py") or word == "module" or any(re.search(rf"^(def|class) {word}\b", source, re.M) for source in sources), word
     for test in quoted(cells[4]) if len(cells) == 5 else ():
-        tests = "".join(file.read_text(encoding="utf-8") for file in (PACKAGE.parent / "tests").rglob("test_*.py"))
+        tests = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
         assert f"def {test}(" in tests, test
 
 
