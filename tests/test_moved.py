@@ -26,14 +26,18 @@ def test_old_and_new_name_are_one_module(old, monkeypatch):
     assert module.__name__ == module.__spec__.name == f"diffusers_align.{MOVED[old]}"
 
 
-def test_folders_hand_on_what_the_modules_had():
-    for old, new in INTO_FOLDERS.items():
-        folder, module = (importlib.import_module(f"diffusers_align.{name}") for name in (old, new))
-        name = next(name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__ and not name.startswith("_"))
-        with pytest.warns(DeprecationWarning, match=f"diffusers_align.{new}.{name} now"):
-            assert getattr(folder, name) is getattr(module, name)
-        with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-            getattr(folder, "nothing")  # noqa: B009
+@pytest.mark.parametrize("old, new", [(old, new) for old, modules in INTO_FOLDERS.items() for new in modules])
+def test_folders_hand_on_what_the_modules_had(old, new):
+    folder, module = (importlib.import_module(f"diffusers_align.{name}") for name in (old, new))
+    name = next(name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__ and not name.startswith("_"))
+    with pytest.warns(DeprecationWarning, match=f"diffusers_align.{new}.{name} now"):
+        assert getattr(folder, name) is getattr(module, name)
+
+
+@pytest.mark.parametrize("old", INTO_FOLDERS)
+def test_folders_have_nothing_else(old):
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        getattr(importlib.import_module(f"diffusers_align.{old}"), "nothing")  # noqa: B009
 
 
 def test_other_names_are_not_found():

@@ -20,6 +20,7 @@ MAX_FUNCTION, MAX_FILE, MEDIAN_FILE = 50, 335, 150
 NOUNS = {"condition", "trajectory", "transition"}
 BELOW_POLICY = NOUNS | {"checks", "driving", "files", "forward_process", "lora", "schedulers"}
 LAYERS = {
+    "moved": set(),
     "checks": set(),
     "data": set(),
     "embedded": set(),
