@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all set-up on a machine with Python 3.10+.
+# `make demo` and `make test` set everything up on a machine with Python 3.10+.
 PYTHON ?= python3
 # One pinned torch, so that figures compare; any `TORCH=torch>=2.5` will do.
 TORCH ?= torch==2.13.0

@@ -71,7 +71,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = curves()
     draw(found, args.output)
-    print("| algorithm | updates a rollout | rollouts until 90% of the gap is closed (3 seeds) | gap left at the end, median |")
+    print("| algorithm | updates per rollout | rollouts until 90% of the gap is closed (3 seeds) | gap left at the end, median |")
     print("|---|---|---|---|")
     for name, (updates, gaps) in found.items():
         needed = ", ".join(str(rollouts_until(gap, 0.9) or "-") for gap in gaps)

@@ -1,8 +1,8 @@
 """The arguments of a pipeline's call: what belongs to its samples one by one, and what all of them share.
 
-A list may be one value a sample (negative prompts) or one value for all of them (layers to skip, a size, a schedule), and its length does
+A list may be one value per sample (negative prompts) or one value for all of them (layers to skip, a size, a schedule), and its length does
 not tell which. So an argument belongs to samples because it was declared so: by the caller in `per_sample`, or by its name where stock
-diffusers itself defines one value a prompt (`belongs_to_samples`). Everything else is shared.
+diffusers itself defines one value per prompt (`belongs_to_samples`). Everything else is shared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SAMPLE_DIM = {"prompt_embeds_llama3": 1, "negative_prompt_embeds_llama3": 1}
 
 
 def belongs_to_samples(name: str) -> bool:
-    """Whether stock diffusers defines the argument `name` as one value a prompt: `prompt_2`, `negative_prompt`, `prompt_embeds`,
+    """Whether stock diffusers defines the argument `name` as one value per prompt: `prompt_2`, `negative_prompt`, `prompt_embeds`,
     `pooled_prompt_embeds`, `prompt_attention_mask`, `latents` and their like."""
     return _OF_PROMPTS.fullmatch(name) is not None
 
@@ -41,7 +41,7 @@ class Condition:
         seeds: B integers; each fixes its sample's initial noise, whatever the batch.
         step_seeds: B integers for the noise of the steps; derived from `seeds` if absent.
         per_sample: the call's arguments of which each sample has its own: a list of B values or a tensor of B rows by name. A string
-            stands for B equal ones. Lists and tensors among `kwargs` that stock diffusers defines as one a prompt (`belongs_to_samples`) are
+            stands for B equal ones. Lists and tensors among `kwargs` that stock diffusers defines as one per prompt (`belongs_to_samples`) are
             moved here; a string there goes to the pipeline as it is.
 
     Raises:
@@ -137,7 +137,7 @@ def _checked_seeds(name: str, seeds, number: int) -> list[int] | None:
     if seeds is None:
         return None
     if not hasattr(seeds, "__len__") or isinstance(seeds, str):
-        raise ValueError(f"{name} must be a list of one whole number a sample, got {seeds!r}.")
+        raise ValueError(f"{name} must be a list of one whole number per sample, got {seeds!r}.")
     values = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
     if len(values) != number:
         raise ValueError(f"{number} prompts need as many {name}, got {len(values)}.")
@@ -159,7 +159,7 @@ def _rows_of(name: str, value: Any, number: int) -> Any:
     if found != number:
         raise ValueError(
             f"{name} belongs to the samples one by one: {number} prompts need as many, got {found}. What all samples share goes into the call's other "
-            "arguments, unless stock diffusers itself takes one a prompt."
+            "arguments, unless stock diffusers itself takes one per prompt."
         )
     sizes = {_size(item) for item in value} if isinstance(value, list) and not belongs_to_samples(name) else set()
     if len(sizes) > 1:

@@ -62,11 +62,11 @@ class Policy(Driver):
         per_sample: dict[str, Any] | None = None,
         **call_kwargs: Any,
     ) -> Trajectory:
-        """Sample one trajectory a prompt.
+        """Sample one trajectory per prompt.
 
         Args:
             prompts: or a condition, which has its own seeds and arguments.
-            seeds: one whole number a sample, from 0 on, which fixes its initial noise and every draw; taken from `generator` (or torch's
+            seeds: one whole number per sample, from 0 on, which fixes its initial noise and every draw; taken from `generator` (or torch's
                 global one) if absent.
             step_seeds: seeds of the steps' noise alone, for samples that share their initial noise.
             deterministic: walk the ODE; no step has a log-probability then.
@@ -186,7 +186,7 @@ class Policy(Driver):
         """The model's output (B, *D) at `latents` (B, *D) and per-sample `timesteps` (B,), in the scheduler's units.
 
         Args:
-            guidance: classifier-free guidance as the condition's call asks for; otherwise off, one denoiser row a sample.
+            guidance: classifier-free guidance as the condition's call asks for; otherwise off, one denoiser row per sample.
 
         Pipelines that cannot take a time for each sample are found by a comparison at the first call and evaluated time by time.
 

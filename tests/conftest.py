@@ -1,4 +1,4 @@
-"""One thread a process: small models lose more to threads that wait for each other than they gain."""
+"""One thread per process: small models lose more to threads that wait for each other than they gain."""
 
 import os
 

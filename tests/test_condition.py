@@ -93,7 +93,7 @@ def test_the_samples_dimension_need_not_be_the_first():
 
 
 def test_embeddings_of_picture_prompts_are_laid_out_by_adapter():
-    """Two rows a sample, unconditional and conditional: the call takes all of the one kind before the other."""
+    """Two rows per sample, unconditional and conditional: the call takes all of the one kind before the other."""
     samples = [[torch.full((2, 1, 3), 10.0 * adapter + i) + torch.tensor([0.0, 0.5])[:, None, None] for adapter in range(2)] for i in range(3)]
     call = Condition(["a", "b", "c"], per_sample={"ip_adapter_image_embeds": samples}).arguments(["ip_adapter_image_embeds"])
     assert [embeds[:, 0, 0].tolist() for embeds in call["ip_adapter_image_embeds"]] == [[0, 1, 2, 0.5, 1.5, 2.5], [10, 11, 12, 10.5, 11.5, 12.5]]

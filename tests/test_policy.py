@@ -264,7 +264,7 @@ def test_a_pipeline_that_takes_one_time_a_batch_is_said_once_and_a_broken_device
     for _ in range(2):
         policy.predict(trajectory.final, times, trajectory.condition)
     assert len(caplog.messages) == 1
-    assert "StableDiffusionImg2ImgPipeline takes one time a batch" in caplog.text and "cost one denoiser call a time" in caplog.text
+    assert "StableDiffusionImg2ImgPipeline takes one time per batch" in caplog.text and "cost one denoiser call a time" in caplog.text
     policy, trajectory, _ = make("sd3")
     with torch.no_grad():
         policy.guidance_off(trajectory.condition)

@@ -61,7 +61,7 @@ class EvaluationArguments(
 ):
     """rewards and other measures"""
 
-    num_samples: Count | None = option(None, "images a model, prompt after prompt in turn; two a prompt if absent")
+    num_samples: Count | None = option(None, "images per model, prompt after prompt in turn; two per prompt if absent")
     reward: list[str] = required("built-in rewards, module:function, file.py:function, http://host:port, or sums of them")
     reward_model: list[str] | None = option(None, "checkpoint of each reward's model, 'default' for its own", advanced=True)
     diversity: bool = option(True, "distance between samples of the same prompt")
@@ -116,7 +116,7 @@ from diffusers_align.training.run.model_loading import call_arguments, load_pipe
 
 
 def load_task(args, say=None):
-    """The prompts; `--num_samples` becomes two a prompt if absent, and enough for diversity if that is measured."""
+    """The prompts; `--num_samples` becomes two per prompt if absent, and enough for diversity if that is measured."""
     prompts = load_prompts(args.prompts, args.prompt_column, inputs_of(args), say)
     if args.diversity:
         check_one_size(prompts, args.prompts, "Diversity (--no-diversity leaves it out)")

@@ -1,10 +1,10 @@
-"""Preference data of your own model: sample several images a prompt, score them with any reward, write a data set of each kind.
+"""Preference data of your own model: sample several images per prompt, score them with any reward, write a data set of each kind.
 
     accelerate launch training_scripts/make_preferences.py --pretrained_model_name_or_path mini-sd3 --call_kwargs '{"max_sequence_length": 1}' \
         --prompts likes_blue_train --reward background_color --num_images_per_prompt 8 --output_dir my_preferences
 
 Pairs of a foreign generator teach what that generator draws as well as what is preferred; those of the model itself differ by the preference alone.
-`images/` holds the images, `pairs`, `binary`, `scored` and `ranked` the data sets (docs/preference_data.md), `contact_sheet.png` a row a prompt, best
+`images/` holds the images, `pairs`, `binary`, `scored` and `ranked` the data sets (docs/preference_data.md), `contact_sheet.png` a row per prompt, best
 image first. An interrupted run goes on where it stopped; with another `--reward` in the same folder, the images are scored anew and not drawn again.
 """
 
@@ -203,7 +203,7 @@ def read(path):
 
 
 def contact_sheet(args, prompts, jobs, rewards, folder):
-    """A row a prompt, its best image first."""
+    """A row per prompt, its best image first."""
     order = sorted(zip(jobs, rewards.tolist()), key=lambda item: (item[0][0], item[1] != item[1], -item[1]))
     order = order[: args.num_sheet_prompts * args.num_images_per_prompt]
     images = [read(folder / "images" / f"{file_name(job)}.png") for job, _ in order]

@@ -1,4 +1,4 @@
-"""One module an algorithm; each opens with the algorithm's page. Imports torch only.
+"""One module per algorithm; each opens with the algorithm's page. Imports torch only.
 
 Route A, at inference: `guidance` (gradients of a reward: DPS, LGD-MC, FreeDoM, MPGD, universal, TFG, FlowChef ...), `noise_optimization` (of
 the initial noise: ReNO, DNO, D-Flow), `best_of_n` (and search over noise), `particle_steering` (sequential Monte Carlo), `svdd` (the best candidate

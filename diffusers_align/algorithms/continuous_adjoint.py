@@ -13,7 +13,7 @@ $$ a_k = a_{k+1} + \Delta\sigma_k \Big(\frac{\partial v}{\partial x}(x_k)\Big)^{
 \frac{dr}{d\theta} = \sum_k \Delta\sigma_k \Big(\frac{\partial v}{\partial\theta}(x_k)\Big)^{\!\top} a_{k+1} $$
 
 with $\Delta\sigma_k = \sigma_{k+1} - \sigma_k < 0$. It is autograd's gradient to rounding if the states x_k are those of the forward
-pass. They are stored, which costs a latent a step. The original integrates them backwards as well: no storage,
+pass. They are stored, which costs a latent per step. The original integrates them backwards as well: no storage,
 but the states that come back are not those that went, by O(step) along the chain, and stiff fields diverge.
 `AdjointResult.mismatch` states that error.
 
@@ -36,7 +36,7 @@ class AdjointResult:
     """What the way back found.
 
     Attributes:
-        gradients: one a parameter, of the summed objective; zeros where it has no influence.
+        gradients: one per parameter, of the summed objective; zeros where it has no influence.
         state: (B, *D), the gradient with respect to the first state.
         norms: (K + 1,), of the adjoint at each state.
         mismatch: the largest relative distance between step(k, x_k) and the given x_{k+1}.

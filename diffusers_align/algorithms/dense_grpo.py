@@ -16,7 +16,7 @@ Calibration (`calibrate`): the noise of step i is $\psi_i\sqrt{-dt}$. Before tra
 gains and losses are equally many, and down once they are not: then most noise only does damage, and there is nothing to choose
 from. Afterwards psi is fixed.
 
-Cost, in denoiser calls a sample: the completions of a trajectory with T noisy steps take T + (T - 1) + ... + 1 = T (T + 1) / 2 calls
+Cost, in denoiser calls per sample: the completions of a trajectory with T noisy steps take T + (T - 1) + ... + 1 = T (T + 1) / 2 calls
 beside its own T: 55 beside 10. A noise window of w steps from step s on takes w (T - s) - w (w - 1) / 2, for states behind the last
 noisy step lie on the final sample's own ODE.
 

@@ -72,7 +72,7 @@ class Guidance:
     Attributes:
         noisy: strength of a noise-aware reward's score, the gradient with respect to x_t without the denoiser.
         variance: of the gradient with respect to x_t through the denoiser (TFG's rho).
-        mean: of the gradient with respect to the clean estimate (TFG's mu), `iterations` times a step.
+        mean: of the gradient with respect to the clean estimate (TFG's mu), `iterations` times per step.
         draws, smoothing: log-mean-exp over so many copies of the clean estimate with noise of smoothing * sigma / sqrt(alpha^2 + sigma^2).
         recurrence: how often each guided step is made, a predictor with its corrector; between the times the state is noised again.
         norm: of each sample's gradient: `none`; `unit`, length 1; `rms`, root mean square sigma; `dps`, over twice the root of |s|.

@@ -6,8 +6,8 @@ https://arxiv.org/abs/2305.13301, eq. 5):
 
 $$ \nabla_\theta J = \mathbb E\Big[\sum_t \nabla_\theta \log p_\theta(x_{t-1} \mid x_t, c)\, A(x_0, c)\Big] $$
 
-It holds for samples of the current policy only: one optimizer step a rollout. DDPO's official code (kvablack/ddpo-pytorch, 1958463) ships no such variant, only
-importance sampling (`ddpo`), whose gradient is this one as long as the ratio is 1.
+It holds for samples of the current policy only: one optimizer step per rollout. DDPO's official code (kvablack/ddpo-pytorch, 1958463) ships no such variant,
+only importance sampling (`ddpo`), whose gradient is this one as long as the ratio is 1.
 """
 
 from __future__ import annotations

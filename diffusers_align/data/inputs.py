@@ -1,4 +1,4 @@
-"""Columns that are arguments of the pipeline's call, one value a sample: pictures, masks, control images, frames, texts, numbers."""
+"""Columns that are arguments of the pipeline's call, one value per sample: pictures, masks, control images, frames, texts, numbers."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def shipped_sets() -> list[str]:
 
 
 def load_prompts(source: str, column: str = "prompt", inputs: Inputs | None = None, say: Callable[[str], Any] | None = None) -> list[Prompt]:
-    """Read prompts from a `.txt` file (one a line), a `.jsonl`, `.json`, `.csv` or `.tsv` file (field `column`), or a set of the package.
+    """Read prompts from a `.txt` file (one per line), a `.jsonl`, `.json`, `.csv` or `.tsv` file (field `column`), or a set of the package.
 
     Args:
         inputs: which fields are arguments of the pipeline's call. Pictures are files, relative to the prompt file; each is decoded once.
@@ -75,7 +75,7 @@ def load_prompts(source: str, column: str = "prompt", inputs: Inputs | None = No
         except BadRow as error:
             raise ValueError(f"{path}, row {number}: {error}" + (f" (line {line})." if line else ".")) from error
     if not prompts:
-        raise ValueError(f"{path} holds no prompts. Write one a line.")
+        raise ValueError(f"{path} holds no prompts. Write one per line.")
     for note in _notes(prompts, [name for name in columns_of(rows) if name != column], changes, blank):
         (say or partial(warnings.warn, stacklevel=2))(f"{path}: {note}.")
     return prompts
@@ -130,7 +130,7 @@ def _notes(prompts: list[Prompt], columns: list[str], changes: Counter, blank: i
 
 
 def fields_of(prompts: Sequence[Prompt]) -> dict[str, list]:
-    """The data set's fields of these prompts as rewards get them, one value a prompt (None where one lacks the field), pictures read."""
+    """The data set's fields of these prompts as rewards get them, one value per prompt (None where one lacks the field), pictures read."""
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     return {name: [opened(prompt.columns.get(name)) for prompt in prompts] for name in names}
 

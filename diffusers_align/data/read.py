@@ -230,7 +230,7 @@ def _read(scan: _Scan, report: Report, max_rows: int | None, bad_rows: str, prog
 
 
 def _merge_groups(rows: list[dict], report: Report) -> list[dict]:
-    """One row a prompt where the set has one an image; rankings of a single image say nothing."""
+    """One row per prompt where the set has one per image; rankings of a single image say nothing."""
     merged: dict[Any, dict] = {}
     for number, row in enumerate(rows):
         key = ("group", row.pop("group")) if "group" in row else ("row", number)

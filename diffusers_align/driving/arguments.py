@@ -82,7 +82,7 @@ def unknown_prompts(pipeline: str, accepted: Collection[str], shared: dict[str, 
 
 
 def maybe_of_samples(condition: Condition) -> list[str]:
-    """Shared lists of as many pictures as there are samples: stock pipelines take some of them one a prompt."""
+    """Shared lists of as many pictures as there are samples: stock pipelines take some of them one per prompt."""
     number = len(condition)
     lists = {name: value for name, value in condition.kwargs.items() if isinstance(value, (list, tuple)) and len(value) == number > 1}
     return [name for name, value in lists.items() if all(hasattr(item, "shape") or hasattr(item, "getpixel") for item in value)]

@@ -100,7 +100,7 @@ class Driver:
             prompts: B strings, or one. With `prompt_embeds` they are what rewards read, and may be None (then "").
             seeds, step_seeds: B whole numbers, see `rollout`.
             per_sample: other arguments of the call of which each sample has its own, by name: a list of B values (pictures, masks, sizes), a
-                tensor of B rows, or a string for all. What stock diffusers defines as one a prompt (`prompt_2`, `negative_prompt`,
+                tensor of B rows, or a string for all. What stock diffusers defines as one per prompt (`prompt_2`, `negative_prompt`,
                 `prompt_embeds`, `latents` ...) is so without being named here.
             call_kwargs: arguments that all samples share, whatever their length.
 

@@ -108,13 +108,13 @@ class Prediction:
                 return True
             reason = "its batch is evaluated at one of them"
         logger.warning(
-            "%s takes one time a batch: %s. Outputs at times of their own (Policy.predict) cost one denoiser call a time, not one a batch.",
+            "%s takes one time per batch: %s. Outputs at times of their own (Policy.predict) cost one denoiser call a time, not one per batch.",
             type(self.driver.pipeline).__name__, reason,
         )  # fmt: skip
         return False
 
     def guidance_off(self, condition: Condition) -> dict[str, Any]:
-        """Arguments that switch classifier-free guidance off: found by trying which give one denoiser row a sample. {} where it is off.
+        """Arguments that switch classifier-free guidance off: found by trying which give one denoiser row per sample. {} where it is off.
 
         Raises:
             ValueError: no argument does.

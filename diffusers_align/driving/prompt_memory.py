@@ -1,6 +1,6 @@
 """What a pipeline's `encode_prompt` returned, remembered in memory and, given a store, beyond the process.
 
-In memory a batch's result is one entry, whatever its arguments are. A store keeps an entry a prompt, so that batches made up anew, as in
+In memory a batch's result is one entry, whatever its arguments are. A store keeps an entry per prompt, so that batches made up anew, as in
 each epoch, are put together from prompts that were encoded before. How a pipeline's result for several prompts is made of
 the results for each is found by a comparison, once; where it cannot be (sequences padded to the batch's longest), the batch is encoded at each
 use and not stored: batches that are made up anew would fill the store and never be met again.

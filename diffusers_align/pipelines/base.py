@@ -240,7 +240,7 @@ class WrappedPipeline(DiffusionPipeline):
         """What gives images their rewards: the call's, or the pipeline's.
 
         Args:
-            columns: other arguments of the reward, a list for each with an entry a prompt.
+            columns: other arguments of the reward, a list for each with an entry per prompt.
             on_invalid: where the reward is NaN: "error", or "mask" to let it be.
 
         Raises:
@@ -249,12 +249,12 @@ class WrappedPipeline(DiffusionPipeline):
         reward, rows = self.reward_of_call(reward), {}
         check_value("on_invalid", on_invalid, Literal["error", "mask"])
         if not isinstance(columns, dict | None):
-            raise ValueError(f"columns are the reward's other arguments by name, {{'name': [one a prompt]}}, got a {type(columns).__name__}.")
+            raise ValueError(f"columns are the reward's other arguments by name, {{'name': [one per prompt]}}, got a {type(columns).__name__}.")
         for name, values in (columns or {}).items():
             if isinstance(values, str) or not hasattr(values, "__len__"):
-                raise ValueError(f"The column {name!r} must be a list with an entry a prompt, got {values!r}.")
+                raise ValueError(f"The column {name!r} must be a list with an entry per prompt, got {values!r}.")
             if len(values) == 0 or len(condition) % len(values):
-                raise ValueError(f"The column {name!r} has {len(values)} entries, which do not go with {len(condition)} outputs: give one a prompt.")
+                raise ValueError(f"The column {name!r} has {len(values)} entries, which do not go with {len(condition)} outputs: give one per prompt.")
             rows[name] = [value for value in values for _ in range(len(condition) // len(values))]
         return Judge(reward, condition, rows, on_invalid)
 

@@ -56,7 +56,7 @@ class BestOfNPipeline(WrappedPipeline):
             rounds: of the search: `rounds * num_candidates` samples an output.
             cosine: of a neighbour's initial noise and the best one's: from 0, fresh noise, to 1, the best noise itself.
             batch_size: samples a call, for all but the first, which is the stock pipeline's own; a whole round if absent.
-            columns: other arguments of the reward, a list for each with an entry a prompt.
+            columns: other arguments of the reward, a list for each with an entry per prompt.
             on_invalid: a candidate without a reward (NaN): "error", or "mask" to pass it over.
 
         Returns:

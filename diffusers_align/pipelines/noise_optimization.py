@@ -63,7 +63,7 @@ class NoiseOptimizationPipeline(WrappedPipeline):
             reward_scale: lambda, by which the reward is multiplied against the regulariser.
             grad_steps: the solver steps whose denoiser calls take part in the gradient, all by default; the others are as constants.
             batch_size: samples optimised at once; all by default, and always 1 for `lbfgs`.
-            columns: other arguments of the reward, a list for each with an entry a prompt.
+            columns: other arguments of the reward, a list for each with an entry per prompt.
             arguments: the stock call's. Its step callbacks are not called.
 
         Returns:

@@ -126,7 +126,7 @@ class ParticleSteeringPipeline(WrappedPipeline):
                 tilt, or for SVDD one chosen at temperature alpha, as at each step; `all` of them.
             batch_size: particles a call, in memory; all if absent. The particles of one prompt may be spread over calls.
             scheduler: an SDE scheduler, in the place of the SDE twin.
-            columns: other arguments of the reward, a list for each with an entry a prompt.
+            columns: other arguments of the reward, a list for each with an entry per prompt.
             on_invalid: a particle without a reward (NaN): "error", or "mask" to give it the weight 0.
 
         Returns:

@@ -66,7 +66,7 @@ def score_columns(reward: Reward, images: Tensor, prompts: list[str], columns: M
         raise ValueError(f"As many prompts as images are needed: got {len(images)} images and {got}.")
     for name, values in columns.items():
         if isinstance(values, (list, tuple, Tensor)) and len(values) != len(images):
-            raise ValueError(f"The column {name!r} has {len(values)} entries for {len(images)} images: a column has one an image.")
+            raise ValueError(f"The column {name!r} has {len(values)} entries for {len(images)} images: a column has one per image.")
     scores = call(reward, images, prompts, columns)
     valid = torch.isfinite(scores["reward"])
     if valid.all():

@@ -152,7 +152,7 @@ def as_scores(reward: Callable, result: Any, images: Tensor) -> dict[str, Tensor
             raise InvalidReward(f"{name} returned a {type(value).__name__} for {key!r}, which is no tensor of numbers: {error}.") from error
         if values.shape != (len(images),):
             raise InvalidReward(
-                f"{name} returned the shape {tuple(values.shape)} for {key!r}, for {len(images)} images: expected ({len(images)},), one number an image."
+                f"{name} returned the shape {tuple(values.shape)} for {key!r}, for {len(images)} images: expected ({len(images)},), one number per image."
             )
     return scores
 

@@ -111,7 +111,7 @@ def read_request(body: bytes) -> ScoreRequest:
     if format not in FORMATS:
         raise ValueError(f"'format' must be one of {', '.join(FORMATS)}, got {format!r}.")
     if not isinstance(columns, dict) or not all(isinstance(values, list) and len(values) == len(prompts) for values in columns.values()):
-        raise ValueError(f"'columns' must be an object of lists of {len(prompts)} values, one a prompt.")
+        raise ValueError(f"'columns' must be an object of lists of {len(prompts)} values, one per prompt.")
     if format == "png" and not (isinstance(packed, list) and packed):
         raise ValueError("'images' must be a list of base64 PNG files.")
     files, frames = [_bytes(text) for text in packed] if format == "png" else [_bytes(packed)], request.get("frames")

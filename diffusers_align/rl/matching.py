@@ -1,6 +1,6 @@
 """How far a model's output is from a target: the matching error of pretraining, and the distance of two models.
 
-Losses on pairs, likes and scores are functions of such errors, one number a sample. So their gradient can be had in two passes:
+Losses on pairs, likes and scores are functions of such errors, one number per sample. So their gradient can be had in two passes:
 all errors without a graph, then each micro-batch once more, with `error_coefficients` in the place of the loss.
 """
 

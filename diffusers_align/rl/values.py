@@ -6,7 +6,7 @@ here on add, so the gradient's variance falls.
 
 As in the official code (google-research/google-research, dpok/, 1d49f2c): three layers of width 256 whose units are gated by an embedding of the step,
 mean squared error against the final reward, AdamW at 1e-4, five minibatches of 256 transitions to an optimizer step, a buffer
-of the latest 1000. What is different: the output starts at the mean of the first rewards, which one small step an epoch would
+of the latest 1000. What is different: the output starts at the mean of the first rewards, which one small step per epoch would
 take long to reach; minibatches may be as large as the buffer; all of it is part of checkpoints.
 """
 

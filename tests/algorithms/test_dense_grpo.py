@@ -211,7 +211,7 @@ def test_the_script_trains_and_logs_gains(finished):
     for row in metrics:
         assert row["ratio_error"] == 0.0 and row["grad_norm"] > 0
         assert {name for name in row if name.startswith("gain/")} == {"gain/0", "gain/1"} and row["gain/0"] != 0 != row["gain/1"]
-    assert metrics[0]["kl"] == 0 < metrics[1]["kl"], "one update an epoch: the first starts at the reference"
+    assert metrics[0]["kl"] == 0 < metrics[1]["kl"], "one update per epoch: the first starts at the reference"
 
 
 def test_resumed_equals_uninterrupted_with_the_calibration_of_the_checkpoint(finished, tmp_path, capsys):

@@ -304,7 +304,7 @@ def test_a_value_network_takes_the_place_of_the_expected_reward():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompt_features(family):
-    """One row a sample, also with guidance; of the sample's own prompt, whatever else is in the batch."""
+    """One row per sample, also with guidance; of the sample's own prompt, whatever else is in the batch."""
     policy = Policy(FAMILIES[family].build(), **FAMILIES[family].call)
     prompts = ["a cat", "a large red dog on a green hill", "a cat"]
     features = policy.prompt_features(policy.condition(prompts))

@@ -229,7 +229,7 @@ def train(name, out, model="mini-sd3", **flags):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name, flags", [("train_nft", {"kl_weight": 0.1, "beta": 0.5}), ("train_awm", {"kl_weight": 0.1, "lag_decay": 0.2})])
 def test_a_script_trains_flow_and_diffusion_models_and_resumes_exactly(tmp_path, name, flags, model):
-    flags |= {"gradient_accumulation_steps": 1}  # two updates an epoch: the second is off-policy
+    flags |= {"gradient_accumulation_steps": 1}  # two updates per epoch: the second is off-policy
     rows = train(name, tmp_path / "whole", model, num_epochs=3, **flags)
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert all(row["grad_norm"] > 0 and row["kl"] > 0 for row in rows)

@@ -121,7 +121,7 @@ def test_a_schedule_is_followed_along_the_steps(name, steps, pipes):
     pipe, call = pipes(name)
     mixed, seen = AdapterGuidancePipeline(pipe), []
     mixed("a cat", adapter_scale=lambda fraction: seen.append(fraction) or 0.5, generator=g(), **call)
-    calls = len(seen) // steps  # denoiser calls a step
+    calls = len(seen) // steps  # denoiser calls per step
     assert seen == [k / steps for k in range(steps) for _ in range(calls)]
     late = mixed("a cat", adapter_scale="step_0.5", generator=g(), **call)
     early = mixed("a cat", adapter_scale=lambda fraction: fraction < 0.5, generator=g(), **call)

@@ -91,7 +91,7 @@ def test_score_passes_the_columns_and_keeps_the_graph():
 
 
 def test_a_wrong_shape_is_an_error():
-    with pytest.raises(InvalidReward, match=r"'bad' returned the shape \(2, 1\) for 'reward', for 2 images: expected \(2,\), one number an image"):
+    with pytest.raises(InvalidReward, match=r"'bad' returned the shape \(2, 1\) for 'reward', for 2 images: expected \(2,\), one number per image"):
 
         def bad(images, prompts):
             return torch.zeros(2, 1)

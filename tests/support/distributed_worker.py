@@ -20,7 +20,7 @@ from diffusers_align import Policy
 from diffusers_align.training.run import sharding
 from diffusers_align.training.run.run import Run
 
-# A UNet whose loop takes one time a batch, a large one, and transformers of several makes.
+# A UNet whose loop takes one time per batch, a large one, and transformers of several makes.
 SHARDED = ("sd15_img2img", "sdxl", "flux_true_cfg", "lumina2", "qwen_image", "wan")
 PROMPTS = ["a cat", "a large red dog"]
 

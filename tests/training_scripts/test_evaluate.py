@@ -332,7 +332,7 @@ def test_the_table_says_what_the_json_says(evaluated):
     assert rows["scene_score: win rate"][2].endswith(f", {wins['ties']} ties, 2 pairs left out")
     assert "scene_score/object: gain" in rows and "scene_score/color" not in rows, "no prompt asks for a colour"
     assert rows["training: images generated"] == ["", "2,304", ""] and rows["training: wall time"] == ["", "1 h 06 min", ""]
-    assert rows["KL to the base, nats a trajectory"][0] == "0 ± 0"
+    assert rows["KL to the base, nats per trajectory"][0] == "0 ± 0"
     assert "noise_level 0.7" in text and content["kl_noise"]["sde_type"] == "flow_grpo"
 
 
@@ -346,7 +346,7 @@ def restored(value):
 def test_the_picture_has_a_row_a_model(evaluated):
     with Image.open(evaluated[0] / "evaluation.png") as picture:
         captions, cells = json.loads(picture.info["captions"]), [picture.crop(box).tobytes() for box in json.loads(picture.info["cells"])]
-    assert captions == evaluated[1]["prompts"][:4] and len(cells) == 3 * 4 == len(set(cells)), "an image a model and prompt, none of them blank or twice"
+    assert captions == evaluated[1]["prompts"][:4] and len(cells) == 3 * 4 == len(set(cells)), "an image per model and prompt, none of them blank or twice"
 
 
 def held_out(task, name):

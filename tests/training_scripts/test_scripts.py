@@ -54,7 +54,7 @@ def test_metrics(finished, name):
     assert all(row["ratio_error"] == 0.0 for row in metrics), "the replay is the rollout, bit for bit"
     assert all(row["grad_norm"] > 0 and row["reward_se"] > 0 for row in metrics)
     rate = [row["lr"] for row in metrics]
-    warming = [3e-3 * (2 * epoch + 0.5) / 6 for epoch in range(3)]  # two steps an epoch, the first of all at 0
+    warming = [3e-3 * (2 * epoch + 0.5) / 6 for epoch in range(3)]  # two steps per epoch, the first of all at 0
     assert rate[:3] == pytest.approx(warming) and rate[3] == pytest.approx(3e-3 * (0.75 if name == "flow_grpo" else 1))
     if name == "flow_grpo":
         assert metrics[0]["kl"] < metrics[-1]["kl"] and metrics[0]["zero_std"] == 0.0
@@ -167,7 +167,7 @@ def test_ddpo_with_the_score_function_pushed_to_the_hub(task, tmp_path, monkeypa
         pipe.load_lora_weights(out)
         assert torch.equal(draw(pipe, "ddpo"), pushed)
     metrics = rows(out)
-    assert metrics[0]["ratio_error"] == 0.0 and metrics[0]["clip_fraction"] == 0.0, "one optimizer step an epoch"
+    assert metrics[0]["ratio_error"] == 0.0 and metrics[0]["clip_fraction"] == 0.0, "one optimizer step per epoch"
 
 
 # --- errors ------------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_an_invalid_reward_stops_with_its_prompt_or_is_masked(task, tmp_path):
     "error, message, flags",
     [
         (ValueError, "(?s)clip_scoer.*clip_score", {"reward": "clip_scoer"}),
-        (ValueError, "4 samples an epoch .* do not divide into batches of 3. Change --train_batch_size to one that fits .1, 2, 4.", {"train_batch_size": 3}),
+        (ValueError, "4 samples per epoch .* do not divide into batches of 3. Change --train_batch_size to one that fits .1, 2, 4.", {"train_batch_size": 3}),
         (ValueError, "empty.txt holds no prompts", {"prompts": "empty.txt"}),
         (ValueError, "No prompt file 'mini_trian'", {"prompts": "mini_trian"}),
         (OSError, "Cannot write to --output_dir empty.txt/run", {"output_dir": "empty.txt/run"}),

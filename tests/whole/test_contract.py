@@ -1,4 +1,4 @@
-"""Each algorithm on a chain of Gaussian steps whose objective is known in closed form. One row an algorithm."""
+"""Each algorithm on a chain of Gaussian steps whose objective is known in closed form. One row per algorithm."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""One run a folder: a lock that the operating system holds for a process, and lets go of when the process dies, however it dies.
+"""One run per folder: a lock that the operating system holds for a process, and lets go of when the process dies, however it dies.
 
 The lock is POSIX's (`fcntl.lockf`) on the file `.lock`, which says who holds it; it is the process's own, so no child that outlives the process
 keeps it. A file that is left behind by a kill locks nothing. On network file systems it works across machines where the server supports it: NFS

@@ -48,7 +48,7 @@ class OptimisationArguments(SeedArguments, SignalArguments):
     train_batch_size: Count = option(8, "samples of a rollout or replay at a time, at most, on each process", resume="free")
     gradient_accumulation_steps: Count | None = option(
         None,
-        "times --train_batch_size are the samples of an optimizer step, of all processes together; half an epoch's if absent (NFT, AWM: all)",
+        "batches of --train_batch_size per optimizer step, over all processes; half an epoch's if absent, so two steps per epoch (NFT, AWM: all)",
         resume="free",
     )
     learning_rate: LearningRate = option(3e-4, "of AdamW", resume="takes effect")

@@ -84,7 +84,7 @@ class HeldOutArguments(Arguments):
 class DataArguments(SourceArguments, HeldOutArguments, NoisedImageArguments, TrainingArguments, advanced=EVALUATION, basic={"cache_dir"}):
     """data"""
 
-    num_samples_per_epoch: Count = option(1024, "rows an epoch: the stretch between two lines of the log")
+    num_samples_per_epoch: Count = option(1024, "rows per epoch: the stretch between two lines of the log")
     prompts: str | None = option(None, "a .txt, .jsonl or .csv file, or a shipped set, for the pictures and the evaluation; the data set's if absent")
     reward: str | None = option(
         None, "for the evaluation: built-in, module:function, file.py:function, http://host:port, or a sum such as clip_score*1+scene_score*0.5"

@@ -23,7 +23,7 @@ class EpochLog(defaultdict):
     """What this process saw in an epoch: lists of numbers by name, of which the mean is logged.
 
     Attributes:
-        norms: of the gradient, one an optimizer step.
+        norms: of the gradient, one per optimizer step.
         asked, unscored: texts of all samples, and of those that the reward could not score.
         failures: of the reward, in words.
     """

@@ -77,7 +77,7 @@ class Examples:
         return [self.noised(side, places, condition) for side in images], labels, weights
 
     def batch(self, epoch: int, batch: int) -> tuple[list[int], Noised]:
-        """The rows' numbers and their images with noise, for data sets of one image a row."""
+        """The rows' numbers and their images with noise, for data sets of one image per row."""
         places = self.positions(epoch, batch)
         index = [place.row for place in places]
         return index, self.noised([self.rows[i]["image"] for i in index], places, self.condition(places))

@@ -155,7 +155,7 @@ def targets_of(examples: list[Example]) -> Tensor:
 
 
 def losses(kind: str, outputs: Tensor, targets: Tensor) -> Tensor:
-    """(B,) of the logits (B, images a row)."""
+    """(B,) of the logits (B, images per row)."""
     if kind == "pair":
         return pair_loss(outputs[:, 0] - outputs[:, 1], label=targets)
     if kind == "binary":

@@ -29,7 +29,7 @@ from .scoring import Scorer, gather_scores
 
 @dataclass
 class Candidates:
-    """What a roll-out with k candidates a step leaves behind.
+    """What a roll-out with k candidates per step leaves behind.
 
     Attributes:
         trajectory: of the N paths that sampling went on along; its actions are one of the candidates each.

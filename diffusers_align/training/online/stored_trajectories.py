@@ -54,7 +54,7 @@ class StoredTrajectories:
     Args:
         folder: its output folder.
         model: the pipeline that is trained, by the name that the folder was made with.
-        group_size: images a prompt, the first so many; prompts with fewer are left out.
+        group_size: images per prompt, the first so many; prompts with fewer are left out.
         revision, variant: of the pipeline.
 
     Attributes:

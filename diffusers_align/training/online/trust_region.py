@@ -123,7 +123,7 @@ def trust_region_update(
     """One step on all samples of an epoch. Returns the report of `trust_region_step` with `ratio_error` before the step and `ess`.
 
     Args:
-        max_kl: nats a trajectory, see the module's page. The gradient lies along the noise of these very samples, so their ratios
+        max_kl: nats per trajectory, see the module's page. The gradient lies along the noise of these very samples, so their ratios
             move much further than the KL says: an `ess` near 1 / N means that it is too large for so few samples.
     """
     problem = TrajectorySurrogate(run, policy, samples, advantages)

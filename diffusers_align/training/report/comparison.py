@@ -36,9 +36,9 @@ def describe(
 
     Args:
         base: the base model's samples at the same prompts and seeds; None for the base itself.
-        diversities: by measure, one number a prompt.
-        kl: path KLs by unit, one number a trajectory.
-        margins: implicit ones of held-out pairs, one number a pair.
+        diversities: by measure, one number per prompt.
+        kl: path KLs by unit, one number per trajectory.
+        margins: implicit ones of held-out pairs, one number per pair.
     """
     entry: Entry = {"rewards": {name: _reward(values, base and base.rewards.get(name)) for name, values in evaluation.rewards.items()}}
     entry["diversity"] = {name: _estimate(values) for name, values in diversities.items()}
@@ -61,7 +61,7 @@ def _reward(values: Tensor, base: Tensor | None) -> Entry:
 
 
 def table(models: dict[str, Entry], rewards: list[str]) -> str:
-    """Markdown: a column a model, a row a number. `rewards` are given with a win rate and in any case, their components where there is a score."""
+    """Markdown: a column per model, a row per number. `rewards` are given with a win rate and in any case, their components where there is a score."""
     rows: list[tuple[str, list[str]]] = []
 
     def add(label: str, cell, *path: str, always: bool = False) -> None:
@@ -79,7 +79,7 @@ def table(models: dict[str, Entry], rewards: list[str]) -> str:
         add(label, _plain, "diversity", name)
     add("implicit accuracy on held-out pairs", _wins, "held_out_pairs", "accuracy")
     add("implicit margin on held-out pairs", _signed, "held_out_pairs", "margin")
-    add("KL to the base, nats a trajectory", _plain, "kl", "nats")
+    add("KL to the base, nats per trajectory", _plain, "kl", "nats")
     add("KL to the base, nats a dimension", _plain, "kl", "nats_per_dimension")
     for name, label in COSTS.items():
         add(label, _duration if name == "seconds" else "{:,}".format, "costs", name)

@@ -127,7 +127,7 @@ def sampled_kl(run, policy: Policy, prompts: list[Prompt], number: int, on_image
 
 @torch.no_grad()
 def diversities(images: list[Tensor], prompts: list[str], embedder: CLIPEmbedder | None, batch_size: int) -> dict[str, Tensor]:
-    """How far samples of the same prompt lie apart, one number a prompt: RMS difference of pixels, 1 - cosine of CLIP features."""
+    """How far samples of the same prompt lie apart, one number per prompt: RMS difference of pixels, 1 - cosine of CLIP features."""
     found = {"pixel_rms": diversity(torch.stack([image.flatten() for image in images]), prompts, pairwise_rms)}
     if embedder is not None:
         batches = [torch.stack(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]

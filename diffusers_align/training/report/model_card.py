@@ -40,7 +40,7 @@ def public(value: Any) -> Any:
 
 
 def public_command(command: str) -> str:
-    """Command lines, one a line, that can be pasted elsewhere: a script of an installed package is found by `diffusers-align path`."""
+    """Command lines, one per line, that can be pasted elsewhere: a script of an installed package is found by `diffusers-align path`."""
     lines = []
     for line in command.splitlines():
         words = []
@@ -159,7 +159,7 @@ def lora_card(run, results: dict[str, tuple[float, float]], pictures: list[str],
 
 
 def loading_lines(policy, given: str, where: str, pushed: bool) -> str:
-    """Python that makes the aligned pipeline: stock diffusers where it has a loader, one line a denoiser."""
+    """Python that makes the aligned pipeline: stock diffusers where it has a loader, one line per denoiser."""
     lines = lora.stock_lines(policy.pipeline, policy.denoisers, where)
     imports = ["from diffusers import DiffusionPipeline"]
     if given in embedded.NAMES:

@@ -56,7 +56,7 @@ def before_and_after(before: list[Tensor], after: list[Tensor], captions: list[s
 
 
 def comparison(models: dict[str, list[Tensor]], captions: list[str], columns: int = 8, cell: int = 128) -> Image.Image:
-    """A row a model under the captions, at equal prompts and seeds in each column; as many such blocks as the captions need.
+    """A row per model under the captions, at equal prompts and seeds in each column; as many such blocks as the captions need.
 
     The models' names stand on the left.
 

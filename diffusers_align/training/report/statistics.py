@@ -81,7 +81,7 @@ def pairwise_cosine(units: Tensor) -> Tensor:
 
 
 def diversity(vectors: Tensor, groups: list[str], distance: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean distance between the rows of `vectors` (N, D) that share a group, one number a group.
+    """Mean distance between the rows of `vectors` (N, D) that share a group, one number per group.
 
     Raises:
         ValueError: a group has one row only.

@@ -30,7 +30,7 @@ class Division:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps an epoch."""
+        """Optimizer steps per epoch."""
         return -(-self.num_samples // self.step_size)
 
     def step(self, number: int) -> range:
@@ -68,7 +68,7 @@ def divide(args, num_samples: int, steps: int, rank: int, world: int) -> tuple[D
     """The division that the flags ask for, and what had to be changed for so many processes, in words ("" if nothing).
 
     Args:
-        steps: optimizer steps an epoch where `--gradient_accumulation_steps` does not say.
+        steps: optimizer steps per epoch where `--gradient_accumulation_steps` does not say.
 
     Raises:
         ValueError: the samples do not divide into equal batches, or not among the processes; the message lists sizes that fit.
@@ -77,13 +77,13 @@ def divide(args, num_samples: int, steps: int, rank: int, world: int) -> tuple[D
     if num_samples % batch_size:
         fitting = ", ".join(map(str, _nearest(divisors(num_samples), batch_size)))
         raise ValueError(
-            f"{num_samples} samples an epoch ({_asked(args)}) do not divide into batches of {batch_size}. Change --train_batch_size to one that fits "
+            f"{num_samples} samples per epoch ({_asked(args)}) do not divide into batches of {batch_size}. Change --train_batch_size to one that fits "
             f"({fitting}), or the number of samples to a multiple of {batch_size}."
         )
     if num_samples % world:
         below = num_samples // world * world
         raise ValueError(
-            f"{num_samples} samples an epoch ({_asked(args)}) do not divide among {world} processes. Take {f'{below} or ' if below else ''}{below + world} "
+            f"{num_samples} samples per epoch ({_asked(args)}) do not divide among {world} processes. Take {f'{below} or ' if below else ''}{below + world} "
             f"samples, or another number of processes ({', '.join(map(str, _nearest(divisors(num_samples), world)))})."
         )
     size = step_size(num_samples, batch_size, args.gradient_accumulation_steps, steps)

@@ -157,7 +157,7 @@ class Run:
         """How many batches an epoch's samples make on each process, and how many of them make an optimizer step: see `division`.
 
         Args:
-            steps: optimizer steps an epoch where `--gradient_accumulation_steps` does not say.
+            steps: optimizer steps per epoch where `--gradient_accumulation_steps` does not say.
 
         Raises:
             ValueError: the samples do not divide into equal batches.

@@ -65,7 +65,7 @@ def write(path, found):
 
 
 def train(name, out, task, **flags):
-    """Two batches an epoch, an optimizer step each."""
+    """Two batches per epoch, an optimizer step each."""
     return run_script(name, out, task, **{"dataset_name": task / f"{SET[name]}.jsonl", "num_samples_per_epoch": 4, **flags})
 
 

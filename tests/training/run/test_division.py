@@ -69,9 +69,9 @@ def test_a_step_that_does_not_divide_is_changed_and_the_sizes_that_do_are_listed
 @pytest.mark.parametrize(
     "number, batch_size, world, message",
     [
-        (15, 4, 1, r"15 samples an epoch \(--num_prompts_per_epoch 3 times --group_size 5\) do not divide into batches of 4.*\(1, 3, 5, 15\)"),
+        (15, 4, 1, r"15 samples per epoch \(--num_prompts_per_epoch 3 times --group_size 5\) do not divide into batches of 4.*\(1, 3, 5, 15\)"),
         (15, 7, 1, r"do not divide into batches of 7.*\(1, 3, 5, 15\), or the number of samples to a multiple of 7"),
-        (15, 5, 2, r"15 samples an epoch .* do not divide among 2 processes. Take 14 or 16 samples, or another number of processes \(1, 3, 5, 15\)"),
+        (15, 5, 2, r"15 samples per epoch .* do not divide among 2 processes. Take 14 or 16 samples, or another number of processes \(1, 3, 5, 15\)"),
         (3, 1, 8, r"do not divide among 8 processes. Take 8 samples, or another number of processes \(1, 3\)"),
     ],
 )

@@ -131,7 +131,7 @@ def test_batches(accumulation, expected):
     fake = SimpleNamespace(args=parse("--train_batch_size", 2), accelerator=SimpleNamespace(num_processes=2, process_index=1))
     fake.args.gradient_accumulation_steps = accumulation
     assert Run.batches(fake, 12) == expected
-    with pytest.raises(ValueError, match="13 samples an epoch .* do not divide into batches of 2. Change --train_batch_size"):
+    with pytest.raises(ValueError, match="13 samples per epoch .* do not divide into batches of 2. Change --train_batch_size"):
         Run.batches(fake, 13)
 
 
