@@ -1,62 +1,23 @@
 """LoRA files: which bytes, which keys, who can read them, and what loads them; the model underneath with adapters of others."""
 
 import copy
-import json
 import logging
 import os
-import pickle
 import stat
 
 import pytest
 import torch
 from diffusers import WanPipeline
+from lora_tools import WEIGHTS, Sharded, compiled, drawn, moved, stock, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import FAMILIES, wan
-from torch import nn
 
 from diffusers_align import Policy, load_lora, lora
 from diffusers_align.driving.steps import denoisers
-from diffusers_align.driving.wrappers import bare, unwrapped
 from diffusers_align.files import lora_files, weight_files
-from diffusers_align.training.run.costs import Meter
-
-WEIGHTS = lora_files.WEIGHTS
-
-
-def moved(parameters, seed=0, by=0.2):
-    """Parameters that are no longer a fresh LoRA's."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(by * torch.randn(parameter.shape, generator=generator))
-    return list(parameters)
-
-
-def drawn(pipeline, name):
-    """Latents of the pipeline's own call."""
-    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    return torch.as_tensor(pipeline(prompt=["a cat", "a dog"], generator=generators, output_type="latent", **FAMILIES[name].call)[0])
-
-
-def stock(policy):
-    policy.pipeline.scheduler = policy.stock_scheduler
-    return policy.pipeline
-
-
-def trained(pipeline, name, folder, **lora_config):
-    """What a pipeline with a LoRA draws; the LoRA in `folder`."""
-    policy = Policy(pipeline, **FAMILIES[name].call)
-    moved(policy.add_lora(rank=4, **lora_config))
-    policy.save_lora(folder)
-    return drawn(stock(policy), name)
-
 
 # --- wrappers ----------------------------------------------------------------------------------------------------------
-
-
-def compiled(module):
-    return torch.compile(module, backend="eager")
 
 
 def wrap_whole(pipeline):
@@ -72,23 +33,6 @@ def wrap_parts(pipeline):
 def wrap_in_place(pipeline):
     for block in pipeline.transformer.transformer_blocks:  # what `compile_repeated_blocks` does, which this class has not
         block.compile(backend="eager")
-
-
-class Sharded(nn.Module):
-    """A wrapper that keeps what it wraps as FSDP does."""
-
-    def __init__(self, module):
-        super().__init__()
-        self._fsdp_wrapped_module = module
-
-    def forward(self, *args, **kwargs):
-        return self._fsdp_wrapped_module(*args, **kwargs)
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("_fsdp_wrapped_module"), name)
 
 
 def wrap_sharded(pipeline):
@@ -138,42 +82,7 @@ def check_wrapped(wrap, when, tmp_path):
         assert torch.equal(drawn(stock(other), "sd3"), expected)
 
 
-def test_parallel_wrappers_are_taken_off_and_put_back():
-    inner = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
-    assert unwrapped(nn.DataParallel(compiled(inner))) is inner
-    wrapped = inner[1] = Sharded(compiled(inner[1]))
-    with bare(nn.DataParallel(inner)) as module:
-        assert module is inner and [name for name, _ in module.named_parameters()] == ["0.weight", "0.bias", "1.0.weight", "1.0.bias"]
-    assert inner[1] is wrapped
-    with pytest.raises(KeyError), bare(inner):
-        raise KeyError
-    assert inner[1] is wrapped
-
-
-def test_a_pipeline_whose_denoiser_has_another_name_may_be_compiled_too():
-    class Prior(FAMILIES["sd3"].build().transformer.__class__):
-        pass
-
-    class Pipeline:
-        components = {"prior": compiled(FAMILIES["sd3"].build().transformer), "vae": FAMILIES["sd3"].build().vae}
-
-    assert list(denoisers(Pipeline)) == ["prior"]
-
-
 # --- copies ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])
-def test_a_copy_of_a_watched_denoiser_is_a_copy(copied):
-    module, meter = nn.Linear(2, 2), Meter()
-    meter.watch([module])
-    other = copied(module)
-    with torch.no_grad():
-        other.weight.zero_()
-        other.bias.zero_()
-    with meter.running():
-        assert other(torch.ones(3, 2)).abs().max() == 0 and module(torch.ones(3, 2)).abs().max() > 0
-    assert meter.total().denoiser_evaluations == 3, "the copy is not watched"
 
 
 def test_a_copy_that_is_made_in_the_middle_of_a_call_has_no_gate():
@@ -302,85 +211,6 @@ def test_a_denoiser_without_a_file_is_named(two, tmp_path, caplog):
     assert lora_files.digest(tmp_path) != lora_files.digest(two[0])
 
 
-# --- files of other tools ----------------------------------------------------------------------------------------------
-
-
-def kohya(weights):
-    """The same in kohya's keys."""
-    found = {}
-    for key, value in weights.items():
-        base, half = key.removeprefix("unet.").split(".lora", 1)
-        name = "lora_unet_" + base.replace(".", "_").replace("_processor", "")
-        found[f"{name}.lora_{'down' if '_A' in half or '.down' in half else 'up'}.weight"] = value
-        found[f"{name}.alpha"] = torch.tensor(4.0)
-    return found
-
-
-@pytest.fixture(scope="module")
-def foreign(tmp_path_factory):
-    """A folder with a LoRA, `ours`, and the same as `kohya`; and what the trained pipeline draws."""
-    folder = tmp_path_factory.mktemp("foreign")
-    expected = trained(FAMILIES["sd15"].build(), "sd15", folder / "ours", alpha=4)
-    (folder / "kohya").mkdir()
-    save_file(kohya(load_file(folder / "ours" / WEIGHTS)), folder / "kohya" / WEIGHTS)
-    (folder / "named").mkdir()
-    (folder / "named" / "my_style.safetensors").write_bytes((folder / "kohya" / WEIGHTS).read_bytes())
-    return folder, expected
-
-
-@pytest.mark.parametrize("path", ["ours", f"ours/{WEIGHTS}", "kohya", f"kohya/{WEIGHTS}", "named", "named/my_style.safetensors"])
-def test_files_of_other_tools_load_from_a_folder_as_alone(foreign, path):
-    from diffusers_align.training.report.evaluation import find_lora, lora_loaded
-
-    folder, expected = foreign
-    pipeline = FAMILIES["sd15"].build()
-    base = drawn(pipeline, "sd15")
-    with lora_loaded(pipeline, find_lora(str(folder / path)), "it"):
-        torch.testing.assert_close(drawn(pipeline, "sd15"), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(drawn(pipeline, "sd15"), base)
-    policy = Policy(pipeline, **FAMILIES["sd15"].call)
-    policy.add_lora(rank=4, alpha=4)
-    policy.load_lora(folder / path)
-    torch.testing.assert_close(drawn(stock(policy), "sd15"), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_lora_of_another_model_or_scale_is_refused(foreign, tmp_path):
-    folder, _ = foreign
-    pipeline = FAMILIES["sd15"].build()
-    base = drawn(pipeline, "sd15")
-    half = dict(list(load_file(folder / "ours" / WEIGHTS).items())[:-2])
-    save_file({**half, **{f"unet.elsewhere.{i}.lora.{side}.weight": torch.ones(4, 4) for i in range(3) for side in ("down", "up")}}, tmp_path / WEIGHTS)
-    with pytest.raises(ValueError, match=r"is not of this .*: \d+ of its \d+ tensors found a place"):
-        load_lora(pipeline, tmp_path)
-    assert torch.equal(drawn(pipeline, "sd15"), base)
-    policy = Policy(FAMILIES["sd15"].build())
-    policy.add_lora(rank=4, alpha=8)
-    with pytest.raises(ValueError, match="has alpha 4, the LoRA that is there 8: .*another scale"):
-        policy.load_lora(folder / "ours")
-    with pytest.raises(ValueError, match="has alpha 4, the LoRA that is there 8: .*another scale"):
-        policy.load_lora(folder / "kohya")
-    policy = Policy(FAMILIES["sd15"].build())
-    policy.add_lora(rank=2, alpha=4)
-    with pytest.raises(ValueError, match="does not fit the LoRA that is there, of rank 2: size mismatch"):
-        policy.load_lora(folder / "ours")
-
-
-def test_where_no_lora_is_the_message_says_what_is(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"No LoRA 'nofile'.*no such folder or file"):
-        lora_files.find("nofile")
-    for name in ("one", "two"):
-        save_file({"a": torch.ones(1)}, tmp_path / f"{name}.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"several files \(one.safetensors, two.safetensors\)"):
-        lora_files.find(tmp_path)
-    with pytest.raises(FileNotFoundError, match="has: one.safetensors, two.safetensors"):
-        lora_files.find(tmp_path / "three.safetensors")
-    (tmp_path / "pickle.bin").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match="may hold code"):
-        lora_files.find(tmp_path / "pickle.bin")
-    with pytest.raises(ValueError, match="unet has no LoRA to save"):
-        Policy(FAMILIES["sd15"].build()).save_lora(tmp_path)
-
-
 # --- adapters of others ------------------------------------------------------------------------------------------------
 
 
@@ -458,11 +288,3 @@ def test_a_fused_style_is_the_base_once_it_is_unloaded_and_refused_before(style)
     moved(policy.add_lora(rank=4))
     with policy.reference():
         assert torch.equal(drawn(stock(policy), "sd3"), fused)
-
-
-def test_the_configuration_travels_with_the_file(tmp_path):
-    trained(FAMILIES["sd3"].build(), "sd3", tmp_path, alpha=3, use_rslora=True)
-    found = lora_files.configuration(tmp_path / WEIGHTS)
-    assert (found["r"], found["lora_alpha"], found["use_rslora"]) == (4, 3, True)
-    assert found["target_modules"] == sorted(found["target_modules"])
-    assert json.loads(lora_files.metadata(tmp_path / WEIGHTS)[lora_files.METADATA])

@@ -5,21 +5,10 @@ import copy
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusion3Pipeline
+from policies import PROMPTS, SEEDS, make
 from tiny_pipelines import FAMILIES
 
-from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, Policy, noise_seed
-
-PROMPTS, SEEDS = ["a cat", "a dog", "a red bird", "a fish"], [1, 2, 3, 4]
-
-
-def make(name="sd3", **call):
-    policy = Policy(FAMILIES[name].build(), **{**FAMILIES[name].call, **call})
-    trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
-    parameters = policy.add_lora(rank=4)
-    torch.manual_seed(0)
-    for parameter in parameters:
-        parameter.data.add_(0.02 * torch.randn_like(parameter))
-    return policy, trajectory, parameters
+from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, Policy
 
 
 def gradient(policy, parameters, trajectories, steps=None):
@@ -91,12 +80,6 @@ def test_a_samples_noise_depends_on_its_seed_alone(name):
     torch.testing.assert_close(alone.final[0], trajectory.final[2], rtol=1e-4, atol=1e-4)
     other = policy.rollout([PROMPTS[2]], seeds=[99])
     assert not torch.allclose(other.states[0, 0], trajectory.states[2, 0])
-
-
-def test_noise_seeds_differ_and_stay():
-    keys = [(s, e, p, i) for s in range(3) for e in range(3) for p in range(3) for i in range(3)]
-    assert len({noise_seed(*key) for key in keys}) == len(keys)
-    assert noise_seed(42, 0, 1, 2) == noise_seed(42, 0, 1, 2) and 0 <= noise_seed("x") < 2**63
 
 
 def test_unseeded_rollouts_take_their_seeds_from_the_generator():
@@ -256,47 +239,6 @@ def test_a_plain_call_with_an_sde_scheduler_is_governed_by_its_generator(name):
     finals = [policy.pipeline(**call, generator=torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2)]
     assert torch.equal(finals[0], finals[1]) and not torch.equal(finals[0], finals[2])
     assert policy.scheduler.generator is None
-
-
-def test_a_pipeline_that_takes_one_time_a_batch_is_said_once_and_a_broken_device_is_not_taken_for_one(caplog, monkeypatch):
-    policy, trajectory, _ = make("sd15_img2img")
-    times = trajectory.timesteps[[1, 1, -1, -1]]
-    for _ in range(2):
-        policy.predict(trajectory.final, times, trajectory.condition)
-    assert len(caplog.messages) == 1
-    assert "StableDiffusionImg2ImgPipeline takes one time per batch" in caplog.text and "cost one denoiser call a time" in caplog.text
-    policy, trajectory, _ = make("sd3")
-    with torch.no_grad():
-        policy.guidance_off(trajectory.condition)
-    together = policy._prediction._together
-
-    def broken(latents, timesteps, condition, overrides):
-        if timesteps.ndim:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return together(latents, timesteps, condition, overrides)
-
-    monkeypatch.setattr(policy._prediction, "_together", broken)
-    with pytest.raises(RuntimeError, match="illegal memory access"):
-        policy.predict(trajectory.final, times, trajectory.condition)
-
-
-def test_a_batch_that_is_evaluated_at_one_time_is_found_also_where_the_asked_times_are_near_each_other(caplog, monkeypatch):
-    """The denoiser here looks at the first sample's time alone, as one with a scalar embedding would."""
-    policy, trajectory, _ = make("sd3")
-    forward = policy.pipeline.transformer.forward
-
-    def first_time_only(*args, timestep, **kwargs):
-        return forward(*args, timestep=timestep[:1].expand(len(timestep)), **kwargs)
-
-    monkeypatch.setattr(policy.pipeline.transformer, "forward", first_time_only)
-    times = torch.tensor([500.0, 500.001, 500.002, 500.003])
-    with torch.no_grad():
-        policy.predict(trajectory.final, times, trajectory.condition)
-        apart = torch.tensor([100.0, 400.0, 700.0, 900.0])
-        together = policy.predict(trajectory.final, apart, trajectory.condition)
-        alone = torch.cat([policy.predict(trajectory.final[[i]], apart[[i]], trajectory.condition.select([i])) for i in range(4)])
-    assert "its batch is evaluated at one of them" in caplog.text
-    torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
 
 
 class WithSound(StableDiffusion3Pipeline):

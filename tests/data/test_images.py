@@ -1,13 +1,16 @@
 """Images as people have them: colour profiles, animations, sizes; what is done about them is said."""
 
 import gc
+import io
 import json
+import pickle
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms
+from preference_rows import BLUE, GREEN, RED, color, pair, write
 
 from diffusers_align.data import LazyImage, load_preferences
 from diffusers_align.data import images as images_module
@@ -138,3 +141,54 @@ def test_what_no_image_is_says_how_it_begins(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(BadRow, match=message):
             LazyImage(tmp_path / name).check("full")
+
+
+# sources
+
+
+def test_images_are_read_when_asked_for_and_survive_pickling(folder):
+    rows, _ = load_preferences(write(folder / "data.jsonl", [pair()]), "pair")
+    image = pickle.loads(pickle.dumps(rows))[0]["image_0"]
+    Image.new("RGB", (8, 8), BLUE).save(folder / "red.png")
+    assert color(image) == BLUE
+
+
+def test_images_come_upright_in_rgb_on_white(folder):
+    file = io.BytesIO()
+    tall = Image.new("RGB", (4, 8), RED)
+    exif = tall.getexif()
+    exif[0x0112] = 6  # rotate by a quarter
+    tall.save(file, "JPEG", exif=exif)
+    assert LazyImage(file.getvalue()).open().size == (8, 4)
+    assert LazyImage(Image.new("RGBA", (2, 2), (255, 0, 0, 0))).open().getpixel((0, 0)) == (255, 255, 255)
+    assert LazyImage(Image.new("L", (2, 2), 7)).open().getpixel((0, 0)) == (7, 7, 7)
+
+
+def test_the_content_hash_depends_on_the_content_alone(folder):
+    (folder / "copy.png").write_bytes((folder / "red.png").read_bytes())
+    hashes = {name: LazyImage(folder / name).content_hash() for name in ("red.png", "copy.png", "green.png")}
+    assert hashes["red.png"] == hashes["copy.png"] == LazyImage((folder / "red.png").read_bytes()).content_hash() != hashes["green.png"]
+    assert LazyImage(Image.new("RGB", (2, 8))).content_hash() != LazyImage(Image.new("RGB", (8, 2))).content_hash()
+
+
+# bad rows
+
+
+def test_sixteen_bits_are_scaled_and_float_pixels_refused(folder):
+    grey = torch.tensor([[0, 128, 255]], dtype=torch.int32)
+    deep = Image.fromarray((257 * grey).numpy().astype("uint16"))
+    deep.save(folder / "deep.png")
+    for source in (folder / "deep.png", deep):
+        assert [LazyImage(source).open().getpixel((x, 0)) for x in range(3)] == [(v, v, v) for v in grey[0].tolist()]
+    Image.fromarray((grey / 255).numpy()).save(folder / "float.tif")
+    for verify in ("full", "header"):
+        _, report = load_preferences(write(folder / "data.jsonl", [pair(), pair(a="deep.png"), pair(b="float.tif")]), "pair", verify=verify)
+        assert report.bad == [(3, "image_1 cannot be read: its pixels (mode F) have no known range: save it with 8 or 16 bits a channel")]
+    with pytest.raises(ValueError, match="no known range"):
+        LazyImage(folder / "float.tif").open()
+
+
+def test_the_content_of_a_palette_image_is_its_colors():
+    one, two = (Image.new("RGB", (8, 8), rgb).convert("P", palette=Image.Palette.ADAPTIVE) for rgb in (RED, GREEN))
+    assert one.tobytes() == two.tobytes()
+    assert len({LazyImage(image).content_hash() for image in (one, one.copy(), two)}) == 2

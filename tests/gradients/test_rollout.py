@@ -1,92 +1,22 @@
 """Reward gradients through stock pipelines: the pipeline's own pictures, and the gradients of a loop written by hand."""
 
 import copy
-import functools
 
-import diffusers
 import pytest
 import torch
+from differentiated import PROMPTS, SEEDS, SOLVERS, SUBJECTS, Subject, brightness, close, score, subject
 from diffusers.utils.torch_utils import randn_tensor
 from oracles import linear_path
 from tiny_pipelines import FAMILIES
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from diffusers_align import Policy
 from diffusers_align.algorithms import draft, srpo, vader
 from diffusers_align.algorithms.continuous_adjoint import adjoint_gradient
 from diffusers_align.driving.stock import stock_solver
 from diffusers_align.forward_process import ForwardProcess
-from diffusers_align.gradients.check import GradientError, UnscoredError, check_gradient, scaled_gradients
 from diffusers_align.gradients.decoding import decode_latents
-from diffusers_align.gradients.rollout import count_steps, differentiable_rollout, outputs_along, solver_step
+from diffusers_align.gradients.rollout import differentiable_rollout, outputs_along, solver_step
 from diffusers_align.schedulers import sde_twin
-
-torch.set_num_threads(1)
-PROMPTS, SEEDS = ["a cat", "a large red dog"], [11, 12]
-SOLVERS = ["DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"]
-SUBJECTS = [*(("sd15", solver) for solver in SOLVERS), ("sd15_img2img", None), ("sd3", None), ("flux", None), ("wan", None)]
-
-
-class Subject:
-    """A pipeline with a LoRA that does something, on a solver of choice, and the same pipeline untouched."""
-
-    def __init__(self, family, solver=None):
-        self.family = FAMILIES[family]
-        pipeline, self.stock = self.family.build(), self.family.build()
-        for p in (pipeline, self.stock) if solver else ():
-            p.scheduler = getattr(diffusers, solver).from_config(p.scheduler.config)
-        for module in self.stock.components.values():
-            if isinstance(module, torch.nn.Module):
-                module.requires_grad_(False)  # as the policy's: on some processors kernels are chosen, and round, by that flag
-        self.policy = Policy(pipeline, **self.family.call)
-        self.parameters = self.policy.add_lora(rank=2)
-        torch.manual_seed(1)
-        for module in self.policy.denoisers.values():
-            for name, parameter in module.named_parameters():
-                if ".lora_B." in name:
-                    parameter.data.normal_(std=0.3)
-        self.condition = self.policy.condition(PROMPTS, seeds=SEEDS)
-
-    def rollout(self, grad_steps, **options):
-        return differentiable_rollout(self.policy, self.condition, grad_steps=grad_steps, **options)
-
-    def steps(self):
-        return count_steps(self.policy, self.condition)
-
-    def gradient(self, loss, **options):
-        found = torch.autograd.grad(loss, self.parameters, allow_unused=True, **options)
-        return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(self.parameters, found)])
-
-
-@functools.cache
-def subject(family, solver=None) -> Subject:
-    return Subject(family, solver)
-
-
-@pytest.fixture
-def sd3():
-    """One of its own, to be damaged."""
-    return Subject("sd3")
-
-
-def weights(images):
-    return torch.randn(images.shape, generator=torch.Generator().manual_seed(3))
-
-
-def score(images):
-    """A reward (B,) that looks at every pixel."""
-    return (images * weights(images)).flatten(1).sum(1)
-
-
-def brightness(images):
-    return images.flatten(1).mean(1)
-
-
-def close(actual, expected, tolerance=1e-5):
-    assert expected.norm() > 0
-    assert float((actual - expected).detach().norm() / expected.detach().norm()) <= tolerance
-
 
 # --- the pictures --------------------------------------------------------------------------------------------------------
 
@@ -493,17 +423,6 @@ def test_direct_alignment_through_a_pipeline(family):
 # --- videos --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["wan", "cogvideox", "ltx"])
-@pytest.mark.parametrize("frames", [[0], [1, 3], [4, 0]])
-def test_some_frames_are_those_of_the_whole_video(family, frames):
-    it = subject(family)
-    whole, part = it.rollout([3]), it.rollout([3], frames=frames)
-    assert part.images.shape == (2, len(frames), 3, *whole.images.shape[-2:])
-    close(part.images, whole.images[:, frames], 1e-4)
-    w = weights(part.images)
-    close(it.gradient((part.images * w).sum()), it.gradient((whole.images[:, frames] * w).sum()), 1e-3)
-
-
 @pytest.mark.parametrize("family, solver", [("wan", "FlowMatchEulerDiscreteScheduler"), ("cogvideox", "CogVideoXDDIMScheduler")])
 @pytest.mark.parametrize("mode, frame_mode", [("last", "random"), ("random", "ends"), ("specific", "alternate")])
 def test_vader_is_autograd_of_the_end_of_the_chain(family, solver, mode, frame_mode):
@@ -522,196 +441,3 @@ def test_vader_is_autograd_of_the_end_of_the_chain(family, solver, mode, frame_m
     close(rollout.images, video[:, frames], 1e-4)
     expected = it.gradient(rewards.reshape(-1, len(frames)).mean(1).sum())
     close(it.gradient(brightness(rollout.images).sum()), expected, 1e-3)
-
-
-def test_a_causal_autoencoder_decodes_no_later_latents():
-    it, lengths = Subject("wan"), []
-    vae = it.policy.pipeline.vae
-    decode = vae.decode
-    vae.decode = lambda z, *args, **kwargs: (lengths.append(tuple(z.shape[2:])), decode(z, *args, **kwargs))[1]
-    it.rollout([3], frames=[0], decode_checkpoint=False)
-    assert lengths == [(2, 4, 4), (1, 4, 4), (1, 4, 4)], "two looks at a crop, then the first latent alone"
-
-
-def test_frames_that_do_not_exist():
-    with pytest.raises(ValueError, match="frames 0 to 4"):
-        subject("wan").rollout([3], frames=[5])
-    with pytest.raises(ValueError, match="images, not videos"):
-        subject("sd3").rollout([3], frames=[0])
-
-
-@pytest.mark.parametrize("family", ["sd15", "flux", "wan"])
-def test_decoding_with_a_checkpoint_is_decoding(family):
-    it = subject(family, "DDIMScheduler" if family == "sd15" else None)
-    latents = it.rollout([], decode=False).latents.requires_grad_()
-    with torch.enable_grad():
-        plain, recomputed = it.policy.decode(latents, it.condition), decode_latents(it.policy, latents, it.condition)
-    assert torch.equal(plain, recomputed)
-    gradients = [torch.autograd.grad(score(images).sum(), latents)[0] for images in (recomputed, plain)]
-    close(*gradients, 1e-6)
-
-
-@pytest.mark.parametrize("checkpoint", [True, False])
-def test_an_autoencoder_that_is_cast_for_the_decoding_has_a_way_back(checkpoint):
-    """Its weights are in half precision before and after."""
-    gradients = []
-    for dtype in (torch.float32, torch.float16):
-        policy = Policy(FAMILIES["sdxl"].build().to(dtype), **FAMILIES["sdxl"].call)
-        assert policy.pipeline.vae.config.force_upcast
-        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-        images = decode_latents(policy, latents, policy.condition(["a cat"], seeds=[1]), checkpoint=checkpoint)
-        assert policy.pipeline.vae.dtype == dtype
-        gradients.append(torch.autograd.grad(score(images.float()).sum(), latents)[0].float())
-    close(*gradients, 2e-2)
-
-
-# --- what cuts a gradient ------------------------------------------------------------------------------------------------
-
-
-def refused(it, match, reward=brightness, **options):
-    with pytest.raises(GradientError, match=match):
-        check_gradient(it.policy, it.condition, reward, **{"grad_steps": [3], **options})
-
-
-@pytest.mark.parametrize("family, solver", SUBJECTS)
-def test_a_whole_chain_passes_the_check(family, solver):
-    it = subject(family, solver)
-    norms = check_gradient(it.policy, it.condition, brightness, grad_steps=[1, 2])
-    assert list(norms) == ["images", "latents", "output", "parameters"] and min(norms.values()) > 0
-
-
-@pytest.mark.parametrize(
-    "solver, setting", [("DDIMScheduler", "clip_sample"), ("DDIMScheduler", "thresholding"), ("DPMSolverMultistepScheduler", "thresholding")]
-)
-def test_clipping_is_found(solver, setting):
-    it = Subject("sd15", solver)
-    it.policy.stock_scheduler = type(it.policy.stock_scheduler).from_config(it.policy.stock_scheduler.config, **{setting: True})
-    refused(it, f"{solver} clips the clean sample", grad_steps=[1])
-
-
-def test_a_denoiser_without_gradient_is_found(sd3):
-    transformer = sd3.policy.pipeline.transformer
-    transformer.forward = torch.no_grad()(transformer.forward)
-    refused(sd3, "denoiser's output has no graph: transformer runs its layers under torch.no_grad")
-
-
-def test_the_layer_that_turns_gradients_off_is_named(sd3):
-    block = sd3.policy.pipeline.transformer.transformer_blocks[-1]
-    block.forward = torch.inference_mode()(block.forward)
-    refused(sd3, "transformer.transformer_blocks.1 runs its layers under torch.no_grad or inference_mode")
-
-
-def test_reentrant_checkpointing_is_found(sd3):
-    """Its blocks' inputs require no gradient where the LoRA starts inside them."""
-    transformer = sd3.policy.pipeline.transformer
-    for block in transformer.transformer_blocks:
-        forward = block.forward
-        block.forward = lambda forward=forward, **kwargs: checkpoint(lambda *values: forward(**dict(zip(kwargs, values))), *kwargs.values(), use_reentrant=True)
-    with pytest.warns(UserWarning, match="None of the inputs have requires_grad"):
-        refused(sd3, "reentrant checkpointing")
-
-
-def test_reentrant_checkpointing_in_the_reward_is_found(sd3):
-    with pytest.raises(GradientError, match="use_reentrant=False"):
-        check_gradient(sd3.policy, sd3.condition, lambda images: checkpoint(brightness, images, use_reentrant=True), grad_steps=[3], decode_checkpoint=False)
-
-
-def test_a_cache_is_found():
-    it = Subject("flux")
-    it.policy.pipeline.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
-    refused(it, r"transformer.disable_cache\(\)")
-
-
-def test_a_decoder_without_gradient_is_found(sd3):
-    vae = sd3.policy.pipeline.vae
-    vae.decode = torch.no_grad()(vae.decode)
-    refused(sd3, "latents have a graph, the images have none: vae runs its layers under torch.no_grad")
-
-
-def test_pipelines_that_return_pil_are_found(sd3):
-    processor = sd3.policy.pipeline.image_processor
-    postprocess = processor.postprocess
-    processor.postprocess = lambda image, output_type: postprocess(image.detach(), output_type="np")
-    refused(sd3, "returned ndarray instead of tensors")
-
-
-def test_saturated_pixels_are_found(sd3):
-    sd3.policy.pipeline.vae.decoder.conv_out.bias.data += 100
-    refused(sd3, "beyond \\[0, 1\\]")
-
-
-class Judge(nn.Module):
-    def __init__(self, wrap):
-        super().__init__()
-        self.layer = nn.Linear(3, 1)
-        self.forward = wrap(self.forward)
-
-    def forward(self, images):
-        return self.layer(images.mean((2, 3)))[:, 0]
-
-
-def numpy_brightness(images):
-    return torch.from_numpy(images.numpy().mean((1, 2, 3)))
-
-
-@pytest.mark.parametrize(
-    "reward, match",
-    [
-        (Judge(torch.no_grad()), "the reward has none: reward runs its layers under torch.no_grad"),
-        (lambda images: brightness(images.detach()), "the images have a graph, the reward has none: it detaches"),
-        (numpy_brightness, "to NumPy or PIL"),
-        (lambda images: brightness(images).tolist(), "returned a list"),
-        (lambda images: brightness((255 * images).round()), "gradient with respect to the images is 0: the reward is flat"),
-        (lambda images: brightness(images) * float("nan"), "the reward is NaN for all 2 images of the check"),
-        (lambda images: (0 * images).flatten(1).sum(1).sqrt(), "gradient with respect to the images is nan"),
-    ],
-)
-def test_rewards_without_gradient_are_found(reward, match):
-    refused(subject("sd3"), f"(?i){match}", reward)
-
-
-def test_nothing_to_train_is_found():
-    it = subject("sd3")
-    untrained = Policy(it.stock, **it.family.call)
-    with pytest.raises(GradientError, match="add_lora"):
-        check_gradient(untrained, it.condition, brightness, grad_steps=[3])
-    refused(it, "grad_steps is empty", grad_steps=[])
-
-
-# --- half precision ------------------------------------------------------------------------------------------------------
-
-
-class Halved(torch.autograd.Function):
-    """The identity, through float16 on the way back."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient.half().to(gradient)
-
-
-@pytest.mark.parametrize("size", [1e-9, 1.0, 1e6])
-def test_gradients_neither_vanish_nor_overflow_in_float16(size):
-    x = torch.tensor([1.0, 2.0], requires_grad=True)
-    unused = torch.ones(1, requires_grad=True)
-    total = size * Halved.apply(x).square().sum() if size < 1e5 else Halved.apply(x * size).square().sum() / size
-    found = scaled_gradients(total, [x, unused], half=True)
-    torch.testing.assert_close(found[0], 2 * size * torch.tensor([1.0, 2.0]), rtol=1e-3, atol=0)
-    assert found[1] is None
-
-
-def test_a_small_reward_passes_the_check_in_float16():
-    """Gradients of 1e-6 an image are gone in float16 unless they are scaled on their way."""
-    pipeline = FAMILIES["sd3"].build().to(torch.float16)
-    policy = Policy(pipeline, **FAMILIES["sd3"].call)
-    policy.add_lora(rank=2)
-    norms = check_gradient(policy, policy.condition(PROMPTS, seeds=SEEDS), lambda images: 1e-4 * images.float().flatten(1).mean(1), grad_steps=[3])
-    assert all(0 < norm < 1e-2 for norm in norms.values())
-
-
-def test_a_check_without_any_score_says_so(sd3):
-    with pytest.raises(UnscoredError, match="NaN for all 2 images"):
-        check_gradient(sd3.policy, sd3.condition, lambda images: brightness(images) * torch.nan, grad_steps=[3])

@@ -1,306 +1,229 @@
-"""Resampling, potentials, evidence and choice, against closed forms and against quadrature of the same discrete chain."""
-
-import dataclasses
-import math
+"""Particle steering on stock pipelines."""
 
 import pytest
 import torch
+from diffusers import LCMScheduler
+from tiny_pipelines import FAMILIES
+from wrapping import brightness, g, stacked
 
-from diffusers_align import FlowMatchSDEScheduler
+from diffusers_align import Policy, sde_twin
 from diffusers_align.algorithms import particle_steering as smc
-from diffusers_align.algorithms.best_of_n import best, neighbour
-from diffusers_align.algorithms.particle_steering import (
-    POTENTIALS,
-    RESAMPLERS,
-    ancestors,
-    effective_particles,
-    initial_weights,
-    log_evidence,
-    proposal_log_ratio,
-    resample,
-    reweight,
-    twist,
+from diffusers_align.pipelines import ParticleSteeringPipeline
+from diffusers_align.pipelines.particle_steering import Steering, _seeds
+from diffusers_align.rewards import InvalidReward
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "wan", "sd15_img2img"])
+def test_without_a_reward_scale_particles_are_samples_of_the_sde(name, pipes):
+    pipe, call = pipes(name)
+    options = {"generator": g(), "output_type": "pt", "num_particles": 3, "reward_scale": 0.0, "ess_threshold": 1.0, "resample_every": 1}
+    found = ParticleSteeringPipeline(pipe, brightness)(["a", "b"], returned="all", **options, **call)
+    policy = Policy(FAMILIES[name].build(), **call)
+    rollout = policy.rollout(["a"] * 3 + ["b"] * 3, seeds=_seeds(g(), 2, 3))
+    assert torch.equal(stacked(found), policy.decode(rollout.final, rollout.condition))
+    assert (found.ess > 3 - 1e-9).all() and (found.log_weights == 0).all() and found.chosen is None
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_steering_raises_the_reward_and_pays_exactly_what_is_owed(name, pipes):
+    pipe, call = pipes(name)
+    steer = ParticleSteeringPipeline(pipe, brightness)
+    options = {"num_particles": 6, "resample_every": 1, "start": 0.0, "end": 1.0, "output_type": "pt", **call}
+    base = steer(["a", "b"], reward_scale=0.0, generator=g(), **options)
+    never = steer(["a", "b"], reward_scale=300.0, ess_threshold=0.0, generator=g(), **options)
+    torch.testing.assert_close(never.rewards, base.rewards)
+    torch.testing.assert_close(never.log_weights, 300.0 * base.rewards.double())
+    torch.testing.assert_close(never.log_evidence, never.log_weights.exp().mean(1).log())
+    steered = steer(["a", "b"], reward_scale=300.0, ess_threshold=1.0, generator=g(), **options)
+    assert (steered.rewards.mean(1) > base.rewards.mean(1)).all() and (steered.ess < 6).all()
+    assert not torch.equal(steered.log_evidence, never.log_evidence)
+    torch.testing.assert_close(brightness(stacked(steered), None), steered.rewards.amax(1))
+    assert steered.chosen.tolist() == steered.rewards.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "wan"])
+def test_particles_may_be_spread_over_calls(name, pipes):
+    pipe, call = pipes(name)
+    steer = ParticleSteeringPipeline(pipe, brightness)
+    options = {"num_particles": 4, "reward_scale": 100.0, "resample_every": 1, "output_type": "pt", "returned": "sample", **call}
+    whole, split = (steer(["a", "b"], generator=g(), batch_size=size, **options) for size in (None, 3))
+    for key in ("rewards", "log_weights", "log_evidence", "ess"):
+        torch.testing.assert_close(whole[key], split[key], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(stacked(whole), stacked(split), rtol=1e-3, atol=1e-4)
+
+
+def test_a_prompts_particles_do_not_depend_on_other_prompts(pipes):
+    pipe, call = pipes("sd3")
+    steer = ParticleSteeringPipeline(pipe, brightness)
+    options = {"num_particles": 4, "reward_scale": 100.0, "ess_threshold": 1.0, "resample_every": 1, "output_type": "pt", **call}
+    both = steer(["a", "b"], generator=[g(1), g(2)], **options)
+    swapped = steer(["b", "a"], generator=[g(2), g(1)], **options)
+    alone = steer("b", generator=[g(2)], **options)
+    torch.testing.assert_close(both.log_weights[1:], alone.log_weights, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(both.rewards.flip(0), swapped.rewards)
+    never = steer(["a", "b"], generator=[g(1), g(2)], **(options | {"ess_threshold": 0.0}))
+    assert (both.rewards != never.rewards).any(1).all()  # both were resampled
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_no_denoiser_call_is_made_twice(name, pipes):
+    pipe, call = pipes(name)
+    rows, model = [], getattr(pipe, "unet", None) or pipe.transformer
+    forward = type(model).forward
+
+    def counted(self, *args, **kwargs):
+        rows.append(len(args[0] if args else kwargs["hidden_states"]))
+        return forward(self, *args, **kwargs)
+
+    steer = ParticleSteeringPipeline(pipe, brightness)
+    options = {"num_particles": 4, "reward_scale": 100.0, "generator": g(), **call}
+    steer("a", **options)  # closed gates know their shapes from here on
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "forward", counted)
+        steer("a", resample_every=1, start=0.0, end=1.0, **options)
+    assert rows == [2 * 4] * call["num_inference_steps"]  # guidance doubles the rows
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_twisted_proposals_follow_the_reward(name, pipes):
+    pipe, call = pipes(name)
+    options = {"num_particles": 6, "ess_threshold": 0.0, "output_type": "pt", **call}
+    steer = ParticleSteeringPipeline(pipe, brightness)
+    base = steer("a", reward_scale=100.0, generator=g(), **options)
+    ratios, proposal_log_ratio = [], smc.proposal_log_ratio
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smc, "proposal_log_ratio", lambda *a: ratios.append(proposal_log_ratio(*a)) or ratios[-1])
+        twisted = steer("a", reward_scale=100.0, gradient=True, generator=g(), **options)
+    assert twisted.rewards.mean() > base.rewards.mean()
+    assert len(ratios) >= 2 and all((ratio != 0).all() for ratio in ratios)
+    torch.testing.assert_close(twisted.log_weights[0], 100.0 * twisted.rewards[0].double() + sum(ratios))
+    torch.testing.assert_close(base.log_weights, 100.0 * base.rewards.double())
+    # A flat reward has no gradient: nothing moves, nothing is to be corrected.
+    flat = steer("a", reward=lambda images, prompts, **_: 0 * brightness(images, prompts) + 0.5, gradient=True, generator=g(), returned="all", **options)
+    plain = steer("a", reward_scale=0.0, generator=g(), returned="all", **options)
+    assert torch.equal(stacked(flat), stacked(plain)) and torch.allclose(flat.log_weights, torch.tensor(5.0).double())
+    with pytest.raises(ValueError, match="has no gradient"):
+        steer("a", reward=lambda images, prompts, **_: brightness(images.detach(), prompts), gradient=True, generator=g(), **options)
+
+
+def test_copies_take_their_gradient_along(pipes):
+    pipe, call = pipes("sd3")
+    shifts, copies, twist = [], [], smc.twist
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smc, "twist", lambda *a: shifts.append(a) or twist(*a))
+        ParticleSteeringPipeline(pipe, brightness)("a", num_particles=6, reward_scale=300.0, ess_threshold=1.0, gradient=True, generator=g(), **call)
+    for mean, _, gradient in shifts:
+        copies += [(i, j) for i in range(6) for j in range(i) if torch.equal(mean[i], mean[j])]
+        assert all(torch.equal(gradient[i], gradient[j]) == torch.equal(mean[i], mean[j]) for i in range(6) for j in range(i))
+    assert len(copies) > 2
+
+
+def test_svdd_goes_on_with_the_best_candidate(pipes):
+    pipe, call = pipes("sd3")
+    steer = ParticleSteeringPipeline(pipe, brightness)
+    options = {"generator": None, "output_type": "pt", **call}
+    base = steer("a", num_particles=6, reward_scale=0.0, **(options | {"generator": g()}))
+    greedy = steer("a", method="svdd", num_particles=6, **(options | {"generator": g()}))
+    assert greedy.rewards.mean() > base.rewards.mean() and greedy.rewards.std() < base.rewards.std()
+    one = steer("a", method="svdd", num_particles=1, returned="all", **(options | {"generator": g()}))
+    alone = steer("a", num_particles=1, returned="all", **(options | {"generator": g()}))
+    assert torch.equal(stacked(one), stacked(alone))
+    assert greedy.log_evidence is None
+    last = {"method": "svdd", "num_particles": 6, "returned": "sample", **options}
+    cold = [steer("a", alpha=1e-9, **(last | {"generator": g(i)})) for i in range(3)]
+    assert all(int(found.chosen) == int(found.rewards.argmax()) for found in cold)
+    assert any(int(steer("a", alpha=1e9, **(last | {"generator": g(i)})).chosen) != int(found.rewards.argmax()) for i, found in enumerate(cold))
+
+
+@pytest.mark.parametrize("output_type", ["pt", "np", "pil", "latent"])
+def test_returned_particles_are_decoded_in_batches(output_type, pipes):
+    pipe, call = pipes("sd15")
+    decoded, decode = [], pipe.vae.decode
+    options = {"num_particles": 3, "returned": "all", "output_type": output_type, **call}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipe.vae, "decode", lambda z, *a, **k: decoded.append(len(z)) or decode(z, *a, **k), raising=False)
+        parts = ParticleSteeringPipeline(pipe, brightness)(["a", "b"], batch_size=2, generator=g(), **options)
+        whole = ParticleSteeringPipeline(pipe, brightness)(["a", "b"], batch_size=2, return_dict=False, generator=g(), **options)
+    assert max(decoded) == 2 and len(parts.images) == len(whole[0]) == 6
+    assert type(parts.images) is type(whole[0]) and parts.nsfw_content_detected is whole[1] is None
+
+
+def test_the_pipeline_is_left_as_it_was():
+    pipe, call = FAMILIES["sd3"].build(), FAMILIES["sd3"].call
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.train().requires_grad_(True)
+    next(pipe.transformer.parameters()).requires_grad_(False)
+    scheduler, flags = pipe.scheduler, [p.requires_grad for p in pipe.transformer.parameters()]
+    steer = ParticleSteeringPipeline(pipe, brightness)
+    steer("a", num_particles=2, generator=g(), **call)
+    with pytest.raises(RuntimeError, match="broken"):
+        steer("a", reward=lambda *a, **k: (_ for _ in ()).throw(RuntimeError("broken")), num_particles=2, **call)
+    assert pipe.scheduler is scheduler and type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    assert [p.requires_grad for p in pipe.transformer.parameters()] == flags and all(m.training for m in pipe.transformer.modules())
+    assert "prepare_latents" not in vars(pipe) and "encode_prompt" not in vars(pipe)
+
+
+def test_a_particle_without_a_reward_has_weight_zero_or_stops_the_call(pipes):
+    pipe, call = pipes("sd3")
+
+    def half(images, prompts, **columns):
+        rewards = brightness(images, prompts)
+        return torch.where(rewards < rewards.median(), torch.nan, rewards)
+
+    options = {"num_particles": 4, "generator": g(), **call}
+    with pytest.raises(InvalidReward, match="half"):
+        ParticleSteeringPipeline(pipe, half)("a", **options)
+    found = ParticleSteeringPipeline(pipe, half)("a", on_invalid="mask", **options)
+    lost = found.rewards.isnan()
+    assert lost.any() and (found.log_weights[lost] == -torch.inf).all() and not found.rewards[0, found.chosen].isnan()
+    with pytest.raises(InvalidReward, match="no reward at all"):
+        ParticleSteeringPipeline(pipe, lambda images, prompts, **_: torch.full((len(images),), torch.nan))("a", on_invalid="mask", **options)
+
+
+def test_samplers_without_noise_cannot_be_steered(pipes):
+    pipe, call = pipes("sd15")
+    steer, stock = ParticleSteeringPipeline(pipe, brightness), pipe.scheduler
+    with pytest.raises(ValueError, match="noise_level"):
+        steer("a", scheduler=sde_twin(stock, eta=0.0), **call)
+    with pytest.raises(TypeError, match="no log-probabilities"):
+        steer("a", scheduler=stock, **call)
+    try:
+        pipe.scheduler = LCMScheduler()
+        with pytest.raises(ValueError, match="consistency sampler"):
+            steer("a", **call)
+    finally:
+        pipe.scheduler = stock
+
+
+@pytest.mark.parametrize(
+    "message, arguments",
+    [
+        ("reward_scale must be a finite number, at least 0, got -1.0", {"reward_scale": -1.0}),
+        ("reward_scale must be a finite number, at least 0, got nan", {"reward_scale": float("nan")}),
+        ("smc, svdd", {"method": "greedy"}),
+        ("difference, max, add", {"potential": "sum"}),
+        ("systematic, stratified", {"resampler": "residual"}),
+        ("best, sample, all", {"returned": "first"}),
+        ("at least 1", {"num_particles": 0}),
+        ("ess_threshold must be", {"ess_threshold": 2.0}),
+        ("start must not lie behind end", {"start": 0.9, "end": 0.1}),
+        ("alpha must be a finite number, at least 0", {"alpha": -1.0}),
+        ("alpha must be", {"alpha": float("nan")}),
+        ("batch_size must be", {"batch_size": 0}),
+        ("gradient=True is for", {"method": "svdd", "gradient": True}),
+        ("sde_twin.pipe.scheduler, eta=0.3", {"eta": 0.3}),
+        ("callback_on_step_end would see", {"callback_on_step_end": lambda *a: {}}),
+    ],
 )
-from diffusers_align.algorithms.svdd import choose
-
-torch.set_num_threads(1)
-STEPS, PARTICLES, RUNS = 16, 8, 4000
-CENTRES, SPREADS, SHARES = torch.tensor([-0.8, 0.9]).double(), torch.tensor([0.4, 0.3]).double(), torch.tensor([0.6, 0.4]).double()
-SCALE, WANTED = 1.5, 1.4
-
-
-def uniforms(*shape, seed=0):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# --- the chain: Flow-GRPO's kernels on the exact velocity of a mixture of two Gaussians -----------------------------------
-
-
-def kernels():
-    scheduler = FlowMatchSDEScheduler(shift=1.0, noise_level=0.7)
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / STEPS, STEPS).tolist())
-    assert scheduler.stochastic_steps.all()
-    return scheduler.sigmas.double().tolist(), [scheduler.kernel(k) for k in range(STEPS)]
-
-
-SIGMAS, KERNELS = kernels()
-
-
-def clean(x, sigma):
-    """E[x0 | x] for the mixture, in closed form."""
-    variance = ((1 - sigma) * SPREADS).square() + sigma**2
-    shares = (SHARES.log() - 0.5 * variance.log() - (x[..., None] - (1 - sigma) * CENTRES).square() / (2 * variance)).softmax(-1)
-    posterior = CENTRES + (1 - sigma) * SPREADS.square() / variance * (x[..., None] - (1 - sigma) * CENTRES)
-    return (shares * posterior).sum(-1)
-
-
-def kernel_mean(x, k):
-    return KERNELS[k].x_weight * x + KERNELS[k].v_weight * (x - clean(x, SIGMAS[k])) / SIGMAS[k]
-
-
-def reward(x):
-    return -0.5 * (x - WANTED).square()
-
-
-def exact():
-    """Z and the tilt's mean of the discrete chain: its density on a grid, step by step."""
-    grid = torch.linspace(-6, 6, 1601, dtype=torch.float64)
-    width = grid[1] - grid[0]
-    density = torch.exp(-grid.square() / 2) / math.sqrt(2 * math.pi)
-    for k, kernel in enumerate(KERNELS):
-        moves = torch.exp(-0.5 * ((grid[:, None] - kernel_mean(grid, k)) / kernel.std).square()) / (kernel.std * math.sqrt(2 * math.pi))
-        density = moves @ density * width
-    assert abs(float(density.sum() * width) - 1) < 1e-6
-    tilted = density * torch.exp(SCALE * reward(grid))
-    evidence = float(tilted.sum() * width)
-    return evidence, float((tilted * grid).sum() * width / evidence), float((density * grid).sum() * width)
-
-
-EVIDENCE, TILTED_MEAN, BASE_MEAN = exact()
-
-
-def run(*, method="systematic", twisted=False, threshold=0.5, potential="difference", resample=resample, particles=PARTICLES, weighed=range(1, STEPS), seed=0):
-    """`RUNS` independent runs, weighed at these steps (all if twisted): the evidence's estimates and the weighted means of x, (RUNS,) each."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(RUNS, particles, generator=generator, dtype=torch.float64)
-    weights, log_ratio = initial_weights(RUNS, particles), None
-    for k, kernel in enumerate(KERNELS):
-        std = torch.tensor(kernel.std, dtype=torch.float64)
-        x = x.requires_grad_(twisted)
-        values = reward(clean(x, SIGMAS[k]))
-        gradient = torch.autograd.grad(SCALE * values.sum(), x)[0] if twisted else torch.zeros_like(x)
-        if k in weighed:
-            weights = reweight(weights, values.detach(), potential=potential, reward_scale=SCALE, log_ratio=log_ratio)
-            draws = torch.rand(RUNS, particles, generator=generator, dtype=torch.float64)
-            weights, index = resample(weights, draws, method=method, ess_threshold=threshold)
-            x, gradient = x.gather(1, index), gradient.gather(1, index)
-        x = x.detach()
-        mean = kernel_mean(x, k)
-        proposal = twist(mean, std, gradient)
-        x = proposal + std * torch.randn(RUNS, particles, generator=generator, dtype=torch.float64)
-        log_ratio = proposal_log_ratio(x.flatten()[:, None], mean.flatten()[:, None], proposal.flatten()[:, None], std).reshape(x.shape)
-    weights = reweight(weights, reward(x), reward_scale=SCALE, log_ratio=log_ratio, last=True)
-    return log_evidence(weights).exp(), (weights.log_weight.softmax(1) * x).sum(1)
-
-
-def z_score(values, expected):
-    return float((values.mean() - expected) / (values.std() / len(values) ** 0.5))
-
-
-# --- evidence and tilt ----------------------------------------------------------------------------------------------------
-
-
-def test_the_tilt_of_this_chain_is_far_from_its_base():
-    assert TILTED_MEAN - BASE_MEAN > 0.7
-
-
-@pytest.mark.parametrize("threshold", [0.5, 1.0], ids=["adaptive", "always"])
-@pytest.mark.parametrize("twisted", [False, True], ids=["bootstrap", "twisted"])
-@pytest.mark.parametrize("method", RESAMPLERS)
-def test_evidence_and_tilt_are_unbiased(method, twisted, threshold):
-    evidence, mean = run(method=method, twisted=twisted, threshold=threshold)
-    assert abs(z_score(evidence, EVIDENCE)) < 4
-    assert abs(z_score(evidence * mean, EVIDENCE * TILTED_MEAN)) < 4
-    assert evidence.std() < EVIDENCE  # the estimate says something
-
-
-@pytest.mark.parametrize("threshold", [0.5, 1.0])
-@pytest.mark.parametrize("potential", ["max", "add"])
-def test_every_potential_targets_the_same_tilt(potential, threshold):
-    # Sums of rewards tilt far too much on the way: weighed at every step, the estimate is unbiased still, but its tail is too long to see it.
-    evidence, mean = run(potential=potential, threshold=threshold, weighed=(6, 12))
-    assert abs(z_score(evidence, EVIDENCE)) < 4
-    assert abs(z_score(evidence * mean, EVIDENCE * TILTED_MEAN)) < 4
-
-
-def test_without_resampling_it_is_importance_sampling():
-    evidence, mean = run(threshold=0.0, particles=1)
-    assert abs(z_score(evidence, EVIDENCE)) < 4
-    assert abs(z_score(evidence * mean, EVIDENCE * TILTED_MEAN)) < 4
-
-
-def test_potentials_on_the_way_lower_the_variance():
-    steered, _ = run(threshold=0.5)
-    plain, _ = run(threshold=0.0)
-    twisted, _ = run(threshold=0.5, twisted=True)
-    assert twisted.std() < plain.std() and steered.std() < 1.5 * plain.std()
-
-
-def drop_weights(weights, draws, **options):
-    """Broken: the weights of groups that are not resampled are thrown away."""
-    resampled, index = resample(weights, draws, **options)
-    return dataclasses.replace(resampled, log_weight=torch.zeros_like(resampled.log_weight)), index
-
-
-def forget_what_was_paid(weights, draws, **options):
-    """Broken: what a particle has paid stays with its place."""
-    resampled, index = resample(weights, draws, **options)
-    return dataclasses.replace(resampled, paid=weights.paid, summary=weights.summary), index
-
-
-def forget_the_number(weights, draws, **options):
-    """Broken: the evidence's factors lack 1 / N."""
-    resampled, index = resample(weights, draws, **options)
-    factor = math.log(weights.log_weight.shape[1])
-    return dataclasses.replace(resampled, log_evidence=resampled.log_evidence + factor * (resampled.log_evidence != weights.log_evidence)), index
-
-
-@pytest.mark.parametrize("broken", [drop_weights, forget_what_was_paid, forget_the_number])
-def test_the_oracle_finds_the_published_mistakes(broken):
-    evidence, mean = run(resample=broken, threshold=0.5)
-    assert max(abs(z_score(evidence, EVIDENCE)), abs(z_score(evidence * mean, EVIDENCE * TILTED_MEAN))) > 8
-
-
-def test_the_oracle_finds_a_proposal_without_its_correction(monkeypatch):
-    monkeypatch.setitem(globals(), "proposal_log_ratio", lambda x, *_: torch.zeros(len(x), dtype=x.dtype))
-    evidence, mean = run(twisted=True)
-    assert abs(z_score(evidence, EVIDENCE)) > 8
-
-
-# --- weights --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("potential", POTENTIALS)
-def test_potentials_are_those_of_the_paper_and_sum_to_the_reward(potential):
-    rewards, weights, paid = normal(5, 2, 3), initial_weights(2, 3), torch.zeros(2, 3, dtype=torch.float64)
-    for k in range(4):
-        weights = reweight(weights, rewards[k], potential=potential, reward_scale=2.0)
-        before = rewards[k - 1] if k else 0.0
-        paid = paid + 2.0 * {"difference": rewards[k] - before, "max": rewards[: k + 1].amax(0), "add": rewards[: k + 1].sum(0)}[potential]
-        torch.testing.assert_close(weights.log_weight, paid)
-    weights = reweight(weights, rewards[4], potential=potential, reward_scale=2.0, last=True)
-    torch.testing.assert_close(weights.log_weight, 2.0 * rewards[4])
-    torch.testing.assert_close(log_evidence(weights), (2.0 * rewards[4]).exp().mean(1).log())
-
-
-def test_rewards_of_any_size_do_not_overflow():
-    weights = reweight(initial_weights(1, 3), torch.tensor([[900.0, 899.0, -900.0]]), reward_scale=100.0)
-    torch.testing.assert_close(log_evidence(weights), torch.tensor([90_000 - math.log(3)], dtype=torch.float64))
-    assert effective_particles(weights.log_weight).item() == pytest.approx(1)
-
-
-def test_a_particle_without_a_reward_has_no_weight_and_leaves_no_copies():
-    weights = reweight(initial_weights(2, 3), torch.tensor([[0.0, torch.nan, 0.0], [torch.nan] * 3]), reward_scale=1.0)
-    assert weights.log_weight.tolist() == [[0.0, -torch.inf, 0.0], [0.0, 0.0, 0.0]]  # a group without any keeps its weights
-    for method in RESAMPLERS:
-        resampled, index = resample(weights, uniforms(2, 3), method=method, ess_threshold=1.0)
-        assert 1 not in index[0] and index[1].tolist() == [0, 1, 2]
-        assert torch.isfinite(resampled.log_weight).all()
-
-
-def test_a_reward_scale_of_zero_leaves_everything_alone():
-    weights = reweight(initial_weights(3, 7), normal(3, 7), reward_scale=0.0)
-    resampled, index = resample(weights, uniforms(3, 7), ess_threshold=1.0)
-    assert torch.equal(index, torch.arange(7).expand(3, 7)) and (resampled.log_weight == 0).all() and (log_evidence(resampled).abs() < 1e-12).all()
-    assert effective_particles(weights.log_weight).tolist() == pytest.approx([7] * 3)
-
-
-@pytest.mark.parametrize("method", RESAMPLERS)
-def test_resamplers_choose_in_proportion_to_the_weights(method):
-    log_weight = torch.tensor([[0.5, 0.3, 0.2, 0.0]], dtype=torch.float64).log()
-    index = ancestors(log_weight.expand(40_000, -1), uniforms(40_000, 4), method)
-    counts = torch.stack([(index == i).sum(1) for i in range(4)], 1).double()
-    expected = 4 * log_weight.exp()[0]
-    assert (counts[:, 3] == 0).all()
-    assert ((counts.mean(0) - expected).abs() <= 4 * counts.std(0) / 200).all()
-    if method == "systematic":
-        assert (counts >= expected.floor()).all() and (counts <= (expected + 1e-9).ceil()).all()
-
-
-@pytest.mark.parametrize("method", RESAMPLERS)
-def test_uniforms_at_the_edges_are_in_range(method):
-    log_weight = torch.tensor([[-torch.inf, 0.0, -40.0, -torch.inf]], dtype=torch.float64)
-    for value in (0.0, 1 - 2**-53):
-        index = ancestors(log_weight, torch.full((1, 4), value, dtype=torch.float64), method)
-        assert set(index.flatten().tolist()) <= {1, 2}
-
-
-@pytest.mark.parametrize("method", RESAMPLERS)
-def test_groups_never_mix(method):
-    weights, draws = reweight(initial_weights(5, 4), normal(5, 4), reward_scale=3.0), uniforms(5, 4)
-    whole, index = resample(weights, draws, method=method, ess_threshold=0.7)
-    assert 0 < (index != torch.arange(4)).any(1).sum() < 5  # some are resampled, some are not
-    order = torch.tensor([3, 0, 4, 1, 2])
-    permuted = smc.Weights(*(getattr(weights, f.name)[order] for f in dataclasses.fields(weights)))
-    other, other_index = resample(permuted, draws[order], method=method, ess_threshold=0.7)
-    assert torch.equal(other_index, index[order])
-    for field in dataclasses.fields(whole):
-        assert torch.equal(getattr(other, field.name), getattr(whole, field.name)[order])
-
-
-def test_proposals_are_corrected_by_the_ratio_of_their_densities():
-    mean, shift, drawn, std = normal(4, 3), normal(4, 3, seed=1), normal(4, 3, seed=2), torch.tensor(0.7, dtype=torch.float64)
-    proposal = twist(mean, std, shift)
-    expected = torch.distributions.Normal(mean, std).log_prob(drawn) - torch.distributions.Normal(proposal, std).log_prob(drawn)
-    torch.testing.assert_close(proposal_log_ratio(drawn, mean, proposal, std), expected.sum(1))
-    assert (proposal_log_ratio(drawn, mean, mean, std) == 0).all()
-
-
-def test_unknown_names_are_listed():
-    with pytest.raises(ValueError, match="difference, max, add"):
-        reweight(initial_weights(1, 2), torch.zeros(1, 2), potential="sum")
-    with pytest.raises(ValueError, match="systematic, stratified, multinomial"):
-        ancestors(torch.zeros(1, 2, dtype=torch.float64), uniforms(1, 2), "residual")
-
-
-# --- SVDD, best-of-n ------------------------------------------------------------------------------------------------------
-
-
-def test_svdd_is_greedy_at_alpha_zero_uniform_at_infinity_and_a_softmax_between():
-    values = torch.tensor([[0.1, 0.7, torch.nan, 0.2]])
-    draws = uniforms(40_000)
-    many = values.expand(40_000, -1)
-    assert (choose(many, draws, alpha=0.0) == 1).all() and (choose(many, draws, alpha=1e-4) == 1).all()
-    for alpha, logits in ((0.5, values[0].double() / 0.5), (1e9, torch.zeros(4).double())):
-        expected = logits.masked_fill(values[0].isnan(), -torch.inf).softmax(0)
-        found = torch.bincount(choose(many, draws, alpha=alpha), minlength=4) / 40_000
-        assert ((found - expected).abs() <= 4 * (expected * (1 - expected) / 40_000).sqrt()).all()
-    assert choose(torch.full((1, 3), torch.nan), uniforms(1), alpha=0.5).item() in range(3)
-    with pytest.raises(ValueError, match="negative"):
-        choose(values, uniforms(1), alpha=-1.0)
-
-
-def test_the_best_is_the_first_largest_and_never_nan():
-    rewards = torch.tensor([[1.0, 3.0, 3.0], [torch.nan, -5.0, torch.nan], [torch.nan] * 3])
-    assert best(rewards).tolist() == [1, 1, 0]
-
-
-def test_neighbours_keep_the_law_of_noise_and_have_the_cosine_asked_for():
-    pivot, fresh = normal(200_000), normal(200_000, seed=1)
-    near = neighbour(pivot, fresh, cosine=0.95)
-    assert near.std().item() == pytest.approx(1, abs=0.01) and torch.cosine_similarity(near, pivot, dim=0).item() == pytest.approx(0.95, abs=0.005)
-    assert torch.equal(neighbour(pivot, fresh, cosine=1.0), pivot) and torch.equal(neighbour(pivot, fresh, cosine=0.0), fresh)
-    with pytest.raises(ValueError, match="cosine"):
-        neighbour(pivot, fresh, cosine=1.5)
-
-
-def test_the_kl_of_best_of_n_is_its_closed_form():
-    # For a continuous reward the density of the best, relative to one draw, is N u^(N - 1) at the reward's quantile u.
-    u = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
-    for number in (1, 2, 8):
-        ratio = number * u ** (number - 1)
-        assert float((ratio * ratio.log()).mean()) == pytest.approx(math.log(number) - (number - 1) / number, abs=1e-5)
+def test_wrong_arguments_of_steering_say_what_to_do(message, arguments, pipes):
+    pipe, call = pipes("sd15")
+    with pytest.raises(ValueError, match=message):
+        ParticleSteeringPipeline(pipe, brightness)("a", **arguments, **call)
+
+
+def test_particles_are_weighed_where_the_paper_weighs_them():
+    assert Steering().stops([True] * 100) == [20, 40, 60, 80]
+    assert Steering(resample_every=2, start=0.0, end=1.0).stops([True] * 5) == [1, 3]
+    # Behind the last noise copies could not part.
+    assert Steering(resample_every=1, start=0.0, end=1.0).stops([True, True, True, False]) == [1, 2]
+    assert Steering(method="svdd").stops([True] * 4) == Steering(gradient=True).stops([True] * 4) == [1, 2, 3]

@@ -16,7 +16,6 @@ from diffusers_align.embedded.noisy_classifier import CLASSES, NoisySceneClassif
 from diffusers_align.embedded.teaching import make_scenes
 from diffusers_align.pipelines import NoiseOptimizationPipeline, ParticleSteeringPipeline, RewardGuidedPipeline, guided_sampling, path
 from diffusers_align.pipelines.guided_sampling import GuidanceError
-from diffusers_align.pipelines.noise_grid import noise_grid
 
 CALLS = {"mini-sd": {}, "mini-sd3": {"max_sequence_length": 1}}
 CLIMBING = {
@@ -238,23 +237,6 @@ def test_solvers_without_conversion_are_refused(models, name):
     pipeline.scheduler = getattr(diffusers, name)()
     with pytest.raises(ValueError, match="DDIM"):
         RewardGuidedPipeline(pipeline, reward=redness)("a fox", preset="mpgd", **call)
-
-
-def test_grids_hold_each_solvers_levels():
-    for scheduler in (
-        diffusers.DDIMScheduler(),
-        diffusers.EulerDiscreteScheduler(),
-        diffusers.DPMSolverMultistepScheduler(),
-        diffusers.HeunDiscreteScheduler(),
-    ):
-        scheduler.set_timesteps(10)
-        grid = noise_grid(scheduler, scheduler.timesteps[0])
-        assert len(grid) == len(scheduler.timesteps) and grid.levels[-1].sigma == pytest.approx(0, abs=1e-6)
-        for t, (alpha, sigma), scale in zip(scheduler.timesteps, grid.levels, grid.scales):
-            assert alpha**2 + sigma**2 == pytest.approx(1)
-            if float(t) == int(t):
-                assert alpha == pytest.approx(float(scheduler.alphas_cumprod[int(t)]) ** 0.5, rel=1e-3)
-            assert scale == pytest.approx(1 / alpha if hasattr(scheduler, "is_scale_input_called") or "Heun" in type(scheduler).__name__ else 1)
 
 
 # --- on other pipelines ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The package installs as wheel, sdist, folder and editable, and brings its front doors along."""
 
 import os
-import re
 import subprocess
 import sys
 import tarfile
@@ -9,10 +8,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-from diffusers_align import __version__
-from diffusers_align.__main__ import main
-from diffusers_align.files.paths import find_recipe, front_door, names
 
 ROOT = Path(__file__).parents[2]
 FRONT_DOORS = [
@@ -78,45 +73,6 @@ def test_an_editable_install_works_from_anywhere(tmp_path):
     assert printed.strip() == str(ROOT / "diffusers_align" / "__init__.py")
 
 
-def test_the_command_line_lists_and_finds(capsys):
-    main(["list"])
-    printed = capsys.readouterr().out
-    assert "train_ddpo" in printed and "flow_grpo_fast" in printed
-    main(["path", "train_flow_grpo"])
-    assert Path(capsys.readouterr().out.strip()) == front_door("training_scripts", "train_flow_grpo")
-    assert "ddpo_mini_sd" in printed.split("recipes: ")[1] and "recipes" not in printed.split("training_scripts: ")[1].splitlines()[0]
-    main(["list", "recipes"])
-    assert capsys.readouterr().out.startswith("recipes: ")
-    for name in ("ddpo_mini_sd", "ddpo_mini_sd.yaml"):
-        main(["path", name])
-        assert Path(capsys.readouterr().out.strip()) == ROOT / "training_scripts" / "recipes" / "ddpo_mini_sd.yaml"
-    main(["path", "recipes"])
-    assert Path(capsys.readouterr().out.strip()) == ROOT / "training_scripts" / "recipes"
-    with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
-    assert capsys.readouterr().out == f"diffusers-align {__version__}\n"
-    for name, message in (("nothing", "diffusers-align list"), ("train_ddpoo", "did you mean .*train_ddpo")):
-        with pytest.raises(SystemExit):
-            main(["path", name])
-        assert re.search(message, capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("name", ["ddpo_mini_sd", "ddpo_mini_sd.yaml", "training_scripts/recipes/ddpo_mini_sd.yaml"])
-def test_a_recipe_is_found_from_anywhere(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert find_recipe(name) == ROOT / "training_scripts" / "recipes" / "ddpo_mini_sd.yaml"
-    own = tmp_path / "ddpo_mini_sd.yaml"
-    own.write_text("rank: 4\n")
-    assert find_recipe("ddpo_mini_sd.yaml") == Path("ddpo_mini_sd.yaml"), "a file of one's own comes first"
-    assert find_recipe(str(own)) == own
-
-
-def test_a_recipe_that_is_nowhere_is_named_with_those_near():
-    for name in ("ddpo_mini_sdd", "other/ddpo_mini_sd.yaml"):
-        with pytest.raises(FileNotFoundError, match="no recipe.*Did you mean .*ddpo_mini_sd.*diffusers-align list recipes"):
-            find_recipe(name)
-
-
 WITHOUT_TORCH = """
 import sys
 from diffusers_align.__main__ import main
@@ -133,9 +89,3 @@ assert set(diffusers_align.__all__) <= set(dir(diffusers_align))
 @pytest.mark.slow
 def test_the_command_line_waits_for_no_torch_and_saved_schedulers_load_all_the_same():
     python("-c", WITHOUT_TORCH, cwd=ROOT)
-
-
-def test_an_unknown_front_door_lists_those_there_are():
-    with pytest.raises(FileNotFoundError, match="flow_grpo_fast"):
-        front_door("schedulers", "nothing")
-    assert {"ddpo", "flow_grpo", "flow_grpo_fast", "dance_grpo", "cps", "memoryless"} <= set(names("schedulers"))

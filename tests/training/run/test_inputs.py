@@ -11,12 +11,11 @@ from script_tools import rows as metrics
 from tiny_pipelines import LATENT_CHANNELS, SHORT, flux, quiet, seeded, stable_diffusion
 
 from diffusers_align.data import LazyImage, Prompt, load_preferences, load_prompts
-from diffusers_align.data.inputs import Inputs, parse_input_columns
+from diffusers_align.data.inputs import Inputs
 from diffusers_align.policy import Policy
 from diffusers_align.training.online.sampling import evaluate
 from diffusers_align.training.run.inputs import batches_by_size
 
-torch.set_num_threads(1)
 REWARDS = """
 from PIL import Image
 
@@ -137,45 +136,6 @@ def test_preferences_are_made_of_each_prompts_own_picture(folder, tmp_path):
 
 def loaded(folder, name="prompts.jsonl", **options):
     return load_prompts(str(folder / name), inputs=Inputs({"image": "image"}, **options), say=[].append)
-
-
-def test_pictures_are_read_with_the_care_of_data_sets(folder, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (32, 16), "red").save(tmp_path / "turned.jpg", exif=exif)
-    said = []
-    (prompt,) = load_prompts(write(tmp_path / "p.jsonl", [{"prompt": "x", "image": "turned.jpg"}]), inputs=Inputs({"image": "image"}), say=said.append)
-    assert prompt.inputs["image"].open().size == (16, 32) and "1 pictures are turned upright as their EXIF tag says" in said[0]
-    assert loaded(tmp_path, "p.jsonl", size=(8, 24))[0].inputs["image"].open().size == (24, 8)
-
-
-@pytest.mark.parametrize("value, message", [
-    ("none.png", "'image': no file .*none.png"), ("https://x/y.png", "'image' is a URL"), ("clip.mp4", "'image' is a film.*frames"), (None, "no 'image'"),
-    ("broken.png", "'image' cannot be read: UnidentifiedImageError"),
-])  # fmt: skip
-def test_pictures_that_cannot_be_read_are_named_with_their_row(tmp_path, value, message):
-    (tmp_path / "broken.png").write_text("text")
-    with pytest.raises(ValueError, match=rf"p\.jsonl, row 1: {message}.*\(line 1\)"):
-        loaded(tmp_path, write(tmp_path / "p.jsonl", [{"prompt": "x", "image": value}]))
-
-
-def test_numbers_texts_and_lists_of_pictures_are_inputs_too(tmp_path):
-    for i in range(2):
-        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
-    (tmp_path / "p.csv").write_text("prompt,scale,negative_prompt\na,0.5,blurry.png\nb,2,\n")
-    inputs = Inputs({"scale": "scale", "negative_prompt": "negative_prompt"}, frozenset({"negative_prompt"}))
-    assert [p.inputs for p in load_prompts(str(tmp_path / "p.csv"), inputs=inputs)] == [
-        {"scale": 0.5, "negative_prompt": "blurry.png"}, {"scale": 2, "negative_prompt": ""},
-    ]  # fmt: skip
-    (prompt,) = load_prompts(write(tmp_path / "p.jsonl", [{"prompt": "x", "image": ["0.png", "1.png"]}]), inputs=Inputs({"image": "image"}))
-    assert [picture.open().size for picture in prompt.inputs["image"]] == [(8, 8), (8, 8)]
-
-
-@pytest.mark.parametrize("words, message", [(["=a"], "neither COLUMN nor"), (["a="], "neither COLUMN nor"), (["a", "a=b"], "names 'a' twice")])
-def test_malformed_input_columns(words, message):
-    assert parse_input_columns(["image", "mask_image = mask"]) == {"image": "image", "mask_image": "mask"}
-    with pytest.raises(ValueError, match=message):
-        parse_input_columns(words)
 
 
 def test_arguments_and_columns_that_are_not_there_are_told_before_the_model_is_loaded(folder, tmp_path):

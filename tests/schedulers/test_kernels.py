@@ -1,26 +1,16 @@
-"""Data x_0 ~ N(m, s^2), for which the exact model output is linear in the state: the moments of a whole chain follow by recursion."""
+"""Data x_0 ~ N(m, s^2), for which the exact velocity is linear in the state: the moments of a whole chain follow by recursion."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from marginals import MEAN, VARIANCE, order, run_chain
 
-from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler
+from diffusers_align import FlowMatchSDEScheduler
 
-torch.set_num_threads(1)
-MEAN, VARIANCE = 1.5, 0.25
 NOISE = {"flow_grpo": 0.7, "dance_grpo": 0.3, "memoryless": 1.0, "memoryless_em": 1.0, "cps": 0.8}
 STEPS = (160, 320, 640, 1280)
-SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False}
-
-
-def run_chain(mean: float, variance: float, steps) -> tuple[float, float, float]:
-    """Mean and variance of x_0 and corr(x_0, x_T), for steps x' = A x + B + std * noise."""
-    covariance = initial = variance
-    for a, b, std in steps:
-        mean, variance, covariance = a * mean + b, a * a * variance + std**2, a * covariance
-    return mean, variance, covariance / math.sqrt(initial * variance)
 
 
 def velocity(sigma: float, data_variance: float) -> tuple[float, float]:
@@ -42,31 +32,6 @@ def flow_chain(sde_type, shift, steps, start=None, noise_level=None, ode=False, 
 
     mean, variance = (1 - sigmas[0]) * MEAN, (1 - sigmas[0]) ** 2 * data_variance + sigmas[0] ** 2
     return run_chain(mean, variance, (affine(k) for k in range(steps)))
-
-
-def ddim_chain(eta, steps, data_variance=VARIANCE, spacing="trailing"):
-    """From the true marginal of the first timestep; also returns the moments that the last one should have."""
-    scheduler = DDIMSDEScheduler(**SD_BETAS, steps_offset=1, timestep_spacing=spacing, eta=eta)
-    scheduler.set_timesteps(steps)
-    table = scheduler.alphas_cumprod.double().tolist()
-    probe = torch.tensor([[0.0], [1.0]])
-
-    def moments(alpha):
-        return math.sqrt(alpha) * MEAN, alpha * data_variance + 1 - alpha
-
-    def affine(t):
-        mean, variance = moments(table[t])
-        transition = scheduler.transition(math.sqrt(1 - table[t]) / variance * (probe - mean), t, probe)
-        offset = transition.mean[0].item()
-        return transition.mean[1].item() - offset, offset, transition.std.item()
-
-    timesteps = scheduler.timesteps.tolist()
-    return run_chain(*moments(table[timesteps[0]]), (affine(t) for t in timesteps)), moments(table[0]), table[timesteps[0]]
-
-
-def order(steps, errors) -> float:
-    """Minus the slope of log |error| over log K."""
-    return -np.polyfit(np.log(steps), np.log(np.abs(errors)), 1)[0]
 
 
 def assert_first_order(steps, errors, what: str):
@@ -127,15 +92,6 @@ def test_flow_grpo_forgets_its_start_at_the_rate_of_its_singularity(noise_level)
     assert measured == pytest.approx(noise_level**2 / 2, rel=0.02)
 
 
-@pytest.mark.parametrize("eta", [1.0, 0.5])
-def test_ddim_marginals_converge(eta):
-    steps = (100, 200, 500)
-    chains = [ddim_chain(eta, k) for k in steps]
-    errors = [variance - target[1] for (_, variance, _), target, _ in chains]
-    assert 0.75 < order(steps, errors) < 1.1, f"order {order(steps, errors):.2f}, errors {errors}"
-    assert max(abs(mean - target[0]) for (mean, _, _), target, _ in chains) < 1e-5
-
-
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_cps_does_not_converge(shift):
     """Its marginals are not the data's, however many steps."""
@@ -174,17 +130,3 @@ def test_other_kernels_remember_their_start():
     assert flow_chain("dance_grpo", 3.0, 20)[2] > 0.8
     assert flow_chain("flow_grpo", 3.0, 20)[2] > 0.1
     assert flow_chain("flow_grpo", 3.0, 20, ode=True)[2] == pytest.approx(1)
-
-
-@pytest.mark.parametrize(("spacing", "steps"), [("trailing", 20), ("leading", 50), ("trailing", 50)])
-def test_ddim_on_the_sd_table_remembers_little_but_not_nothing(spacing, steps):
-    """Its last alphas_cumprod is .0047, not 0."""
-    (_, _, correlation), _, _ = ddim_chain(1.0, steps, data_variance=0.36, spacing=spacing)
-    assert 0.042 < correlation < 0.050
-    assert ddim_chain(0.5, steps, data_variance=0.36, spacing=spacing)[0][2] > 0.4
-
-
-def test_memory_of_many_ddim_steps_is_that_of_the_noising_process():
-    (_, _, correlation), _, first_alpha = ddim_chain(1.0, 500, data_variance=0.36)
-    signal = first_alpha * 0.36
-    assert correlation == pytest.approx(math.sqrt(signal / (signal + 1 - first_alpha)), rel=0.03)

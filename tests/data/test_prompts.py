@@ -1,3 +1,6 @@
+"""Prompt files and shipped sets, and which prompts an epoch asks for."""
+
+import csv
 import json
 import random
 from collections import Counter
@@ -9,6 +12,7 @@ from diffusers_align.data import Prompt, load_prompts, prompts_of_epoch
 from diffusers_align.data import prompts as prompts_module
 from diffusers_align.data.prompts import shipped_sets
 from diffusers_align.embedded.scenes import OBJECTS, Scene, parse
+from diffusers_align.rewards import score
 from diffusers_align.rewards.ocr import quoted
 
 # reading
@@ -209,3 +213,54 @@ def test_the_mini_sets_ask_for_every_attribute():
         assert {a["count"] for a in asked} == {1, 2, 3}
         assert len({a["color"] for a in asked if "color" in a}) >= 8
         assert {a["position"] for a in asked if "position" in a} == {"left", "right", "top", "bottom"}
+
+
+def texts(path, said=None):
+    return [prompt.text for prompt in load_prompts(str(path), say=(said if said is not None else []).append)]
+
+
+def written(folder, name, data):
+    (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return folder / name
+
+
+@pytest.mark.parametrize("value", ['["a", "b"]', "7", "7.5", "true", '{"a": 1}'])
+def test_a_prompt_that_is_no_text_is_a_bad_row_with_its_line(tmp_path, value):
+    file = written(tmp_path, "p.jsonl", f'{{"prompt": "a cat"}}\n\n{{"prompt": {value}}}\n')
+    with pytest.raises(ValueError, match=r"p\.jsonl, row 2: the prompt is no text: .*\(line 3\)"):
+        load_prompts(str(file))
+
+
+def test_folders_and_addresses_are_no_prompt_files(tmp_path):
+    written(tmp_path, "mine.jsonl", '{"prompt": "a"}')
+    with pytest.raises(ValueError, match=r"are a folder: name a .txt, .jsonl or .csv file.*such as mine\.jsonl"):
+        load_prompts(str(tmp_path))
+    with pytest.raises(ValueError, match="are a URL: download"):
+        load_prompts("https://example.com/prompts.txt")
+    with pytest.raises(ValueError, match="Did you mean 'simple_animals'"):
+        load_prompts("simple_animal")
+
+
+def test_repeated_blank_and_huge_prompts_are_said_and_kept(tmp_path):
+    said = []
+    assert texts(written(tmp_path, "p.txt", "a cat\n\na cat\n" + "x" * 6000), said) == ["a cat", "a cat", "x" * 6000]
+    assert [note.partition(": ")[2] for note in said] == [
+        "1 blank lines between the prompts are left out.",
+        "1 prompts stand there more than once, the first is 'a cat'. Each is sampled as often as it stands there.",
+        f"1 prompts have more than 5000 characters, of which text encoders read the first few hundred words: {'x' * 40!r}....",
+    ]
+    assert not (said := []) and texts(written(tmp_path, "p.jsonl", '{"prompt": "a", "n": 1}\n{"prompt": "a", "n": 2}'), said) and said == []
+
+
+@pytest.mark.parametrize("name", ["images", "prompts", "self"])
+def test_columns_named_as_arguments_of_rewards_are_said_and_stay_out(tmp_path, name):
+    with open(tmp_path / "p.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["prompt", name, "other"], ["a cat", "1", "2"]])
+    said = []
+    (prompt,) = load_prompts(str(tmp_path / "p.csv"), say=said.append)
+    assert prompt.columns == {"other": "2"} and said == [
+        f"{tmp_path / 'p.csv'}: the column {name!r} is not handed to rewards, which have an argument of that name. Rename it if a reward needs it."
+    ]
+    import torch
+
+    assert score(lambda images, prompts, other: torch.ones(1), torch.zeros(1, 3, 2, 2), [prompt.text], **prompt.columns)["reward"] == 1

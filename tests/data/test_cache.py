@@ -1,3 +1,5 @@
+"""Tensors on disk by what they were computed from: entries come back whole or not at all."""
+
 import subprocess
 import sys
 import threading
@@ -8,8 +10,6 @@ import torch
 
 from diffusers_align.data import TensorCache, key_of
 from diffusers_align.data.augment import Augmentation
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture

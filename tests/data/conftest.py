@@ -1,0 +1,3 @@
+"""Fixtures that several files of this folder take."""
+
+from preference_rows import folder  # noqa: F401

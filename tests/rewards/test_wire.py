@@ -1,0 +1,97 @@
+"""What goes between a reward's server and its client: images and scores arrive as they were, nonsense is named."""
+
+import base64
+import io
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from reward_servers import PROMPTS, no_proxy  # noqa: F401
+from safetensors.torch import save
+
+from diffusers_align.rewards import wire
+from diffusers_align.rewards.wire import decode_request, decode_scores, encode_request, encode_scores, read_request
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 3, 3, 5, 7)])
+def test_images_survive(shape):
+    images = torch.rand(shape)
+    exact, prompts, columns = decode_request(encode_request(images, PROMPTS, {"weight": [1, None]}, "safetensors"))
+    assert torch.equal(exact, images) and prompts == PROMPTS and columns == {"weight": [1, None]}
+    rounded, _, _ = decode_request(encode_request(images, PROMPTS, {}, "png"))
+    assert torch.equal(rounded, (images * 255).round() / 255) and not torch.equal(rounded, images)
+
+
+def test_scores_survive_to_the_last_bit():
+    values = torch.tensor([0.1, 1e-42, -3.4e38, math.nan, math.inf, 1 / 3])
+    back = decode_scores(encode_scores({"reward": values}))["reward"]
+    assert torch.equal(back[[0, 1, 2, 5]], values[[0, 1, 2, 5]]) and back[3:5].isnan().all()
+    json.loads(encode_scores({"reward": values}), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def request_body(**changes):
+    return json.dumps(json.loads(encode_request(torch.rand(2, 3, 4, 4), PROMPTS, {}, "safetensors")) | changes).encode()
+
+
+def png_of(*size):
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        (b"\x80\x04N.", "no JSON"),
+        (b"[1]", "no JSON object"),
+        (b"[" * 100000, "no JSON"),
+        (request_body(prompts="a cat"), "'prompts' must be a list of strings"),
+        (request_body(prompts=["a cat"]), "2 images and 1 prompts"),
+        (request_body(format="pickle"), "'format' must be one of safetensors, png, got 'pickle'"),
+        (request_body(columns={"weight": [1]}), "'columns' must be an object of lists of 2"),
+        (request_body(images=3), "must hold base64"),
+        (request_body(images="%%%"), "no base64"),
+        (request_body(images=base64.b64encode(b"x" * 50).decode()), "no safetensors file"),
+        (request_body(images=base64.b64encode(save({"images": torch.zeros(2, 3, 4, 4).half()})).decode()), "float32 tensor 'images'"),
+        (request_body(images=base64.b64encode(save({"other": torch.zeros(2, 3, 4, 4)})).decode()), "float32 tensor 'images'"),
+        (request_body(images=[], format="png"), "a list of base64 PNG files"),
+        (request_body(images=[base64.b64encode(b"GIF89a").decode()] * 2, format="png"), "no PNG file"),
+        (request_body(images=[png_of(4, 4), png_of(4, 5)], format="png"), "one size"),
+        (request_body(images=[png_of(4, 4)] * 2, format="png", frames=3), "'frames' must be"),
+        (request_body(images=[png_of(8000, 8000)] * 2, format="png"), "8000 x 8000 are too many"),
+    ],
+)
+def test_bad_requests_are_named(body, message):
+    with pytest.raises(ValueError, match=message):
+        decode_request(body)
+
+
+def test_what_json_cannot_say_is_named():
+    with pytest.raises(ValueError, match="columns as JSON: .*set"):
+        encode_request(torch.rand(1, 3, 4, 4), ["a"], {"weight": [{1}]}, "safetensors")
+    with pytest.raises(ValueError, match="PNG files have no NaN"):
+        encode_request(torch.full((1, 3, 4, 4), torch.nan), ["a"], {}, "png")
+
+
+def bomb(side):
+    buffer = io.BytesIO()
+    Image.new("1", (side, side)).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_what_a_request_unpacks_to_is_known_before_it_is_unpacked(monkeypatch):
+    ask = lambda files: json.dumps({"format": "png", "images": files, "frames": None, "prompts": ["a"] * len(files), "columns": {}}).encode()  # noqa: E731
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("unpacked"))
+    assert read_request(ask([bomb(3000)] * 2)).values == 2 * 3 * 3000**2
+    monkeypatch.setattr(wire, "MAX_VALUES", 1000)
+    with pytest.raises(ValueError, match="2 images of 3000 x 3000 are too many"):
+        read_request(ask([bomb(3000)] * 2))
+    exact = read_request(encode_request(torch.rand(1, 3, 4, 5), ["a"], {}, "safetensors"))
+    assert 60 <= exact.values < 200 and exact.images().shape == (1, 3, 4, 5)
+    with pytest.raises(ValueError, match="are too many, 1000 are allowed"):
+        read_request(encode_request(torch.rand(1, 3, 40, 50), ["a"], {}, "safetensors"))
+    with pytest.raises(ValueError, match="brackets and commas"):
+        monkeypatch.setattr(wire, "MAX_PARTS", 1000)
+        read_request(b'{"prompts": [' + b"[]," * 1000 + b"[]]}")

@@ -1,0 +1,258 @@
+"""A stock scheduler's twin with noise: its table, its steps, what is refused; and recipes of noise by name."""
+
+import copy
+import json
+import types
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from schedules import SD, gen, randn
+
+from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, apply_recipe, sde_twin
+from diffusers_align.files import paths
+
+# Twins
+
+
+SDXL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+TABLES = [
+    ("DDIMScheduler", SD),
+    ("DDIMScheduler", {"trained_betas": [0.01 + 0.001 * i for i in range(100)], "num_train_timesteps": 100}),
+    ("DDIMScheduler", {"beta_schedule": "squaredcos_cap_v2", "rescale_betas_zero_snr": True}),
+    ("DDPMScheduler", {"beta_start": 0.0001, "beta_end": 0.02, "clip_sample": False}),
+    ("DDPMScheduler", SDXL),
+    ("PNDMScheduler", SDXL | {"skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1}),
+    ("EulerDiscreteScheduler", SDXL | {"timestep_spacing": "leading", "steps_offset": 1}),
+    ("EulerDiscreteScheduler", SDXL | {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
+    ("EulerAncestralDiscreteScheduler", SDXL),
+    ("HeunDiscreteScheduler", SDXL),
+    ("DPMSolverMultistepScheduler", SDXL),
+    ("DPMSolverSinglestepScheduler", SDXL | {"lower_order_final": True}),
+    ("UniPCMultistepScheduler", SDXL),
+    ("CogVideoXDDIMScheduler", {"snr_shift_scale": 3.0}),
+    ("CogVideoXDDIMScheduler", {"snr_shift_scale": 1.0, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}),
+    ("CogVideoXDPMScheduler", {"snr_shift_scale": 1.0, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), TABLES)
+def test_twin_of_a_diffusion_scheduler_has_its_table(name, config, tmp_path):
+    source = getattr(diffusers, name)(**config)
+    twin = sde_twin(source, eta=0.5)
+    twin.save_pretrained(tmp_path)
+    for s in (twin, DDIMSDEScheduler.from_pretrained(tmp_path), sde_twin(twin)):
+        assert type(s) is DDIMSDEScheduler and s.config.eta == 0.5
+        s.set_timesteps(8)
+        source.set_timesteps(8)
+        assert torch.equal(s.alphas_cumprod, source.alphas_cumprod.to(torch.float32))
+        assert s.config.prediction_type == source.config.prediction_type
+        assert s.config.num_train_timesteps == source.config.num_train_timesteps
+        for t in s.timesteps:
+            out = s.step(randn(0), t, randn(1), generator=gen())
+            assert out.prev_sample.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "config"), [row for row in TABLES if row[0] not in ("DDIMScheduler", "DDPMScheduler") or "clip_sample" in row[1]])
+def test_twin_clips_only_where_its_source_does(name, config):
+    assert not sde_twin(getattr(diffusers, name)(**config)).config.clip_sample
+
+
+def test_twin_clips_where_its_source_does():
+    twin = sde_twin(diffusers.DDPMScheduler(clip_sample=True, clip_sample_range=2.0))
+    assert twin.config.clip_sample and twin.config.clip_sample_range == 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction", "use_karras_sigmas": True}),
+        ("EulerDiscreteScheduler", {"timestep_type": "continuous", "prediction_type": "v_prediction"}),
+        ("EulerDiscreteScheduler", {"sigma_min": 0.002, "sigma_max": 80.0}),
+        *((name, {entry: True}) for name in ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+          for entry in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")),
+        ("DPMSolverSinglestepScheduler", {"use_karras_sigmas": True}),
+        ("DEISMultistepScheduler", {"use_karras_sigmas": True}),
+        ("KDPM2DiscreteScheduler", {"use_karras_sigmas": True}),
+        ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}),
+        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}),
+        ("UniPCMultistepScheduler", {"sigma_max": 80.0}),
+    ],
+)  # fmt: skip
+def test_noise_levels_off_the_table_are_refused(name, config):
+    if any("beta_sigmas" in entry for entry in config):
+        pytest.importorskip("scipy")
+    source = getattr(diffusers, name)(**SDXL, **config)
+    with pytest.raises(ValueError, match=f"{name} with ({'|'.join(config)})=.* has no SDE twin: .*from_config"):
+        sde_twin(source)
+
+
+@pytest.mark.parametrize("entry", ["use_karras_sigmas", "use_exponential_sigmas"])
+def test_the_remedy_of_the_message_has_a_twin(entry):
+    source = diffusers.EulerDiscreteScheduler(**SDXL, **{entry: True})
+    assert isinstance(sde_twin(diffusers.EulerDiscreteScheduler.from_config(source.config, **{entry: False})), DDIMSDEScheduler)
+
+
+@pytest.mark.parametrize(
+    ("name", "spacing"),
+    [(name, spacing) for name in ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDPMScheduler") for spacing in ("leading", "trailing")]
+    + [("DPMSolverMultistepScheduler", "trailing"), ("UniPCMultistepScheduler", "trailing")],
+)
+def test_a_twin_steps_through_its_sources_timesteps(name, spacing):
+    source = getattr(diffusers, name)(**SDXL, timestep_spacing=spacing, steps_offset=1)
+    twin = sde_twin(source)
+    for steps in (4, 10):
+        source.set_timesteps(steps)
+        twin.set_timesteps(steps)
+        assert torch.equal(source.timesteps.float(), twin.timesteps.float())
+
+
+@pytest.mark.parametrize(("final", "level"), [("zero", 1.0), ("sigma_min", None)])
+def test_a_twin_ends_where_its_source_ends(final, level):
+    source = diffusers.DPMSolverMultistepScheduler(**SDXL, final_sigmas_type=final, algorithm_type="dpmsolver++")
+    twin = sde_twin(source)
+    source.set_timesteps(8)
+    expected = 1 / (1 + float(source.sigmas[-1]) ** 2)
+    assert float(twin.final_alpha_cumprod) == pytest.approx(expected, rel=1e-5)
+    assert level is None or float(twin.final_alpha_cumprod) == level
+
+
+def test_a_table_that_ddim_knows_by_no_name_is_taken_over():
+    source = diffusers.HeunDiscreteScheduler(beta_schedule="exp", num_train_timesteps=1024, prediction_type="sample")
+    assert torch.equal(sde_twin(source).alphas_cumprod, source.alphas_cumprod.to(torch.float32))
+
+
+def test_stochastic_sampling_and_noise_levels_above_one_are_refused():
+    with pytest.raises(ValueError, match="stochastic_sampling=True has no SDE twin"):
+        sde_twin(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+    with pytest.raises(ValueError, match="Noise levels up to 80 are none of flow matching"):
+        FlowMatchSDEScheduler().set_timesteps(sigmas=[80.0, 1.0, 0.1])
+
+
+FLOWS = [
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, None),
+    ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "base_shift": 0.4, "max_shift": 1.2}, 0.7),
+    ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True, "shift_terminal": 0.02, "time_shift_type": "linear"}, 0.7),
+    ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, None),
+    ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}, None),
+    ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 5.0, "prediction_type": "flow_prediction"}, None),
+    ("UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": True}, 0.7),
+    ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}, None),
+    ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": True}, 0.7),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "mu"), FLOWS)
+def test_twin_of_a_flow_scheduler_follows_its_sigmas(name, config, mu, tmp_path):
+    source = getattr(diffusers, name)(**config)
+    twin = sde_twin(source, sde_type="dance_grpo", noise_level=0.2)
+    twin.save_pretrained(tmp_path)
+    kwargs = {} if mu is None else {"mu": mu}
+    for s in (twin, FlowMatchSDEScheduler.from_pretrained(tmp_path), sde_twin(twin), copy.deepcopy(twin)):
+        assert type(s) is FlowMatchSDEScheduler and (s.config.sde_type, s.config.noise_level) == ("dance_grpo", 0.2)
+        s.set_timesteps(8, **kwargs)
+        source.set_timesteps(8, **kwargs)
+        assert torch.equal(s.sigmas, source.sigmas.to(torch.float32))
+        assert torch.equal(s.timesteps, source.timesteps.to(torch.float32))
+        assert len(s.stochastic_steps) == 8 and s.stochastic_steps.all()
+        x = randn(0)
+        for t in s.timesteps:
+            out = s.step(randn(1), t, x, generator=gen())
+            x = out.prev_sample
+            assert x.isfinite().all() and out.log_prob.isfinite().all()
+        assert s.step_index == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("LCMScheduler", "consistency"),
+        ("TCDScheduler", "consistency"),
+        ("FlowMatchLCMScheduler", "consistency"),
+        ("CMStochasticIterativeScheduler", "consistency"),
+        ("SCMScheduler", "consistency"),
+        ("EDMEulerScheduler", "sigma space"),
+        ("EDMDPMSolverMultistepScheduler", "sigma space"),
+        ("KarrasVeScheduler", "variance-exploding"),
+        ("ScoreSdeVeScheduler", "variance-exploding"),
+        ("UnCLIPScheduler", "learned"),
+        ("DDPMWuerstchenScheduler", "continuous"),
+        ("RePaintScheduler", "back and forth"),
+        ("IPNDMScheduler", "neither flow sigmas nor"),
+        ("DDIMInverseScheduler", "noise"),
+        ("DPMSolverMultistepInverseScheduler", "noise"),
+        ("HeliosScheduler", "stage"),
+    ],
+)
+def test_schedulers_without_a_gaussian_kernel_are_refused_with_the_reason(name, reason):
+    cls = getattr(diffusers, name, None)
+    if cls is None:
+        pytest.skip(f"this diffusers has no {name}")
+    with pytest.raises(ValueError, match=f"{name} has no SDE twin: .*{reason}"):
+        sde_twin(cls())
+
+
+def test_twin_refuses_fields_of_the_other_kind():
+    with pytest.raises(ValueError, match="DDIMSDEScheduler has no noise_level, sde_type; its fields are eta"):
+        sde_twin(DDIMScheduler(), sde_type="cps", noise_level=0.8)
+    with pytest.raises(ValueError, match="FlowMatchSDEScheduler has no eta; its fields are sde_type, noise_level, sde_window"):
+        sde_twin(FlowMatchEulerDiscreteScheduler(), eta=1.0)
+
+
+def test_twin_of_a_twin_changes_only_the_given_fields():
+    twin = sde_twin(FlowMatchEulerDiscreteScheduler(shift=2.5), sde_type="cps", noise_level=0.8, sde_window=(0, 4))
+    again = sde_twin(twin, noise_level=0.5)
+    assert (again.config.shift, again.config.sde_type, again.config.noise_level, tuple(again.config.sde_window)) == (2.5, "cps", 0.5, (0, 4))
+    assert again is not twin and twin.config.noise_level == 0.8
+
+
+# Recipes
+
+
+RECIPES = paths.names("schedulers")
+STOCK = {
+    "DDIMSDEScheduler": diffusers.PNDMScheduler(beta_start=0.001, beta_end=0.013, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1),
+    "FlowMatchSDEScheduler": FlowMatchEulerDiscreteScheduler(shift=2.5, use_dynamic_shifting=True, base_shift=0.4, max_shift=1.4),
+}
+
+
+def test_recipes_of_the_documentation_are_there():
+    assert {"ddpo", "flow_grpo", "flow_grpo_fast", "dance_grpo", "cps", "memoryless"} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("by", ["name", "folder"])
+def test_recipe_sets_its_fields_and_keeps_the_rest(recipe, by):
+    folder = paths.front_door("schedulers", recipe)
+    fields = json.loads((folder / "scheduler_config.json").read_text())
+    stock = STOCK[fields.pop("_class_name")]
+    pipeline = types.SimpleNamespace(scheduler=stock)
+    assert apply_recipe(pipeline, recipe if by == "name" else folder) is pipeline
+    config = pipeline.scheduler.config
+    assert fields and all(config[name] == value for name, value in fields.items())
+    for name in ("shift", "base_shift", "max_shift", "use_dynamic_shifting", "beta_start", "beta_end", "beta_schedule", "set_alpha_to_one", "steps_offset"):
+        assert config.get(name) == stock.config.get(name)
+    assert isinstance(pipeline.scheduler, (FlowMatchSDEScheduler, DDIMSDEScheduler))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_for_the_other_kind_of_model_is_refused(recipe):
+    wanted = json.loads((paths.front_door("schedulers", recipe) / "scheduler_config.json").read_text())["_class_name"]
+    (other,) = set(STOCK) - {wanted}
+    pipeline = types.SimpleNamespace(scheduler=STOCK[other])
+    with pytest.raises(ValueError, match=f"is for {wanted}, but the pipeline's {type(STOCK[other]).__name__} becomes a {other}"):
+        apply_recipe(pipeline, recipe)
+    assert pipeline.scheduler is STOCK[other]
+
+
+def test_unknown_recipe_names_those_there_are():
+    with pytest.raises(FileNotFoundError, match="flow_grpo"):
+        apply_recipe(types.SimpleNamespace(scheduler=STOCK["FlowMatchSDEScheduler"]), "no_such_recipe")
+
+
+def test_recipes_hold_only_sde_fields():
+    """A full scheduler config would replace the pipeline's own table."""
+    for recipe in RECIPES:
+        fields = json.loads((paths.front_door("schedulers", recipe) / "scheduler_config.json").read_text())
+        assert set(fields) <= {"_class_name", "eta", "sde_type", "noise_level", "sde_window"}
