@@ -1,16 +1,13 @@
-"""Every flag of ours that the written pages name exists in the script that they name it for."""
+"""Every flag of ours that the written pages name is one of the script that they name it for. Whole commands: `test_code_blocks.py`."""
 
 import functools
 import re
-import sys
-import types
-from pathlib import Path
 
 import pytest
+from code_blocks import ROOT, is_flags_of, loaded
 
-from diffusers_align.training.flags.options import Arguments, options_of
+from diffusers_align.training.flags.options import options_of
 
-ROOT = Path(__file__).resolve().parents[2]
 DOCS, SCRIPTS = ROOT / "docs", ROOT / "training_scripts"
 PAGES = sorted([*(DOCS / "guides").glob("*.md"), *(DOCS / f"{name}.md" for name in ("which_method", "metrics", "troubleshooting"))])
 FLAG = re.compile(r"(?<![\w-])--(no-)?([a-z]\w*)")
@@ -23,13 +20,9 @@ OTHERS = {"config_file", "num_processes", "machine_rank", "main_process_ip", "ho
 
 @functools.cache
 def flags_of(script):
-    """The flags of a script, read without what it trains with: its lines before `if __name__ == "__main__"`."""
-    module = types.ModuleType(f"flags_documented_of_{script}")
-    sys.modules[module.__name__] = module  # where pydantic looks names up
-    head = (SCRIPTS / f"{script}.py").read_text(encoding="utf-8").split('\nif __name__ == "__main__"')[0]
-    exec(compile(head, script, "exec"), vars(module))
-    own = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Arguments) and value.__module__ == module.__name__]
-    return frozenset(options_of(own[-1]))
+    """The flags of a script, which its last class declares or inherits."""
+    module = loaded(SCRIPTS / f"{script}.py")
+    return frozenset(options_of([value for value in vars(module).values() if is_flags_of(value, module)][-1]))
 
 
 def scripts_in(text):
@@ -41,14 +34,6 @@ def scripts_in(text):
 
 def flags_in(text):
     return {name for _, name in FLAG.findall(text)} - OTHERS
-
-
-def commands(text):
-    """The command lines of a page: the script, and what is said after its name."""
-    for block in re.findall(r"^ *```bash\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            if match := SCRIPT.search(line):
-                yield match.group(1), line[match.end() :]
 
 
 def sections():
@@ -74,13 +59,6 @@ def test_each_flag_of_a_migration_table_is_one_of_its_script(heading, section):
         number += bool(flags_in(own))
         assert ours == "–" or flags_in(own) or "metric" in theirs, f"{heading}: what is the row of {theirs} about?"
     assert number > 8
-
-
-@pytest.mark.parametrize("page", [*PAGES, DOCS / "migration.md"], ids=lambda page: page.stem)
-def test_each_flag_of_a_command_is_one_of_its_script(page):
-    text = page.read_text(encoding="utf-8")
-    for script, words in commands(text):
-        assert (SCRIPTS / f"{script}.py").is_file() and not (unknown := flags_in(words) - flags_of(script)), f"{page.name}: {script}.py has no {unknown}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
