@@ -555,4 +555,4 @@ def test_recipes_parse():
     recipes = sorted(RECIPES.glob("pfm_*.yaml"))
     assert len(recipes) >= 2
     for recipe in recipes:
-        assert load_script("pfm").parse_args(["--config", str(recipe)]).data
+        assert load_script("pfm").parse_args(["--config", str(recipe)]).dataset_name

@@ -117,7 +117,8 @@ def test_every_script_is_among_them():
 
 def test_a_preference_flow_trains_in_bf16(task, tmp_path):
     small = {"block_out_channels": (8, 16), "layers_per_block": 1, "attention_head_dim": 8, "train_batch_size": 2, "held_out": 0.5, "num_inference_steps": 1}
-    values = {"data": task / "pair.jsonl", "output_dir": tmp_path / "flow", "num_epochs": 1, "validation_epochs": 100, "num_validation_images": 2, **small}
+    values = {"dataset_name": task / "pair.jsonl", "output_dir": tmp_path / "flow", "num_epochs": 1, "validation_epochs": 100}
+    values |= {"num_validation_images": 2, **small}
     values |= {"reward": f"{task / 'rewards.py'}:brightness", "pretrained_model_name_or_path": "mini-sd", "mixed_precision": "bf16"}
     argv = [word for key, value in values.items() for word in (f"--{key}", *map(str, value if isinstance(value, tuple) else [value]))]
     load_script("pfm").main(argv)
