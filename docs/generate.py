@@ -35,7 +35,7 @@ class Page:
         script: the training script, without `.py`.
         recipes: names of its recipes; the first one is run in the command.
         flags: what the command adds to that recipe.
-        pipeline: of `pipelines/`, where nothing is trained; `call` and `load` are arguments of the example.
+        pipeline: of `pipelines/`, where nothing is trained; `call` and `load` are arguments of the example, `quick` what its test replaces.
         rows: first cells of its rows in benchmarks/README.md.
         picture: a file of docs/ and what it shows.
         note: a sentence of its own.
@@ -47,6 +47,7 @@ class Page:
     pipeline: str = ""
     call: str = ""
     load: str = 'reward="scene_score"'
+    quick: str = "num_inference_steps=2"
     rows: tuple[str, ...] = ()
     picture: tuple[str, str] | None = None
     note: str = ""
@@ -116,7 +117,11 @@ PAGES = {
     "mix_grpo": Page("train_flow_grpo", ("flow_grpo_mix_mini_sd3", "flow_grpo_mix_flux"), rows=("MixGRPO",), picture=ONLINE),
     "mv_grpo": Page("train_mv_grpo", ("mv_grpo_mini_sd3", "mv_grpo_flux"), rows=("MV-GRPO",), picture=ONLINE),
     "noise_optimization": Page(
-        pipeline="noise_optimization", call='optimizer="sgd", num_iterations=10', rows=("ReNO, 10 iterations", "D-Flow, 5 iterations"), picture=COMPUTE
+        pipeline="noise_optimization",
+        call='optimizer="sgd", num_iterations=10',
+        quick="num_inference_steps=2 num_iterations=1",
+        rows=("ReNO, 10 iterations", "D-Flow, 5 iterations"),
+        picture=COMPUTE,
     ),
     "particle_steering": Page(
         pipeline="particle_steering",
@@ -170,7 +175,7 @@ def public_names(name: str) -> list[str]:
 
 
 def comment_of(recipe: str) -> list[str]:
-    """The comment lines of a recipe, up to its last one that stands before the second value."""
+    """The comment lines among the first twelve of a recipe: what it is, and how its data are made."""
     lines = (RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()
     return [line[2:] for line in lines[:12] if line.startswith("# ")]
 
@@ -212,7 +217,7 @@ def first_sentence(recipe: str) -> str:
 def example(page: Page) -> str:
     return f"""## Run it
 
-<!-- run: num_inference_steps=2 -->
+<!-- run: {page.quick} -->
 ```python
 from diffusers import DiffusionPipeline
 from diffusers_align import embedded, pipelines

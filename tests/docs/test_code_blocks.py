@@ -60,6 +60,27 @@ def test_a_wrong_block_fails(fence, message, folder):
         run(block(fence), {}, folder)
 
 
+@pytest.mark.parametrize(
+    "fence",
+    [
+        "```yaml\nprompts: mini_train\nlearning_rate: 1.0e-4\nsde_window_size: 2\n```",  # a part of a recipe
+        "```yaml\ncompute_environment: LOCAL_MACHINE\ndistributed_type: NO\n```",
+        "```bash\nscript=training_scripts/train_dpo.py\naccelerate launch --num_processes 1 $script --config dpo_mini_sd3 && make style  # both\n```",
+        "```bash\naccelerate launch $(diffusers-align path train_ddpo) --config ddpo_mini_sd\n```",
+        '```json\n{"a": 1}\n{"b": 2}\n```',
+        "<!-- not run: no GPU -->\n```python\n1 / 0\n```",
+        "<!-- setup: x = 1 -->\n```python\nassert x == 1\n```",
+    ],
+)
+def test_a_right_block_passes(fence, folder):
+    run(block(fence), {}, folder)
+
+
+def test_a_block_that_is_a_file_can_be_imported(folder):
+    run(block("```python\n# a_reward_of_docs.py: two lines\nworth = 3\n```"), {}, folder)
+    run(block("```python\nfrom a_reward_of_docs import worth\n\nassert worth == 3\n```"), {}, folder)
+
+
 def test_comments_before_a_fence_belong_to_it():
     page = "<!-- run: a=b 'c d=e f' -->\n<!-- setup:\nx = 1\n-->\n```python\ny = x\n```\n<!-- not run: no GPU -->\n\n```python\n1\n```\n"
     first, second = blocks_of(ROOT / "page.md", page)

@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ def told(comments: list[str]) -> dict:
             assert rest.strip(), "<!-- not run: ... --> says why"
             said["reason"] = " ".join(rest.split())
         elif kind == "setup":
-            said["setup"] = rest
+            said["setup"] = textwrap.dedent(rest).strip()
     return said
 
 
