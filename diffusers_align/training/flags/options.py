@@ -5,7 +5,7 @@ class FlowGRPOArguments(GroupArguments, TaskArguments, defaults={"rank": 16}):
     \"\"\"Flow-GRPO\"\"\"  # the heading of its group in --help
 
     clip_range: Positive = option(1e-4, "of the ratio per dimension")
-    kl_form: Literal["official", "gaussian"] = option("official", "which KL", needs={"kl_beta": True})
+    kl_form: Literal["official", "gaussian"] = option("official", "which KL", needs={"kl_weight": True})
 
 args = parse(FlowGRPOArguments, argv, __doc__)
 ```

@@ -11,6 +11,7 @@ from diffusers_align.rewards import BUILT_INS
 from diffusers_align.training.flags import common, options
 from diffusers_align.training.flags.common import check_output_dir
 from diffusers_align.training.flags.model import EMBEDDED
+from diffusers_align.training.flags.old_names import warn
 from diffusers_align.training.flags.options import StepIndex, option
 
 SCRIPTS = folder("training_scripts")
@@ -165,8 +166,10 @@ def test_a_shipped_recipe_goes_by_its_name(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_parse_with_their_script(path):
+def test_shipped_recipes_parse_with_their_script(path, capsys):
+    warn.cache_clear()
     args = script_of(path).parse_args(["--config", str(path)])
+    assert "the old name" not in capsys.readouterr().err, "recipes of the package say flags as they are called today"
     offline = getattr(args, "dataset_name", None)  # such scripts need neither reward nor prompts
     assert args.reward in BUILT_INS or (offline and args.reward is None)
     prompts = [args.prompts, getattr(args, "eval_prompts", None)]
@@ -192,7 +195,7 @@ def test_an_epoch_of_a_scripts_defaults_divides_into_batches(stem, capsys):
         module.parse_args(["--help"])
     known = capsys.readouterr().out
     values = {"pretrained_model_name_or_path": "mini-sd3", "prompts": "mini_train", "reward": "jpeg_compressibility", "output_dir": "out"}
-    values |= {"views": "captions.json", "dataset_name": "pairs", "data": "pairs"}
+    values |= {"views": "captions.json", "dataset_name": "pairs"}
     args = module.parse_args([word for name, value in values.items() if f"--{name} " in known for word in (f"--{name}", value)])
     number = getattr(args, "num_samples_per_epoch", None) or getattr(args, "num_prompts_per_epoch", 0) * getattr(args, "group_size", 1)
     assert number % args.train_batch_size == 0
