@@ -202,10 +202,11 @@ def test_a_driver_needs_no_policy(pipeline):
     driver = Driver(pipeline, call_kwargs={name: CALL[name] for name in ("num_inference_steps", "guidance_scale", "height", "width")})
     condition, states = driver.condition(["a cat", "a dog"], seeds=[1, 2]), []
     assert driver.parameters.keys() == inspect.signature(type(pipeline).__call__).parameters.keys()
-    with driver.noise(condition, deterministic=False), torch.no_grad():
-        output = driver.drive(condition, lambda step: states.append(step.run().prev_sample), output_type="pt")
-        again = driver.drive(condition, lambda step: None, output_type="pt")
-    assert len(states) == 3 and images_of(output).shape == (2, 3, 16, 16) and torch.equal(images_of(output), images_of(again))
+    outputs = []
+    for on_step in (lambda step: states.append(step.run().prev_sample), lambda step: None):
+        with driver.noise(condition, deterministic=False), torch.no_grad():
+            outputs.append(images_of(driver.drive(condition, on_step, output_type="pt")))
+    assert len(states) == 3 and outputs[0].shape == (2, 3, 16, 16) and torch.equal(*outputs)
     assert all(parameter.requires_grad for parameter in pipeline.unet.parameters()), "only a policy freezes"
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     expected = stock(["a cat", "a dog"], generator=generators, output_type="pt", **driver.call_kwargs).images
@@ -221,13 +222,16 @@ def test_noise_is_nested_and_what_was_set_is_back(pipeline):
         return driver.drive(condition, lambda step: None)[0]
 
     with driver.noise(condition, deterministic=False):
-        first = final()
+        first, second = final(), final()
+    assert not torch.equal(first, second), "a second call draws on"
+    with driver.noise(condition, deterministic=False):
+        assert torch.equal(final(), first)
         with pytest.raises(RuntimeError), driver.noise(other, deterministic=False):
             assert not torch.equal(final(), first)
             raise RuntimeError
         with driver.noise(condition, deterministic=True):
-            assert not torch.equal(final(), first)
-        assert torch.equal(final(), first)
+            assert torch.equal(final(), final())
+        assert torch.equal(final(), second)
     assert not driver.scheduler.deterministic
 
 
