@@ -206,9 +206,9 @@ class Driver:
     ):
         """Call the pipeline for `condition` and hand each of its scheduler's steps to `on_step`, with gradients if autograd is on.
 
-        Encoded prompts are remembered, and no safety checker is asked. A condition with seeds starts from the same noise whenever it is driven; the
-        noise of its steps is fixed inside a `noise` context of its own. The pipeline, its models, its scheduler, torch's global generators and the condition are as before when this
-        returns or raises.
+        Encoded prompts are remembered, and no safety checker is asked. A condition with seeds starts from the same noise whenever it is driven;
+        the noise of its steps is fixed inside a `noise` context of its own. The pipeline, its models, its scheduler, torch's global generators
+        and the condition are as before when this returns or raises.
 
         Args:
             on_step: gets a `Step` with its state and the model's output, (B, *D) each. What it returns (B, *D) becomes the next state; None lets
