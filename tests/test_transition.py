@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
 from diffusers_align import GaussianTransition
-from diffusers_align.transition import sum_per_sample
+from diffusers_align.transition import standard_normal, sum_per_sample
 
 torch.set_num_threads(1)
 SHAPE = (3, 2, 4, 4)
@@ -126,3 +127,25 @@ def test_expected_score_is_zero():
     (score,) = torch.autograd.grad(transition.log_prob(x).sum(), mean)
     assert abs(score.mean()) < 4 / (std * math.sqrt(len(score)))
     assert score.square().mean() == pytest.approx(1 / std**2, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("number", [0, 1, 3, 4], ids=["global", "one in a list", "a generator each", "more than samples"])
+def test_noise_is_drawn_as_diffusers_draws_it(number, dtype):
+    def made():
+        torch.manual_seed(7)
+        return [torch.Generator().manual_seed(seed) for seed in range(number)] or None
+
+    for shape in (SHAPE, (1, 5)):
+        expected = randn_tensor(shape, made(), torch.device("cpu"), dtype)
+        assert torch.equal(standard_normal(shape, made(), torch.device("cpu"), dtype), expected)
+    assert torch.equal(standard_normal(SHAPE, torch.Generator().manual_seed(1), torch.device("cpu"), dtype), draw_of(1, dtype))
+
+
+def draw_of(seed: int, dtype: torch.dtype) -> torch.Tensor:
+    return randn_tensor(SHAPE, torch.Generator().manual_seed(seed), torch.device("cpu"), dtype)
+
+
+def test_noise_needs_a_generator_for_each_sample():
+    with pytest.raises(ValueError, match="3 samples need as many generators, got 2"):
+        standard_normal(SHAPE, [torch.Generator(), torch.Generator()], torch.device("cpu"), torch.float32)

@@ -170,7 +170,8 @@ class Driver:
     @contextmanager
     def noise(self, condition: Condition, deterministic: bool) -> Iterator[None]:
         """Context: the steps of `drive` draw from streams of their own, fixed by the condition's `step_seeds` or `seeds`: pipelines may or may not
-        draw from theirs in between, or hand them on. What was set before is back afterwards, so that it can be nested.
+        draw from theirs in between, or hand them on. The streams begin with the context; a second call inside draws on. What was set before
+        is back afterwards, so that contexts can be nested.
 
         A stock solver draws as in a stock call, unless the condition has seeds for its steps.
 
@@ -205,9 +206,9 @@ class Driver:
     ):
         """Call the pipeline for `condition` and hand each of its scheduler's steps to `on_step`, with gradients if autograd is on.
 
-        Encoded prompts are remembered, no safety checker is asked, and the same condition walks the same way whenever it is driven (inside `noise`
-        also where steps draw). The pipeline, its models, its scheduler, torch's global generators and the condition are as before when this
-        returns or raises.
+        Encoded prompts are remembered, and no safety checker is asked. A condition with seeds starts from the same noise whenever it is driven;
+        the noise of its steps is fixed inside a `noise` context of its own. The pipeline, its models, its scheduler, torch's global generators
+        and the condition are as before when this returns or raises.
 
         Args:
             on_step: gets a `Step` with its state and the model's output, (B, *D) each. What it returns (B, *D) becomes the next state; None lets

@@ -15,8 +15,10 @@ from diffusers import (
 )
 from tiny_pipelines import FAMILIES
 
+from diffusers_align.driving.driver import Driver, images_of
 from diffusers_align.driving.prompt_memory import PromptMemory
 from diffusers_align.driving.steps import denoisers, drive
+from diffusers_align.driving.stock import stock_images
 from diffusers_align.schedulers import sde_twin
 
 CALL = {"prompt": ["a cat"], "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent", "height": 16, "width": 16}
@@ -189,3 +191,53 @@ def test_a_pipeline_without_denoiser_is_refused():
 
     with pytest.raises(ValueError, match="no denoiser"):
         denoisers(Nothing())
+
+
+# the driver as users of the library have it
+
+
+def test_a_driver_needs_no_policy(pipeline):
+    pipeline.unet.requires_grad_(True)
+    stock = copy.deepcopy(pipeline)
+    driver = Driver(pipeline, call_kwargs={name: CALL[name] for name in ("num_inference_steps", "guidance_scale", "height", "width")})
+    condition, states = driver.condition(["a cat", "a dog"], seeds=[1, 2]), []
+    assert driver.parameters.keys() == inspect.signature(type(pipeline).__call__).parameters.keys()
+    outputs = []
+    for on_step in (lambda step: states.append(step.run().prev_sample), lambda step: None):
+        with driver.noise(condition, deterministic=False), torch.no_grad():
+            outputs.append(images_of(driver.drive(condition, on_step, output_type="pt")))
+    assert len(states) == 3 and outputs[0].shape == (2, 3, 16, 16) and torch.equal(*outputs)
+    assert all(parameter.requires_grad for parameter in pipeline.unet.parameters()), "only a policy freezes"
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    expected = stock(["a cat", "a dog"], generator=generators, output_type="pt", **driver.call_kwargs).images
+    assert torch.equal(stock_images(driver, condition), expected)
+
+
+def test_noise_is_nested_and_what_was_set_is_back(pipeline):
+    driver = Driver(pipeline, call_kwargs={name: CALL[name] for name in ("num_inference_steps", "guidance_scale", "height", "width")})
+    condition, other = driver.condition(["a cat"], seeds=[1]), driver.condition(["a cat"], seeds=[1], step_seeds=[9])
+
+    @torch.no_grad()
+    def final():
+        return driver.drive(condition, lambda step: None)[0]
+
+    with driver.noise(condition, deterministic=False):
+        first, second = final(), final()
+    assert not torch.equal(first, second), "a second call draws on"
+    with driver.noise(condition, deterministic=False):
+        assert torch.equal(final(), first)
+        with pytest.raises(RuntimeError), driver.noise(other, deterministic=False):
+            assert not torch.equal(final(), first)
+            raise RuntimeError
+        with driver.noise(condition, deterministic=True):
+            assert torch.equal(final(), final())
+        assert torch.equal(final(), second)
+    assert not driver.scheduler.deterministic
+
+
+def test_a_call_is_the_conditions_arguments_and_what_is_overridden(pipeline):
+    driver = Driver(pipeline)
+    call = driver.call(driver.condition(["a cat", "a dog"], seeds=[1, 2], height=16), output_type="pt")
+    assert call["prompt"] == ["a cat", "a dog"] and call["height"] == 16 and call["output_type"] == "pt"
+    assert [generator.initial_seed() for generator in call["generator"]] == [1, 2]
+    assert driver.call(driver.any_condition(3))["prompt"] == [""] * 3
