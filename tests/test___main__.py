@@ -9,7 +9,7 @@ from diffusers_align import __version__
 from diffusers_align.__main__ import main
 from diffusers_align.files.paths import front_door
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_command_line_lists_and_finds(capsys):

@@ -10,9 +10,11 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from linear_models import PROCESSES, TIMES, noised
 
 from diffusers_align import sde_twin
-from diffusers_align.forward_process import ForwardProcess
+from diffusers_align.forward_process import WEIGHTINGS, ForwardProcess
+from diffusers_align.rl.matching import matching_error
 
 torch.set_num_threads(1)
 PREDICTIONS = ["flow", "inverted flow", "epsilon", "v_prediction", "sample"]
@@ -213,3 +215,34 @@ def test_draws_of_a_sample_depend_on_its_seed_alone(time_seed):
     assert torch.equal(x_t, forward.add_noise(x0, noise, t)) and not torch.equal(noise[0], noise[1])
     assert (len(set(t.tolist())) == 1) == (time_seed is not None)
     assert len({int(row[1][0] // 250) for row in together}) == 4, "one time in each quarter"
+
+
+@pytest.mark.parametrize("kind", PROCESSES)
+def test_weights_convert_errors_exactly(kind):
+    forward = PROCESSES[kind]
+    x0, noise, output, x_t = noised(forward)
+    native, t = matching_error(output, forward.target(x0, noise, TIMES)), TIMES.double()
+    for weighting, implied in (("eps", (forward.to_noise(output, x_t, t), noise)), ("x0", (forward.to_x0(output, x_t, t), x0)), ("native", None)):
+        expected = matching_error(*implied) if implied else native
+        torch.testing.assert_close(forward.error_weight(t, weighting) * native, expected, rtol=1e-8, atol=0)
+    with pytest.raises(ValueError, match=", ".join(WEIGHTINGS)):
+        forward.error_weight(t, "snr")
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_elbo_of_a_table_is_the_kl_of_the_posterior(kind):
+    forward, t = PROCESSES[kind], TIMES.double()
+    cumprod = forward.scheduler.alphas_cumprod.double()
+    now, before = cumprod[t.long()], cumprod[t.long() - 1]
+    beta = 1 - now / before
+    mean_weight, variance = before.sqrt() * beta / (1 - now), (1 - before) / (1 - now) * beta
+    expected = 1000 * mean_weight.square() / (2 * variance)  # of the squared x0 error: KL of Gaussians of one variance
+    torch.testing.assert_close(forward.error_weight(t, "elbo") / forward.error_weight(t, "x0"), expected, rtol=1e-6, atol=0)
+    assert forward.error_weight(torch.zeros(1), "elbo") == 0
+
+
+@pytest.mark.parametrize("kind", ["flow", "inverted flow"])
+def test_elbo_of_a_flow_is_the_derivative_of_the_snr(kind):
+    forward, t, h = PROCESSES[kind], TIMES[1:4].double(), 1e-3
+    slope = (forward.snr(t + h) - forward.snr(t - h)).abs() / (2 * h) * 1000
+    torch.testing.assert_close(forward.error_weight(t, "elbo") / forward.error_weight(t, "x0"), slope / 2, rtol=1e-6, atol=0)

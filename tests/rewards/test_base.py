@@ -2,24 +2,9 @@
 
 import pytest
 import torch
-from reward_models import PROMPTS
+from reward_models import PROMPTS, Scaled, brightness
 
 from diffusers_align.rewards import InvalidReward, WeightedSum, score
-
-
-def brightness(images, prompts, **columns):
-    return images.flatten(1).mean(1)
-
-
-class Scaled:
-    def __init__(self, factor: float = 1.0, device: str = "cpu"):
-        self.factor, self.device = factor, device
-
-    def __call__(self, images, prompts, **columns):
-        return {"reward": self.factor * brightness(images, prompts), "contrast": images.flatten(1).std(1)}
-
-
-# --- score and WeightedSum ------------------------------------------------------------------------------------------
 
 
 def test_score_normalises_every_kind_of_answer():

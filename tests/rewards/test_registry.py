@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import reward_models
 import torch
-from reward_models import PROMPTS
+from reward_models import PROMPTS, brightness
 
 import diffusers_align.rewards
 from diffusers_align.rewards import load_reward, score
@@ -16,10 +17,6 @@ BUILT_IN_NAMES = (
     "jpeg_compressibility", "jpeg_incompressibility", "aesthetic", "background_color", "clip_score", "hps_v2", "image_reward", "ocr",
     "pick_score", "scene_score", "vlm_judge",
 )  # fmt: skip
-
-
-def brightness(images, prompts, **columns):
-    return images.flatten(1).mean(1)
 
 
 # --- load_reward ----------------------------------------------------------------------------------------------------
@@ -48,7 +45,7 @@ def test_load_reward_passes_options_to_those_that_take_them():
     worse = load_reward("jpeg_incompressibility", quality=10)(images, PROMPTS)
     torch.testing.assert_close(worse, jpeg_incompressibility(images, PROMPTS, quality=10))
     assert (worse < jpeg_incompressibility(images, PROMPTS)).all()
-    assert load_reward(f"{__file__}:Scaled", factor=2.0, device="meta").device == "meta"
+    assert load_reward(f"{reward_models.__file__}:Scaled", factor=2.0, device="meta").device == "meta"
     with pytest.raises(ValueError, match="'jpeg_compressibility' takes no option 'model'"):
         load_reward("jpeg_compressibility", model="x")
 

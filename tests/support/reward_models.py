@@ -124,3 +124,15 @@ def letterboxed(image, size):
         small = Image.fromarray(image[channel].numpy(), "F").resize((columns, rows), Image.Resampling.BICUBIC)
         canvas[channel, (size - rows) // 2 : (size - rows) // 2 + rows, (size - columns) // 2 : (size - columns) // 2 + columns] = np.asarray(small)
     return torch.tensor((canvas - np.array(CLIP_MEAN)[:, None, None]) / np.array(CLIP_STD)[:, None, None], dtype=torch.float32)
+
+
+def brightness(images, prompts, **columns):
+    return images.flatten(1).mean(1)
+
+
+class Scaled:
+    def __init__(self, factor: float = 1.0, device: str = "cpu"):
+        self.factor, self.device = factor, device
+
+    def __call__(self, images, prompts, **columns):
+        return {"reward": self.factor * brightness(images, prompts), "contrast": images.flatten(1).std(1)}
