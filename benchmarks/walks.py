@@ -39,7 +39,7 @@ WHAT_IT_DOES = {
             "driving/steps": "stands in for the scheduler's step and calls back",
             "driving/tape": "records state and action; forces them in a replay",
             "schedulers/scheduling_flow_match_sde": "makes the step's Gaussian of state and velocity",
-            "schedulers/scheduling_utils": "draws from it, scores what was drawn",
+            "schedulers/scheduling_utils": "states in the pipeline's precision; draws, scores",
             "transition": "the Gaussian: sample, log-probability",
             "policy": "rolls out, replays, decodes; encodes, predicts",
             "driving/reproducibility": "walks two steps again: the same?",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from code_blocks import ROOT, loaded, pages
+from PIL import Image
 
 DOCS = ROOT / "docs"
 generate, hooks = loaded(DOCS / "generate.py"), loaded(DOCS / "hooks.py")
@@ -93,17 +94,15 @@ def test_other_links_stay(link):
 
 
 # the architecture's walks
+MOST_FILES = 15
 
 
-def walks() -> dict[str, list[str]]:
-    """The files of each walk, by its heading."""
-    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
-    found = re.findall(r"^## (One .*?)$(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
-    return {heading: sorted(set(re.findall(r'\["([\w/]+\.py)', body))) for heading, body in found}
-
-
-def test_the_walks_pass_files_that_exist_and_not_too_many():
-    assert len(walks()) == 2
-    for heading, files in walks().items():
-        missing = [file for file in files if not (ROOT / file).exists() and not (ROOT / "diffusers_align" / file).exists()]
-        assert missing == [] and 5 < len(files) <= MOST_FILES, f"{heading}: {len(files)} files"
+@pytest.mark.parametrize("name", ["latent", "pair"])
+def test_the_walks_pass_files_that_exist_and_not_too_many(name):
+    """The pictures carry the list that they show; `benchmarks/walks.py` draws them."""
+    assert f"walk_{name}.png" in (DOCS / "architecture.md").read_text(encoding="utf-8")
+    with Image.open(DOCS / f"walk_{name}.png") as picture:
+        files = picture.info["walk"].splitlines()
+        assert len(picture.convert("L").getcolors()) > 50
+    assert [file for file in files if not (ROOT / file).exists()] == []
+    assert 5 < len(files) <= MOST_FILES
