@@ -465,7 +465,7 @@ def test_the_papers_kl_the_official_clamp_and_guidance(train):
 def test_without_value_and_kl_on_a_flow_pipeline(train):
     flow = {"pretrained_model_name_or_path": "mini-sd3", "call_kwargs": '{"max_sequence_length": 1}', "sde_type": "dance_grpo", "noise_level": 0.4}
     rows = train("flow", kl_weight=0, **{"no-value_baseline": True}, **flow)
-    assert all(row["ratio_error"] == 0.0 and row["grad_norm"] > 0 and row["kl"] == 0.0 and "value_error" not in row for row in rows)
+    assert all(row["ratio_error"] == 0.0 and row["grad_norm"] > 0 and not {"kl", "value_error"} & row.keys() for row in rows)
     rows = train("flow_with_both", num_epochs=1, **flow)
     assert rows[0]["value_error"] > 0 and rows[0]["kl"] > 0
 
