@@ -80,3 +80,10 @@ def test_what_half_precision_would_do_to_the_logit():
     rounded_outputs = [matching_error(output.bfloat16(), target) for output in outputs]
     noise = [-2500 * ((e[0] - e[1]) - (exact[0] - exact[1])) for e in (rounded_outputs, [e.bfloat16().double() for e in exact])]
     assert noise[0].std() < 0.1 < 0.5 < noise[1].std()
+
+
+def test_matching_error_is_in_float32_at_least():
+    output, target = torch.full((2, 3, 4), 1.0, dtype=torch.bfloat16), torch.zeros(2, 3, 4)
+    output[1] = 3
+    error = matching_error(output, target)
+    assert error.dtype == torch.float32 and error.tolist() == [1.0, 9.0]

@@ -1,4 +1,4 @@
-"""What `test_distributed.py` launches on two processes: python -m torch.distributed.run ... distributed_worker.py '{"name": {...}}' TASK OUT
+"""What `test_sharding.py` launches on two processes: python -m torch.distributed.run ... distributed_worker.py '{"name": {...}}' TASK OUT
 
 Runs training scripts one after the other, and compares sharded with whole pipelines of several families. Each process leaves
 `rank-<i>.json` in OUT with what it saw.

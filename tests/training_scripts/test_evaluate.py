@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 import sys
 from argparse import Namespace
 
@@ -20,67 +19,16 @@ from diffusers_align.files.paths import front_door
 from diffusers_align.lora import WEIGHTS
 from diffusers_align.rewards.base import InvalidReward, RewardTimeout
 from diffusers_align.training.offline.held_out_pairs import HeldOutPairs, margins
-from diffusers_align.training.online.sampling import paired_gain
 from diffusers_align.training.report.comparison import table, without_nan
 from diffusers_align.training.report.evaluation import Session, diversities, find_lora, load_rewards, lora_loaded, path_kl
-from diffusers_align.training.report.report import judged_on
-from diffusers_align.training.report.statistics import diversity, in_words, mean_and_error, pairwise_cosine, pairwise_rms, wilson_interval, win_rate
-from diffusers_align.training.run.costs import Cost, Meter
+from diffusers_align.training.report.statistics import mean_and_error, wilson_interval, win_rate
+from diffusers_align.training.run.costs import Cost
 
-torch.set_num_threads(1)
 NAN = float("nan")
 TINY = {"num_prompts_per_epoch": 2, "group_size": 2}
 
-# --- statistics --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "successes, number, low, high",
-    # by hand; 8 of 10 and 0 of 10 stand in the textbooks
-    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962), (0.5, 1, 0.0546, 0.9454)],
-)
-def test_wilson_interval(successes, number, low, high):
-    assert wilson_interval(successes, number) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_wilson_interval_of_nothing_is_nan():
-    assert all(math.isnan(end) for end in wilson_interval(0, 0))
-
-
-def test_ties_count_half_and_nan_pairs_are_left_out():
-    base = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, NAN, 0.0])
-    values = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0, NAN])
-    result = win_rate(values, base)
-    assert (result.wins, result.ties, result.losses, result.left_out) == (2, 2, 1, 2)
-    assert result.rate == 3 / 5 and (result.low, result.high) == wilson_interval(3, 5)
-    assert math.isnan(win_rate(torch.tensor([NAN]), torch.tensor([0.0])).rate)
-
-
-def test_means_errors_and_paired_gains_by_hand():
-    # deviations -1.5, -0.5, 0.5, 1.5: variance 5 / 3, error sqrt(5 / 3 / 4)
-    assert mean_and_error(torch.tensor([1.0, 2.0, NAN, 3.0, 4.0])) == pytest.approx((2.5, math.sqrt(5 / 12)))
-    before, after = torch.tensor([10.0, 20.0, 30.0, NAN]), torch.tensor([11.0, 22.0, 33.0, 1.0])
-    assert paired_gain(before, after) == pytest.approx((2.0, 1 / math.sqrt(3)))
-    single, none = mean_and_error(torch.tensor([2.0])), mean_and_error(torch.tensor([NAN]))
-    assert single[0] == 2.0 and math.isnan(single[1]) and all(math.isnan(value) for value in none)
-
 
 # --- diversity ---------------------------------------------------------------------------------------------------------
-
-
-def test_diversity_is_the_mean_distance_within_a_prompt():
-    vectors = torch.tensor([[0.0, 0.0], [3.0, 4.0], [100.0, 0.0], [100.0, 2.0], [0.0, 0.0]])
-    found = diversity(vectors, ["a", "a", "b", "b", "a"], pairwise_rms)
-    # a: pairs at 5, 0 and 5; b: a pair at 2; each over the root of two dimensions
-    torch.testing.assert_close(found, torch.tensor([10 / 3, 2.0]) / math.sqrt(2))
-    with pytest.raises(ValueError, match="one of 'b'"):
-        diversity(vectors[:3], ["a", "a", "b"], pairwise_rms)
-
-
-def test_cosine_distance():
-    units = torch.nn.functional.normalize(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), dim=-1)
-    rows, columns = torch.triu_indices(4, 4, 1)
-    torch.testing.assert_close(pairwise_cosine(units), 1 - (units @ units.T)[rows, columns])
 
 
 @pytest.fixture(scope="module")
@@ -468,14 +416,6 @@ def test_a_run_is_told_before_training_that_a_reward_has_no_score(tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    "judged, expected",
-    [("ab", "held-out prompts"), ("xy", "the training prompts"), ("aaxb", "3 prompts (1 of them trained on)")],
-)
-def test_only_held_out_prompts_are_called_so(judged, expected):
-    assert judged_on(iter(judged), {"x", "y", "z"}) == expected
-
-
 @pytest.mark.parametrize("eval_prompts, expected", [(False, "the training prompts"), (True, "held-out prompts")])
 def test_the_run_and_its_card_say_what_it_was_judged_on(tmp_path, capsys, eval_prompts, expected):
     task = write_task(tmp_path)
@@ -548,45 +488,8 @@ def test_costs_of_a_run_by_hand_and_over_a_resume(tmp_path):
     assert total.seconds > cost.seconds and Cost.read(out / "checkpoint-1") == cost
 
 
-def test_the_meter_counts_rows_only_while_it_runs():
-    module, meter = torch.nn.Linear(2, 2), Meter()
-    meter.watch([module])
-    module(torch.zeros(5, 2))
-    with meter.running():
-        module(input=torch.zeros(3, 2))
-        with torch.no_grad():
-            module(torch.zeros(4, 2))
-        with meter.paused():
-            module(torch.zeros(7, 2))
-            meter.count_images(7)
-        meter.count_images(2)
-        module(torch.zeros(1, 2))
-    meter.count_images(9)
-    total = meter.total()
-    assert (total.images, total.denoiser_evaluations, total.denoiser_evaluations_with_gradients) == (2, 8, 4)
-
-
-def test_the_meter_excludes_pauses_from_its_seconds(monkeypatch):
-    now = iter([10.0, 13.0, 20.0, 25.0])
-    monkeypatch.setattr("diffusers_align.training.run.costs.time.perf_counter", lambda: next(now))
-    meter = Meter()
-    with meter.running():
-        with meter.paused():
-            pass
-    assert meter.total().seconds == 3.0 + 5.0
-
-
-def test_a_folder_without_costs_has_none(tmp_path):
-    assert Cost.read(tmp_path) is None
-
-
 def test_a_hanging_reward_is_given_up(task, tmp_path):
     (tmp_path / "slow.py").write_text("import time\n\n\ndef hangs(images, prompts, **columns):\n    time.sleep(5)\n    return images.flatten(1).mean(1)\n")
     flags = {"lora": task / "a", "reward": f"{tmp_path / 'slow.py'}:hangs", "reward_timeout": 0.2, "kl_samples": 0}
     with pytest.raises(RewardTimeout, match="--reward_timeout"):
         script().main(arguments(task, tmp_path / "eval", **flags))
-
-
-def test_numbers_in_words():
-    nan = float("nan")
-    assert [in_words(0.5, 0.125, "+.4f"), in_words(-0.5, nan), in_words(nan, nan)] == ["+0.5000 ± 0.1250", "-0.5000", "without a score"]

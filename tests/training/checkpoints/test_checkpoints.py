@@ -5,28 +5,18 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from script_tools import make_run
 from small_run import SIZES, resumed, train, weights
+from states import same
 
 from diffusers_align.rl.advantages import PromptStatistics
-from diffusers_align.training.checkpoints import checkpoints, folder_lock
-from diffusers_align.training.checkpoints.folder_lock import FolderLock
-from diffusers_align.training.checkpoints.state_files import read_state, write_state
+from diffusers_align.training.checkpoints import checkpoints
+from diffusers_align.training.checkpoints.state_files import read_state
 from diffusers_align.training.run import failures
-
-STATE = {
-    "numbers": [1, -2.5, 0.1 + 0.2, 1e300, float("inf"), True, None, "text"],
-    0: {"step": torch.tensor(3.0), "moments": torch.randn(2, 3)},
-    "tuple": (1, (2, 3)),
-    "half": torch.tensor([1.5, 2.5], dtype=torch.bfloat16),
-    "empty": [{}, [], (), torch.zeros(0)],
-}
 
 
 def test_an_average_that_would_never_begin_is_refused(tmp_path):
@@ -35,35 +25,6 @@ def test_an_average_that_would_never_begin_is_refused(tmp_path):
 
 
 # --- data, not code --------------------------------------------------------------------------------------------------------
-
-
-def same(a, b):
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
-
-
-def test_a_state_comes_back_with_its_types_order_and_bits(tmp_path):
-    write_state(tmp_path, "state", STATE)
-    assert same(read_state(tmp_path, "state"), STATE)
-    write_state(tmp_path, "plain", {"a": 1})
-    assert not (tmp_path / "plain.safetensors").exists() and read_state(tmp_path, "plain") == {"a": 1}
-
-
-def test_tensors_that_share_memory_are_written(tmp_path):
-    whole = torch.arange(6.0)
-    write_state(tmp_path, "state", [whole, whole[2:4], whole.view(2, 3).T])
-    assert same(read_state(tmp_path, "state"), [whole, whole[2:4], whole.view(2, 3).T.contiguous()])
-
-
-@pytest.mark.parametrize("state, where", [({"a": [object()]}, r"state\['a'\]\[0\] is a object"), ({(1, 2): 3}, "has a tuple as a key")])
-def test_what_is_no_data_is_refused_with_its_place(tmp_path, state, where):
-    with pytest.raises(TypeError, match=where):
-        write_state(tmp_path, "state", state)
 
 
 class Evil:
@@ -212,56 +173,6 @@ def test_weights_of_another_shape_are_named(tmp_path):
     train(tmp_path / "run", 1)
     with pytest.raises(ValueError, match="other shapes: resume with the model, --rank and --lora_layers"):
         resumed(tmp_path / "run", size=4)
-
-
-# --- two runs in a folder ----------------------------------------------------------------------------------------------------
-
-# By its file, which needs the standard library alone: importing the package would take seconds.
-HOLD = "import pathlib, runpy, sys, time; FolderLock = runpy.run_path(sys.argv[2])['FolderLock']; "
-HOLD += "lock = FolderLock(pathlib.Path(sys.argv[1]), 'train_ddpo.py'); print('held', flush=True); time.sleep(600)"
-LOCK_FILE = Path(folder_lock.__file__)
-
-
-@pytest.fixture
-def holder(tmp_path):
-    """Another process that holds the lock of the folder `run`."""
-    (tmp_path / "run").mkdir()
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "run"), str(LOCK_FILE)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout.readline() == "held\n"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def test_a_second_run_is_refused_until_the_first_one_is_gone(tmp_path, holder):
-    with pytest.raises(OSError, match=rf"Another run writes to .*run: process {holder.pid} on .* since .* \(train_ddpo.py\). Wait for it, stop it, or choose"):
-        train(tmp_path / "run")
-    holder.kill()
-    holder.wait()
-    assert (tmp_path / "run" / ".lock").exists(), "left behind, and no obstacle"
-    run = train(tmp_path / "run", 1)
-    run.end()
-    assert not (tmp_path / "run" / ".lock").exists()
-
-
-def test_runs_of_one_process_follow_each_other(tmp_path):
-    first = FolderLock(tmp_path)
-    second = FolderLock(tmp_path)
-    first.release()
-    assert (tmp_path / ".lock").exists(), "it is the second one's now"
-    second.release()
-    assert not (tmp_path / ".lock").exists()
-
-
-def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
-    def no_locks(*args):
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr("fcntl.lockf", no_locks)
-    assert "cannot be locked (No locks available)" in FolderLock(tmp_path).warning
 
 
 # --- a folder with the results of an earlier run -------------------------------------------------------------------------------

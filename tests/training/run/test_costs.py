@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_align.training.run.costs import Meter
+from diffusers_align.training.run.costs import Cost, Meter
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))], ids=["deepcopy", "pickle"])
@@ -21,3 +21,35 @@ def test_a_copy_of_a_watched_denoiser_is_a_copy(copied):
     with meter.running():
         assert other(torch.ones(3, 2)).abs().max() == 0 and module(torch.ones(3, 2)).abs().max() > 0
     assert meter.total().denoiser_evaluations == 3, "the copy is not watched"
+
+
+def test_the_meter_counts_rows_only_while_it_runs():
+    module, meter = torch.nn.Linear(2, 2), Meter()
+    meter.watch([module])
+    module(torch.zeros(5, 2))
+    with meter.running():
+        module(input=torch.zeros(3, 2))
+        with torch.no_grad():
+            module(torch.zeros(4, 2))
+        with meter.paused():
+            module(torch.zeros(7, 2))
+            meter.count_images(7)
+        meter.count_images(2)
+        module(torch.zeros(1, 2))
+    meter.count_images(9)
+    total = meter.total()
+    assert (total.images, total.denoiser_evaluations, total.denoiser_evaluations_with_gradients) == (2, 8, 4)
+
+
+def test_the_meter_excludes_pauses_from_its_seconds(monkeypatch):
+    now = iter([10.0, 13.0, 20.0, 25.0])
+    monkeypatch.setattr("diffusers_align.training.run.costs.time.perf_counter", lambda: next(now))
+    meter = Meter()
+    with meter.running():
+        with meter.paused():
+            pass
+    assert meter.total().seconds == 3.0 + 5.0
+
+
+def test_a_folder_without_costs_has_none(tmp_path):
+    assert Cost.read(tmp_path) is None
