@@ -16,6 +16,12 @@ from diffusers_align.training.flags.methods import GroupArguments, NoiseArgument
 from diffusers_align.training.flags.options import Count, NonNegative, Positive, Steps, option, parse
 from diffusers_align.training.online.trained_steps import first_share
 
+
+def listed(values):
+    """A table of defaults in words."""
+    return ", ".join(f"{value:g} for {name}" for name, value in values.items())
+
+
 KL_WEIGHT = {"official": 0.04, "gaussian": 0.004, "mean_squared": 0.01}
 CLIP_RANGE = {"flow_grpo": 1e-4, "flow_cps": 1e-5, "grpo_guard": 2e-6}
 MOVING = {"sde_window_size": True}
@@ -46,11 +52,11 @@ class FlowGRPOArguments(
     loss: Literal["flow_grpo", "flow_cps", "grpo_guard"] | None = option(
         None, "the ratio: true, on the CPS code's scale (the default with cps), or GRPO-Guard's"
     )
-    clip_range: Positive | None = option(None, f"of the ratio per dimension; by the loss if absent: {CLIP_RANGE}")
+    clip_range: Positive | None = option(None, f"of the ratio per dimension; by the loss if absent: {listed(CLIP_RANGE)}")
     clip_range_high: Positive | None = option(None, "of ratios above 1, where it differs: wider keeps unlikely steps growing (DAPO)", advanced=True)
     kl_weight: NonNegative | None = option(
         None,
-        f"of the KL to the reference; by its form if absent: {KL_WEIGHT}; with a window or GRPO-Guard 0, which saves a pass",
+        f"of the KL to the reference; by its form if absent: {listed(KL_WEIGHT)}; with a window or GRPO-Guard 0, which saves a pass",
         was="kl_beta",
         resume="takes effect",
     )

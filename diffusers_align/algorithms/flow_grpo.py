@@ -70,9 +70,12 @@ def kl_penalty(mean: Tensor, ref_mean: Tensor, std: Tensor, step_size: float, *,
 
 
 def describe_kl(beta: float, form: str, step_sizes: list[float]) -> str:
-    """The same penalty in the other form's beta, for the mean of the steps' lengths; of `mean_squared`, what it is."""
+    """The same penalty in the other form's beta, for the mean of the steps' lengths; what it is for `mean_squared` and for
+    diffusion, whose steps have lengths of NaN."""
     if form == "mean_squared":
         return f"kl_weight {beta:g} weighs the squared difference of the steps' means, 2 std^2 of the Gaussian KL: steps of little noise count little"
     length = sum(step_sizes) / len(step_sizes)
+    if length != length:  # diffusion, whose steps have no length
+        return f"kl_weight {beta:g} weighs the exact Gaussian KL of each step, in nats per dimension"
     other, equivalent = ("gaussian", beta * length) if form == "official" else ("official", beta / length)
     return f"kl_weight {beta:g} on the {form} KL weighs like {equivalent:.3g} on the {other} one at the mean step of {length:.3g}"

@@ -7,7 +7,7 @@ import torch
 from moved_policy import SHAPE, randn
 
 from diffusers_align import FlowMatchSDEScheduler
-from diffusers_align.algorithms.flow_grpo import gaussian_kl, kl_penalty, official_kl
+from diffusers_align.algorithms.flow_grpo import describe_kl, gaussian_kl, kl_penalty, official_kl
 
 
 def test_the_kl_penalty_has_three_forms():
@@ -30,3 +30,8 @@ def test_flow_grpos_kl_would_weigh_the_last_step_of_cps_a_thousandfold():
         official, squared = (kl_penalty(mean, reference, std, sigma - after, form=form) for form in ("official", "mean_squared"))
         factors.append(float((official / squared).mean()))
     assert factors == pytest.approx([0.024, 0.031, 0.042, 0.060, 0.092, 0.16, 0.35, 1.34, 1870], rel=0.03)
+
+
+def test_the_penalty_is_said_in_the_other_forms_weight_and_without_step_lengths_as_it_is():
+    assert "like 0.0133 on the gaussian one at the mean step of 0.333" in describe_kl(0.04, "official", [1 / 3] * 3)
+    assert describe_kl(0.004, "gaussian", [float("nan")] * 3) == "kl_weight 0.004 weighs the exact Gaussian KL of each step, in nats per dimension"

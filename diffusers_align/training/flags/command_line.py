@@ -82,7 +82,8 @@ def as_flag(name: str, wanted: Any) -> str:
     """A flag with its value, as one would type it; a tuple is a choice of values."""
     if isinstance(wanted, bool):
         return f"--{name}" if wanted else f"--no-{name}"
-    return f"--{name} {' or '.join(map(str, wanted)) if isinstance(wanted, tuple) else wanted}"
+    choices = wanted if isinstance(wanted, tuple) else (wanted,)
+    return f"--{name} {' or '.join(str(choice) for choice in choices if choice is not None)}"
 
 
 def shown(value: Any) -> str:

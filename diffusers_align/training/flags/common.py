@@ -38,13 +38,13 @@ class SignalArguments(Arguments):
 class PlaceArguments(Arguments):
     """output"""
 
-    output_dir: str = required("the folder of all that comes out: LoRA, pictures, metrics, model card and checkpoints", resume="unsaid")
+    output_dir: str = required("the folder of all that comes out: weights or data, pictures, numbers, and what a resumed run needs", resume="unsaid")
 
 
 class OptimisationArguments(SeedArguments, SignalArguments):
     """optimisation"""
 
-    num_epochs: Count = option(100, "rollouts, each followed by its updates", resume="takes effect")
+    num_epochs: Count = option(100, "rollouts, or stretches of the data set, each with its updates and a line of the log", resume="takes effect")
     train_batch_size: Count = option(8, "samples of a rollout or replay at a time, at most, on each process", resume="free")
     gradient_accumulation_steps: Count | None = option(
         None,
