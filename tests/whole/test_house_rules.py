@@ -1,6 +1,7 @@
 """What every file promises: layers, pages, tests, sizes."""
 
 import ast
+import functools
 import re
 import statistics
 import subprocess
@@ -61,8 +62,9 @@ def part_of(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Absolute names of what a module of the package imports, also inside functions."""
-    package, found = ["diffusers_align", *path.relative_to(PACKAGE).parts[:-1]], set()
+    """Absolute names of what a module, a test or a script imports, also inside functions."""
+    package = ["diffusers_align", *path.relative_to(PACKAGE).parts[:-1]] if path.is_relative_to(PACKAGE) else []
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -232,6 +234,101 @@ def test_the_mathematics_has_users():
     unused = {name for name in defined - used if name.rpartition(".")[0] not in LIBRARY_ONLY}
     assert unused == set()
     assert set(LIBRARY_ONLY) <= {name.rpartition(".")[0] for name in defined}
+
+
+# tests lie where what they test lies
+
+TESTS = ROOT / "tests"
+# Rooms of tests that mirror no module: what spans rooms, and the documentation.
+NOT_MIRRORED = {"docs", "support", "whole"}
+# Modules without a test file of their own: thin pieces, and pieces that only make sense with a neighbour. Module -> the file that tests it.
+TESTED_WITH = {
+    "algorithms/ddpo": "algorithms/test_algorithms",
+    "algorithms/reinforce": "algorithms/test_algorithms",
+    "checks/given_names": "training/run/test_model_loading",
+    "driving/arguments": "driving/test_driver",
+    "driving/replacements": "whole/test_patches",
+    "driving/steps": "driving/test_driver",
+    "driving/tape": "whole/test_precision",
+    "embedded/noisy_classifier": "pipelines/test_reward_guided",
+    "embedded/noisy_trunk": "embedded/test_noisy_clip",
+    "files/weight_files": "test_lora",
+    "gradients/walk": "gradients/test_rollout",
+    "pipelines/guided_sampling": "pipelines/test_reward_guided",
+    "pipelines/outputs": "pipelines/test_best_of_n",
+    "pipelines/particles": "pipelines/test_particle_steering",
+    "pipelines/recurrence": "pipelines/test_reward_guided",
+    "rewards/learned": "training/offline/test_reward_fitting",
+    "training/checkpoints/contents": "training/checkpoints/test_resuming",
+    "training/checkpoints/resumable": "training/checkpoints/test_checkpoints",
+    "training/flags/command_line": "training/flags/test_options",
+    "training/flags/data": "training_scripts/test_train_dpo",
+    "training/flags/methods": "training_scripts/test_train_flow_grpo",
+    "training/flags/model": "training/flags/test_common",
+    "training/flags/option_types": "training/flags/test_options",
+    "training/flags/task": "training/flags/test_common",
+    "training/offline/data_latents": "training_scripts/test_train_dpo",
+    "training/offline/descent": "training_scripts/test_train_dpo",
+    "training/offline/examples": "training_scripts/test_train_dpo",
+    "training/offline/held_out_pairs": "training_scripts/test_evaluate",
+    "training/offline/made_preferences": "training_scripts/test_make_preferences",
+    "training/offline/noised_latents": "training_scripts/test_train_dpo",
+    "training/offline/rows": "training_scripts/test_train_dpo",
+    "training/offline/steps": "training_scripts/test_train_dpo",
+    "training/online/forward_samples": "training_scripts/test_train_nft",
+    "training/online/policy_gradient": "training_scripts/test_train_flow_grpo",
+    "training/online/sampling": "training/run/test_run",
+    "training/online/step_candidates": "training_scripts/test_train_d3po",
+    "training/online/stored_trajectories": "training_scripts/test_train_d3po",
+    "training/online/trained_steps": "training_scripts/test_train_flow_grpo",
+    "training/online/value_baseline": "training_scripts/test_train_dpok",
+    "training/report/comparison": "training_scripts/test_evaluate",
+    "training/report/evaluation": "training_scripts/test_evaluate",
+    "training/report/hub": "training/report/test_model_card",
+    "training/run/metrics": "training/run/test_run",
+    "training/run/single_file": "training/run/test_model_loading",
+    "training/run/symptoms": "training/run/test_health",
+}
+# What no test runs: it trains the embedded models, which embedded/test_embedded judges.
+NOT_RUN = {"embedded/train"}
+
+
+def places_of_tests() -> set[str]:
+    """Every place that a test file may be named for: a module, a script, or a room as a whole (rewards/rewards)."""
+    modules = {name_of(path) for path in MODULES if path.stem != "__init__"}
+    rooms = {f"{name_of(path.parent)}/{path.parent.name}" for path in MODULES if path.stem == "__init__" and path.parent != PACKAGE}
+    return modules | rooms | {f"training_scripts/{path.stem}" for path in (ROOT / "training_scripts").glob("*.py")} | {"training_scripts/training_scripts"}
+
+
+def test_each_test_file_is_named_for_what_it_tests():
+    files = [path.relative_to(TESTS) for path in TESTS.rglob("test_*.py") if path.relative_to(TESTS).parts[0] not in NOT_MIRRORED]
+    assert [str(path) for path in files if (path.parent / path.stem.removeprefix("test_")).as_posix() not in places_of_tests()] == []
+
+
+@pytest.mark.parametrize("module", [name_of(path) for path in MODULES if path.stem != "__init__" and name_of(path) not in NOT_RUN])
+def test_each_module_has_its_tests(module):
+    own = TESTS / Path(module).parent / f"test_{Path(module).name}.py"
+    if own.exists():
+        assert module not in TESTED_WITH, f"{own.relative_to(ROOT)} is there: drop the entry of TESTED_WITH"
+    else:
+        assert module in TESTED_WITH, f"write {own.relative_to(ROOT)}, or say in TESTED_WITH which file tests it"
+        assert reaches(TESTS / f"{TESTED_WITH[module]}.py", PACKAGE / f"{module}.py")
+
+
+@functools.cache
+def used(path: Path) -> frozenset[Path]:
+    """The modules of the package that a module, a test or a script imports, through the rooms that hand their names on."""
+    by_name = {f"diffusers_align.{module_of(module)}": module for module in MODULES}
+    found = {by_name.get(name) or by_name.get(name.rpartition(".")[0]) for name in imports(path)} - {None, PACKAGE / "__init__.py"}
+    rooms = {module for module in found if module.stem == "__init__"}
+    return frozenset(found.union(*(used(room) for room in rooms)) if path not in rooms else found)
+
+
+def reaches(test: Path, module: Path) -> bool:
+    """Does the test, or the script that it tests, use the module, itself or through one that does?"""
+    script = ROOT / "training_scripts" / f"{test.stem.removeprefix('test_')}.py"
+    near = used(test) | (used(script) if script.exists() else set())
+    return module in near or any(module in used(neighbour) for neighbour in near)
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
