@@ -349,6 +349,27 @@ def test_modules_have_docstrings(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
+def importers_of(path: Path) -> set[str]:
+    """Which files of the package and of the scripts import a module."""
+    name = "diffusers_align." + module_of(path)
+    parent, _, stem = name.rpartition(".")
+    found = {other.name for other in MODULES if other != path and any(i == name or i.startswith(f"{name}.") for i in imports(other))}
+    for script in (ROOT / "training_scripts").glob("*.py"):
+        text = script.read_text()
+        if re.search(rf"^\s*from {re.escape(name)} import|^\s*from {re.escape(parent)} import .*\b{stem}\b", text, re.MULTILINE):
+            found.add(script.name)
+    return found
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if part_of(path) == "training" and path.stem != "__init__"], ids=name_of)
+def test_a_module_of_one_script_says_why(path):
+    """What one script alone imports could stand in it: the module's page names the script, and the reason."""
+    importers = importers_of(path)
+    assert importers, "nobody imports it"
+    if len(importers) == 1 and (ROOT / "training_scripts" / (script := next(iter(importers)))).exists():
+        assert f"{script}" in (ast.get_docstring(ast.parse(path.read_text())) or "")
+
+
 # sizes
 
 

@@ -1,4 +1,7 @@
-"""What a comparison of models says, as data (for JSON) and as a Markdown table made of the same data."""
+"""What a comparison of models says, as data (for JSON) and as a Markdown table made of the same data.
+
+`evaluate.py` alone has it: a script that trains compares two models, before and after, and `report` says that.
+"""
 
 from __future__ import annotations
 
