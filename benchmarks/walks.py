@@ -36,7 +36,7 @@ WHAT_IT_DOES = {
     **{
         f"diffusers_align/{name}.py": what
         for name, what in {
-            "driving/steps": "stands in for the scheduler's step and calls back",
+            "driving/scheduler_hook": "stands in for the scheduler's step and calls back",
             "driving/tape": "records state and action; forces them in a replay",
             "schedulers/scheduling_flow_match_sde": "makes the step's Gaussian of state and velocity",
             "schedulers/scheduling_utils": "states in the pipeline's precision; draws, scores",
@@ -50,7 +50,7 @@ WHAT_IT_DOES = {
             "data/read": "reads and checks a row",
             "data/images": "opens its images when they are asked for",
             "data/augment": "the same crop for both",
-            "training/offline/examples": "rows to batches, images to both sides of a pair",
+            "training/offline/noised_batches": "rows to batches, images to both sides of a pair",
             "training/offline/data_latents": "latents of the images, computed once",
             "driving/latent_layout": "encodes as the pipeline decodes",
             "training/offline/noised_latents": "the same noise and time for both; errors",
@@ -65,9 +65,9 @@ WHAT_IT_DOES = {
 HANDED_ON = {
     f"diffusers_align/{name}.py"
     for name in (
-        "checks/ranges", "data/conversions", "driving/driver", "driving/gates", "driving/replacements", "training/offline/rows", "training/offline/steps",
-        "training/online/group_advantages", "training/online/trained_steps", "training/report/report", "training/run/costs", "training/run/inputs",
-        "training/run/run",
+        "checks/ranges", "data/conversions", "driving/driver", "driving/denoiser_gates", "driving/replacements", "training/offline/rows",
+        "training/offline/loop", "training/online/group_advantages", "training/online/trained_steps", "training/report/report", "training/run/costs",
+        "training/run/inputs", "training/run/run",
     )
 }  # fmt: skip
 

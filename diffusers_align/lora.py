@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .checks.given_names import did_you_mean
 from .checks.ranges import Count, Positive, check
-from .driving.steps import denoisers as denoisers_of
+from .driving.scheduler_hook import denoisers as denoisers_of
 from .driving.wrappers import bare, unwrapped
 from .files import lora_files, weight_files
 from .files.lora_files import METADATA, WEIGHTS

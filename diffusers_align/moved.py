@@ -26,7 +26,7 @@ def _to(folder: str, *same: str, old: str = "", **renamed: str) -> dict[str, str
 # Old name to new one, inside the package.
 MOVED = {
     **_to("driving", "initial_noise", "latent_layout", "noise", "pipeline_state", "prediction", "prompt_memory", "reproducibility", "safety_checker"),
-    **_to("driving", "stock", "tape", "wrappers", calls="driver", driver="steps"),
+    **_to("driving", "stock", "tape", "wrappers", calls="driver", driver="scheduler_hook"),
     **_to("gradients", "decoding", differentiable="rollout", gradient_check="check"),
     **_to("checks", "given_names", "ranges"),
     **_to("files", "lora_files", "weight_files", front_doors="paths"),
@@ -36,12 +36,12 @@ MOVED = {
     **_to("training.flags", "option_types", "options", "recipes", old="training", arguments="common", data_arguments="data", method_arguments="methods"),
     **_to("training.run", "costs", "division", "early_stop", "endings", "failures", "health", "inputs", "metrics", "sharding", "single_file", old="training"),
     **_to("training.run", "symptoms", old="training", averages="weight_copies", loading="model_loading"),
-    **_to("training.checkpoints", "folder_lock", "resumable", "resuming", "state_files", old="training"),
+    **_to("training.checkpoints", "folder_lock", "state_files", old="training", resumable="state_adapters", resuming="allowed_changes"),
     **_to("training.online", "sampling", "scoring", "trust_region", old="training", advantages="group_advantages", candidates="step_candidates"),
     **_to("training.online", old="training", credit="step_rewards", views="captions", noising="forward_samples", preferences="stored_trajectories"),
     **_to("training.offline", "held_out_pairs", "made_preferences", old="training", noised_images="data_latents"),
     **_to("training.offline", old="training", preference_flow="flow_pairs", reward_learning="reward_fitting"),
-    **_to("training.gradient", "adjoints", "bound_rewards", "pretraining", old="training", reward_gradients="updates", renoised_samples="renoised"),
+    **_to("training.gradient", "adjoints", "bound_rewards", "pretraining", old="training", reward_gradients="loop", renoised_samples="renoised"),
     **_to("training.report", "comparison", "evaluation", "hub", "lettering", "model_card", "pictures", "statistics", old="training"),
 }
 # Modules in whose place stands a folder of that name, which hands on what they had.
@@ -49,7 +49,7 @@ INTO_FOLDERS = {
     "training.run": ("training.run.run",),
     "training.checkpoints": ("training.checkpoints.checkpoints",),
     "training.report": ("training.report.report",),
-    "training.offline": tuple(f"training.offline.{module}" for module in ("examples", "rows", "descent", "noised_latents", "steps")),
+    "training.offline": tuple(f"training.offline.{module}" for module in ("noised_batches", "rows", "descent", "noised_latents", "loop")),
 }
 
 

@@ -21,7 +21,7 @@ from .driving.latent_layout import LatentLayout
 from .driving.noise import noise_seed
 from .driving.prediction import Prediction
 from .driving.reproducibility import CarriedState, check_first_steps
-from .driving.steps import Step
+from .driving.scheduler_hook import Step
 from .driving.tape import Tape, check_state, force
 from .schedulers.scheduling_utils import SDESchedulerMixin
 from .trajectory import Trajectory

@@ -44,7 +44,7 @@ if __name__ == "__main__":
 from diffusers_align.algorithms.alignprop import alignprop_loss, grad_steps, truncation
 from diffusers_align.gradients.rollout import differentiable_rollout
 from diffusers_align.training import Run
-from diffusers_align.training.gradient.updates import RewardTraining
+from diffusers_align.training.gradient.loop import RewardTraining
 
 
 def main(argv=None):

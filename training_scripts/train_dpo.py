@@ -61,8 +61,8 @@ from diffusers_align.algorithms.mapo import mapo_loss, mapo_margin
 from diffusers_align.policy import noise_seed
 from diffusers_align.training import Run
 from diffusers_align.training.offline.descent import descend
+from diffusers_align.training.offline.loop import OfflineTraining
 from diffusers_align.training.offline.rows import load_rows
-from diffusers_align.training.offline.steps import OfflineTraining
 
 # Diffusion, flow matching: official codes of Diffusion-DPO and Linear-DPO (SD 1.5, SD3), Flow-Factory's DPO, MaPO's for SDXL.
 BETA = {"mapo": (0.1, 0.1), "linear": (100, 1000), "dpo": (5000, 2000)}

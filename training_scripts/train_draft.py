@@ -73,8 +73,8 @@ from diffusers_align.gradients.rollout import differentiable_rollout
 from diffusers_align.training import Run
 from diffusers_align.training.gradient import renoised
 from diffusers_align.training.gradient.adjoints import adjoint_backward
+from diffusers_align.training.gradient.loop import RewardTraining, checkpoint_options
 from diffusers_align.training.gradient.losses import finite
-from diffusers_align.training.gradient.updates import RewardTraining, checkpoint_options
 
 
 def choices(args, num_steps, generator):

@@ -40,8 +40,8 @@ from diffusers_align.algorithms.diffusion_dpo import describe_beta, preference_m
 from diffusers_align.algorithms.dspo import dspo_loss
 from diffusers_align.training import Run
 from diffusers_align.training.offline.descent import descend
+from diffusers_align.training.offline.loop import OfflineTraining
 from diffusers_align.training.offline.rows import load_rows
-from diffusers_align.training.offline.steps import OfflineTraining
 
 
 def pair_loss(args, winner, loser, ref_errors, labels):

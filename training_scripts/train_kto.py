@@ -51,8 +51,8 @@ from diffusers_align.algorithms.diffusion_kto import ReferencePoint, describe_ba
 from diffusers_align.data import balanced_batch_of
 from diffusers_align.training import Run
 from diffusers_align.training.offline.descent import descend, measure
+from diffusers_align.training.offline.loop import OfflineTraining
 from diffusers_align.training.offline.rows import load_rows
-from diffusers_align.training.offline.steps import OfflineTraining
 
 BETA = (5000, 1000)  # diffusion (the paper), flow matching: the logit scale of Diffusion-DPO's 2000
 

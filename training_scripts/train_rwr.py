@@ -43,9 +43,9 @@ import torch
 from diffusers_align.algorithms.reward_weighted_regression import reward_weighted_loss, reward_weights, weight_statistics
 from diffusers_align.training import Run
 from diffusers_align.training.offline.descent import descend
-from diffusers_align.training.offline.examples import Examples
+from diffusers_align.training.offline.loop import OfflineTraining
+from diffusers_align.training.offline.noised_batches import Examples
 from diffusers_align.training.offline.rows import load_captioned, load_rows
-from diffusers_align.training.offline.steps import OfflineTraining
 
 
 def weighted(run, rows):

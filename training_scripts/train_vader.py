@@ -38,8 +38,8 @@ if __name__ == "__main__":
 from diffusers_align.algorithms.vader import frame_indices, grad_steps, vader_loss
 from diffusers_align.gradients.rollout import differentiable_rollout
 from diffusers_align.training import Run
+from diffusers_align.training.gradient.loop import RewardTraining
 from diffusers_align.training.gradient.reward_check import count_frames
-from diffusers_align.training.gradient.updates import RewardTraining
 
 
 def main(argv=None):

@@ -18,7 +18,7 @@ from ..checks.ranges import Count, checked
 from ..condition import Condition
 from ..schedulers import sde_twin
 from ..schedulers.scheduling_utils import SDESchedulerMixin, put_in_place
-from . import steps
+from . import scheduler_hook
 from .arguments import check_arguments, checked_prompts, maybe_of_samples, unknown_prompts
 from .noise import noise_seed, step_streams
 from .prompt_memory import PromptMemory, Store, encoded_prompt
@@ -77,7 +77,7 @@ class Driver:
     @property
     def denoisers(self) -> dict[str, nn.Module]:
         """The networks that are trained, by component name."""
-        return steps.denoisers(self.pipeline)
+        return scheduler_hook.denoisers(self.pipeline)
 
     @property
     def device(self) -> torch.device:
@@ -198,7 +198,7 @@ class Driver:
     def drive(
         self,
         condition: Condition,
-        on_step: Callable[[steps.Step], Tensor | None],
+        on_step: Callable[[scheduler_hook.Step], Tensor | None],
         *,
         needs_denoiser: Callable[[int], bool] | None = None,
         timesteps: Tensor | None = None,
@@ -225,7 +225,7 @@ class Driver:
                 `on_step` raises comes through.
         """
         with unchecked(self.pipeline):
-            return steps.drive(
+            return scheduler_hook.drive(
                 self.pipeline, on_step, self.call(condition, **overrides), gradients=torch.is_grad_enabled(), timesteps=timesteps,
                 needs_denoiser=needs_denoiser, memory=self.prompt_memory, noise=self._streams, global_seed=_global_seed(condition),
             )  # fmt: skip

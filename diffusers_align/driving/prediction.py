@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..condition import Condition
-from .steps import Step
+from .scheduler_hook import Step
 
 if TYPE_CHECKING:
     from .driver import Driver

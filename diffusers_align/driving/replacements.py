@@ -1,6 +1,7 @@
 """What stands in the place of something that a pipeline, a model or a scheduler has, for the time of a call, and leaves no trace.
 
-Every change of an object that is not ours goes through this module. `docs/patches.md` lists them, with what breaks each of them.
+Every method and attribute of an object that is not ours is changed through this module, but for the class of a scheduler (`scheduler_hook`).
+`docs/patches.md` lists all changes, with what breaks each of them.
 """
 
 from __future__ import annotations

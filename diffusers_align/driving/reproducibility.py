@@ -10,7 +10,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..trajectory import Trajectory
-from .steps import Step
+from .scheduler_hook import Step
 from .tape import force
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..condition import Condition
 from ..trajectory import Trajectory
 from ..transition import GaussianTransition
-from .steps import Step
+from .scheduler_hook import Step
 
 if TYPE_CHECKING:
     from .driver import Driver

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..condition import Condition
 from ..driving.driver import images_of
 from ..driving.initial_noise import initial_noise
-from ..driving.steps import Step
+from ..driving.scheduler_hook import Step
 from ..driving.stock import stock_solver
 from ..policy import Policy
 from .decoding import light_decoding

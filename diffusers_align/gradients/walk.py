@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ..condition import positions
-from ..driving.steps import Step
+from ..driving.scheduler_hook import Step
 from ..forward_process import ForwardProcess
 from ..schedulers import sde_twin
 from ..transition import GaussianTransition

@@ -32,7 +32,7 @@ from .. import lora
 from ..checks.ranges import NonNegative, Probability, check_call, check_value
 from ..driving.prompt_memory import PromptMemory
 from ..driving.replacements import replaced
-from ..driving.steps import Step, denoisers, drive
+from ..driving.scheduler_hook import Step, denoisers, drive
 from .base import WrappedPipeline
 from .guided_sampling import first_step
 from .noise_grid import position

@@ -27,7 +27,7 @@ from ..driving.arguments import checked_prompts, unknown_prompts
 from ..driving.driver import images_of
 from ..driving.prompt_memory import PromptMemory
 from ..driving.safety_checker import unchecked
-from ..driving.steps import Step, drive
+from ..driving.scheduler_hook import Step, drive
 from ..gradients.decoding import light_decoding
 from ..policy import Policy
 from ..rewards import load_reward
@@ -161,7 +161,7 @@ class WrappedPipeline(DiffusionPipeline):
         return condition if latents is None else replace(condition, kwargs={**condition.kwargs, "latents": latents}), generator
 
     def drive(self, condition: Condition, generator: Generators, on_step, *, gradients: bool = False, needs_denoiser=None, global_seed=None, **overrides: Any):
-        """Call the stock pipeline for the rows of `condition` and hand each scheduler step to `on_step` (`diffusers_align.driving.steps`)."""
+        """Call the stock pipeline for the rows of `condition` and hand each scheduler step to `on_step` (`diffusers_align.driving.scheduler_hook`)."""
         call = {**condition.arguments(inspect.signature(type(self.pipeline).__call__).parameters), "generator": generator, **overrides}
         options = {"needs_denoiser": needs_denoiser, "memory": self.prompt_memory, "global_seed": global_seed}
         with light_decoding(self.pipeline) if gradients else nullcontext():

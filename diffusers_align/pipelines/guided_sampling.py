@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..algorithms.guidance import Guidance, Level, clean_estimate, guide, output_change, renoised, step_weights
 from ..driving.initial_noise import prepared_latents
 from ..driving.prompt_memory import PromptMemory
-from ..driving.steps import Step, denoisers, drive
+from ..driving.scheduler_hook import Step, denoisers, drive
 from .base import copied
 from .noise_grid import NoiseGrid, check_scale, noise_grid
 from .recurrence import put_back, reads_state, restarted, run_time_state, whole_steps

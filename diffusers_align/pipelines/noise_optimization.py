@@ -17,7 +17,7 @@ from ..algorithms.noise_optimization import Ascent, NoiseOptimization, ascend, s
 from ..checks.ranges import Count, CountOrNone, NonNegative, Positive, PositiveOrInfinite, checked
 from ..condition import Condition
 from ..driving.initial_noise import initial_noise
-from ..driving.steps import Step
+from ..driving.scheduler_hook import Step
 from ..gradients.rollout import DifferentiableRollout, differentiable_rollout
 from ..policy import Policy
 from ..schedulers import DDIMSDEScheduler

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..condition import Condition
 from ..driving.noise import noise_seed, step_streams
 from ..driving.reproducibility import caches
-from ..driving.steps import Step, denoisers
+from ..driving.scheduler_hook import Step, denoisers
 from ..transition import GaussianTransition
 from .base import Generators, WrappedPipeline
 

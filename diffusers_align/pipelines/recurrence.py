@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..algorithms.guidance import Level
-from ..driving.steps import Step
+from ..driving.scheduler_hook import Step
 from .base import copied
 
 

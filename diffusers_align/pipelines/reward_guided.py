@@ -19,7 +19,7 @@ from ..checks.ranges import Count, Probability, checked
 from ..condition import Condition
 from ..driving.driver import images_of
 from ..driving.safety_checker import unchecked
-from ..driving.steps import Step
+from ..driving.scheduler_hook import Step
 from ..policy import noise_seed
 from .base import Generators, Judge, WrappedPipeline, copied
 from .guided_sampling import Objective, guided_sample

@@ -17,7 +17,7 @@ from tiny_pipelines import FAMILIES
 
 from diffusers_align.driving.driver import Driver, images_of
 from diffusers_align.driving.prompt_memory import PromptMemory
-from diffusers_align.driving.steps import denoisers, drive
+from diffusers_align.driving.scheduler_hook import denoisers, drive
 from diffusers_align.driving.stock import stock_images
 from diffusers_align.schedulers import sde_twin
 

@@ -20,10 +20,10 @@ from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.policy import Policy
 from diffusers_align.training.offline.data_latents import Position, image_shape
 from diffusers_align.training.offline.descent import Measured, Reference, descend, measure
-from diffusers_align.training.offline.examples import Examples, pairs_of
+from diffusers_align.training.offline.loop import OfflineTraining, load_policy
+from diffusers_align.training.offline.noised_batches import Examples, pairs_of
 from diffusers_align.training.offline.noised_latents import predict
 from diffusers_align.training.offline.rows import load_rows
-from diffusers_align.training.offline.steps import OfflineTraining, load_policy
 from diffusers_align.training.run.run import Run
 
 torch.set_num_threads(1)

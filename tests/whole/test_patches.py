@@ -108,7 +108,12 @@ PATCHES = sorted((path.relative_to(ROOT).as_posix().removeprefix("diffusers_alig
 
 def test_patches_are_found():
     found = {(path, place) for path, place, _ in PATCHES}
-    assert {("driving/gates.py", "gated"), ("driving/steps.py", "_hooked"), ("training/run/costs.py", "Meter"), ("__init__.py", "module")} <= found
+    assert {
+        ("driving/denoiser_gates.py", "gated"),
+        ("driving/scheduler_hook.py", "_hooked"),
+        ("training/run/costs.py", "Meter"),
+        ("__init__.py", "module"),
+    } <= found
     source = "m.forward = self.forward = 1\ns.__class__ = int\nvars(m).update(a=1)\nm.__dict__['x'] = self.__dict__['y'] = 2\nsys.path.append('')"
     assert sorted(what for node in ast.walk(ast.parse(source)) for what in of_node(node) if what) == ["__class__", "__dict__", "forward", "sys.path", "vars"]
 

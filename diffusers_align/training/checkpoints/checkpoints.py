@@ -17,8 +17,8 @@ from accelerate.utils import gather_object
 
 from ... import __version__
 from ..run import costs, failures
-from . import resuming
-from .resumable import random_state, restore_random_state
+from . import allowed_changes
+from .state_adapters import random_state, restore_random_state
 from .state_files import read_state, write_state
 
 MANIFEST, RANDOM, LOGS = "manifest.json", "random_states", "logs"
@@ -60,7 +60,7 @@ def save(run) -> None:
             write_state(partial, RANDOM, random)
             run.save_weights(partial)
             cost.write(partial)
-            seal(partial, {"version": __version__, "states": list(run.registered), **(run.made_by or resuming.made_by(run))})
+            seal(partial, {"version": __version__, "states": list(run.registered), **(run.made_by or allowed_changes.made_by(run))})
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
         limit = run.args.checkpoints_total_limit
@@ -94,7 +94,7 @@ def fault(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = dict(manifest["files"])
-        missing = (resuming.MADE_BY | {"states"}) - manifest.keys()
+        missing = (allowed_changes.MADE_BY | {"states"}) - manifest.keys()
     except FileNotFoundError:
         return f"{MANIFEST} is missing" if any(folder.iterdir()) else "the folder is empty"
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -162,7 +162,7 @@ def restore(run) -> None:
         ValueError: the checkpoint is of another algorithm, of other flags, or of a model of other shapes.
     """
     wanted = run.args.resume_from_checkpoint
-    made_by = run.made_by = run.on_main(lambda: resuming.made_by(run))
+    made_by = run.made_by = run.on_main(lambda: allowed_changes.made_by(run))
     folder, said = run.on_main(lambda: choose(run, wanted)) if wanted else (None, "")
     if said:
         run.print(said)
@@ -170,10 +170,10 @@ def restore(run) -> None:
         run.on_main(lambda: begin(run))
         return
     manifest = run.on_main(lambda: json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-    notes = resuming.compare(manifest, made_by, run.args.allow_changes, folder.name, type(run.args))
+    notes = allowed_changes.compare(manifest, made_by, run.args.allow_changes, folder.name, type(run.args))
     notes += _load(run, folder, manifest)
-    resuming.check_epochs(run, folder.name)
-    made_by["commands"] = resuming.history(manifest["commands"], made_by["commands"], run.epoch)
+    allowed_changes.check_epochs(run, folder.name)
+    made_by["commands"] = allowed_changes.history(manifest["commands"], made_by["commands"], run.epoch)
     run.meter.resume(run.on_main(lambda: costs.Cost.read(folder)))
     if later := run.on_main(lambda: set_aside(run.output_dir, [path for path in run.checkpoints() if epoch_of(path) > run.epoch])):
         notes.append(f"Later checkpoints are of epochs that are now trained again: {', '.join(later)} renamed to .previous-*.")

@@ -150,7 +150,7 @@ class PretrainingArguments(
 class RewardGradientArguments(PretrainingArguments, TrainingArguments, defaults={"gradient_accumulation_steps": 1}):
     """reward gradients"""
 
-    # Used by `gradient.updates`. One batch per step: on-policy however many updates an epoch has, each samples anew.
+    # Used by `gradient.loop`. One batch per step: on-policy however many updates an epoch has, each samples anew.
     num_samples_per_epoch: Count = option(128, "one per prompt: the stretch between two lines of the log")
     reward_map: Literal["none", "hinge", "distance", "shortfall"] = option("none", "the loss: -r, max(0, target - r), |target - r|, or target - r")
     reward_target: Real | None = option(None, "a margin, a target, or the best possible reward", needs={"reward_map": ("hinge", "distance", "shortfall")})

@@ -11,7 +11,7 @@ from ...condition import Condition
 from ...data import LazyImage, Prompt, TensorCache, key_of
 from ...data.augment import Augmentation, draw_augmentations, to_tensor
 from ...driving.driver import images_of
-from ...driving.steps import Step
+from ...driving.scheduler_hook import Step
 from ...policy import Policy
 from ..run.inputs import condition_of
 

@@ -22,7 +22,7 @@ from ...data import load_preferences
 from ...policy import Policy, noise_seed
 from ..run.inputs import check_one_size, condition_of, prompt_of, prompts_of_rows
 from .data_latents import LatentImages, Position
-from .examples import pairs_of
+from .noised_batches import pairs_of
 from .noised_latents import Noising, as_they_are, predict
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...algorithms.spo import resample, step_pairs
 from ...condition import Condition
 from ...data.prompts import Prompt, prompts_of_epoch
-from ...driving.steps import Step
+from ...driving.scheduler_hook import Step
 from ...driving.tape import Tape
 from ...policy import Policy, noise_seed
 from ...trajectory import Trajectory

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ... import lora
 from ...data.prompts import Prompt
-from ...driving.steps import denoisers
+from ...driving.scheduler_hook import denoisers
 from ...files import lora_files
 from ...policy import Policy, noise_seed
 from ...rewards import load_reward

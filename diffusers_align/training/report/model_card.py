@@ -13,7 +13,7 @@ import yaml
 from ... import __version__, embedded, lora
 from ...checks.given_names import is_repository
 from ...files.paths import folder as shipped
-from ..checkpoints import resuming
+from ..checkpoints import allowed_changes
 from .pictures import to_pil
 from .statistics import in_words
 
@@ -134,7 +134,7 @@ def page(run, front: str, title: str, text: str, code: str, caption: str, result
 ## Training
 
 {f"{note}{chr(10) * 2}" if note else ""}```bash
-{public_command(resuming.commands(run))}
+{public_command(allowed_changes.commands(run))}
 ```
 
 ```yaml

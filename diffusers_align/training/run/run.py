@@ -16,12 +16,12 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from ...driving.steps import denoisers
+from ...driving.scheduler_hook import denoisers
 from ...policy import Policy
 from ..checkpoints import checkpoints
+from ..checkpoints.allowed_changes import without_secrets
 from ..checkpoints.folder_lock import FolderLock
-from ..checkpoints.resumable import AverageState, OptimizerState, ScheduleState
-from ..checkpoints.resuming import without_secrets
+from ..checkpoints.state_adapters import AverageState, OptimizerState, ScheduleState
 from ..flags.common import check_output_dir
 from ..report import hub
 from . import costs, endings, failures, sharding

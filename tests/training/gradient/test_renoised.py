@@ -14,7 +14,7 @@ from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.gradients.rollout import differentiable_rollout
 from diffusers_align.training.gradient import renoised
 from diffusers_align.training.gradient.bound_rewards import BoundReward
-from diffusers_align.training.gradient.updates import Batch
+from diffusers_align.training.gradient.loop import Batch
 
 
 @pytest.mark.parametrize("family", ["sd15", "sd3"])

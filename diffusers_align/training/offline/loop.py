@@ -19,7 +19,7 @@ from ...policy import Policy
 from ..report.report import Report
 from .data_latents import disk_cache
 from .descent import Reference
-from .examples import Examples
+from .noised_batches import Examples
 
 
 def sample_weight(run, batches: range) -> float:

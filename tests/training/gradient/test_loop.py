@@ -9,7 +9,7 @@ from reward_gradients import brightness, loss_args, tiny
 from diffusers_align.data.prompts import Prompt
 from diffusers_align.gradients.rollout import differentiable_rollout
 from diffusers_align.training.gradient.adjoints import adjoint_backward
-from diffusers_align.training.gradient.updates import updates_of_epoch
+from diffusers_align.training.gradient.loop import updates_of_epoch
 from diffusers_align.training.run.run import Run
 
 

@@ -27,7 +27,7 @@ from ...data.prompts import Prompt, prompts_of_epoch
 from ...gradients.rollout import DifferentiableRollout
 from ...policy import Policy, noise_seed
 from ..flags.methods import RewardGradientArguments
-from ..offline.steps import epoch_batches
+from ..offline.loop import epoch_batches
 from ..report.report import Report
 from ..run.division import division_of
 from ..run.inputs import condition_of

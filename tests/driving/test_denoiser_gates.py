@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from diffusers_align.driving.gates import gated
+from diffusers_align.driving.denoiser_gates import gated
 
 
 class Two(nn.Module):

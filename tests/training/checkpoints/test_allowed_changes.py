@@ -8,7 +8,7 @@ import torch
 from script_tools import AnyArguments, Run
 from small_run import resumed, train, weights
 
-from diffusers_align.training.checkpoints import contents, resuming
+from diffusers_align.training.checkpoints import allowed_changes, contents
 from diffusers_align.training.flags.options import Resume, option
 
 # --- hyper-parameters take effect ----------------------------------------------------------------------------------------------
@@ -85,11 +85,11 @@ def test_what_is_learned_may_not_change(tmp_path, capsys, monkeypatch, old, new)
     ((name, was), (_, now)) = next(iter(old.items())), next(iter(new.items()))
     before, after = ({"algorithm": "A", "flags": flags, "contents": {}, "samples_a_step": 4, "processes": 1, "commands": []} for flags in (old, new))
     with pytest.raises(ValueError, match=f"(?s)checkpoint-2 was made with other flags.*--{name} was {was or 'null'}, now {now}.*--allow_changes"):
-        resuming.compare(before, after, False, "checkpoint-2", AnyArguments)
-    assert resuming.compare(before, after, True, "checkpoint-2", AnyArguments) == [
+        allowed_changes.compare(before, after, False, "checkpoint-2", AnyArguments)
+    assert allowed_changes.compare(before, after, True, "checkpoint-2", AnyArguments) == [
         f"Changed from here on (--allow_changes): --{name} was {was or 'null'}, now {now}."
     ]
-    assert resuming.compare(before, before, False, "checkpoint-2", AnyArguments) == []
+    assert allowed_changes.compare(before, before, False, "checkpoint-2", AnyArguments) == []
 
 
 def test_a_refused_run_leaves_the_folder_as_it_was(tmp_path):
@@ -190,9 +190,9 @@ def test_the_commands_that_made_a_run(tmp_path):
     train(tmp_path / "run", 2, command="first")
     train(tmp_path / "run", 2, command="second", resume_from_checkpoint="latest")
     run = resumed(tmp_path / "run", command="third")
-    assert resuming.commands(run) == "first\n\n# resumed after epoch 2\nsecond\n\n# resumed after epoch 4\nthird"
+    assert allowed_changes.commands(run) == "first\n\n# resumed after epoch 2\nsecond\n\n# resumed after epoch 4\nthird"
     again = train(tmp_path / "run", resume_from_checkpoint="checkpoint-2", command="fourth")
-    assert resuming.commands(again) == "first\n\n# resumed after epoch 2\nfourth", "nothing is left of the others"
+    assert allowed_changes.commands(again) == "first\n\n# resumed after epoch 2\nfourth", "nothing is left of the others"
 
 
 # --- what the fields say ---------------------------------------------------------------------------------------------------------
@@ -205,10 +205,10 @@ def test_flags_of_a_checkpoint_under_their_old_names_are_compared_under_the_new(
     kept = {"algorithm": "A", "samples_a_step": 4, "processes": 1, "commands": []}
     before = {**kept, "flags": {"noise_seed": 1, "prompt_file": "p"}, "contents": {"prompt_file": "hash"}}
     now = {**kept, "flags": {"seed": 1, "prompts": "p"}, "contents": {"prompts": "hash"}}
-    assert resuming.compare(before, now, False, "checkpoint-2", Renamed) == []
+    assert allowed_changes.compare(before, now, False, "checkpoint-2", Renamed) == []
     for change, said in (({"flags": {"seed": 2, "prompts": "p"}}, "--seed was 1, now 2"), ({"contents": {"prompts": "other"}}, "--prompts: the content of p")):
         with pytest.raises(ValueError, match=said):
-            resuming.compare(before, {**now, **change}, False, "checkpoint-2", Renamed)
+            allowed_changes.compare(before, {**now, **change}, False, "checkpoint-2", Renamed)
 
 
 def test_a_flag_that_says_nothing_is_refused_when_it_changes():
@@ -217,8 +217,8 @@ def test_a_flag_that_says_nothing_is_refused_when_it_changes():
 
         quiet: int = option(0, "of tomorrow")
 
-    assert resuming.meanings(New)["quiet"] == "learned"
-    assert set(resuming.meanings(New).values()) == set(get_args(Resume)), "each meaning has flags"
+    assert allowed_changes.meanings(New)["quiet"] == "learned"
+    assert set(allowed_changes.meanings(New).values()) == set(get_args(Resume)), "each meaning has flags"
 
 
 @pytest.mark.parametrize("metric", [None, "reward"])
@@ -229,8 +229,8 @@ def test_what_is_measured_is_free_unless_an_early_stop_looks_at_it(metric):
     )
     if metric:
         with pytest.raises(ValueError, match="--num_eval_samples was 4, now 8"):
-            resuming.compare(before, now, False, "checkpoint-2", AnyArguments)
+            allowed_changes.compare(before, now, False, "checkpoint-2", AnyArguments)
     else:
-        assert resuming.compare(before, now, False, "checkpoint-2", AnyArguments) == [
+        assert allowed_changes.compare(before, now, False, "checkpoint-2", AnyArguments) == [
             "Changed without effect on what is learned: --num_eval_samples was 4, now 8."
         ]

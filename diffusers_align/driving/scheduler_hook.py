@@ -20,7 +20,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork
-from .gates import gated
+from .denoiser_gates import gated
 from .pipeline_state import no_cast_weights_kept, own_arguments, quiet, refuse_offloading, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
 from .wrappers import unwrapped
