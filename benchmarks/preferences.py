@@ -4,7 +4,7 @@
     python benchmarks/preferences.py --minutes 1 --reward clip_score --reward_model mini-clip --output_dir runs/preferences_clip
 
 First `make_preferences.py` makes the data: 60 prompts, eight of the model's own images each, scored by the reward; and as many images of prompts
-that are held out, whose pairs give the implicit accuracy. D3PO and SPO roll out for themselves. Processor time, one thread, as for route_c.py.
+that are held out, whose pairs give the implicit accuracy. D3PO and SPO roll out for themselves. Processor time, one thread, as for online_rl.py.
 """
 
 from __future__ import annotations

@@ -44,6 +44,19 @@ MOVED = {
     **_to("training.gradient", "adjoints", "bound_rewards", "pretraining", old="training", reward_gradients="loop", renoised_samples="renoised"),
     **_to("training.report", "comparison", "evaluation", "hub", "lettering", "model_card", "pictures", "statistics", old="training"),
 }
+# Modules that became several: where else their names are, beside the module of `MOVED`.
+SPLIT = {
+    "calls": ("driving.arguments",),
+    "decoding": ("driving.replacements",),
+    "differentiable": ("gradients.walk",),
+    "driver": ("driving.prompt_memory",),
+    "wrappers": ("driving.replacements",),
+    "training.arguments": ("training.flags.model", "training.flags.task"),
+    "training.noised_images": ("training.offline.noised_latents",),
+    "training.preferences": ("training.online.sampling",),
+    "training.resuming": ("training.checkpoints.contents",),
+    "training.reward_gradients": tuple(f"training.gradient.{name}" for name in ("reward_check", "losses", "epoch_log", "adjoints", "renoised")),
+}
 # Modules in whose place stands a folder of that name, which hands on what they had.
 INTO_FOLDERS = {
     "training.run": ("training.run.run",),
@@ -54,8 +67,9 @@ INTO_FOLDERS = {
 
 
 def _said(old: str, new: str) -> None:
-    message = f"{PACKAGE}.{old} is {PACKAGE}.{new} now; the old name works for one version more."
-    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    message = f"{PACKAGE}.{old} is {PACKAGE}.{new} now; the old name goes with version 0.2.0."
+    # Seen wherever it comes from: a reward's own file is not the main module, where alone deprecations are shown.
+    warnings.warn(message, FutureWarning, stacklevel=3)
 
 
 class OldNames:
@@ -74,7 +88,22 @@ class OldNames:
     def exec_module(module: ModuleType) -> None:
         old = module.__name__.removeprefix(f"{PACKAGE}.")
         _said(old, MOVED[old])
-        sys.modules[module.__name__] = importlib.import_module(f"{PACKAGE}.{MOVED[old]}")
+        if old in SPLIT:
+            module.__getattr__ = _from(module.__name__, (MOVED[old], *SPLIT[old]))
+        else:
+            sys.modules[module.__name__] = importlib.import_module(f"{PACKAGE}.{MOVED[old]}")
+
+
+def _from(name: str, modules: tuple[str, ...]) -> Callable[[str], Any]:
+    """`__getattr__` of the module `name`: what the first of `modules` has that has it."""
+
+    def __getattr__(wanted: str) -> Any:
+        for module in () if wanted.startswith("__") else modules:
+            if hasattr(found := importlib.import_module(f"{PACKAGE}.{module}"), wanted):
+                return getattr(found, wanted)
+        raise AttributeError(f"module {name!r} has no attribute {wanted!r}: it became {', '.join(modules)}")
+
+    return __getattr__
 
 
 def as_before(folder: str) -> Callable[[str], Any]:

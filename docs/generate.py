@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 MODULES = ROOT / "diffusers_align" / "algorithms"
 RECIPES = ROOT / "training_scripts" / "recipes"
 
-ONLINE = ("route_c_mini_sd3.png", "the pretrained model and what each online method makes of it, at equal prompts and seeds")
+ONLINE = ("online_rl_mini_sd3.png", "the pretrained model and what each online method makes of it, at equal prompts and seeds")
 PREFERENCES = ("preferences_mini_sd3.png", "the pretrained model and what each preference method makes of it, at equal prompts and seeds")
 GRADIENTS = ("reward_gradients_mini_sd3.png", "the pretrained model and what each reward-gradient method makes of it, at equal prompts and seeds")
 COMPUTE = ("inference_time.png", "reward against compute of the methods that train nothing")

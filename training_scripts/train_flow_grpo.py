@@ -67,6 +67,8 @@ class FlowGRPOArguments(
     @classmethod
     def from_old(cls, given: dict[str, Any]) -> dict[str, Any]:
         if given.pop("random_timesteps", False):
+            if "random_timestep_fraction" in given:
+                raise ValueError("--random_timesteps is --random_timestep_fraction now: give the new one alone")
             given.setdefault("random_timestep_fraction", given.pop("timestep_fraction", 0.99))
         return given
 

@@ -87,11 +87,11 @@ from diffusers_align.pipelines.preference_flow import PreferenceFlowPipeline
 from diffusers_align.policy import noise_seed
 from diffusers_align.rewards.base import listed
 from diffusers_align.training.offline import flow_pairs
-from diffusers_align.training.offline.loop import epoch_batches
 from diffusers_align.training.online.scoring import reward_of_flags
 from diffusers_align.training.report import hub
 from diffusers_align.training.report.pictures import grid, save
 from diffusers_align.training.report.report import judged_on
+from diffusers_align.training.run.division import epoch_batches
 from diffusers_align.training.run.model_loading import DTYPES, model_source, raise_if_missing
 from diffusers_align.training.run.run import Run
 

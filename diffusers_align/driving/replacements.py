@@ -1,6 +1,6 @@
 """What stands in the place of something that a pipeline, a model or a scheduler has, for the time of a call, and leaves no trace.
 
-Every method and attribute of an object that is not ours is changed through this module, but for the class of a scheduler (`scheduler_hook`).
+Methods and attributes that a call changes are changed here; a scheduler's class, taken-off wrappers and probed tensors where they are needed.
 `docs/patches.md` lists all changes, with what breaks each of them.
 """
 

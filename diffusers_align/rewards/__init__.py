@@ -6,9 +6,9 @@
 | `aesthetic` | LAION's aesthetic predictor | yes |
 | `clip_score` | cosine of CLIP's image and text embeddings | yes |
 | `pick_score` | PickScore, a CLIP trained on human choices | yes |
-| `hps_v2` | HPS v2.1, another one (`pip install diffusers-align[hps]`) | yes |
+| `hps_v2` | HPS v2.1, another one (`pip install ".[hps]"` in a checkout) | yes |
 | `image_reward` | ImageReward, a BLIP trained on human rankings | yes |
-| `ocr` | is the text that the prompt quotes in the image? (`pip install diffusers-align[ocr]`) | no |
+| `ocr` | is the text that the prompt quotes in the image? (`pip install ".[ocr]"` in a checkout) | no |
 | `vlm_judge` | a vision-language model behind an OpenAI-style API, by a rubric | no |
 | `background_color` | how near is the border to a wanted colour? (a column, or the prompt) | yes |
 | `scene_score` | do the named object, count, colour and position appear? (embedded scenes) | yes |

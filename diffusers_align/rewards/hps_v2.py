@@ -5,7 +5,7 @@ The score is the cosine of image and prompt, typically 0.2 to 0.35, as `hpsv2.sc
 
 Compared with the package hpsv2 1.2.0 (`hpsv2.score`) at full size on random weights: model, preprocessing and tokens are equal, scores to 1e-7. Images
 keep their aspect ratio: the longer side becomes 224 and black bars fill the square. Prompts are cleaned as its tokenizer does, with
-ftfy (`pip install "diffusers-align[hps]"`). torchvision before 0.17, with which the published scores were made, did not antialias tensors, so
+ftfy (`pip install ".[hps]"` in a checkout). torchvision before 0.17, with which the published scores were made, did not antialias tensors, so
 that its pixels differ from today's official ones and from ours. Published scores of the released weights were not compared.
 """
 

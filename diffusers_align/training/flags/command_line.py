@@ -27,7 +27,7 @@ def parser_of(options: dict[str, Option], gone: dict[str, Kind], description: st
     parser = argparse.ArgumentParser(
         prog=program,
         description=description.replace("%", "%%"),
-        usage="%(prog)s [--config RECIPE] [--FLAG VALUE ...]",
+        usage=f"%(prog)s [--config RECIPE] {' '.join(f'--{name} ...' for name, option in options.items() if option.is_required)} [--FLAG VALUE ...]",
         epilog=None if everything else _advanced(options),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -35,8 +35,9 @@ def parser_of(options: dict[str, Option], gone: dict[str, Kind], description: st
     )
     parser.add_argument("--help_all", action="help", help="explain the advanced flags as well")
     groups: dict[str, Any] = {}
-    for name, option in options.items():
-        group = groups.get(option.group) or groups.setdefault(option.group, parser.add_argument_group(option.group))
+    for name, option in sorted(options.items(), key=lambda item: not item[1].is_required):
+        heading = "required, here or in the recipe" if option.is_required else option.group
+        group = groups.get(heading) or groups.setdefault(heading, parser.add_argument_group(heading))
         text = option.help() if everything or not option.advanced else argparse.SUPPRESS
         _add(group, name, option.kind, text, option.metavar)
     for name, kind in gone.items():

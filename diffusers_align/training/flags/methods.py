@@ -73,7 +73,9 @@ class NoisingArguments(Arguments):
 class WindowArguments(Arguments):
     """noise"""
 
-    sde_window: tuple[StepIndex, StepIndex] | None = option(None, "steps that have noise, flow matching; all if absent", metavar=("FIRST", "END"))
+    sde_window: tuple[StepIndex, StepIndex] | None = option(
+        None, "steps that have noise, from FIRST up to END, which has none; flow matching; all if absent", metavar=("FIRST", "END")
+    )
 
     @model_validator(mode="after")
     def _check_window(self):
@@ -92,7 +94,9 @@ class StrengthArguments(Arguments):
     noise_level: NoiseLevel | None = option(
         None, "its strength, the papers' a or eta: 0.7 for flow_grpo, 0.3 for dance_grpo, 0.8 for cps if absent", needs={"sde_type": WITH_STRENGTH}
     )
-    eta: Eta | None = option(None, "weight of the DDIM kernel's noise, diffusion; 1 if absent")
+    eta: Eta | None = option(
+        None, "weight of the DDIM kernel's noise, for diffusion models; 1 if absent where the script has no kernel of flow matching by default"
+    )
 
     @model_validator(mode="after")
     def _check_noise(self):

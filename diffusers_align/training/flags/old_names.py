@@ -11,7 +11,7 @@ from typing import Any
 from .command_line import as_flag
 from .recipes import Given
 
-END = "the old name goes with the next version."
+END = "the old name goes with version 0.2.0."
 
 
 @functools.cache

@@ -27,9 +27,8 @@ from ...data.prompts import Prompt, prompts_of_epoch
 from ...gradients.rollout import DifferentiableRollout
 from ...policy import Policy, noise_seed
 from ..flags.methods import RewardGradientArguments
-from ..offline.loop import epoch_batches
 from ..report.report import Report
-from ..run.division import division_of
+from ..run.division import division_of, epoch_batches
 from ..run.inputs import condition_of
 from .bound_rewards import BoundReward, bound_reward
 from .epoch_log import EpochLog, GradientClip

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from ...policy import Policy
 from ..offline.descent import descend
-from ..offline.loop import sample_weight
 from ..offline.noised_batches import Examples
 from ..offline.rows import load_captioned
+from ..run.division import sample_weight
 
 
 class Pretraining:

@@ -17,20 +17,10 @@ from typing import Any
 
 from ...policy import Policy
 from ..report.report import Report
+from ..run.division import epoch_batches
 from .data_latents import disk_cache
 from .descent import Reference
 from .noised_batches import Examples
-
-
-def sample_weight(run, batches: range) -> float:
-    """What makes the sum over the samples of an optimizer step's batches, on all processes, their mean."""
-    return 1 / (sum(len(run.division.batches[b]) for b in batches) * run.accelerator.num_processes)
-
-
-def epoch_batches(run) -> Iterator[tuple[range, float]]:
-    """This process's batches of each optimizer step, and their `sample_weight`."""
-    for batches in run.chunks(run.num_batches, run.division.batches_a_step):
-        yield batches, sample_weight(run, batches)
 
 
 def load_policy(run, batches_in_turn: int = 1) -> Policy:

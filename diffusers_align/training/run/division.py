@@ -131,3 +131,14 @@ def _asked(args) -> str:
     """The flags that say how many samples an epoch has."""
     names = ("num_samples_per_epoch", "num_prompts_per_epoch", "group_size")
     return " times ".join(f"--{name} {getattr(args, name)}" for name in names if getattr(args, name, None)) or "as the script has it"
+
+
+def sample_weight(run, batches: range) -> float:
+    """What makes the sum over the samples of an optimizer step's batches, on all processes, their mean."""
+    return 1 / (sum(len(run.division.batches[b]) for b in batches) * run.accelerator.num_processes)
+
+
+def epoch_batches(run) -> Iterator[tuple[range, float]]:
+    """This process's batches of each optimizer step, and their `sample_weight`."""
+    for batches in run.chunks(run.num_batches, run.division.batches_a_step):
+        yield batches, sample_weight(run, batches)

@@ -10,7 +10,7 @@ from diffusers_align.training.flags.options import old_names_of, parse
 def test_an_old_name_is_taken_with_a_warning(tmp_path, capsys, old):
     args, _, said = said_by(Renamed, [f"--{old}", "0.5", "--no-clip_ratio", "--window_range", "1", "2"], capsys)
     assert (args.kl_weight, args.clip, args.window) == (0.5, False, (1, 2)) and args.given("kl_weight")
-    assert said.err.splitlines()[0] == f"--{old} is now called --kl_weight; the old name goes with the next version." and len(said.err.splitlines()) == 3
+    assert said.err.splitlines()[0] == f"--{old} is now called --kl_weight; the old name goes with version 0.2.0." and len(said.err.splitlines()) == 3
     assert args.command.endswith("--kl_weight 0.5 --no-clip --window 1 2")
     recipe = tmp_path / "old.yaml"
     recipe.write_text(f"{old}: 0.25\n")

@@ -1,6 +1,6 @@
 """Every algorithm of online RL on the embedded models, for the same minutes of training; then one table of `evaluate.py` a model.
 
-    python benchmarks/route_c.py --minutes 2 --output_dir runs/route_c
+    python benchmarks/online_rl.py --minutes 2 --output_dir runs/online_rl
 
 Each recipe `*_mini_*.yaml` runs on one thread until its epochs have had that much processor time (wall time would count what else the
 machine does), one after the other, and is evaluated at its last checkpoint. What is there already is not run again.
@@ -39,7 +39,7 @@ EVALUATION = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=2.0, help="training time of each algorithm")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/route_c"))
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/online_rl"))
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--num_samples", type=int, default=96, help="images of each model in the evaluation")
     args = parser.parse_args()
