@@ -98,7 +98,8 @@ class Driver:
 
         Args:
             prompts: B strings, or one. With `prompt_embeds` they are what rewards read, and may be None (then "").
-            seeds, step_seeds: B whole numbers, see `rollout`.
+            seeds: B whole numbers, each of which fixes its sample's initial noise and every draw.
+            step_seeds: B of the steps' noise alone, for samples that share their initial noise.
             per_sample: other arguments of the call of which each sample has its own, by name: a list of B values (pictures, masks, sizes), a
                 tensor of B rows, or a string for all. What stock diffusers defines as one per prompt (`prompt_2`, `negative_prompt`,
                 `prompt_embeds`, `latents` ...) is so without being named here.
@@ -106,7 +107,7 @@ class Driver:
 
         Raises:
             ValueError: no prompts, a number of seeds or per-sample values that is not theirs, an argument that the pipeline's call lacks or that
-                the policy sets itself.
+                is set here.
         """
         name, own = type(self.pipeline).__name__, per_sample or {}
         check_arguments(name, self.parameters, {**self.call_kwargs, **call_kwargs}, own, set(call_kwargs))

@@ -84,7 +84,7 @@ class OldNames:
             return given
         values = self.convert({name: entry.value for name, entry in given.items()})
         changed = {name: value for name, value in values.items() if name not in given or value != given[name].value}
-        meant = " ".join(as_flag(name, value) for name, value in changed.items()) or "nothing"
+        meant = " ".join(as_flag(name, value) for name, value in changed.items()) or "the default"
         for name in old:
             warn(f"--{name} ({given[name].source}) is no flag any more and is read as {meant}; {END}")
         made = {name: Given(value, given[old[0]].source, given[old[0]].is_recipe) for name, value in changed.items()}
