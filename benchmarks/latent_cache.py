@@ -26,7 +26,7 @@ from diffusers_align import embedded
 from diffusers_align.algorithms.diffusion_dpo import diffusion_dpo_loss
 from diffusers_align.training.offline.descent import Reference, descend
 from diffusers_align.training.offline.loop import load_policy
-from diffusers_align.training.offline.noised_batches import Examples, pairs_of
+from diffusers_align.training.offline.pairs_and_batches import Examples, pairs_of
 from diffusers_align.training.offline.rows import load_rows
 from diffusers_align.training.report.pictures import to_pil
 from diffusers_align.training.run.run import Run

@@ -50,7 +50,7 @@ WHAT_IT_DOES = {
             "data/read": "reads and checks a row",
             "data/images": "opens its images when they are asked for",
             "data/augment": "the same crop for both",
-            "training/offline/noised_batches": "rows to batches, images to both sides of a pair",
+            "training/offline/pairs_and_batches": "rows to batches, images to both sides of a pair",
             "training/offline/data_latents": "latents of the images, computed once",
             "driving/latent_layout": "encodes as the pipeline decodes",
             "training/offline/noised_latents": "the same noise and time for both; errors",

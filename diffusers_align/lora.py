@@ -19,8 +19,8 @@ from .checks.given_names import did_you_mean
 from .checks.ranges import Count, Positive, check
 from .driving.scheduler_hook import denoisers as denoisers_of
 from .driving.wrappers import bare, unwrapped
-from .files import lora_files, weight_files
-from .files.lora_files import METADATA, WEIGHTS
+from .files import lora_finder, weight_files
+from .files.lora_finder import METADATA, WEIGHTS
 
 logger = diffusers_logging.get_logger(__name__)
 
@@ -185,7 +185,7 @@ def load(pipeline, denoisers: dict[str, nn.Module], path: str | Path) -> None:
         FileNotFoundError: there is no such file.
         ValueError: tensors of the file found no place in the model, or the adapter that is there has another scale.
     """
-    found = lora_files.files(path, denoisers)
+    found = lora_finder.files(path, denoisers)
     if left_out := [name for name in denoisers if name not in found]:
         first = found[next(iter(denoisers))]
         logger.warning(
@@ -218,7 +218,7 @@ def load_lora(pipeline, name: str | Path) -> None:
         FileNotFoundError: it is none of these.
         ValueError: it was made for another model.
     """
-    load(pipeline, denoisers_of(pipeline), lora_files.find(name))
+    load(pipeline, denoisers_of(pipeline), lora_finder.find(name))
 
 
 def _read(pipeline, file: Path) -> tuple[dict[str, Tensor], set[float]]:
@@ -249,7 +249,7 @@ def _check_all_found(pipeline, file: Path, loaded: int) -> None:
 
 def _load_into(module: nn.Module, pipeline, file: Path) -> None:
     weights, alphas = _read(pipeline, file)
-    stored, own = lora_files.configuration(file), module.peft_config[ADAPTER]
+    stored, own = lora_finder.configuration(file), module.peft_config[ADAPTER]
     alphas = {float(stored["lora_alpha"])} if stored else alphas
     if alphas - {float(own.lora_alpha)}:
         listed = ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
@@ -268,7 +268,7 @@ def _load_into(module: nn.Module, pipeline, file: Path) -> None:
 
 def _load_beside(module: nn.Module, file: Path) -> None:
     """A new adapter from peft's keys, for pipelines that have no loader."""
-    weights, fields = load_file(file), lora_files.configuration(file)
+    weights, fields = load_file(file), lora_finder.configuration(file)
     if not fields:
         raise ValueError(f"{file} says nothing of its rank and alpha (metadata {METADATA!r}), and this pipeline has no LoRA loader that would guess them.")
     targets = sorted({key.rsplit(".lora_", 1)[0] for key in weights})

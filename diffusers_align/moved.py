@@ -29,7 +29,7 @@ MOVED = {
     **_to("driving", "stock", "tape", "wrappers", calls="driver", driver="scheduler_hook"),
     **_to("gradients", "decoding", differentiable="rollout", gradient_check="check"),
     **_to("checks", "given_names", "ranges"),
-    **_to("files", "lora_files", "weight_files", front_doors="paths"),
+    **_to("files", "weight_files", lora_files="lora_finder", front_doors="paths"),
     **_to("rl", old="rl", preferences="pair_losses"),
     **_to("rewards", old="rewards", loading="registry"),
     **_to("data", old="data", loading="read"),
@@ -62,7 +62,7 @@ INTO_FOLDERS = {
     "training.run": ("training.run.run",),
     "training.checkpoints": ("training.checkpoints.checkpoints",),
     "training.report": ("training.report.report",),
-    "training.offline": tuple(f"training.offline.{module}" for module in ("noised_batches", "rows", "descent", "noised_latents", "loop")),
+    "training.offline": tuple(f"training.offline.{module}" for module in ("pairs_and_batches", "rows", "descent", "noised_latents", "loop")),
 }
 
 

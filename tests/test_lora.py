@@ -15,7 +15,7 @@ from tiny_pipelines import FAMILIES, wan
 
 from diffusers_align import Policy, load_lora, lora
 from diffusers_align.driving.scheduler_hook import denoisers
-from diffusers_align.files import lora_files, weight_files
+from diffusers_align.files import lora_finder, weight_files
 
 # --- wrappers ----------------------------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ def test_a_lora_that_is_saved_again_is_the_same_file(name, tmp_path):
         policy.save_lora(tmp_path / str(i))
         contents.add((tmp_path / str(i) / WEIGHTS).read_bytes())
     assert len(contents) == 1
-    found = lora_files.configuration(tmp_path / "0" / WEIGHTS)
+    found = lora_finder.configuration(tmp_path / "0" / WEIGHTS)
     assert found["target_modules"] == sorted(found["target_modules"]), "not the order of a set, which is another in each process"
 
 
@@ -208,7 +208,7 @@ def test_a_denoiser_without_a_file_is_named(two, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         load_lora(two_denoisers(), tmp_path)
     assert "left out: transformer_2" in caplog.text and str(tmp_path / "transformer_2" / WEIGHTS) in caplog.text
-    assert lora_files.digest(tmp_path) != lora_files.digest(two[0])
+    assert lora_finder.digest(tmp_path) != lora_finder.digest(two[0])
 
 
 # --- adapters of others ------------------------------------------------------------------------------------------------

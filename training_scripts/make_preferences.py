@@ -89,7 +89,7 @@ from diffusers_align.data import load_prompts
 from diffusers_align.data.augment import to_tensor
 from diffusers_align.data.inputs import key_of, sizes_of
 from diffusers_align.driving.stock import stock_images
-from diffusers_align.files import lora_files
+from diffusers_align.files import lora_finder
 from diffusers_align.policy import Policy, noise_seed
 from diffusers_align.schedulers import sde_twin
 from diffusers_align.training.flags import common
@@ -144,7 +144,7 @@ def settings_of(file):
 
 def hash_of(lora):
     """SHA-256 of a LoRA's weights, by which one that was trained again under the same name is another."""
-    return lora_files.digest(lora)
+    return lora_finder.digest(lora)
 
 
 def replaced(path, write):

@@ -44,7 +44,7 @@ from diffusers_align.algorithms.reward_weighted_regression import reward_weighte
 from diffusers_align.training import Run
 from diffusers_align.training.offline.descent import descend
 from diffusers_align.training.offline.loop import OfflineTraining
-from diffusers_align.training.offline.noised_batches import Examples
+from diffusers_align.training.offline.pairs_and_batches import Examples
 from diffusers_align.training.offline.rows import load_captioned, load_rows
 
 

@@ -5,9 +5,9 @@ from tiny_pipelines import FAMILIES
 from torch import nn
 
 from diffusers_align import Policy
-from diffusers_align.files import lora_files
+from diffusers_align.files import lora_finder
 
-WEIGHTS = lora_files.WEIGHTS
+WEIGHTS = lora_finder.WEIGHTS
 
 
 def moved(parameters, seed=0, by=0.2):

@@ -167,7 +167,7 @@ def test_a_lora_that_fits_in_part_is_an_error(pipeline, loras, tmp_path):
 
 def test_a_missing_lora_is_an_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("diffusers_align.files.lora_files.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
+    monkeypatch.setattr("diffusers_align.files.lora_finder.snapshot_download", lambda *a, **k: (_ for _ in ()).throw(OSError("offline")))
     with pytest.raises(FileNotFoundError, match="No LoRA 'runs/a': there is no such folder or file, and from the Hub: offline"):
         find_lora("runs/a")
     (tmp_path / "runs" / "a").mkdir(parents=True)

@@ -21,8 +21,8 @@ from diffusers_align.policy import Policy
 from diffusers_align.training.offline.data_latents import Position, image_shape
 from diffusers_align.training.offline.descent import Measured, Reference, descend, measure
 from diffusers_align.training.offline.loop import OfflineTraining, load_policy
-from diffusers_align.training.offline.noised_batches import Examples, pairs_of
 from diffusers_align.training.offline.noised_latents import predict
+from diffusers_align.training.offline.pairs_and_batches import Examples, pairs_of
 from diffusers_align.training.offline.rows import load_rows
 from diffusers_align.training.run.run import Run
 

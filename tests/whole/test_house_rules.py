@@ -45,7 +45,7 @@ LAYERS = {
 }
 MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
 FAMILY_FREE = [
-    "policy", "condition", "trajectory", "transition", "forward_process", "lora", "files/lora_files", "schedulers/kernels",
+    "policy", "condition", "trajectory", "transition", "forward_process", "lora", "files/lora_finder", "schedulers/kernels",
     *sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for room in ("driving", "gradients") for path in (PACKAGE / room).glob("*.py")),
     "pipelines/adapter_guidance", "pipelines/guided_sampling", "pipelines/noise_grid", "pipelines/noise_optimization", "pipelines/recurrence",
     "pipelines/reward_guided",
@@ -269,7 +269,7 @@ TESTED_WITH = {
     "training/flags/task": "training/flags/test_common",
     "training/offline/data_latents": "training_scripts/test_train_dpo",
     "training/offline/descent": "training_scripts/test_train_dpo",
-    "training/offline/noised_batches": "training_scripts/test_train_dpo",
+    "training/offline/pairs_and_batches": "training_scripts/test_train_dpo",
     "training/offline/held_out_pairs": "training_scripts/test_evaluate",
     "training/offline/made_preferences": "training_scripts/test_make_preferences",
     "training/offline/noised_latents": "training_scripts/test_train_dpo",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from ...policy import Policy
 from ..offline.descent import descend
-from ..offline.noised_batches import Examples
+from ..offline.pairs_and_batches import Examples
 from ..offline.rows import load_captioned
 from ..run.division import sample_weight
 

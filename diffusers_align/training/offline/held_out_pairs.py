@@ -22,8 +22,8 @@ from ...data import load_preferences
 from ...policy import Policy, noise_seed
 from ..run.inputs import check_one_size, condition_of, prompt_of, prompts_of_rows
 from .data_latents import LatentImages, Position
-from .noised_batches import pairs_of
 from .noised_latents import Noising, as_they_are, predict
+from .pairs_and_batches import pairs_of
 
 
 class HeldOutPairs:

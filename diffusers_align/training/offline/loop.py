@@ -1,4 +1,4 @@
-"""The loop of the scripts that learn from a data set: what they set up alike, and what is kept of each optimizer step.
+"""The loop of the scripts that fine-tune a pipeline on a data set (DPO, DSPO, KTO, RWR): what they set up alike, and what is kept of each optimizer step.
 
 ```python
 training = OfflineTraining(run, load_rows(run, "pair"))
@@ -20,7 +20,7 @@ from ..report.report import Report
 from ..run.division import epoch_batches
 from .data_latents import disk_cache
 from .descent import Reference
-from .noised_batches import Examples
+from .pairs_and_batches import Examples
 
 
 def load_policy(run, batches_in_turn: int = 1) -> Policy:

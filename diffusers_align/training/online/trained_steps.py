@@ -1,4 +1,4 @@
-"""Which solver steps of a trajectory a replay trains: the rule of all methods that choose some by flags. Imports no torch, since flags are checked with it."""
+"""Which solver steps of a trajectory a replay trains: the rule of DDPO and of the GRPO family. Imports no torch, since flags are checked with it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ... import lora
 from ...data.prompts import Prompt
 from ...driving.scheduler_hook import denoisers
-from ...files import lora_files
+from ...files import lora_finder
 from ...policy import Policy, noise_seed
 from ...rewards import load_reward
 from ...rewards.clip_embedder import CLIPEmbedder
@@ -55,8 +55,8 @@ def load_rewards(specs: list[str], models: list[str] | None, device: torch.devic
 
 
 def find_lora(name: str) -> Path:
-    """The folder, or the `.safetensors` file, of a LoRA, and what its run cost if that is known (`diffusers_align.files.lora_files.find`)."""
-    return lora_files.find(name, others=[costs.FILE])
+    """The folder, or the `.safetensors` file, of a LoRA, and what its run cost if that is known (`diffusers_align.files.lora_finder.find`)."""
+    return lora_finder.find(name, others=[costs.FILE])
 
 
 @contextmanager

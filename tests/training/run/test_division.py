@@ -6,7 +6,7 @@ import pytest
 import torch
 from script_tools import load_script, make_run
 
-from diffusers_align.training.offline.noised_batches import Examples
+from diffusers_align.training.offline.pairs_and_batches import Examples
 from diffusers_align.training.run.division import Division, divide, division_of
 from diffusers_align.training.run.run import Run
 from diffusers_align.training.run.sharding import sum_over_processes

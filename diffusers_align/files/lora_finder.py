@@ -1,4 +1,5 @@
-"""Which files a LoRA is made of: one for the first denoiser, one in a folder of its name for each further one."""
+"""Which files a LoRA is made of, to read it (`diffusers_align.lora` saves and loads): one for the first denoiser, one in a folder of its name for
+each further one."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy, load_lora
-from diffusers_align.files import lora_files
+from diffusers_align.files import lora_finder
 
 # --- files of other tools ----------------------------------------------------------------------------------------------
 
@@ -76,16 +76,16 @@ def test_a_lora_of_another_model_or_scale_is_refused(foreign, tmp_path):
 
 def test_where_no_lora_is_the_message_says_what_is(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"No LoRA 'nofile'.*no such folder or file"):
-        lora_files.find("nofile")
+        lora_finder.find("nofile")
     for name in ("one", "two"):
         save_file({"a": torch.ones(1)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(FileNotFoundError, match=r"several files \(one.safetensors, two.safetensors\)"):
-        lora_files.find(tmp_path)
+        lora_finder.find(tmp_path)
     with pytest.raises(FileNotFoundError, match="has: one.safetensors, two.safetensors"):
-        lora_files.find(tmp_path / "three.safetensors")
+        lora_finder.find(tmp_path / "three.safetensors")
     (tmp_path / "pickle.bin").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match="may hold code"):
-        lora_files.find(tmp_path / "pickle.bin")
+        lora_finder.find(tmp_path / "pickle.bin")
     with pytest.raises(ValueError, match="unet has no LoRA to save"):
         Policy(FAMILIES["sd15"].build()).save_lora(tmp_path)
 
@@ -95,7 +95,7 @@ def test_where_no_lora_is_the_message_says_what_is(tmp_path, monkeypatch):
 
 def test_the_configuration_travels_with_the_file(tmp_path):
     trained(FAMILIES["sd3"].build(), "sd3", tmp_path, alpha=3, use_rslora=True)
-    found = lora_files.configuration(tmp_path / WEIGHTS)
+    found = lora_finder.configuration(tmp_path / WEIGHTS)
     assert (found["r"], found["lora_alpha"], found["use_rslora"]) == (4, 3, True)
     assert found["target_modules"] == sorted(found["target_modules"])
-    assert json.loads(lora_files.metadata(tmp_path / WEIGHTS)[lora_files.METADATA])
+    assert json.loads(lora_finder.metadata(tmp_path / WEIGHTS)[lora_finder.METADATA])
