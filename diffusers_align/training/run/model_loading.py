@@ -19,7 +19,7 @@ INDEX = "model_index.json"
 PIPELINES = tuple(name for name in embedded.NAMES if (Path(embedded.path(name)) / INDEX).is_file())
 # Where a field of the one kind of scheduler is asked of a model of the other.
 ELSEWHERE = {
-    "DDIMSDEScheduler": "a diffusion model, whose noise is --eta: give that to a script that has it (train_flow_grpo.py --eta 1, train_ddpo.py, train_dpok.py)",
+    "DDIMSDEScheduler": "a diffusion model, whose noise is --eta: give that to train_flow_grpo.py, or use train_ddpo.py, train_dpok.py or train_spo.py",
     "FlowMatchSDEScheduler": "a flow-matching model, which takes --sde_type and --noise_level: train it with train_flow_grpo.py, train_nft.py or train_awm.py",
 }
 
