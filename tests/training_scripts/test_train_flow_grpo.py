@@ -96,6 +96,17 @@ def test_a_run_of_each_variant(variant, tmp_path, monkeypatch):
     assert any(value.abs().max() > 0 for name, value in load_file(tmp_path / "pytorch_lora_weights.safetensors").items() if "lora_B" in name)
 
 
+def test_a_diffusion_model_is_trained_with_the_noise_of_its_own_kind(tmp_path, capfd):
+    """The steps have no lengths: the exact KL is the penalty, and what is said of it holds no NaN."""
+    flags = {"pretrained_model_name_or_path": "mini-sd", "call_kwargs": "{}", "eta": 1.0, "kl_weight": 0.01}
+    script().main(command(tmp_path, **flags))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["ratio_error"] for row in rows] == [0.0] * len(rows) and all(row["grad_norm"] > 0 for row in rows)
+    assert rows[0]["kl"] < rows[-1]["kl"], "the first epoch begins at the pretrained model"
+    said = "".join(capfd.readouterr())
+    assert "kl_weight 0.01 weighs the exact Gaussian KL of each step" in said and "nan" not in said
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
