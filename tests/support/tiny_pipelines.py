@@ -7,17 +7,31 @@ there to be tested.
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-CLIP_WIDTH, TEXT_WIDTH, LATENT_CHANNELS = 16, 32, 4
+from tests.families.parts import (
+    CLIP_WIDTH,
+    LANGUAGE_MODEL,
+    LATENT_CHANNELS,
+    STABLE_DIFFUSION_BETAS,
+    TEXT_WIDTH,
+    causal_vae,
+    clip_parts,
+    gemma_parts,
+    image_vae,
+    photograph,
+    quiet,
+    qwen_tokenizer,
+    seeded,
+    shifted_flow,
+    t5_parts,
+    unet,
+)
 
 
 @dataclass(frozen=True)
@@ -33,121 +47,7 @@ class Family:
     call: dict[str, Any]
 
 
-# --- parts -------------------------------------------------------------------------------------------------------------
-
-
-def seeded(cls: type, *args: Any, **config: Any) -> torch.nn.Module:
-    """`cls(*args, **config)` with every matrix drawn anew: some layers start at zero, which would hide what lies before
-    them, and some parameters start as uninitialised memory."""
-    torch.manual_seed(0)
-    module = cls(*args, **config)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
-            if fan_in > 1:
-                parameter.normal_(std=fan_in**-0.5)
-    return module.eval()
-
-
-def clip_tokenizer() -> transformers.CLIPTokenizer:
-    """One token a character, in and at the end of a word."""
-    characters = [c for c in string.printable if c.isprintable() and c != " "]
-    tokens = [*characters, *(f"{c}</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
-    return transformers.CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
-
-
-def t5_tokenizer() -> transformers.T5Tokenizer:
-    """One token a character."""
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0), ("▁", -2.0)]
-    vocab = [*special, *((c, -3.0) for c in string.printable if c.isprintable() and c != " ")]
-    return transformers.T5Tokenizer(vocab=vocab, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", extra_ids=10, model_max_length=512)
-
-
-def byte_vocabulary(*special: str) -> dict[str, int]:
-    return {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-
-
-def gemma_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token a byte."""
-    tokenizer = Tokenizer(models.BPE(vocab=byte_vocabulary("<pad>", "<eos>", "<bos>", "<unk>"), merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", model_max_length=512, **names)
-
-
-def qwen_tokenizer() -> transformers.Qwen2Tokenizer:
-    """One token a byte, with a chat template."""
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = transformers.Qwen2Tokenizer(vocab=byte_vocabulary(), merges=[], additional_special_tokens=special, model_max_length=2048)
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-    return tokenizer
-
-
-def clip(tokenizer: transformers.CLIPTokenizer, projected: bool = False) -> torch.nn.Module:
-    config = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=1,
-        hidden_size=CLIP_WIDTH, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2, projection_dim=CLIP_WIDTH,
-    )  # fmt: skip
-    return seeded(transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel, config)
-
-
-def clip_parts(suffix: str = "", projected: bool = False) -> dict[str, Any]:
-    tokenizer = clip_tokenizer()
-    return {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": clip(tokenizer, projected)}
-
-
-def t5_parts(suffix: str = "") -> dict[str, Any]:
-    tokenizer = t5_tokenizer()
-    config = transformers.T5Config(vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=8, d_ff=32, num_heads=4, num_layers=1, dropout_rate=0.0)
-    return {f"tokenizer{suffix}": tokenizer, f"text_encoder{suffix}": seeded(transformers.T5EncoderModel, config)}
-
-
-LANGUAGE_MODEL = {
-    "hidden_size": TEXT_WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16,
-    "attention_dropout": 0.0, "bos_token_id": None, "eos_token_id": 0,
-}  # fmt: skip
-
-
-def gemma_parts() -> dict[str, Any]:
-    tokenizer = gemma_tokenizer()
-    return {"tokenizer": tokenizer, "text_encoder": seeded(transformers.Gemma2Model, transformers.Gemma2Config(vocab_size=len(tokenizer), **LANGUAGE_MODEL))}
-
-
-def image_vae(levels: int = 2, **config: Any) -> diffusers.AutoencoderKL:
-    return seeded(
-        diffusers.AutoencoderKL, block_out_channels=[8] * levels, norm_num_groups=2, latent_channels=LATENT_CHANNELS,
-        down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels, **config,
-    )  # fmt: skip
-
-
-def causal_vae(cls: type, **config: Any) -> torch.nn.Module:
-    """The video autoencoder of Wan and Qwen-Image: a quarter of the size, a quarter of the frames after the first."""
-    statistics = {"latents_mean": [-0.3, -0.1, 0.1, 0.3], "latents_std": [0.5, 1.0, 1.5, 2.0]}
-    return seeded(cls, base_dim=4, z_dim=LATENT_CHANNELS, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], **statistics, **config)
-
-
-def shifted_flow(**config: Any) -> diffusers.FlowMatchEulerDiscreteScheduler:
-    return diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **config})
-
-
-def quiet(pipeline: diffusers.DiffusionPipeline) -> diffusers.DiffusionPipeline:
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 # --- noise-predicting families -----------------------------------------------------------------------------------------
-
-STABLE_DIFFUSION_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-
-def unet(**config: Any) -> diffusers.UNet2DConditionModel:
-    fields = {
-        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 2,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "cross_attention_dim": CLIP_WIDTH,
-    }  # fmt: skip
-    return seeded(diffusers.UNet2DConditionModel, **{**fields, **config})
 
 
 def stable_diffusion(cls: type = diffusers.StableDiffusionPipeline, prediction_type: str = "epsilon", in_channels: int = LATENT_CHANNELS):
@@ -299,12 +199,6 @@ def ltx():
 
 
 # --- the table ---------------------------------------------------------------------------------------------------------
-
-
-def photograph(size: int = 16) -> torch.Tensor:
-    """(1, 3, size, size), a smooth picture in [0, 1]."""
-    ramp = torch.linspace(0, 1, size)
-    return torch.stack([ramp[:, None].expand(size, size), ramp[None].expand(size, size), (ramp[:, None] - ramp[None]).abs()])[None]
 
 
 SMALL = {"height": 16, "width": 16, "num_inference_steps": 4, "guidance_scale": 3.0}

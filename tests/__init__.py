@@ -1,0 +1,1 @@
+"""Tests. A package, so that `python -m tests.families` runs from the root."""
