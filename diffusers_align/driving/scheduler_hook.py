@@ -143,7 +143,7 @@ def _hooked_class(cls: type, session: _Session) -> type:
         arguments = dict(step_signature.bind(self, *args, **kwargs).arguments)
         arguments.pop("self")
         if session.asks_first and arguments.get("pred_original_sample") is None:
-            return cls.step(self, **arguments, **({"prev_sample": arguments["sample"]} if "prev_sample" in step_signature.parameters else {}))
+            return getattr(cls, "ask", cls.step)(self, **arguments)
         if "generator" in step_signature.parameters:
             arguments["generator"] = session.generator(self, arguments.get("generator"))
         return session.step(self, cls.step, arguments)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checks.ranges import Probability, check_value
 from ..transition import GaussianTransition
-from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, as_state, build_source
+from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, build_source
 from .sigma_space import SigmaSpace, ancestral_step
 
 # The schedulers whose own step is Euler's: it is taken where there is no noise. The others' is of another order; Euler's takes its place.
@@ -188,16 +188,30 @@ class SigmaSDEScheduler(SDESchedulerMixin, EulerDiscreteScheduler):
 
     def clean_sample(self, k: int, model_output: Tensor, sample: Tensor) -> Tensor:
         """The clean sample (B, *D) that the model's output at step k implies, float32."""
-        state, output = (float(w) for w in self.space.clean_weights(self.sigmas[k].double().cpu()))
+        state, output = self._clean_weights(k, sample)
         return state * sample.float() + output * model_output.float()
 
     def implied_output(self, clean: Tensor, timestep, sample: Tensor) -> Tensor:
         """The model's output (B, *D) that implies the clean sample: `clean_sample`'s inverse, float32."""
         if self.step_index is None:
             self._init_step_index(timestep)
-        weights = self.space.clean_weights(self.sigmas[self.step_index].double().cpu())
-        state, output = (_columns(weight, sample.float()) for weight in weights)
+        state, output = self._clean_weights(self.step_index, sample)
         return (clean.float() - state * sample.float()) / output
+
+    def _clean_weights(self, k: int, sample: Tensor) -> list[Tensor]:
+        return [_columns(weight, sample.float()) for weight in self.space.clean_weights(self.sigmas[k].double().cpu())]
+
+    def ask(self, model_output: Tensor, timestep, sample: Tensor, return_dict: bool = True, **unused) -> SDESchedulerOutput | tuple:
+        """A step for the sake of its clean sample, which the pipeline takes back: it draws nothing, and the state stays."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        k = self.step_index
+        if self._walks_euler and not self._stands_in:
+            clean = self._synchronised().step(model_output, timestep, sample).pred_original_sample
+        else:
+            clean = self.clean_sample(k, model_output, sample)
+        self._step_index = k + 1
+        return SDESchedulerOutput(sample, clean) if return_dict else (sample, clean)
 
     def transition(self, model_output: Tensor, timestep, sample: Tensor) -> GaussianTransition:
         """The kernel of the step that leaves `timestep`, for the model's output (B, *D) at the state `sample` (B, *D), in float32."""
@@ -232,23 +246,20 @@ class SigmaSDEScheduler(SDESchedulerMixin, EulerDiscreteScheduler):
         if self.step_index is None:
             self._init_step_index(timestep)
         k = self.step_index
-        clean = self.clean_sample(k, model_output, sample) if pred_original_sample is None else pred_original_sample
-        transition = self._transition(k, clean, sample)
-        if self.kernel(k)[2] > 0:
-            output = self._score(transition, sample, clean, generator, prev_sample)
+        given = {} if pred_original_sample is None else {"pred_original_sample": pred_original_sample}
+        if self.kernel(k)[2] == 0 and self._walks_euler:
+            stock = self._synchronised().step(model_output, timestep, sample, **given)
+            clean = getattr(stock, "pred_original_sample", None)
+            output = self._deterministic_output(stock, sample, prev_sample, self.clean_sample(k, model_output, sample) if clean is None else clean)
         else:
-            output = self._deterministic_output(
-                self._without_noise(model_output, timestep, sample, pred_original_sample, transition), sample, prev_sample, clean
-            )
+            clean = self.clean_sample(k, model_output, sample) if pred_original_sample is None else pred_original_sample
+            transition = self._transition(k, clean, sample)
+            if self.kernel(k)[2] > 0:
+                output = self._score(transition, sample, clean, generator, prev_sample)
+            else:
+                output = self._deterministic_output(SDESchedulerOutput(transition.mean), sample, prev_sample, clean)
         self._step_index = k + 1
         return output if return_dict else (output.prev_sample, output.pred_original_sample)
-
-    def _without_noise(self, model_output, timestep, sample, pred_original_sample, transition):
-        """The stock step where it is Euler's, else Euler's."""
-        if not self._walks_euler:
-            return SDESchedulerOutput(as_state(transition.mean, sample))
-        given = {} if pred_original_sample is None else {"pred_original_sample": pred_original_sample}
-        return self._synchronised().step(model_output, timestep, sample, **given)
 
 
 def _columns(levels: Tensor, sample: Tensor) -> Tensor:
