@@ -122,10 +122,12 @@ class Prediction:
             ValueError: no argument does.
         """
         negative = sorted(name for name in condition.per_sample if name.startswith("negative_"))
-        key = (*(str(condition.kwargs.get(name)) for name in ("true_cfg_scale", "guidance_scale", "negative_prompt")), *negative)
+        scales = [name for name in self.driver.parameters if name.endswith("guidance_scale")]
+        key = (*(str(condition.kwargs.get(name)) for name in ("true_cfg_scale", "negative_prompt", *scales)), *negative)
         if key not in self._unguided:
             single = condition.select([0])
             tries = [{}, *({name: value} for name in ("true_cfg_scale", "guidance_scale") for value in (1.0, 0.0) if name in self.driver.parameters)]
+            tries += [dict.fromkeys(scales, value) for value in (1.0, 0.0)]  # several scales: of each frame, of a picture
             for overrides in tries:
                 if self._rows_a_step(single, overrides) == 1:
                     self._unguided[key] = overrides

@@ -48,7 +48,12 @@ def noise_grid(scheduler, timestep) -> NoiseGrid:
         if name.startswith(prefix):
             raise ValueError(f"{name} cannot be guided: {reason}. Give the pipeline a DDIM, Euler, Heun, DPM-Solver++ or FlowMatchEuler scheduler.")
     first, config = position(scheduler, timestep), scheduler.config
+    if hasattr(scheduler, "precondition_outputs"):
+        return _edm_grid(scheduler, first)
     flow = name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
+    if flow and float(scheduler.sigmas[first:].max()) > 1:  # flow matching has no such noise: states explode, and their derivative is the noise
+        levels = _diffusion_levels(scheduler, first)
+        return NoiseGrid(levels, [1 / level.alpha for level in levels], "epsilon", 1, first)
     if flow:
         inverted = bool(config.get("invert_sigmas"))
         sigmas = [1 - s if inverted else s for s in scheduler.sigmas[first:].tolist()]
@@ -57,6 +62,17 @@ def noise_grid(scheduler, timestep) -> NoiseGrid:
     explodes = hasattr(scheduler, "sigmas") and scheduler.scale_model_input(scheduler.sigmas.new_ones(1), timestep).item() != 1
     scales = [1 / level.alpha if explodes else 1.0 for level in levels]
     return NoiseGrid(levels, scales, config.get("prediction_type", "epsilon"), 1, first)
+
+
+def _edm_grid(scheduler, first: int) -> NoiseGrid:
+    """EDM's preconditioning: with sigma_data = 1 its output is v, or -v, of the state divided by sqrt(1 + sigma^2)."""
+    config, levels = scheduler.config, _diffusion_levels(scheduler, first)
+    if config.sigma_data != 1:
+        raise ValueError(
+            f"{type(scheduler).__name__} with sigma_data={config.sigma_data:g} cannot be guided: the model's output has no conversion here. Steer particles "
+            "(ParticleSteeringPipeline) or choose the best of n, which only look at samples."
+        )
+    return NoiseGrid(levels, [1 / level.alpha for level in levels], "v_prediction", 1 if config.prediction_type == "v_prediction" else -1, first)
 
 
 def check_scale(grid: NoiseGrid, k: int, scheduler, timestep) -> None:

@@ -133,8 +133,11 @@ class SigmaSDEScheduler(SDESchedulerMixin, EulerDiscreteScheduler):
 
     def stand_in(self, timesteps: Tensor) -> None:
         """Ask the denoiser at other times: rows (N,) or (N, B), of which each has its own noise level. For single evaluations, not for steps."""
-        sigmas = self.space.sigma_of(timesteps).to(self.sigmas)
-        self.timesteps, self.sigmas = timesteps.to(self.timesteps), torch.cat([sigmas, torch.zeros_like(sigmas[:1])])
+        timesteps = timesteps.to(self.timesteps)
+        among = timesteps[..., None] == self.timesteps
+        # Of a time of the schedule the level as it is there, bit for bit; unless several have that time, as below the noise of the training.
+        sigmas = torch.where((among.sum(-1) == 1).to(self.sigmas.device), self.sigmas[among.int().argmax(-1)], self.space.sigma_of(timesteps).to(self.sigmas))
+        self.timesteps, self.sigmas = timesteps, torch.cat([sigmas, torch.zeros_like(sigmas[:1])])
         self._step_index, self._begin_index, self._stands_in = None, 0, True
 
     def index_for_timestep(self, timestep, schedule_timesteps: Tensor | None = None) -> int:
@@ -145,10 +148,10 @@ class SigmaSDEScheduler(SDESchedulerMixin, EulerDiscreteScheduler):
             self._init_step_index(timestep)
         if not self.space.scaled:
             return sample
-        if not self._stands_in:
-            return self._synchronised().scale_model_input(sample, timestep)
-        scale = self.space.input_scale(self.sigmas[self.step_index].double())
-        return sample * _columns(scale, sample)
+        source = self._synchronised()
+        if self.sigmas.ndim > 1:
+            source.sigmas, source._step_index = _columns(self.sigmas[self.step_index], sample.float())[None], 0
+        return source.scale_model_input(sample, timestep).to(sample.dtype)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         if hasattr(self._source, "add_noise"):

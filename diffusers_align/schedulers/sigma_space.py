@@ -104,11 +104,6 @@ class SigmaSpace:
         """Weight of the clean sample in a state, whose noise has the weight alpha sigma."""
         return torch.ones_like(sigma) if self.exploding else (1 + sigma.square()).rsqrt()
 
-    def input_scale(self, sigma: Tensor) -> Tensor:
-        """What a state is multiplied with before the model sees it."""
-        data = self.config.get("sigma_data", 1.0) if self.edm else 1.0
-        return (sigma.square() + data**2).rsqrt() if self.scaled else torch.ones_like(sigma)
-
     def preconditioning(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """c_skip and c_out."""
         if self.edm:
