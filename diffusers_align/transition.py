@@ -67,6 +67,17 @@ class GaussianTransition:
         noise = standard_normal(tuple(self.mean.shape), generator, self.mean.device, dtype or self.mean.dtype)
         return self.mean + self.std * noise
 
+    def select(self, index) -> GaussianTransition:
+        """The Gaussians of some of the samples."""
+        return GaussianTransition(self.mean[index], self.std if len(self.std) == 1 else self.std[index])
+
+    @staticmethod
+    def cat(parts: list[GaussianTransition]) -> GaussianTransition:
+        """One batch of the same step's Gaussians of several samples."""
+        shared = all(len(p.std) == 1 for p in parts)
+        rows = (p.std if len(p.std) > 1 else p.std.expand(len(p.mean), *p.std.shape[1:]) for p in parts)
+        return GaussianTransition(torch.cat([p.mean for p in parts]), parts[0].std if shared else torch.cat(list(rows)))
+
     def log_prob(self, x_prev: Tensor) -> Tensor:
         """Log-density of `x_prev` (B, *D) in nats, (B,): the SUM over D, elementwise in float32 and reduced in float64. Elements that stand still
         (std is 0) contribute nothing.

@@ -40,8 +40,8 @@ def flow_grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *,
 
 
 def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
-    """Exact KL of two kernels of equal std, in nats per dimension, (B,): mean((mu - mu_ref)^2) / (2 std^2)."""
-    return ((mean - ref_mean).square() / (2 * std.square())).flatten(1).mean(1)
+    """Exact KL of two kernels of equal std, in nats per dimension, (B,): mean((mu - mu_ref)^2) / (2 std^2). Where std is 0 nothing is drawn: 0."""
+    return ((mean - ref_mean).square() / (2 * std.where(std > 0, math.inf).square())).flatten(1).mean(1)
 
 
 def official_kl(mean: Tensor, ref_mean: Tensor, std: Tensor, step_size: float) -> Tensor:

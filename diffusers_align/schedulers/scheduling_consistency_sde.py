@@ -202,6 +202,10 @@ class SCMSDEScheduler(OwnNoiseMixin, SCMScheduler):
     def time_range(self) -> tuple[float, float]:
         return 0.0, math.pi / 2 + 1e-5  # the stock schedule begins at 1.5708
 
+    def noise_weight(self, timestep: Tensor) -> Tensor:
+        """The weight of the noise in a state, in units of sigma_data, from 0 to 1."""
+        return torch.sin(timestep)
+
     def clean_sample(self, model_output: Tensor, timestep, sample: Tensor) -> Tensor:
         """The clean sample (B, *D) that the trigonometric velocity implies at `timestep`."""
         return torch.cos(timestep) * sample - torch.sin(timestep) * model_output
@@ -227,7 +231,16 @@ class CMSDEScheduler(OwnNoiseMixin, CMStochasticIterativeScheduler):
 
     def clean_sample(self, model_output: Tensor, timestep, sample: Tensor) -> Tensor:
         """The clean sample (B, *D) that the consistency function says at `timestep`, boundary conditions included."""
-        return self._clean(model_output, torch.as_tensor(timestep).double().div(250).exp().float(), sample)
+        return self._clean(model_output, self._sigma(timestep), sample)
+
+    def noise_weight(self, timestep: Tensor) -> Tensor:
+        """The weight of the noise in a state that is scaled to unit variance, from 0 to 1."""
+        sigma = self._sigma(timestep)
+        return sigma / (1 + sigma**2) ** 0.5
+
+    def _sigma(self, timestep) -> Tensor:
+        """`sigma_to_t`, inverted."""
+        return torch.as_tensor(timestep).double().div(250).exp().float()
 
     def _clean(self, model_output: Tensor, sigma: Tensor, sample: Tensor) -> Tensor:
         c_skip, c_out = self.get_scalings_for_boundary_condition(sigma)
@@ -244,4 +257,4 @@ class CMSDEScheduler(OwnNoiseMixin, CMStochasticIterativeScheduler):
         return Draw(clean, as_std(self._noise_level(k), sample), clean)
 
     def _has_noise(self, k: int) -> bool:
-        return len(self.timesteps) > 1 and float(self._noise_level(k)) > 0
+        return len(self.timesteps) > 1 and float(self._noise_level(k)) > 1e-2 * self.config.sigma_min  # what is below is rounding
