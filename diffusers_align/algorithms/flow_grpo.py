@@ -19,6 +19,8 @@ before the epoch's first update; `kl`, in the chosen form; `clip_fraction`.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from ..rl.importance import ClipRange, clipped_surrogate, importance_ratio
