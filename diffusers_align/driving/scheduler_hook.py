@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..schedulers.own_noise import first_time
 from ..schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork
+from ..schedulers.sigma_space import implied_output
 from .denoiser_gates import gated
 from .pipeline_state import no_cast_weights_kept, own_arguments, quiet, refuse_offloading, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
@@ -137,8 +138,8 @@ class _Session:
 
     def step(self, scheduler, stock_step: Callable, arguments: dict):
         child, output = self.adopt(scheduler), arguments["model_output"]
-        if (clean := arguments.get("pred_original_sample")) is not None and hasattr(scheduler, "implied_output"):
-            output = scheduler.implied_output(clean, arguments["timestep"], arguments["sample"])
+        if (clean := arguments.get("pred_original_sample")) is not None:
+            output = implied_output(scheduler, clean, arguments["sample"])
         step = Step(self.taken[child], child, scheduler, arguments["timestep"], arguments["sample"], output, stock_step, arguments)
         result = step.result(self.on_step(step))
         self.taken[child] += 1

@@ -25,6 +25,7 @@ class NoiseGrid:
         prediction: `epsilon`, `v_prediction`, `sample` or `flow`.
         sign: -1 where time, and with it the velocity, runs the other way.
         first: index of the first step in the solver's schedule.
+        data: latents divided by the model's clean samples: EDM's sigma_data, else 1. The scales hold it too.
     """
 
     levels: list[Level]
@@ -32,6 +33,7 @@ class NoiseGrid:
     prediction: str
     sign: int
     first: int
+    data: float = 1.0
 
     def __len__(self) -> int:
         return len(self.levels) - 1
@@ -65,14 +67,10 @@ def noise_grid(scheduler, timestep) -> NoiseGrid:
 
 
 def _edm_grid(scheduler, first: int) -> NoiseGrid:
-    """EDM's preconditioning: with sigma_data = 1 its output is v, or -v, of the state divided by sqrt(1 + sigma^2)."""
-    config, levels = scheduler.config, _diffusion_levels(scheduler, first)
-    if config.sigma_data != 1:
-        raise ValueError(
-            f"{type(scheduler).__name__} with sigma_data={config.sigma_data:g} cannot be guided: the model's output has no conversion here. Steer particles "
-            "(ParticleSteeringPipeline) or choose the best of n, which only look at samples."
-        )
-    return NoiseGrid(levels, [1 / level.alpha for level in levels], "v_prediction", 1 if config.prediction_type == "v_prediction" else -1, first)
+    """EDM's preconditioning: its output is v, or -v, of the state divided by sigma_data sqrt(1 + s^2), at the level s = sigma / sigma_data."""
+    data, sign = scheduler.config.sigma_data, 1 if scheduler.config.prediction_type == "v_prediction" else -1
+    levels = [Level(1 / math.hypot(1, s), s / math.hypot(1, s)) for s in (scheduler.sigmas[first:].double() / data).tolist()]
+    return NoiseGrid(levels, [data / level.alpha for level in levels], "v_prediction", sign, first, data)
 
 
 def check_scale(grid: NoiseGrid, k: int, scheduler, timestep) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checks.ranges import Probability, check_value
 from ..transition import GaussianTransition
 from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, build_source
-from .sigma_space import SigmaSpace, ancestral_step
+from .sigma_space import SigmaSpace, ancestral_step, columns
 
 # The schedulers whose own step is Euler's: it is taken where there is no noise. The others' is of another order; Euler's takes its place.
 _EULER = ("EulerDiscreteScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler")
@@ -150,14 +150,14 @@ class SigmaSDEScheduler(SDESchedulerMixin, EulerDiscreteScheduler):
             return sample
         source = self._synchronised()
         if self.sigmas.ndim > 1:
-            source.sigmas, source._step_index = _columns(self.sigmas[self.step_index], sample.float())[None], 0
+            source.sigmas, source._step_index = columns(self.sigmas[self.step_index], sample.float())[None], 0
         return source.scale_model_input(sample, timestep).to(sample.dtype)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         if hasattr(self._source, "add_noise"):
             return self._synchronised().add_noise(original_samples, noise, timesteps)
         sigma = self.space.sigma_of(timesteps)
-        return original_samples + _columns(sigma, original_samples) * noise
+        return original_samples + columns(sigma, original_samples) * noise
 
     # --- the policy -----------------------------------------------------------------------------------------------------
 
@@ -194,15 +194,8 @@ class SigmaSDEScheduler(SDESchedulerMixin, EulerDiscreteScheduler):
         state, output = self._clean_weights(k, sample)
         return state * sample.float() + output * model_output.float()
 
-    def implied_output(self, clean: Tensor, timestep, sample: Tensor) -> Tensor:
-        """The model's output (B, *D) that implies the clean sample: `clean_sample`'s inverse, float32."""
-        if self.step_index is None:
-            self._init_step_index(timestep)
-        state, output = self._clean_weights(self.step_index, sample)
-        return (clean.float() - state * sample.float()) / output
-
     def _clean_weights(self, k: int, sample: Tensor) -> list[Tensor]:
-        return [_columns(weight, sample.float()) for weight in self.space.clean_weights(self.sigmas[k].double().cpu())]
+        return [columns(weight, sample.float()) for weight in self.space.clean_weights(self.sigmas[k].double().cpu())]
 
     def ask(self, model_output: Tensor, timestep, sample: Tensor, return_dict: bool = True, **unused) -> SDESchedulerOutput | tuple:
         """A step for the sake of its clean sample, which the pipeline takes back: it draws nothing, and the state stays."""
@@ -263,8 +256,3 @@ class SigmaSDEScheduler(SDESchedulerMixin, EulerDiscreteScheduler):
                 output = self._deterministic_output(SDESchedulerOutput(transition.mean), sample, prev_sample, clean)
         self._step_index = k + 1
         return output if return_dict else (output.prev_sample, output.pred_original_sample)
-
-
-def _columns(levels: Tensor, sample: Tensor) -> Tensor:
-    """One number, or (B,), to multiply with `sample` (B, *D)."""
-    return levels.to(sample.dtype).to(sample.device).reshape(-1, *[1] * (sample.ndim - 1)) if levels.ndim else levels.to(sample.dtype).to(sample.device)

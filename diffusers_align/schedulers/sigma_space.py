@@ -130,3 +130,16 @@ class SigmaSpace:
         """The noise that an output implies, as weights of the state and of the output."""
         c_skip, c_out = self.preconditioning(sigma)
         return (1 - c_skip) / (self.alpha(sigma) * sigma), -c_out / sigma
+
+
+def columns(levels: Tensor, sample: Tensor) -> Tensor:
+    """One level, or one of each sample (B,), to multiply with `sample` (B, *D)."""
+    levels = levels.to(sample.dtype).to(sample.device)
+    return levels.reshape(-1, *[1] * (sample.ndim - 1)) if levels.ndim else levels
+
+
+def implied_output(scheduler, clean: Tensor, sample: Tensor) -> Tensor:
+    """The model's output (B, *D) that implies the clean sample `clean` at the scheduler's present step, float32. The scheduler is EDM's, or a twin of it."""
+    weights = SigmaSpace(scheduler).clean_weights(scheduler.sigmas[scheduler.step_index].double().cpu())
+    state, output = (columns(weight, sample.float()) for weight in weights)
+    return (clean.float() - state * sample.float()) / output

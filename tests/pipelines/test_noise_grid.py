@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffusers_align.algorithms.guidance import clean_estimate
-from diffusers_align.pipelines.noise_grid import noise_grid
+from diffusers_align.pipelines.noise_grid import check_scale, noise_grid
 
 
 def test_grids_hold_each_solvers_levels():
@@ -26,10 +26,10 @@ def test_grids_hold_each_solvers_levels():
 
 
 def test_grids_in_sigma_space_read_outputs_as_the_solver_does():
-    """EDM's with sigma_data = 1 is v or -v; a flow scheduler beyond 1 is handed the noise."""
+    """EDM's is v or -v of the data divided by sigma_data; a flow scheduler beyond 1 is handed the noise."""
     flow = diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
     flow.register_to_config(sigma_min=0.002, sigma_max=80.0)
-    edm = [diffusers.EDMEulerScheduler(sigma_data=1.0, prediction_type=kind) for kind in ("epsilon", "v_prediction")]
+    edm = [diffusers.EDMEulerScheduler(sigma_data=data, prediction_type=kind) for data, kind in ((1.0, "epsilon"), (0.5, "epsilon"), (0.5, "v_prediction"))]
     x, output = torch.randn(2, 1, 5, generator=torch.Generator().manual_seed(0))
     for scheduler in (*edm, flow):
         scheduler.set_timesteps(6)
@@ -38,9 +38,6 @@ def test_grids_in_sigma_space_read_outputs_as_the_solver_does():
             scheduler._step_index = k
             state = scheduler.sigmas[k] * x
             clean = state - scheduler.sigmas[k] * output if scheduler is flow else scheduler.precondition_outputs(state, output, scheduler.sigmas[k])
+            check_scale(grid, k, scheduler, scheduler.timesteps[k])
             found = clean_estimate(grid.sign * output, state / grid.scales[k], grid.levels[k], grid.prediction)
-            torch.testing.assert_close(found, clean, rtol=1e-4, atol=1e-4)
-    playground = diffusers.EDMEulerScheduler(sigma_data=0.5)
-    playground.set_timesteps(6)
-    with pytest.raises(ValueError, match="EDMEulerScheduler with sigma_data=0.5 cannot be guided: .*best of n"):
-        noise_grid(playground, playground.timesteps[0])
+            torch.testing.assert_close(grid.data * found, clean, rtol=1e-4, atol=1e-4)

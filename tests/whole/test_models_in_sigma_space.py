@@ -12,6 +12,7 @@ from diffusers_align.algorithms.ddpo import ddpo_loss
 from diffusers_align.algorithms.diffusion_dpo import diffusion_dpo_loss
 from diffusers_align.driving.stock import stock_solver
 from diffusers_align.forward_process import ForwardProcess
+from diffusers_align.pipelines import RewardGuidedPipeline
 from diffusers_align.rl.matching import matching_error
 
 torch.set_num_threads(1)
@@ -110,6 +111,17 @@ def test_other_solvers_with_karras_levels(scheduler):
         assert torch.equal(kernel.log_prob(trajectory.actions[:, k]), trajectory.log_probs[:, k])
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+def test_gradients_of_pixels_reach_the_last_state(name):
+    """Also where the pipeline would hand its pictures to a guardrail, as NumPy arrays."""
+    policy = made(name)
+    condition = condition_of(policy, name, [1, 2])
+    final = policy.rollout(condition).final.requires_grad_()
+    policy.decode(final, condition).mean().backward()
+    assert final.grad.isfinite().all() and (final.grad.flatten(1).norm(dim=1) > 0).all()
+    assert getattr(policy.pipeline, "safety_checker", None) is policy.pipeline.components.get("safety_checker")
+
+
 # --- alignment -------------------------------------------------------------------------------------------------------------
 
 
@@ -167,3 +179,16 @@ def test_a_preference_update(name):
             for p, g in zip(parameters, gradients):
                 p -= 0.01 * g / norm if g is not None else 0
     assert losses[0] == pytest.approx(math.log(2)) and losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["SDXL", "Cosmos", "Cosmos2"])
+def test_guidance_raises_the_reward_on_the_stock_solver(name):
+    """Also of a pipeline that guides clean samples itself, and hands them to the step."""
+    build, prompts, call, _ = PIPELINES[name]
+    pipeline = RewardGuidedPipeline(build())
+
+    def reward(scale: float) -> float:
+        own = {"reward": lambda images, prompts: images.flatten(1).mean(1), "preset": "mpgd", "reward_scale": scale}
+        return float(pipeline(prompt=prompts[:1], generator=torch.Generator().manual_seed(0), **own, **call).rewards)
+
+    assert reward(1.0) > reward(0.0) + 0.01
