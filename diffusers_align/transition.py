@@ -83,7 +83,7 @@ class GaussianTransition:
         (std is 0) contribute nothing.
 
         Raises:
-            ValueError: the step is deterministic (std is 0 everywhere), so the density does not exist; `x_prev` is of other samples.
+            ValueError: the step is deterministic (std is 0 all over a sample), so the density does not exist; `x_prev` is of other samples.
         """
         noisy, std = self._noise()
         _require_same(x_prev, self.mean)
@@ -109,7 +109,7 @@ class GaussianTransition:
         noisy = self.std > 0
         if bool(noisy.all()):
             return None, self.std
-        if not bool(noisy.any()):
+        if not bool(noisy.flatten(1).any(1).all()):
             raise ValueError(
                 "This step is deterministic (std is 0), so it has no log-probability. Use only the steps where "
                 "`scheduler.stochastic_steps` is True, or raise the scheduler's noise (`eta`, `noise_level`)."

@@ -33,9 +33,11 @@ class OwnNoiseMixin(SDESchedulerMixin):
 
     Attributes:
         ends_clean: the last step returns the clean sample itself, and pipelines decode what is returned beside the state.
+        jumps: the model's output is no mean of noise or data at its state, but where a trajectory through it leads.
+        ends_with_time: the last of the `timesteps` is where the last step ends; pipelines leave it out.
     """
 
-    ends_clean = False
+    ends_clean = ends_with_time = jumps = False
 
     def _draw(self, model_output: Tensor, k: int, sample: Tensor, timestep=None) -> Draw:
         """The draw of solver step k in float32; `timestep` is what the pipeline passed, the schedule's own where None."""
@@ -51,7 +53,10 @@ class OwnNoiseMixin(SDESchedulerMixin):
     @property
     def num_steps(self) -> int:
         """Solver steps of the current schedule."""
-        return len(self.timesteps)
+        return len(self.timesteps) - self.ends_with_time
+
+    def stand_in(self, timesteps: Tensor) -> None:
+        super().stand_in(torch.cat([timesteps, timesteps[-1:]]) if self.ends_with_time else timesteps)
 
     @property
     def stochastic_steps(self) -> Tensor:
@@ -79,7 +84,7 @@ class OwnNoiseMixin(SDESchedulerMixin):
     def transition(self, model_output: Tensor, timestep, sample: Tensor) -> GaussianTransition:
         """The draw that leaves `timestep`, for the model's output at the state `sample` (B, *D), in float32."""
         k = self.step_position(timestep)
-        mean, std, _ = self._draw(model_output.float(), k, sample.float())
+        mean, std, _ = self._draw(model_output.float(), k, sample.float(), timestep)
         return GaussianTransition(mean, std if self._has_noise(k) and not self.deterministic else torch.zeros_like(std))
 
     def step(

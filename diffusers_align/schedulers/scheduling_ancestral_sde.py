@@ -140,11 +140,7 @@ class WuerstchenSDEScheduler(OwnNoiseMixin, DDPMWuerstchenScheduler):
     Its time is continuous, from 1 to 0, with a cosine for a table. Its arguments are the stock scheduler's.
     """
 
-    tuple_length, time_range = 1, (0.0, 1.0)
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.timesteps) - 1
+    ends_with_time, tuple_length, time_range = True, 1, (0.0, 1.0)
 
     def alpha_cumprod(self, timestep: Tensor, sample: Tensor) -> Tensor:
         """alpha^2 at times (B,) or a number, (B or 1, 1, ..., 1) to multiply `sample` with."""
@@ -165,7 +161,7 @@ class WuerstchenSDEScheduler(OwnNoiseMixin, DDPMWuerstchenScheduler):
         return (sample - (1 - alpha).sqrt() * model_output) / alpha.sqrt()
 
     def _draw(self, model_output: Tensor, k: int, sample: Tensor, timestep=None) -> Draw:
-        time = self.timesteps[k] if timestep is None else timestep
+        time = self.timesteps[k] if timestep is None else torch.as_tensor(timestep).reshape(-1)[:1]  # as rounded by the pipeline; one for all
         level, before = self.alpha_cumprod(time, sample), self.alpha_cumprod(self.timesteps[k + 1], sample)
         alpha = level / before
         mean = (1.0 / alpha).sqrt() * (sample - (1 - alpha) * model_output / (1 - level).sqrt())

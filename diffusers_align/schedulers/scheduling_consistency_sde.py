@@ -24,7 +24,7 @@ from .scheduling_utils import Generator, SDESchedulerOutput
 class _OnTable(OwnNoiseMixin):
     """A consistency sampler on a table `alphas_cumprod`."""
 
-    tuple_length = 2
+    jumps, tuple_length = True, 2
 
     def _implied(self, model_output: Tensor, timestep, sample: Tensor) -> tuple[Tensor, Tensor]:
         """The clean sample and the noise that the model's output implies, in the stock schedulers' order of operations."""
@@ -55,7 +55,10 @@ class LCMSDEScheduler(_OnTable, LCMScheduler):
         return c_out * clean + c_skip * sample
 
     def _draw(self, model_output: Tensor, k: int, sample: Tensor, timestep=None) -> Draw:
-        clean, alpha = self.clean_sample(model_output, self.timesteps[k], sample), self._next_level(k)
+        clean = self.clean_sample(model_output, self.timesteps[k], sample)
+        if not self._has_noise(k):
+            return Draw(clean, as_std(torch.zeros(()), sample), clean)
+        alpha = self._next_level(k)
         return Draw(alpha.sqrt() * clean, as_std((1 - alpha).sqrt(), sample), clean)
 
     def _next_level(self, k: int) -> Tensor:
@@ -169,7 +172,8 @@ class FlowMatchLCMSDEScheduler(OwnNoiseMixin, FlowMatchLCMScheduler):
         ValueError: `scale_factors`, at a step: states that grow from step to step have no one trajectory.
     """
 
-    ends_clean, tuple_length, init_noise_sigma = True, 1, 1.0
+    jumps = ends_clean = True
+    tuple_length, init_noise_sigma = 1, 1.0
 
     def clean_sample(self, model_output: Tensor, timestep, sample: Tensor) -> Tensor:
         """The clean sample (B, *D) that the velocity implies at `timestep`, a thousandth of whose units is the noise level."""
@@ -192,11 +196,8 @@ class SCMSDEScheduler(OwnNoiseMixin, SCMScheduler):
     Its arguments are the stock scheduler's.
     """
 
-    ends_clean, tuple_length = True, 2
-
-    @property
-    def num_steps(self) -> int:
-        return len(self.timesteps) - 1
+    jumps = ends_clean = ends_with_time = True
+    tuple_length = 2
 
     @property
     def time_range(self) -> tuple[float, float]:
@@ -208,7 +209,8 @@ class SCMSDEScheduler(OwnNoiseMixin, SCMScheduler):
 
     def clean_sample(self, model_output: Tensor, timestep, sample: Tensor) -> Tensor:
         """The clean sample (B, *D) that the trigonometric velocity implies at `timestep`."""
-        return torch.cos(timestep) * sample - torch.sin(timestep) * model_output
+        time = torch.as_tensor(timestep).to(sample.device).reshape(-1, *[1] * (sample.ndim - 1))
+        return torch.cos(time) * sample - torch.sin(time) * model_output
 
     def _draw(self, model_output: Tensor, k: int, sample: Tensor, timestep=None) -> Draw:
         time, following = self.timesteps[k], self.timesteps[k + 1]
@@ -222,7 +224,8 @@ class SCMSDEScheduler(OwnNoiseMixin, SCMScheduler):
 class CMSDEScheduler(OwnNoiseMixin, CMStochasticIterativeScheduler):
     """`CMStochasticIterativeScheduler` with the log-probability of its own noise. Its arguments are the stock scheduler's."""
 
-    ends_clean, tuple_length = True, 1
+    jumps = ends_clean = True
+    tuple_length = 1
 
     @property
     def time_range(self) -> tuple[float, float]:

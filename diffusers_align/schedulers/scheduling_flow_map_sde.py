@@ -33,7 +33,7 @@ class FlowMapSDEScheduler(OwnNoiseMixin, FlowMapEulerDiscreteScheduler):
     The other arguments are the stock scheduler's. `deterministic` is the stock sampler, if it is set before `set_timesteps`, as a policy does.
     """
 
-    tuple_length = 1
+    jumps, tuple_length = True, 1
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = 1000, shift: float = 1.0, eta: float = 0.3):

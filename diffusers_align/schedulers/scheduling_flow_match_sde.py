@@ -193,7 +193,7 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
         if self.step_index is None:
             self._init_step_index(timestep)
         k = self.step_index
-        if self.kernel(k).std == 0:
+        if self.kernel(k).std == 0 or (per_token_timesteps is not None and not bool(self._drawn(k, per_token_timesteps).any())):
             stock = FlowMatchEulerDiscreteScheduler.step(self, model_output, timestep, sample, generator=generator, per_token_timesteps=per_token_timesteps)
             clean = self._clean(k, model_output, sample) if per_token_timesteps is None else None
             output = self._deterministic_output(stock, sample, prev_sample, clean)
@@ -206,10 +206,14 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
             self._step_index += 1
         return output if return_dict else (output.prev_sample,)
 
+    def _drawn(self, k: int, times: Tensor) -> Tensor:
+        """Which tokens stand at the step's own time, (B, T); those of a condition stand below."""
+        return times / self.config.num_train_timesteps > self._sigma_list[k] - 1e-6
+
     def _per_token(self, k: int, model_output: Tensor, sample: Tensor, times: Tensor) -> tuple[GaussianTransition, Tensor]:
         """The step's kernel for tokens at its own time, and no noise for those below; with the clean sample."""
-        levels = (times / self.config.num_train_timesteps).float().reshape(*times.shape, *[1] * (sample.ndim - times.ndim))
-        drawn, velocity = levels > self._sigma_list[k] - 1e-6, -model_output.float()
+        drawn, levels = (x.reshape(*times.shape, *[1] * (sample.ndim - times.ndim)) for x in (self._drawn(k, times), times / self.config.num_train_timesteps))
+        velocity = -model_output.float()
         kernel = self._transition(k, velocity, sample)
         below = torch.where(self.sigmas.to(levels) < levels[..., None] - 1e-6, self.sigmas.to(levels), 0.0).amax(-1)
         held = sample.float() + (below - levels) * velocity

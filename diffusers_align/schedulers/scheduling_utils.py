@@ -111,7 +111,8 @@ def put_in_place(pipeline, scheduler: SDESchedulerMixin):
 
     A second policy on the same pipeline finds the first one's twin there, which remembers whose place it took.
     """
-    stock = getattr(pipeline.scheduler, "replaced", None) or pipeline.scheduler
+    replaced = getattr(pipeline.scheduler, "replaced", None)
+    stock = pipeline.scheduler if replaced is None else replaced  # not `or`: schedulers have a length, which some cannot tell
     pipeline.scheduler = scheduler
     scheduler.replaced = stock if stock is not scheduler else None
     return stock

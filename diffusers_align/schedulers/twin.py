@@ -98,7 +98,7 @@ def _twin_class(scheduler) -> type:
     if isinstance(scheduler, SDESchedulerMixin):
         return [cls for cls in type(scheduler).__mro__ if cls.__name__ in SDE_FIELDS][-1]
     name = type(scheduler).__name__
-    if (own := _own_noise(scheduler)) is not None:
+    if (own := own_noise_twin(scheduler)) is not None:
         return own
     for prefix, reason in NO_KERNEL.items():
         if name.startswith(prefix):
@@ -113,8 +113,10 @@ def _twin_class(scheduler) -> type:
     raise ValueError(f"{name} has no SDE twin: it has neither flow sigmas nor an alphas_cumprod table.")
 
 
-def _own_noise(scheduler) -> type | None:
-    """The twin of a scheduler that draws from a Gaussian itself; None of another one."""
+def own_noise_twin(scheduler) -> type | None:
+    """The class of the twin of a scheduler that draws from a Gaussian itself, or is such a twin; None of another one."""
+    if isinstance(scheduler, OwnNoiseMixin):
+        return type(scheduler)
     name = type(scheduler).__name__
     if name == "FlowMapEulerDiscreteScheduler":  # not in every diffusers
         from .scheduling_flow_map_sde import FlowMapSDEScheduler
