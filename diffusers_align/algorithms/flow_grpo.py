@@ -48,6 +48,8 @@ def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
 
 def official_kl(mean: Tensor, ref_mean: Tensor, std: Tensor, step_size: float) -> Tensor:
     """The official code's KL, (B,): `gaussian_kl` times the step's length |sigma_next - sigma|."""
+    if math.isnan(step_size):
+        raise ValueError("The official penalty goes by the lengths of flow matching's steps, and this sampler has none: take --kl_form gaussian.")
     return step_size * gaussian_kl(mean, ref_mean, std)
 
 

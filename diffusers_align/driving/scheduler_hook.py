@@ -107,7 +107,7 @@ class Step:
         if self.output is None:
             return SDESchedulerOutput(prev_sample=prev_sample)
         for name, value in zip(list(self.output), values):
-            setattr(self.output, name, value)
+            self.output[name] = value
         return self.output
 
 
