@@ -129,7 +129,7 @@ def test_pixels_have_a_gradient(subject, walk):
     _, policy, trajectory, _ = subject
     condition, last = policy.condition(PROMPTS, seeds=SEEDS), trajectory.num_steps - 1
     options = {"grad_steps": [last]} if walk == "last step" else {"grad_steps": [0], "stop_step": 0}
-    rollout = differentiable_rollout(policy, condition, decode=False, **options)
+    rollout = differentiable_rollout(policy, condition, **options)
     gradients = torch.autograd.grad(rollout.latents.square().sum(), policy.trainable_parameters(), allow_unused=True)
     assert rollout.latents.isfinite().all()
     assert any(g is not None and bool(g.any()) for g in gradients)
