@@ -52,7 +52,8 @@ def noise_grid(scheduler, timestep) -> NoiseGrid:
     if own_noise_twin(scheduler) is not None:
         raise ValueError(
             f"{name} cannot be guided: its steps draw around clean samples of the model's own (consistency samplers, flow maps, learned variances), and a "
-            "guided output has no conversion there. Steer particles (ParticleSteeringPipeline) or choose the best of n, which only look at samples."
+            "guided output has no conversion there. Steer particles or choose the best of n, which only look at samples, or give the pipeline a DDIM scheduler "
+            "if its model allows."
         )
     first, config = position(scheduler, timestep), scheduler.config
     if hasattr(scheduler, "precondition_outputs"):
