@@ -12,7 +12,7 @@ import diffusers
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 CLIP_WIDTH, TEXT_WIDTH, LATENT_CHANNELS = 16, 32, 4
 STABLE_DIFFUSION_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -50,10 +50,11 @@ def byte_vocabulary(*special: str) -> dict[str, int]:
 
 
 def gemma_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token a byte."""
+    """One token a byte after a start token, without which an empty prompt has no token to average."""
     tokenizer = Tokenizer(models.BPE(vocab=byte_vocabulary("<pad>", "<eos>", "<bos>", "<unk>"), merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))])
     names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", model_max_length=512, **names)
 

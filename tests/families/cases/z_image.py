@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import diffusers
+import torch
 import transformers
 
 from ..case import Case
@@ -31,13 +32,15 @@ def _controlled(cls: type, channels: int):
 
 
 def _omni():
+    """It casts pictures to bfloat16 before it encodes them, whatever the autoencoder's dtype."""
     vision = transformers.Siglip2VisionConfig(
         hidden_size=SIGLIP_WIDTH, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=4, num_patches=16
     )
     processor = transformers.Siglip2ImageProcessor(patch_size=4, max_num_patches=16)
-    return z_image(
-        diffusers.ZImageOmniPipeline, {"siglip_feat_dim": SIGLIP_WIDTH}, siglip=seeded(transformers.Siglip2VisionModel, vision), siglip_processor=processor
-    )  # fmt: skip
+    siglip = seeded(transformers.Siglip2VisionModel, vision)
+    pipeline = z_image(diffusers.ZImageOmniPipeline, {"siglip_feat_dim": SIGLIP_WIDTH}, siglip=siglip, siglip_processor=processor)
+    pipeline.vae.to(torch.bfloat16)
+    return pipeline
 
 
 CALL = {**SMALL, "max_sequence_length": 64}
