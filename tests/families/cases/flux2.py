@@ -7,25 +7,29 @@ import transformers
 
 from ..case import Case
 from ..parts import LANGUAGE_MODEL, LATENT_CHANNELS, TEXT_WIDTH, masks, pictures, pil_pictures, quiet, qwen3, seeded, shifted_flow
-from ..vision_language import CHAT, vision_tokenizer
+from ..vision_language import vision_tokenizer
 
 LAYERS = 3
 
 
-def flux2(cls: type, **components):
-    """The autoencoder compresses 8 times and packs 2 x 2 latents, which it normalises."""
-    transformer = seeded(
-        diffusers.Flux2Transformer2DModel, in_channels=4 * LATENT_CHANNELS, num_layers=1, num_single_layers=1, attention_head_dim=16,
-        num_attention_heads=2, joint_attention_dim=LAYERS * TEXT_WIDTH, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
-        guidance_embeds=cls is diffusers.Flux2Pipeline,
-    )  # fmt: skip
+def flux2_vae() -> diffusers.AutoencoderKLFlux2:
+    """Compresses 8 times; pipelines pack 2 x 2 of its latents and normalise them by its statistics."""
     vae = seeded(
         diffusers.AutoencoderKLFlux2, block_out_channels=(8,) * 4, layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=2,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
     vae.bn.running_mean.uniform_(-0.3, 0.3)
     vae.bn.running_var.uniform_(0.5, 2.0)
-    return quiet(cls(transformer=transformer, vae=vae, scheduler=shifted_flow(use_dynamic_shifting=True), **components))
+    return vae
+
+
+def flux2(cls: type, **components):
+    transformer = seeded(
+        diffusers.Flux2Transformer2DModel, in_channels=4 * LATENT_CHANNELS, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=LAYERS * TEXT_WIDTH, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=cls is diffusers.Flux2Pipeline,
+    )  # fmt: skip
+    return quiet(cls(transformer=transformer, vae=flux2_vae(), scheduler=shifted_flow(use_dynamic_shifting=True), **components))
 
 
 def _mistral():
@@ -46,7 +50,6 @@ def _mistral():
 
 def _klein(cls: type, distilled: bool = False):
     tokenizer = vision_tokenizer()
-    assert tokenizer.chat_template == CHAT
     return flux2(cls, tokenizer=tokenizer, text_encoder=qwen3(transformers.Qwen3ForCausalLM, vocab_size=len(tokenizer)), is_distilled=distilled)
 
 
