@@ -48,9 +48,10 @@ class Prediction:
             raise ValueError(f"latents and timesteps are tensors, got a {type(latents).__name__} and a {type(timesteps).__name__}.")
         if len(latents) != number or timesteps.shape != (number,):
             raise ValueError(f"{number} prompts need latents and timesteps of as many, got {tuple(latents.shape)} and {tuple(timesteps.shape)}.")
-        most = self.driver.scheduler.config.num_train_timesteps
-        if not bool(((timesteps >= 0) & (timesteps <= most)).all()):  # NaN fails too
-            raise ValueError(f"timesteps are numbers from 0 to {most}, in the scheduler's units, got {timesteps.tolist()}.")
+        least, most = self.driver.scheduler.time_range
+        slack = 1e-6 * (most - least)  # they may have been rounded to float32
+        if not bool(((timesteps >= least - slack) & (timesteps <= most + slack)).all()):  # NaN fails too
+            raise ValueError(f"timesteps are numbers from {least:g} to {most:g}, in the scheduler's units, got {timesteps.tolist()}.")
 
     def _together(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
         """Solver step 0 is gated and returns `latents`; step 1 evaluates them at `timesteps`; the rest is skipped."""
@@ -91,9 +92,10 @@ class Prediction:
     @torch.no_grad()
     def _takes_own_times(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> bool:
         """Whether each sample is evaluated at its own time: together they are then as one by one, and not as at one time for all."""
-        number = self.driver.scheduler.config.num_train_timesteps
+        least, most = self.driver.scheduler.time_range
         # Other times than those given, which may be near each other.
-        apart = (number * torch.linspace(0.25, 0.75, len(timesteps))).round().to(timesteps)
+        apart = least + (most - least) * torch.linspace(0.25, 0.75, len(timesteps))
+        apart = (apart.round() if most > 10 else apart).to(timesteps)  # whole numbers where times are
         one_by_one = self._one_by_one(latents, apart, condition, overrides).float()
         try:
             together = self._together(latents, apart, condition, overrides).float()
@@ -120,10 +122,12 @@ class Prediction:
             ValueError: no argument does.
         """
         negative = sorted(name for name in condition.per_sample if name.startswith("negative_"))
-        key = (*(str(condition.kwargs.get(name)) for name in ("true_cfg_scale", "guidance_scale", "negative_prompt")), *negative)
+        scales = [name for name in self.driver.parameters if name.endswith("guidance_scale")]
+        key = (*(str(condition.kwargs.get(name)) for name in ("true_cfg_scale", "negative_prompt", *scales)), *negative)
         if key not in self._unguided:
             single = condition.select([0])
             tries = [{}, *({name: value} for name in ("true_cfg_scale", "guidance_scale") for value in (1.0, 0.0) if name in self.driver.parameters)]
+            tries += [dict.fromkeys(scales, value) for value in (1.0, 0.0)]  # several scales: of each frame, of a picture
             for overrides in tries:
                 if self._rows_a_step(single, overrides) == 1:
                     self._unguided[key] = overrides

@@ -20,6 +20,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork
+from ..schedulers.sigma_space import implied_output
 from .denoiser_gates import gated
 from .pipeline_state import no_cast_weights_kept, own_arguments, quiet, refuse_offloading, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
@@ -47,7 +48,7 @@ class Step:
     Attributes:
         k: solver step of this scheduler, from 0.
         child: 0 for the pipeline's own scheduler, 1, 2, ... for the copies it makes (a second modality).
-        sample, model_output: (B, *D), as the pipeline passes them.
+        sample, model_output: (B, *D), as the pipeline passes them; the output that the clean sample implies, where it passes that one instead.
     """
 
     k: int
@@ -73,7 +74,10 @@ class Step:
 
     def run(self, **overrides):
         """The scheduler's own step, with any of its arguments replaced; its output as a dataclass."""
-        self.output = self._stock_step(self.scheduler, **{**self._arguments, **overrides, "return_dict": True})
+        arguments = {**self._arguments, **overrides, "return_dict": True}
+        if "model_output" in overrides:
+            arguments.pop("pred_original_sample", None)  # which the output implies
+        self.output = self._stock_step(self.scheduler, **arguments)
         return self.output
 
     def skip(self) -> None:
@@ -106,6 +110,7 @@ class _Session:
         self.schedulers: list[Any] = []
         self.taken: list[int] = []
         self.streams: list[Generator] = []
+        self.asks_first = False
 
     def adopt(self, scheduler) -> int:
         for index, known in enumerate(self.schedulers):
@@ -123,8 +128,10 @@ class _Session:
         return self.of_call if handed_on is None and getattr(scheduler, "generator", None) is None else handed_on
 
     def step(self, scheduler, stock_step: Callable, arguments: dict):
-        child = self.adopt(scheduler)
-        step = Step(self.taken[child], child, scheduler, arguments["timestep"], arguments["sample"], arguments["model_output"], stock_step, arguments)
+        child, output = self.adopt(scheduler), arguments["model_output"]
+        if (clean := arguments.get("pred_original_sample")) is not None:
+            output = implied_output(scheduler, clean, arguments["sample"])
+        step = Step(self.taken[child], child, scheduler, arguments["timestep"], arguments["sample"], output, stock_step, arguments)
         result = step.result(self.on_step(step))
         self.taken[child] += 1
         return result
@@ -136,6 +143,8 @@ def _hooked_class(cls: type, session: _Session) -> type:
     def step(self, *args, **kwargs):
         arguments = dict(step_signature.bind(self, *args, **kwargs).arguments)
         arguments.pop("self")
+        if session.asks_first and arguments.get("pred_original_sample") is None:
+            return getattr(cls, "ask", cls.step)(self, **arguments)
         if "generator" in step_signature.parameters:
             arguments["generator"] = session.generator(self, arguments.get("generator"))
         return session.step(self, cls.step, arguments)
@@ -144,7 +153,10 @@ def _hooked_class(cls: type, session: _Session) -> type:
         cls.set_timesteps(self, *args, **kwargs)
         if session.timesteps is not None:
             # In the schedule's own dtype: some pipelines index their noise table with it.
-            self.timesteps = session.timesteps.to(self.timesteps)
+            if hasattr(self, "stand_in"):
+                self.stand_in(session.timesteps)
+            else:
+                self.timesteps = session.timesteps.to(self.timesteps)
         if session.begin_index is not None and hasattr(self, "set_begin_index"):
             self.set_begin_index(session.begin_index)
 
@@ -159,6 +171,13 @@ def _hooked_class(cls: type, session: _Session) -> type:
 
     step.__signature__, set_timesteps.__signature__ = step_signature, set_signature
     return type(cls.__name__, (cls,), {"step": step, "set_timesteps": set_timesteps, "__deepcopy__": __deepcopy__, "__module__": cls.__module__})
+
+
+def _asks_first(pipeline) -> bool:
+    """Whether the pipeline guides clean samples: it has a step of the scheduler tell them, takes that step back, and hands the guided ones to the step
+    that counts, as `pred_original_sample`. The name stands in the code of its call then."""
+    code = inspect.unwrap(type(pipeline).__call__).__code__
+    return any(isinstance(names, tuple) and "pred_original_sample" in names for names in code.co_consts)
 
 
 @contextmanager
@@ -222,6 +241,7 @@ def drive(
     if gradients:
         refuse_offloading(pipeline)
     session = _Session(on_step, timesteps, begin_index, noise, call.get("generator"))
+    session.asks_first = _asks_first(pipeline)
     with ExitStack() as stack:
         stack.enter_context(restored_if_abandoned(pipeline))
         stack.enter_context(seeded_globally(global_seed, pipeline.device))

@@ -203,7 +203,7 @@ class _Walk:
         self.moved = self.moved or bool(shift.clean.any() or shift.state.any())
         moved = output + grid.sign * output_change(shift.clean, level, grid.prediction).to(output.dtype)
         drawn = step.run(sample=state, model_output=moved)
-        self._check_reading(step, drawn, clean(state, moved))
+        self._check_reading(step, drawn, self.grid.data * clean(state, moved))
         result = drawn.prev_sample + (grid.scales[k + 1] * shift.state).to(drawn.prev_sample.dtype)
         self._check_finite(result, k, state, output)
         return result
@@ -222,7 +222,7 @@ class _Walk:
         for rows in torch.arange(len(x)).split(self.micro_batch_size or len(x)):
             part = x[rows].detach().requires_grad_()
             with torch.enable_grad():
-                value = self.objective(part, rows.tolist(), level)
+                value = self.objective(part * self.grid.data, rows.tolist(), level)
                 (gradient,) = torch.autograd.grad(value.sum(), part, allow_unused=True) if value.requires_grad else (None,)
             if gradient is None:
                 raise GuidanceError(

@@ -62,6 +62,15 @@ class SDESchedulerMixin:
         """Index k of the solver step that leaves `timestep`."""
         raise TypeError(f"{type(self).__name__} must define step_position(timestep).")
 
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """The times with the least and the most noise at which the model can be asked."""
+        return 0.0, float(self.config.num_train_timesteps)
+
+    def stand_in(self, timesteps: Tensor) -> None:
+        """Let `timesteps` take the place of the schedule's: rows (N,) or (N, B), for single evaluations."""
+        self.timesteps = timesteps.to(self.timesteps)
+
     def skip_step(self, timestep) -> None:
         """Move on to the next solver step without computing this one: its outcome is already known."""
 

@@ -18,6 +18,7 @@ from private_names import CODE, ROOT, UPSTREAM
 from torch import nn
 
 from diffusers_align.driving.replacements import InPlace, held, reads_global, replaced, with_globals
+from diffusers_align.driving.scheduler_hook import _asks_first
 from diffusers_align.pipelines.base import WrappedPipeline
 
 PACKAGE, PAGE = ROOT / "diffusers_align", ROOT / "docs" / "patches.md"
@@ -285,10 +286,22 @@ def test_schedulers_keep_their_position_where_we_look():
     flow._init_step_index(flow.timesteps[0])
     holds(flow._step_index == flow.step_index == 0, "_step_index", "FlowMatchEulerDiscreteScheduler._init_step_index does not set _step_index any more.")
     holds(hasattr(flow, "_begin_index"), "_step_index", "Schedulers keep no _begin_index any more.")
+    edm = diffusers.EDMEulerScheduler()
+    edm.set_timesteps(3)
+    edm.sigmas, edm._step_index = edm.sigmas * 2, 1
+    scaled = edm.scale_model_input(torch.ones(1), edm.timesteps[1])
+    holds(torch.equal(scaled, edm.precondition_inputs(torch.ones(1), edm.sigmas[1])), "_step_index", "EDMEulerScheduler reads its level elsewhere.")
     names = list(inspect.signature(DDIMScheduler._get_variance).parameters)
     holds(names == ["self", "timestep", "prev_timestep"], "_get_variance", f"DDIMScheduler._get_variance takes {names} now.")
     holds(isinstance(vars(flow).get("_internal_dict"), dict), "_internal_dict", "Configs are kept elsewhere than in _internal_dict.")
     holds("_get_compatibles" in vars(diffusers.SchedulerMixin), "_get_compatibles", "SchedulerMixin has no _get_compatibles any more.")
+
+
+def test_pipelines_that_ask_for_clean_samples_are_found():
+    asks = {cls.__name__ for cls in (diffusers.CosmosTextToWorldPipeline, diffusers.StableVideoDiffusionPipeline) if _asks_first(object.__new__(cls))}
+    holds(asks == {"CosmosTextToWorldPipeline"}, "co_consts", f"Of Cosmos 1 and Stable Video Diffusion, {asks or 'none'} ask for clean samples first.")
+    code = inspect.getsource(inspect.unwrap(diffusers.CosmosTextToWorldPipeline.__call__))
+    holds("self.scheduler._step_index -= 1" in code, "co_consts", "Cosmos 1 takes the step that asks back in another way.")
 
 
 # Of DiffusionPipeline and what it inherits: those that build or load, which a wrapper either writes itself or inherits on purpose.
