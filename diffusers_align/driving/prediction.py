@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from ..condition import Condition
+from .guiders import state_of
 from .scheduler_hook import Step
 
 if TYPE_CHECKING:
     from .driver import Driver
 
 logger = logging.getLogger(__name__)
+# Arguments that may switch guidance off, a guider's own first.
+_OFF = {"enabled": (False,), "true_cfg_scale": (1.0, 0.0), "guidance_scale": (1.0, 0.0)}
 
 
 class Prediction:
@@ -120,10 +123,14 @@ class Prediction:
             ValueError: no argument does.
         """
         negative = sorted(name for name in condition.per_sample if name.startswith("negative_"))
-        key = (*(str(condition.kwargs.get(name)) for name in ("true_cfg_scale", "guidance_scale", "negative_prompt")), *negative)
+        key = (
+            *(str(condition.kwargs.get(name)) for name in ("true_cfg_scale", "guidance_scale", "negative_prompt")),
+            *negative,
+            str(state_of(self.driver.pipeline)),
+        )
         if key not in self._unguided:
             single = condition.select([0])
-            tries = [{}, *({name: value} for name in ("true_cfg_scale", "guidance_scale") for value in (1.0, 0.0) if name in self.driver.parameters)]
+            tries = [{}, *({name: value} for name, values in _OFF.items() for value in values if name in self.driver.parameters)]
             for overrides in tries:
                 if self._rows_a_step(single, overrides) == 1:
                     self._unguided[key] = overrides
