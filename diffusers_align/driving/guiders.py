@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakSet
 
-from diffusers.guiders.guider_utils import BaseGuidance
+from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from diffusers.utils import logging
 from torch import nn
 
@@ -24,6 +24,7 @@ from .replacements import held, replaced
 logger = logging.get_logger(__name__)
 
 _WORD = "guider"
+_PREPARE = ("prepare_inputs", "prepare_inputs_from_block_state")
 
 
 def guiders(pipeline) -> dict[str, BaseGuidance]:
@@ -35,9 +36,9 @@ def guider_parameters(pipeline) -> dict[str, inspect.Parameter]:
     """What the guiders take, by the argument's name, with their present values.
 
     A field such as `guidance_scale` goes to all of them. Where there are several, each has its own beside it, named as the component is:
-    `audio_guidance_scale` for the `audio_guider`, `guidance_scale_2` for `guider_2`.
+    `audio_guidance_scale` for the `audio_guider`, `guidance_scale_2` for `guider_2`. `guidance=False` switches all of them off.
     """
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"guidance": True} if guiders(pipeline) else {}
     for component, guider in guiders(pipeline).items():
         for name in guider.config:
             if not name.startswith("_"):
@@ -48,19 +49,22 @@ def guider_parameters(pipeline) -> dict[str, inspect.Parameter]:
 
 @contextmanager
 def guided(pipeline, settings: dict[str, Any]) -> Iterator[None]:
-    """Context: the pipeline's guiders are copies with these `settings`, by the names of `guider_parameters`; None leaves one as it is.
+    """Context: the pipeline's guiders are copies with these `settings`, by the names of `guider_parameters`; None leaves one as it is. A guider
+    that gets a setting is on, unless that is `enabled=False`: some pipelines come with theirs switched off. With `guidance=False` it hands on the
+    conditional prediction, and the pipeline encodes what it always does: with `enabled=False` some have no negative prompt where they need one.
 
     A guider that compares a prediction with itself is reported, once for a pipeline.
     """
     with ExitStack() as stack:
         for component, guider in guiders(pipeline).items():
             own = _copied(guider)
-            for name, value in settings.items():
-                field = name if name in guider.config else next((f for f in guider.config if _own_name(component, f) == name), None)
-                if field is not None and value is not None:
-                    _set(own, field, value)
-            for method in ("prepare_inputs", "prepare_inputs_from_block_state"):
+            given = {field: settings[name] for field in guider.config for name in (field, _own_name(component, field)) if settings.get(name) is not None}
+            for field, value in ({"enabled": True} | given if given else {}).items():
+                _set(own, field, value)
+            for method in _PREPARE if settings.get("guidance") is not False else ():
                 stack.enter_context(replaced(own, method, partial(_watched, pipeline, component)))
+            if settings.get("guidance") is False:
+                own.__class__ = _conditional(type(own))
             stack.enter_context(held(pipeline, component, own))
         yield
 
@@ -94,6 +98,19 @@ def _copied(guider: BaseGuidance) -> BaseGuidance:
     """Copied with what it gathers, such as a momentum; networks that it holds are shared."""
     shared = {id(value): value for value in guider.__dict__.values() if isinstance(value, nn.Module)}
     return copy.deepcopy(guider, shared)
+
+
+def _conditional(cls: type[BaseGuidance]) -> type[BaseGuidance]:
+    """A guider of this class that takes the conditional prediction alone."""
+
+    def first(prepare: Callable) -> Callable:
+        return lambda self, *args, **kwargs: [batch for batch in prepare(self, *args, **kwargs) if batch[self._identifier_key] == "pred_cond"]
+
+    def handed_on(self, data: list) -> GuiderOutput:
+        return GuiderOutput(pred=data[0].noise_pred, pred_cond=data[0].noise_pred, pred_uncond=None)
+
+    own = {"__call__": handed_on, "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), {**own, **{name: first(getattr(cls, name)) for name in _PREPARE}})
 
 
 _SAID: WeakSet = WeakSet()

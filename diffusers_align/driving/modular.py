@@ -16,6 +16,7 @@ from diffusers import LoopSequentialPipelineBlocks, ModelMixin, ModularPipelineB
 from diffusers.modular_pipelines import PipelineState
 from torch import Tensor, nn
 
+from ..condition import belongs_to_samples
 from .blocks import leaves, own_blocks, undecorated
 from .calls import Calls
 from .guiders import guided, guider_parameters, state_of
@@ -69,7 +70,7 @@ class ModularCalls(Calls):
         blocks = own_blocks(self._without_tail() if wants_latents else self.blocks, around=lambda block: with_graph)
         taken = {p.name or p.kwargs_type for p in blocks.inputs}
         with held(self.pipeline, "_blocks", blocks), guided(self.pipeline, settings):
-            call = {name: value for name, value in call.items() if name in taken and value is not None}
+            call = {name: value for name, value in _one_a_prompt(call).items() if name in taken and value is not None}
             state = undecorated(type(self.pipeline).__call__)(self.pipeline, **call)
         output = Output(state.values, state.kwargs_mapping)
         output.main = "latents" if wants_latents else self._main_output(state)
@@ -169,3 +170,9 @@ class ModularCalls(Calls):
     def starts_from_noise(self, arguments: dict[str, Any]) -> bool:
         chosen = self.blocks.get_execution_blocks(**{name: value for name, value in arguments.items() if value is not None})
         return chosen is not None and "strength" not in chosen.input_names
+
+
+def _one_a_prompt(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with one text for each prompt where one stands for all: some blocks do not repeat it."""
+    number = len(call["prompt"]) if isinstance(call.get("prompt"), list) else None
+    return {name: [v] * number if number and isinstance(v, str) and belongs_to_samples(name) else v for name, v in call.items()}

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .driver import Driver
 
 logger = logging.getLogger(__name__)
-# Arguments that may switch guidance off, a guider's own first.
-_OFF = {"enabled": (False,), "true_cfg_scale": (1.0, 0.0), "guidance_scale": (1.0, 0.0)}
+# Arguments that may switch guidance off; the first is for guiders.
+_OFF = {"guidance": (False,), "true_cfg_scale": (1.0, 0.0), "guidance_scale": (1.0, 0.0)}
 
 
 class Prediction:
@@ -156,7 +156,7 @@ class Prediction:
         handles = [m.register_forward_pre_hook(count, with_kwargs=True) for m in self.driver.denoisers.values()]
         try:
             self.driver.drive(single, step, needs_denoiser=lambda k: k == 0, **overrides)
-        except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        except Exception as error:  # whatever a pipeline makes of an argument that it does not understand
             if of_the_device(error):
                 raise
             return None
