@@ -33,7 +33,8 @@ class Calls(ABC):
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
         """What a call takes, by name, as `inspect.signature` has it: the pipeline's own arguments, and what its guiders take beside them."""
-        return {**guider_parameters(self.pipeline), **self.own_parameters}
+        own = self.own_parameters
+        return own | {name: parameter for name, parameter in guider_parameters(self.pipeline).items() if name not in own}
 
     @property
     @abstractmethod

@@ -116,14 +116,15 @@ class ModularCalls(Calls):
         kinds = {p.name: p.kwargs_type for p in (*block.inputs, *block.intermediate_outputs)}
 
         def call(run: Callable, components: Any, state: PipelineState):
-            def original(**_: Any) -> dict[str, Any]:
-                before = dict(state.values)
-                run(components, state)
-                found = {name: value for name, value in state.values.items() if name not in before or before[name] is not value}
+            def original(guiders: dict, **read: Any) -> dict[str, Any]:
+                before = {**state.values, **read}  # one prompt of several, perhaps
+                after = PipelineState(dict(before), dict(state.kwargs_mapping))
+                run(components, after)
+                found = {name: value for name, value in after.values.items() if name not in before or before[name] is not value}
                 return dict(sorted(found.items(), key=lambda item: not item[0].startswith("prompt_embeds")))
 
             read = {name: state.get(name) for name in block.input_names if name}
-            for name, value in encode(original, **read, **{"guiders of the call": state_of(self.pipeline)}).items():
+            for name, value in encode(original, guiders=state_of(self.pipeline), **read).items():
                 state.set(name, value, kinds.get(name))
             return components, state
 

@@ -12,7 +12,6 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "sd3": ("StableDiffusion3", {"negative_prompt": ""}),
     "sdxl": ("StableDiffusionXL", {}),
     "flux": ("Flux", {}),
-    "flux_kontext": ("FluxKontext", {}),
     "qwen_image": ("QwenImage", {}),
     "z_image": ("ZImage", {}),
     "wan": ("Wan", {}),
