@@ -123,11 +123,8 @@ class Prediction:
             ValueError: no argument does.
         """
         negative = sorted(name for name in condition.per_sample if name.startswith("negative_"))
-        key = (
-            *(str(condition.kwargs.get(name)) for name in ("true_cfg_scale", "guidance_scale", "negative_prompt")),
-            *negative,
-            str(state_of(self.driver.pipeline)),
-        )
+        asked = [str(condition.kwargs.get(name)) for name in (*_OFF, "negative_prompt")]
+        key = (*asked, *negative, str(state_of(self.driver.pipeline)))
         if key not in self._unguided:
             single = condition.select([0])
             tries = [{}, *({name: value} for name, values in _OFF.items() for value in values if name in self.driver.parameters)]

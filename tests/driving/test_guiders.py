@@ -55,9 +55,8 @@ def policy_with(guider=None, **call):
 )
 def test_without_guidance_a_step_has_one_row_a_sample(guider):
     policy, rows = policy_with(guider), []
-    handles = [
-        m.register_forward_pre_hook(lambda m, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True) for m in policy.denoisers.values()
-    ]
+    denoiser = policy.pipeline.transformer
+    handle = denoiser.register_forward_pre_hook(lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True)
     condition = policy.condition(PROMPTS, seeds=SEEDS)
     assert policy.guidance_off(condition) == {"guidance": False}
     latents = policy.rollout(condition).final
@@ -68,8 +67,7 @@ def test_without_guidance_a_step_has_one_row_a_sample(guider):
     rows.clear()
     assert not torch.equal(policy.predict(latents, times, condition, guidance=True), plain)
     assert len(rows) > 4
-    for handle in handles:
-        handle.remove()
+    handle.remove()
 
 
 def test_a_momentum_does_not_pass_from_call_to_call():
