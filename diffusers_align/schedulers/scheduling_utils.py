@@ -101,13 +101,14 @@ class SDESchedulerMixin:
         return [c for c in cls.__mro__ if hasattr(c, "from_config") and c.__name__.endswith("Scheduler")]
 
 
-def put_in_place(pipeline, scheduler: SDESchedulerMixin):
-    """Give `pipeline` the scheduler, and return the one that the pipeline came with.
+def put_in_place(pipeline, scheduler: SDESchedulerMixin, name: str = "scheduler"):
+    """Give `pipeline` the scheduler as the component `name`, and return the one that the pipeline came with.
 
     A second policy on the same pipeline finds the first one's twin there, which remembers whose place it took.
     """
-    stock = getattr(pipeline.scheduler, "replaced", None) or pipeline.scheduler
-    pipeline.scheduler = scheduler
+    before = getattr(pipeline, name)
+    stock = getattr(before, "replaced", None) or before
+    setattr(pipeline, name, scheduler)
     scheduler.replaced = stock if stock is not scheduler else None
     return stock
 
