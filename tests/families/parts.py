@@ -105,7 +105,8 @@ def image_vae(levels: int = 2, **config: Any) -> diffusers.AutoencoderKL:
 def causal_vae(cls: type, **config: Any) -> torch.nn.Module:
     """The video autoencoder of Wan and Qwen-Image: a quarter of the size, a quarter of the frames after the first."""
     statistics = {"latents_mean": [-0.3, -0.1, 0.1, 0.3], "latents_std": [0.5, 1.0, 1.5, 2.0]}
-    return seeded(cls, base_dim=4, z_dim=LATENT_CHANNELS, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], **statistics, **config)
+    fields = {"base_dim": 4, "z_dim": LATENT_CHANNELS, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [True, True], **statistics}
+    return seeded(cls, **{**fields, **config})
 
 
 def shifted_flow(**config: Any) -> diffusers.FlowMatchEulerDiscreteScheduler:
