@@ -9,10 +9,9 @@ import torch
 import transformers
 
 from ..case import Case
-from ..parts import LANGUAGE_MODEL, LATENT_CHANNELS, TEXT_WIDTH, clip_parts, seeded, shifted_flow, t5_parts
+from ..parts import CLIP_WIDTH, LANGUAGE_MODEL, LATENT_CHANNELS, TEXT_WIDTH, clip_parts, gemma_tokenizer, seeded, shifted_flow
 from ..video_parts import picture, siglip_parts, two_pictures
 from ..vision_language import qwen_vl, qwen_vl_tokenizer
-from ..parts import CLIP_WIDTH, gemma_tokenizer
 
 VIDEO = {
     "height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 4, "max_sequence_length": 32, "prompt_template": {"template": "{}", "crop_start": 0},
@@ -49,7 +48,7 @@ def hunyuan(cls: type, denoiser: type = diffusers.HunyuanVideoTransformer3DModel
 def llava_parts() -> dict[str, Any]:
     """A language model that reads the picture too, in place of a token for each of its parts."""
     tokenizer = gemma_tokenizer()
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tokenizer.add_tokens(["<image>", "<|end_header_id|>", "<|eot_id|>"], special_tokens=True)
     text = transformers.LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, **LANGUAGE_MODEL)
     vision = transformers.CLIPVisionConfig(hidden_size=8, intermediate_size=16, projection_dim=8, num_attention_heads=2, num_hidden_layers=2, image_size=16, patch_size=8)
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, pad_token_id=0, image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
@@ -76,20 +75,22 @@ def hunyuan_1_5(cls: type = diffusers.HunyuanVideo15Pipeline, parts: dict[str, A
         spatial_compression_ratio=4, temporal_compression_ratio=2, downsample_match_channel=False, upsample_match_channel=False,
     )  # fmt: skip
     tokenizer = qwen_vl_tokenizer()
-    text = {"tokenizer": tokenizer, "text_encoder": qwen_vl(tokenizer, text_only=True), **t5_parts("_2")}
-    text["tokenizer_2"] = transformers.ByT5Tokenizer()
-    text["text_encoder_2"] = seeded(transformers.T5EncoderModel, transformers.T5Config(**BYTES))
+    text = {"tokenizer": tokenizer, "text_encoder": qwen_vl(tokenizer, text_only=True)}
+    text |= {"tokenizer_2": transformers.ByT5Tokenizer(), "text_encoder_2": seeded(transformers.T5EncoderModel, transformers.T5Config(**BYTES))}
     pipeline = cls(
         transformer=transformer, vae=vae, scheduler=shifted_flow(shift=7.0), guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0), **text,
         **(parts or {}),
     )  # fmt: skip
-    pipeline.tokenizer_max_length = 64  # its 1000 are most of the time
-    pipeline.tokenizer_2_max_length = 32
+    # A short text around the prompts, and room for as much: its own has 1000 tokens, which are most of the time.
+    pipeline.system_message, pipeline.prompt_template_encode_start_idx = "Draw.", 8
+    pipeline.tokenizer_max_length, pipeline.tokenizer_2_max_length = 96, 32
     return pipeline
 
 
 BYTES = {"vocab_size": 384, "d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 32, "num_heads": 4, "num_layers": 1, "dropout_rate": 0.0}
-LLAVA = {"template": "<image>{}", "crop_start": 0, "image_emb_len": 4, "image_emb_start": 0, "image_emb_end": 4, "double_return_token_id": 271}
+END = "<|end_header_id|>"
+LLAVA = {"template": f"{END}<image>D.{END}{{}}<|eot_id|>{END}__", "crop_start": 5, "image_emb_len": 4, "image_emb_start": 1, "image_emb_end": 5}
+ALONE = {"one_sample": True, "remark": "its autoencoder's mask takes one video at a time"}
 
 CASES: dict[str, list[Case]] = {
     "HunyuanVideoPipeline": [Case(lambda: hunyuan(diffusers.HunyuanVideoPipeline), GUIDED)],
@@ -106,18 +107,19 @@ CASES: dict[str, list[Case]] = {
                 diffusers.HunyuanVideoImageToVideoPipeline, parts=llava_parts(), in_channels=2 * LATENT_CHANNELS + 1, guidance_embeds=False,
                 image_condition_type="latent_concat",
             ),
-            {**GUIDED, "prompt_template": LLAVA, "image": picture()},
-            one_sample=True,
+            {**GUIDED, "num_frames": 9, "prompt_template": LLAVA},
+            {"image": two_pictures()},
         )
     ],
     "HunyuanVideoFramepackPipeline": [
         Case(framepack, {**GUIDED, "height": 32, "width": 32, "num_frames": 9, "latent_window_size": 3, "image": picture(32)}, one_sample=True)
     ],
-    "HunyuanVideo15Pipeline": [Case(hunyuan_1_5, {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 4})],
+    "HunyuanVideo15Pipeline": [Case(hunyuan_1_5, {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 4}, **ALONE)],
     "HunyuanVideo15ImageToVideoPipeline": [
         Case(
             lambda: hunyuan_1_5(diffusers.HunyuanVideo15ImageToVideoPipeline, siglip_parts()),
             {"num_frames": 5, "num_inference_steps": 4, "image": picture()},
+            **ALONE,
         )
     ],
 }  # fmt: skip
