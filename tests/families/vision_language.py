@@ -52,8 +52,5 @@ def qwen_vl(tokenizer: transformers.PreTrainedTokenizerBase, text_only: bool = F
     text = {**LANGUAGE_MODEL, "vocab_size": size, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
     if text_only:
         return seeded(transformers.Qwen2_5_VLTextModel, transformers.Qwen2_5_VLTextConfig(**text))
-    ids = {
-        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
-        for name, token in zip(("vision_start", "vision_end", "image", "video"), PICTURE_TOKENS)
-    }
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in zip(("vision_start", "vision_end", "image", "video"), PICTURE_TOKENS)}
     return seeded(transformers.Qwen2_5_VLForConditionalGeneration, transformers.Qwen2_5_VLConfig(text_config=text, vision_config=VISION, **ids))

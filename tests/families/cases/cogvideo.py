@@ -43,9 +43,7 @@ def mochi():
         diffusers.MochiTransformer3DModel, num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16, in_channels=12,
         text_embed_dim=TEXT_WIDTH, time_embed_dim=4, max_sequence_length=32,
     )  # fmt: skip
-    vae = seeded(
-        diffusers.AutoencoderKLMochi, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4, layers_per_block=(1,) * 5
-    )
+    vae = seeded(diffusers.AutoencoderKLMochi, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4, layers_per_block=(1,) * 5)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     return diffusers.MochiPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **t5_parts())
 
@@ -92,7 +90,9 @@ CASES: dict[str, list[Case]] = {
         )
     ],
     "MochiPipeline": [Case(mochi, {**VIDEO, "num_frames": 7})],
-    "AllegroPipeline": [Case(allegro, {**VIDEO, "num_frames": 8, "clean_caption": False}, one_sample=True, remark="its autoencoder decodes one video at a time")],
+    "AllegroPipeline": [
+        Case(allegro, {**VIDEO, "num_frames": 8, "clean_caption": False}, one_sample=True, remark="its autoencoder decodes one video at a time")
+    ],
     "LattePipeline": [Case(latte, LATTE)],
 }
 

@@ -50,7 +50,9 @@ def llava_parts() -> dict[str, Any]:
     tokenizer = gemma_tokenizer()
     tokenizer.add_tokens(["<image>", "<|end_header_id|>", "<|eot_id|>"], special_tokens=True)
     text = transformers.LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, **LANGUAGE_MODEL)
-    vision = transformers.CLIPVisionConfig(hidden_size=8, intermediate_size=16, projection_dim=8, num_attention_heads=2, num_hidden_layers=2, image_size=16, patch_size=8)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=8, intermediate_size=16, projection_dim=8, num_attention_heads=2, num_hidden_layers=2, image_size=16, patch_size=8
+    )
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, pad_token_id=0, image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
     processor = transformers.CLIPImageProcessor(crop_size=16, size=16)
     return {"tokenizer": tokenizer, "text_encoder": seeded(transformers.LlavaForConditionalGeneration, config), "image_processor": processor}

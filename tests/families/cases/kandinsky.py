@@ -121,12 +121,8 @@ CASES: dict[str, list[Case]] = {
     ],
     "KandinskyPriorPipeline": [Case(lambda: diffusers.KandinskyPriorPipeline(**prior_parts()), PRIOR)],
     "KandinskyCombinedPipeline": [Case(lambda: combined(diffusers.KandinskyCombinedPipeline), COMBINED)],
-    "KandinskyImg2ImgCombinedPipeline": [
-        Case(lambda: combined(diffusers.KandinskyImg2ImgCombinedPipeline), {**COMBINED, **SAME}, {"image": two_pictures()})
-    ],
-    "KandinskyInpaintCombinedPipeline": [
-        Case(lambda: combined(diffusers.KandinskyInpaintCombinedPipeline, INPAINT), COMBINED, MASKED)
-    ],
+    "KandinskyImg2ImgCombinedPipeline": [Case(lambda: combined(diffusers.KandinskyImg2ImgCombinedPipeline), {**COMBINED, **SAME}, {"image": two_pictures()})],
+    "KandinskyInpaintCombinedPipeline": [Case(lambda: combined(diffusers.KandinskyInpaintCombinedPipeline, INPAINT), COMBINED, MASKED)],
     "KandinskyV22Pipeline": [Case(lambda: kandinsky_2_2(diffusers.KandinskyV22Pipeline), SIZED, EMBEDDINGS, prompts=None)],
     "KandinskyV22Img2ImgPipeline": [
         Case(lambda: kandinsky_2_2(diffusers.KandinskyV22Img2ImgPipeline), {**SIZED, **SAME}, {**EMBEDDINGS, "image": two_pictures()}, prompts=None)
@@ -163,13 +159,9 @@ CASES: dict[str, list[Case]] = {
     "KandinskyV22Img2ImgCombinedPipeline": [
         Case(lambda: combined_2_2(diffusers.KandinskyV22Img2ImgCombinedPipeline), {**COMBINED, **SAME}, {"image": two_pictures()})
     ],
-    "KandinskyV22InpaintCombinedPipeline": [
-        Case(lambda: combined_2_2(diffusers.KandinskyV22InpaintCombinedPipeline, INPAINT), COMBINED, MASKED)
-    ],
+    "KandinskyV22InpaintCombinedPipeline": [Case(lambda: combined_2_2(diffusers.KandinskyV22InpaintCombinedPipeline, INPAINT), COMBINED, MASKED)],
     "Kandinsky3Pipeline": [Case(lambda: kandinsky_3(diffusers.Kandinsky3Pipeline), SIZED)],
-    "Kandinsky3Img2ImgPipeline": [
-        Case(lambda: kandinsky_3(diffusers.Kandinsky3Img2ImgPipeline), {**SAME, "guidance_scale": 3.0}, {"image": two_pictures()})
-    ],
+    "Kandinsky3Img2ImgPipeline": [Case(lambda: kandinsky_3(diffusers.Kandinsky3Img2ImgPipeline), {**SAME, "guidance_scale": 3.0}, {"image": two_pictures()})],
 }
 
 ABSENT: dict[str, str] = {}

@@ -82,7 +82,18 @@ CASES: dict[str, list[Case]] = {
     "Kandinsky5I2VPipeline": [Case(lambda: kandinsky(diffusers.Kandinsky5I2VPipeline, video_vae(), True), CONTINUED, {"image": two_pictures(32)})],
     "Kandinsky6TI2VAPipeline": [Case(with_sound, {**VIDEO, "frame_rate": 24.0})],
     "Kandinsky6SRPipeline": [
-        Case(lambda: enlarged(1, shifted_flow()), {"video": clip_of_pictures(5, 64), "num_inference_steps": 4, "resolution_scale": 2}, **ENLARGED),
+        Case(
+            lambda: enlarged(10, diffusers.PiflowScheduler()),
+            {"video": clip_of_pictures(5, 64), "num_inference_steps": 4, "resolution_scale": 2},
+            variant="as published",
+            **ENLARGED,
+        ),
+        Case(
+            lambda: enlarged(1, shifted_flow()),
+            {"video": clip_of_pictures(5, 64), "num_inference_steps": 4, "resolution_scale": 2},
+            variant="a flow",
+            **ENLARGED,
+        ),
     ],
 }
 

@@ -48,11 +48,11 @@ LONG = {**VIDEO, "num_frames": 9, "temporal_tile_size": 8, "temporal_overlap": 4
 CASES: dict[str, list[Case]] = {
     "LTXPipeline": [Case(ltx, VIDEO)],
     "LTXImageToVideoPipeline": [Case(lambda: ltx(diffusers.LTXImageToVideoPipeline), VIDEO, {"image": two_pictures(32)})],
-    "LTXConditionPipeline": [Case(lambda: ltx(diffusers.LTXConditionPipeline, scheduler=shifted_flow(shift=1.0, shift_terminal=0.1)), {**VIDEO, "image": photograph(32)})],
-    "LTXI2VLongMultiPromptPipeline": [Case(long_video, LONG, one_sample=True, remark="several prompts are the parts of one video")],
-    "LTXLatentUpsamplePipeline": [
-        Case(upsample, {"height": 16, "width": 16, "video": photograph(16).repeat(5, 1, 1, 1)}, prompts=None, one_sample=True)
+    "LTXConditionPipeline": [
+        Case(lambda: ltx(diffusers.LTXConditionPipeline, scheduler=shifted_flow(shift=1.0, shift_terminal=0.1)), {**VIDEO, "image": photograph(32)})
     ],
+    "LTXI2VLongMultiPromptPipeline": [Case(long_video, LONG, one_sample=True, remark="several prompts are the parts of one video")],
+    "LTXLatentUpsamplePipeline": [Case(upsample, {"height": 16, "width": 16, "video": photograph(16).repeat(5, 1, 1, 1)}, prompts=None, one_sample=True)],
 }
 
 ABSENT: dict[str, str] = {}

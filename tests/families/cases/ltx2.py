@@ -71,9 +71,7 @@ def ltx2(cls: type = diffusers.LTX2Pipeline, scheduler: Any = None, transformer:
         audio_cross_attention_dim=8, num_layers=1, caption_channels=TEXT_WIDTH, rope_double_precision=False, rope_type="split", **(transformer or {}),
     )  # fmt: skip
     scheduler = scheduler or diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1)
-    return cls(
-        transformer=denoiser, vae=video_vae(), scheduler=scheduler, connectors=connectors(), **sound_parts(), **gemma_3_parts(), **components
-    )
+    return cls(transformer=denoiser, vae=video_vae(), scheduler=scheduler, connectors=connectors(), **sound_parts(), **gemma_3_parts(), **components)
 
 
 def upsample():

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from ..case import Case
-from ..parts import LANGUAGE_MODEL, LATENT_CHANNELS, TEXT_WIDTH, gemma_parts, gemma_tokenizer, seeded, shifted_flow
+from ..parts import LANGUAGE_MODEL, LATENT_CHANNELS, TEXT_WIDTH, gemma_parts, gemma_tokenizer, photograph, seeded, shifted_flow
 from ..video_parts import picture
 from ..vision_language import qwen_vl_tokenizer
 from .wan import wan_vae
@@ -33,6 +33,7 @@ def easyanimate(cls: type, channels: int = LATENT_CHANNELS):
     transformer = seeded(
         diffusers.EasyAnimateTransformer3DModel, num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=LATENT_CHANNELS,
         time_embed_dim=8, text_embed_dim=TEXT_WIDTH, num_layers=1, sample_width=16, sample_height=16, patch_size=2,
+        resize_inpaint_mask_directly=False,
     )  # fmt: skip
     vae = seeded(
         diffusers.AutoencoderKLMagvit, down_block_types=("SpatialDownBlock3D", *("SpatialTemporalDownBlock3D",) * 3),
@@ -91,7 +92,7 @@ CASES: dict[str, list[Case]] = {
     "EasyAnimatePipeline": [Case(lambda: easyanimate(diffusers.EasyAnimatePipeline), VIDEO, NEGATIVE)],
     "EasyAnimateInpaintPipeline": [
         Case(
-            lambda: easyanimate(diffusers.EasyAnimateInpaintPipeline, 2 * LATENT_CHANNELS + 1),
+            lambda: easyanimate(diffusers.EasyAnimateInpaintPipeline, 3 * LATENT_CHANNELS),
             VIDEO,
             {**NEGATIVE, "video": FRAMES, "mask_video": FRAMES[:, :1]},
         )
@@ -99,9 +100,7 @@ CASES: dict[str, list[Case]] = {
     "MotifVideoPipeline": [Case(lambda: motif(diffusers.MotifVideoPipeline, False), MOTIF)],
     "MotifVideoImage2VideoPipeline": [Case(lambda: motif(diffusers.MotifVideoImage2VideoPipeline, True), {**MOTIF, "image": picture()}, one_sample=True)],
     "SanaVideoPipeline": [Case(lambda: sana_video(diffusers.SanaVideoPipeline, diffusers.DPMSolverMultistepScheduler(**DPM)), SANA)],
-    "SanaImageToVideoPipeline": [
-        Case(lambda: sana_video(diffusers.SanaImageToVideoPipeline, shifted_flow(shift=8.0)), {**SANA, "image": picture(32)})
-    ],
+    "SanaImageToVideoPipeline": [Case(lambda: sana_video(diffusers.SanaImageToVideoPipeline, shifted_flow(shift=8.0)), {**SANA, "image": picture(32)})],
 }
 
 ABSENT: dict[str, str] = {"EasyAnimateControlPipeline": "its call fails in diffusers: it hands encode_prompt an argument, text_encoder_index, that is gone"}
