@@ -7,7 +7,7 @@ import diffusers
 from ..case import Case
 from ..parts import LATENT_CHANNELS, TEXT_WIDTH, gemma_parts, seeded
 from ..video_parts import picture
-from .ltx2 import video_vae
+from .ltx2 import connectors, gemma_3_parts, latents, video_vae
 
 
 def sana_wm():
@@ -17,6 +17,19 @@ def sana_wm():
     )  # fmt: skip
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0)
     return diffusers.SanaWMPipeline(transformer=transformer, vae=video_vae(), scheduler=scheduler, **gemma_parts())
+
+
+def refiner():
+    """Enlarges what SANA-WM made: block by block, each of which reads those before it."""
+    transformer = seeded(
+        diffusers.SanaWMLTX2RefinerTransformer3DModel, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_attention_heads=2,
+        attention_head_dim=8, cross_attention_dim=16, audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4,
+        audio_cross_attention_dim=8, num_layers=1, caption_channels=TEXT_WIDTH, rope_double_precision=False, rope_type="split",
+    )  # fmt: skip
+    return diffusers.SanaWMLTX2Refiner(
+        transformer=transformer, connectors=connectors(), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=video_vae(),
+        text_max_sequence_length=32, **gemma_3_parts(),
+    )  # fmt: skip
 
 
 CASES: dict[str, list[Case]] = {
@@ -29,7 +42,8 @@ CASES: dict[str, list[Case]] = {
             },
             one_sample=True,
         )
-    ]
+    ],
+    "SanaWMLTX2Refiner": [Case(refiner, {"sana_latent": latents(1, LATENT_CHANNELS, 4, 4, 4), "fps": 16.0}, one_sample=True)],
 }  # fmt: skip
 
 ABSENT: dict[str, str] = {}
