@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork
 from .denoiser_gates import gated
+from .parts import parts_follow
 from .pipeline_state import no_cast_weights_kept, own_arguments, quiet, refuse_offloading, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
 from .wrappers import unwrapped
@@ -226,6 +227,7 @@ def drive(
         stack.enter_context(restored_if_abandoned(pipeline))
         stack.enter_context(seeded_globally(global_seed, pipeline.device))
         stack.enter_context(_hooked(pipeline.scheduler, session))
+        stack.enter_context(parts_follow(pipeline))
         stack.enter_context(quiet(pipeline))
         stack.enter_context(no_cast_weights_kept())
         if needs_denoiser is not None:
