@@ -23,6 +23,7 @@ from ..schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_stat
 from ..schedulers.sigma_space import implied_output
 from .calls import calls_of
 from .denoiser_gates import gated
+from .parts import parts_follow
 from .pipeline_state import no_cast_weights_kept, own_arguments, refuse_offloading, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
 from .wrappers import unwrapped
@@ -250,6 +251,7 @@ def drive(
         stack.enter_context(restored_if_abandoned(pipeline))
         stack.enter_context(seeded_globally(global_seed, pipeline.device))
         stack.enter_context(_hooked(calls.schedulers.values(), session))
+        stack.enter_context(parts_follow(pipeline))
         stack.enter_context(no_cast_weights_kept())
         if needs_denoiser is not None:
             for module in denoisers(pipeline).values():

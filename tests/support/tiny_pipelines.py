@@ -13,11 +13,14 @@ from typing import Any
 
 import diffusers
 
+from tests.families.cases.cogvideo import cogvideox
 from tests.families.cases.flux import flux
+from tests.families.cases.ltx import ltx
 from tests.families.cases.lumina import lumina2
 from tests.families.cases.qwen_image import qwen_image
 from tests.families.cases.sana import sana
 from tests.families.cases.stable_diffusion_3 import stable_diffusion_3
+from tests.families.cases.wan import wan
 from tests.families.cases.z_image import z_image
 from tests.families.parts import (
     CLIP_WIDTH,
@@ -27,13 +30,11 @@ from tests.families.parts import (
     STABLE_DIFFUSION_BETAS,
     TEXT_WIDTH,
     TRUE_GUIDANCE,
-    causal_vae,
     clip_parts,
     image_vae,
     photograph,
     quiet,
     seeded,
-    shifted_flow,
     t5_parts,
     unet,
 )
@@ -83,51 +84,6 @@ def pixart_sigma():
     return quiet(diffusers.PixArtSigmaPipeline(transformer=transformer, vae=image_vae(), scheduler=scheduler, **t5_parts()))
 
 
-# --- video families ----------------------------------------------------------------------------------------------------
-
-
-def wan():
-    transformer = seeded(
-        diffusers.WanTransformer3DModel, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=1, num_attention_heads=2,
-        attention_head_dim=12, text_dim=TEXT_WIDTH, freq_dim=16, ffn_dim=32, cross_attn_norm=True, rope_max_seq_len=32,
-    )  # fmt: skip
-    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    vae = causal_vae(diffusers.AutoencoderKLWan, scale_factor_spatial=4)
-    return quiet(diffusers.WanPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **t5_parts()))
-
-
-def cogvideox():
-    """Predicts the velocity of a noise schedule that ends without signal."""
-    transformer = seeded(
-        diffusers.CogVideoXTransformer3DModel, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=1, num_attention_heads=2,
-        attention_head_dim=16, time_embed_dim=8, text_embed_dim=TEXT_WIDTH, sample_width=8, sample_height=8, sample_frames=5,
-        temporal_compression_ratio=2, max_text_seq_length=32,
-    )  # fmt: skip
-    vae = seeded(
-        diffusers.AutoencoderKLCogVideoX, down_block_types=["CogVideoXDownBlock3D"] * 2, up_block_types=["CogVideoXUpBlock3D"] * 2,
-        block_out_channels=(8, 8), latent_channels=LATENT_CHANNELS, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=2,
-    )  # fmt: skip
-    scheduler = diffusers.CogVideoXDDIMScheduler(
-        prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=1.0, set_alpha_to_one=True, timestep_spacing="trailing"
-    )
-    return quiet(diffusers.CogVideoXPipeline(transformer=transformer, vae=vae, scheduler=scheduler, **t5_parts()))
-
-
-def ltx():
-    transformer = seeded(
-        diffusers.LTXVideoTransformer3DModel, in_channels=8, out_channels=8, num_layers=1, num_attention_heads=2, attention_head_dim=16,
-        cross_attention_dim=32, caption_channels=TEXT_WIDTH,
-    )  # fmt: skip
-    sides = {f"{side}{name}": value for side in ("", "decoder_") for name, value in {
-        "block_out_channels": (8, 8), "layers_per_block": (1, 1, 1), "spatio_temporal_scaling": (True, True),
-    }.items()}  # fmt: skip
-    vae = seeded(
-        diffusers.AutoencoderKLLTXVideo, latent_channels=8, down_block_types=["LTXVideoDownBlock3D"] * 2, patch_size=1,
-        decoder_inject_noise=(False,) * 3, **sides,
-    )  # fmt: skip
-    return quiet(diffusers.LTXPipeline(transformer=transformer, vae=vae, scheduler=shifted_flow(use_dynamic_shifting=True), **t5_parts()))
-
-
 # --- the table ---------------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +110,7 @@ FAMILIES = {
     "lumina2": Family(lumina2, {**LARGER, "system_prompt": "Draw.", "max_sequence_length": 48}),
     "qwen_image": Family(qwen_image, {**SMALL, **TRUE_GUIDANCE, "guidance_scale": None}),
     "z_image": Family(z_image, {**SMALL, "max_sequence_length": 64}),
-    "wan": Family(wan, {**SMALL, **SHORT, "num_frames": 5}),
-    "cogvideox": Family(cogvideox, {**SMALL, **SHORT, "num_frames": 5}),
-    "ltx": Family(ltx, {**LARGER, **SHORT, "num_frames": 5}),
+    "wan": Family(lambda: quiet(wan()), {**SMALL, **SHORT, "num_frames": 5}),
+    "cogvideox": Family(lambda: quiet(cogvideox()), {**SMALL, **SHORT, "num_frames": 5}),
+    "ltx": Family(lambda: quiet(ltx()), {**LARGER, **SHORT, "num_frames": 5}),
 }  # fmt: skip
