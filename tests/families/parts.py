@@ -130,3 +130,45 @@ def photograph(size: int = 16) -> torch.Tensor:
     """(1, 3, size, size), a smooth picture in [0, 1]."""
     ramp = torch.linspace(0, 1, size)
     return torch.stack([ramp[:, None].expand(size, size), ramp[None].expand(size, size), (ramp[:, None] - ramp[None]).abs()])[None]
+
+
+def photographs(size: int = 16) -> list[torch.Tensor]:
+    """Two pictures (1, 3, size, size), each the other's mirror image."""
+    picture = photograph(size)
+    return [picture, picture.flip(-1)]
+
+
+def masks(size: int = 16) -> list[torch.Tensor]:
+    """Two masks (1, 1, size, size): the left and the right three quarters."""
+    mask = (torch.arange(size) < 3 * size // 4).float().expand(1, 1, size, size)
+    return [mask, mask.flip(-1)]
+
+
+def xl_unet(**config: Any) -> diffusers.UNet2DConditionModel:
+    fields = {
+        "cross_attention_dim": 2 * CLIP_WIDTH, "transformer_layers_per_block": (1, 2), "use_linear_projection": True, "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + CLIP_WIDTH,
+    }  # fmt: skip
+    return unet(**{**fields, **config})
+
+
+def first_scheduler(**config: Any) -> diffusers.PNDMScheduler:
+    """Stable Diffusion 1's own."""
+    return diffusers.PNDMScheduler(**{**STABLE_DIFFUSION_BETAS, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1, **config})
+
+
+def xl_scheduler() -> diffusers.EulerDiscreteScheduler:
+    """Stable Diffusion XL's own."""
+    return diffusers.EulerDiscreteScheduler(**STABLE_DIFFUSION_BETAS, timestep_spacing="leading", steps_offset=1)
+
+
+def picture_encoder(width: int = CLIP_WIDTH, projected: bool = True, cls: type | None = None) -> torch.nn.Module:
+    """CLIP's encoder of pictures of 16 x 16 pixels in four patches."""
+    config = transformers.CLIPVisionConfig(
+        hidden_size=width, projection_dim=width, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2, image_size=16, patch_size=8
+    )
+    return seeded(cls or (transformers.CLIPVisionModelWithProjection if projected else transformers.CLIPVisionModel), config)
+
+
+def picture_processor() -> transformers.CLIPImageProcessor:
+    return transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
