@@ -8,8 +8,8 @@ import diffusers
 import torch
 
 from ..case import Case
-from ..parts import CLIP_WIDTH, LATENT_CHANNELS, masks, photographs, seeded, unet, xl_unet
-from .stable_diffusion import EDIT, GUIDED, SMALL, stable_diffusion
+from ..parts import LATENT_CHANNELS, masks, photographs, seeded, unet, xl_unet
+from .stable_diffusion import EDIT, SMALL, stable_diffusion
 from .stable_diffusion_xl import stable_diffusion_xl
 
 

@@ -9,7 +9,16 @@ import torch
 
 from ..case import Case
 from ..parts import (
-    CLIP_WIDTH, LATENT_CHANNELS, STABLE_DIFFUSION_BETAS, TEXT_WIDTH, clip_parts, image_vae, photographs, quiet, seeded, t5_parts, unet,
+    LATENT_CHANNELS,
+    STABLE_DIFFUSION_BETAS,
+    TEXT_WIDTH,
+    clip_parts,
+    image_vae,
+    photographs,
+    quiet,
+    seeded,
+    t5_parts,
+    unet,
 )  # fmt: skip
 from .stable_diffusion import EDIT, GUIDED, SMALL, second_scheduler, stable_diffusion
 
@@ -79,7 +88,7 @@ CASES: dict[str, list[Case]] = {
     "PixArtAlphaPipeline": [Case(lambda: pixart(diffusers.PixArtAlphaPipeline), {**SMALL, **WITHOUT_CLEANING})],
     "PixArtSigmaPipeline": [Case(lambda: pixart(diffusers.PixArtSigmaPipeline), {**SMALL, **WITHOUT_CLEANING, "max_sequence_length": 32})],
     "DiTPipeline": [Case(dit, GUIDED, {"class_labels": [1, 7]}, prompts=None)],
-    "LDMTextToImagePipeline": [Case(text_to_image, {**SMALL, "height": 64, "width": 64})]  # latents of an eighth of it, whatever the autoencoder,
+    "LDMTextToImagePipeline": [Case(text_to_image, {**SMALL, "height": 64, "width": 64}, remark="latents of an eighth of the size, whatever the autoencoder")],
     "LDMSuperResolutionPipeline": [Case(super_resolution, {"num_inference_steps": 4}, {"image": torch.cat(photographs(8))}, prompts=None)],
     "LatentConsistencyModelPipeline": [Case(lambda: consistency(diffusers.LatentConsistencyModelPipeline), SMALL)],
     "LatentConsistencyModelImg2ImgPipeline": [

@@ -7,7 +7,19 @@ import transformers
 
 from ..case import Case
 from ..parts import (
-    CLIP_WIDTH, LATENT_CHANNELS, TEXT_WIDTH, clip_parts, gemma_parts, image_vae, masks, photographs, quiet, seeded, shifted_flow, t5_parts, xl_unet,
+    CLIP_WIDTH,
+    LATENT_CHANNELS,
+    TEXT_WIDTH,
+    clip_parts,
+    gemma_parts,
+    image_vae,
+    masks,
+    photographs,
+    quiet,
+    seeded,
+    shifted_flow,
+    t5_parts,
+    xl_unet,
 )  # fmt: skip
 from .controlnet import control_net, controlled
 from .latent_transformers import WITHOUT_CLEANING, pixart

@@ -5,14 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import torch
 import transformers
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 
 from ..case import Case
 from ..parts import (
-    CLIP_WIDTH, LATENT_CHANNELS, STABLE_DIFFUSION_BETAS, clip, clip_parts, clip_tokenizer, first_scheduler, image_vae, masks, photographs,
-    picture_encoder, picture_processor, quiet, seeded, unet,
+    CLIP_WIDTH,
+    LATENT_CHANNELS,
+    STABLE_DIFFUSION_BETAS,
+    clip,
+    clip_parts,
+    clip_tokenizer,
+    first_scheduler,
+    image_vae,
+    masks,
+    photographs,
+    picture_encoder,
+    picture_processor,
+    quiet,
+    seeded,
+    unet,
 )  # fmt: skip
 
 GUIDED = {"num_inference_steps": 4, "guidance_scale": 3.0}
@@ -58,8 +70,9 @@ def upscale():
 
 def latent_upscale():
     denoiser = unet(
-        act_fn="gelu", attention_head_dim=8, norm_num_groups=None, block_out_channels=(32, 32, 64, 64), time_cond_proj_dim=2 * 64 + CLIP_WIDTH, conv_in_kernel=1,
-        conv_out_kernel=1, down_block_types=("KDownBlock2D", *["KCrossAttnDownBlock2D"] * 3), up_block_types=(*["KCrossAttnUpBlock2D"] * 3, "KUpBlock2D"),
+        act_fn="gelu", attention_head_dim=8, norm_num_groups=None, block_out_channels=(32, 32, 64, 64), time_cond_proj_dim=2 * 64 + CLIP_WIDTH,
+        conv_in_kernel=1, conv_out_kernel=1, down_block_types=("KDownBlock2D", *["KCrossAttnDownBlock2D"] * 3),
+        up_block_types=(*["KCrossAttnUpBlock2D"] * 3, "KUpBlock2D"),
         mid_block_type=None, in_channels=2 * LATENT_CHANNELS, out_channels=LATENT_CHANNELS + 1, resnet_time_scale_shift="scale_shift",
         time_embedding_type="fourier", timestep_post_act="gelu",
     )  # fmt: skip

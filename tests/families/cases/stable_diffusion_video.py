@@ -9,8 +9,17 @@ import torch
 
 from ..case import Case
 from ..parts import (
-    CLIP_WIDTH, LATENT_CHANNELS, STABLE_DIFFUSION_BETAS, TEXT_WIDTH, clip_parts, image_vae, photographs, picture_encoder, picture_processor, quiet, seeded,
-    unet, xl_unet,
+    CLIP_WIDTH,
+    LATENT_CHANNELS,
+    STABLE_DIFFUSION_BETAS,
+    clip_parts,
+    image_vae,
+    photographs,
+    picture_encoder,
+    picture_processor,
+    quiet,
+    seeded,
+    unet,
 )  # fmt: skip
 from .controlnet import control_net
 from .stable_diffusion import GUIDED, SMALL, second_scheduler
@@ -81,8 +90,7 @@ def text_to_video(cls: type):
 
 def personalized():
     """The first picture and a mask are joined to the latents."""
-    parts = {"unet": unet(in_channels=2 * LATENT_CHANNELS + 1), "motion_adapter": seeded(diffusers.MotionAdapter, **MOTION, conv_in_channels=9)}
-    return animated(diffusers.PIAPipeline, **parts)
+    return animated(diffusers.PIAPipeline, motion_adapter=seeded(diffusers.MotionAdapter, **MOTION, conv_in_channels=2 * LATENT_CHANNELS + 1))
 
 
 def _videos() -> list[list[torch.Tensor]]:
@@ -91,30 +99,23 @@ def _videos() -> list[list[torch.Tensor]]:
     return [[first, second], [second, first]]
 
 
-VIDEO, CONTROL = {"video": _videos()}, {"conditioning_frames": [picture[0] for picture in photographs()]}
+VIDEO, CONTROL = {"video": _videos()}, {"conditioning_frames": _videos()}
 SHORT = {**SMALL, **FRAMES}
 CASES: dict[str, list[Case]] = {
     "AnimateDiffPipeline": [Case(lambda: animated(diffusers.AnimateDiffPipeline), SHORT)],
     "AnimateDiffPAGPipeline": [Case(lambda: animated(diffusers.AnimateDiffPAGPipeline, pag_applied_layers=["mid.*attn1"]), {**SHORT, "pag_scale": 2.0})],
     "AnimateDiffSDXLPipeline": [Case(animated_xl, SHORT)],
-    "AnimateDiffControlNetPipeline": [
-        Case(
-            lambda: animated(diffusers.AnimateDiffControlNetPipeline, controlnet=control_net()),
-            {**SHORT, **CONTROL},
-            remark="both samples share the two frames",
-        )
-    ],
+    "AnimateDiffControlNetPipeline": [Case(lambda: animated(diffusers.AnimateDiffControlNetPipeline, controlnet=control_net()), SHORT, CONTROL)],
     "AnimateDiffSparseControlNetPipeline": [
-        Case(sparsely_controlled, {**SHORT, **CONTROL, "controlnet_frame_indices": [0, 1]}, remark="both samples share the two frames"),
+        Case(
+            sparsely_controlled,
+            {**SHORT, "conditioning_frames": photographs(), "controlnet_frame_indices": [0, 1]},
+            remark="all samples share the frames that control",
+        )
     ],
     "AnimateDiffVideoToVideoPipeline": [Case(lambda: animated(diffusers.AnimateDiffVideoToVideoPipeline), SMALL, VIDEO)],
     "AnimateDiffVideoToVideoControlNetPipeline": [
-        Case(
-            lambda: animated(diffusers.AnimateDiffVideoToVideoControlNetPipeline, controlnet=control_net()),
-            {**SMALL, **CONTROL},
-            VIDEO,
-            remark="both samples share the two frames that control",
-        )
+        Case(lambda: animated(diffusers.AnimateDiffVideoToVideoControlNetPipeline, controlnet=control_net()), SMALL, {**VIDEO, **CONTROL}),
     ],
     "StableVideoDiffusionPipeline": [
         Case(
@@ -124,9 +125,9 @@ CASES: dict[str, list[Case]] = {
             prompts=None,
         )
     ],
-    "I2VGenXLPipeline": [Case(image_to_video_xl, SHORT, {"image": photographs()})],
+    "I2VGenXLPipeline": [Case(image_to_video_xl, {**SHORT, "clip_skip": None}, {"image": photographs()})],
     "TextToVideoSDPipeline": [Case(lambda: text_to_video(diffusers.TextToVideoSDPipeline), SHORT)],
-    "VideoToVideoSDPipeline": [Case(lambda: text_to_video(diffusers.VideoToVideoSDPipeline), {**GUIDED, "strength": 0.8}, VIDEO)],
+    "VideoToVideoSDPipeline": [Case(lambda: text_to_video(diffusers.VideoToVideoSDPipeline), {**GUIDED, "strength": 0.8}, VIDEO, one_sample=True)],
     "PIAPipeline": [Case(personalized, SHORT, {"image": photographs()})],
 }
 

@@ -10,7 +10,7 @@ import transformers
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 
 from ..case import Case
-from ..parts import CLIP_WIDTH, LATENT_CHANNELS, clip_parts, gemma_tokenizer, image_vae, masks, photographs, quiet, seeded, unet, xl_scheduler, xl_unet
+from ..parts import CLIP_WIDTH, LATENT_CHANNELS, clip_parts, gemma_tokenizer, image_vae, masks, photographs, quiet, seeded, xl_scheduler, xl_unet
 
 GUIDED = {"num_inference_steps": 4, "guidance_scale": 3.0}
 SMALL = {"height": 16, "width": 16, **GUIDED}
