@@ -163,3 +163,33 @@ def pil_pictures(size: int = 16) -> list[Image.Image]:
 
 def qwen3(cls: type = transformers.Qwen3Model, **config: Any) -> torch.nn.Module:
     return seeded(cls, transformers.Qwen3Config(**{"vocab_size": len(qwen_tokenizer()), **LANGUAGE_MODEL, **config}))
+
+
+def xl_unet(**config: Any) -> diffusers.UNet2DConditionModel:
+    fields = {
+        "cross_attention_dim": 2 * CLIP_WIDTH, "transformer_layers_per_block": (1, 2), "use_linear_projection": True, "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + CLIP_WIDTH,
+    }  # fmt: skip
+    return unet(**{**fields, **config})
+
+
+def first_scheduler(**config: Any) -> diffusers.PNDMScheduler:
+    """Stable Diffusion 1's own."""
+    return diffusers.PNDMScheduler(**{**STABLE_DIFFUSION_BETAS, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1, **config})
+
+
+def xl_scheduler() -> diffusers.EulerDiscreteScheduler:
+    """Stable Diffusion XL's own."""
+    return diffusers.EulerDiscreteScheduler(**STABLE_DIFFUSION_BETAS, timestep_spacing="leading", steps_offset=1)
+
+
+def picture_encoder(width: int = CLIP_WIDTH, projected: bool = True, cls: type | None = None) -> torch.nn.Module:
+    """CLIP's encoder of pictures of 16 x 16 pixels in four patches."""
+    config = transformers.CLIPVisionConfig(
+        hidden_size=width, projection_dim=width, intermediate_size=16, num_attention_heads=2, num_hidden_layers=2, image_size=16, patch_size=8
+    )
+    return seeded(cls or (transformers.CLIPVisionModelWithProjection if projected else transformers.CLIPVisionModel), config)
+
+
+def picture_processor() -> transformers.CLIPImageProcessor:
+    return transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
