@@ -72,7 +72,12 @@ COLUMNS = (
     Column("rollout", "roll", "a roll-out has finite states and log-probabilities", rollout, ("policy",), half=True),
     Column("seeds", "seed", "equal seeds make equal samples, others make others", seeds, ("rollout",)),
     Column(
-        "replay", "rep", "a replay with gradients has the roll-out's log-probabilities bit for bit, at all stochastic steps", replay, ("rollout",), half=True
+        "replay",
+        "rep",
+        "a replay with gradients has the log-probabilities of the roll-out, bit for bit, at all steps with noise",
+        replay,
+        ("rollout",),
+        half=True,
     ),
     Column("gradient", "grad", "every denoiser has a gradient, and every step gives one", gradient, ("rollout",), half=True),
     Column("step", "step", "one step by itself is that of the whole replay, bit for bit", step, ("rollout",)),
