@@ -73,8 +73,8 @@ def _of_exception(error: Exception) -> Cell:
     if _ours(frames[-1].filename) and isinstance(error, (ValueError, TypeError)) and _is_raised(frames[-1]) and not {f.name for f in frames} & _FOUND_OUT:
         return Cell(REFUSED, sentence)
     inside = [frame for frame in frames if _ours(frame.filename)]
-    places = [_place(frame) for frame in dict.fromkeys([*inside[-1:], frames[-1]])]
-    return Cell(NO, f"{type(error).__name__}: {sentence[:300]} ({' < '.join(reversed(places))})")
+    places = dict.fromkeys(map(_place, [frames[-1], *inside[-1:]]))
+    return Cell(NO, f"{type(error).__name__}: {sentence[:300]} ({' < '.join(places)})")
 
 
 def _ours(filename: str) -> bool:
