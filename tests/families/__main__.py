@@ -7,8 +7,8 @@ import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from . import pool, worker
-from .cell import NO, ROOT, UNREACHED, Cell
+from . import expected, pool, worker
+from .cell import ROOT, STATUSES, Cell
 from .exported import Row
 from .results import Result, Results
 
@@ -16,7 +16,8 @@ RESULTS = ROOT / "runs" / "families.jsonl"
 DTYPES = ("float32", "bfloat16")
 EPILOG = """
 A run can be stopped at any time and goes on where it was. What was looked at with the same versions of diffusers, transformers, peft and torch is not looked
-at again, also if the source has changed since: --changed and --fresh do that. The exit status is 1 where a column says no.
+at again, also if the source has changed since: --changed and --fresh do that. The exit status is 1 where a column says no, where something was green in
+tests/families/expected.json and is not now, and where a class has no case. A run over everything ends with writing docs/families.md.
 
   python -m tests.families FluxPipeline                              one class
   python -m tests.families '*Inpaint*' --jobs 4                      those of a pattern
@@ -36,6 +37,8 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--changed", action="store_true", help="look again at what was looked at with another state of the source")
     own.add_argument("--traceback", action="store_true", help="print the traceback of each exception; implies --fresh")
     own.add_argument("--list", action="store_true", help="list the classes and what was left out, and look at nothing")
+    own.add_argument("--report", action="store_true", help="look at nothing: write docs/families.md from the results that are there")
+    own.add_argument("--accept", action="store_true", help="write tests/families/expected.json too, against which later runs are compared")
     own.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="JSON lines to keep results in (default: %(default)s)")
     return own
 
@@ -64,7 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _listed(picked, left_out, strange)
     results = Results(options.results, versions)
     found = _look(picked, options, results, source, state)
-    return _told(picked, found)
+    if not (options.names or options.column or options.dtype):
+        _written(rows, found, left_out, versions, options.accept)
+    return told(picked, found, expected.read()[0])
 
 
 def _survey(source):
@@ -98,9 +103,9 @@ def _look(rows: list[Row], options, results: Results, source, state: str) -> lis
     for row in rows:
         for dtype in dtypes if row.index is not None else ():
             result = None if again else results.get(row.name, dtype)
-            if result is not None and not (options.changed and result.source != state):
+            if result is not None and (options.report or not (options.changed and result.source != state)):
                 known.append(result)
-            else:
+            elif not options.report:
                 wanted = set(options.column) if options.column else None
                 tasks.append(pool.Task((row, dtype), worker.look_at, (row.cls, row.index, dtype, wanted, options.traceback)))
     number, spent = len(tasks), 0.0
@@ -127,7 +132,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _line(result: Result) -> str:
-    count = {status: sum(cell.status == status for cell in result.cells.values()) for status in ("yes", "refused", "outside", NO, UNREACHED)}
+    count = {status: sum(cell.status == status for cell in result.cells.values()) for status in STATUSES}
     said = ", ".join(f"{number} {status}" for status, number in count.items() if number)
     return f"{result.row} {result.dtype}: {said} ({result.seconds:g} s)"
 
@@ -137,18 +142,40 @@ def _print_cells(result: Result) -> None:
         print(f"    {name:14} {cell.status:9} {cell.reason}")
 
 
-def _told(rows: list[Row], found: list[Result]) -> int:
-    """Print the faults; the exit status."""
+def _written(rows: list[Row], found: list[Result], left_out: dict[str, str], versions: dict[str, str], accept: bool) -> None:
+    from . import page
+    from .columns import COLUMNS
+
+    page.write(rows, found, COLUMNS, left_out, versions)
+    print(f"Wrote {page.PATH.relative_to(ROOT)}.")
+    if accept:
+        expected.write(found, versions)
+        print(f"Wrote {expected.PATH.relative_to(ROOT)}.")
+
+
+def told(rows: list[Row], found: list[Result], before: dict[tuple[str, str], dict[str, str]]) -> int:
+    """Print what turned red, the classes without a case and the faults; the exit status."""
+    lost = expected.regressions(found, before)
+    if lost:
+        print("\nGreen before, and not now:")
+    for result, name, was in lost:
+        _print_fault(result, name, result.cells[name], f"was {was}, is {result.cells[name].status}: ")
     missing = [row for row in rows if row.lacks_case]
     for row in missing:
-        print(f"{row.name}: {row.absent}")
+        print(f"\n{row.name}: {row.absent}")
+    known = {(result.row, result.dtype, name) for result, name, _ in lost}
     faults = [(result, name, cell) for result in found for name, cell in result.faults.items()]
     for result, name, cell in faults:
-        precision = "" if result.dtype == "float32" else f" --dtype {result.dtype}"
-        print(f"\n{result.row} {result.dtype} {name}: {cell.reason}\n    python -m tests.families {result.row} --column {name} --traceback{precision}")
+        if (result.row, result.dtype, name) not in known:
+            _print_fault(result, name, cell)
     red = {(result.row, result.dtype) for result, _, _ in faults}
-    print(f"\n{len(found)} looked at, {len(red)} red, {len(missing)} without a case.")
-    return int(bool(faults or missing))
+    print(f"\n{len(found)} looked at, {len(red)} red, {len(lost)} cells worse than before, {len(missing)} classes without a case.")
+    return int(bool(faults or missing or lost))
+
+
+def _print_fault(result: Result, name: str, cell: Cell, before: str = "") -> None:
+    precision = "" if result.dtype == "float32" else f" --dtype {result.dtype}"
+    print(f"\n{result.row} {result.dtype} {name}: {before}{cell.reason}\n    python -m tests.families {result.row} --column {name} --traceback{precision}")
 
 
 if __name__ == "__main__":
