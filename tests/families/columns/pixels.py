@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from diffusers_align import differentiable_rollout
+from diffusers_align.driving.replacements import replaced
 from diffusers_align.driving.stock import stock_images
 
 from ..cell import DoesNotApply, Fault, require
@@ -15,8 +20,9 @@ from ..subject import Subject, relative_error, smooth
 SAME = 1e-4
 
 
-def is_audio(images: Tensor) -> bool:
-    return images.ndim == 3
+def is_sound(shape: torch.Size) -> bool:
+    """Whether `decode` made waveforms; whether they are (B, C, T) is its own column's matter."""
+    return len(shape) < 4
 
 
 @torch.no_grad()
@@ -26,17 +32,17 @@ def decode(subject: Subject) -> str | None:
     require(isinstance(images, Tensor), f"decode returns a {type(images).__name__}.")
     require(len(images) == subject.size, f"{len(images)} pictures of {subject.size} samples.")
     require(bool(images.isfinite().all()), "The pictures are not finite.")
-    if is_audio(images):
+    if is_sound(images.shape):
+        require(images.ndim == 3, f"Waveforms are {tuple(images.shape)}, not (B, C, T).")
         return "audio (B, C, T)"
     require(images.ndim in (4, 5) and images.shape[-3] == 3, f"Shape {tuple(images.shape)}, not (B, [F,] 3, H, W).")
     require(images.min() >= 0 and images.max() <= 1, f"Values from {images.min():.3g} to {images.max():.3g}, not in [0, 1].")
     return None
 
 
-def autoencoded(vae: nn.Module, images: Tensor) -> Tensor:
+def autoencoded(vae: nn.Module, images: Tensor, takes_videos: bool) -> Tensor:
     """Pictures or videos after a round trip through the autoencoder, in [0, 1], without any pipeline."""
     pixels = images * 2 - 1
-    takes_videos = next(p for p in vae.encoder.parameters() if p.ndim > 3).ndim == 5
     frames = images.shape[1] if images.ndim == 5 else 1
     if takes_videos:
         pixels = pixels[:, :, None] if images.ndim == 4 else pixels.transpose(1, 2)
@@ -54,16 +60,22 @@ def autoencoded(vae: nn.Module, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def encode(subject: Subject) -> None:
-    policy, trajectory = subject.policy, subject.trajectory
-    shape = policy.decode(trajectory.final, trajectory.condition).shape
-    if len(shape) == 3:
+    policy, trajectory, ranks = subject.policy, subject.trajectory, []
+    components = policy.pipeline.components
+    vae = next((components[name] for name in ("vae", "movq", "vqvae", "vqgan") if isinstance(components.get(name), nn.Module)), None)
+
+    def watch(decode: Callable, z: Tensor, *args: Any, **kwargs: Any):
+        ranks.append(z.ndim)
+        return decode(z, *args, **kwargs)
+
+    with nullcontext() if vae is None else replaced(vae, "decode", watch):
+        shape = policy.decode(trajectory.final, trajectory.condition).shape
+    if is_sound(shape):
         raise DoesNotApply("Audio: `encode` is of pictures and videos.")
     images = smooth(shape)
     latents = policy.encode(images, trajectory.condition)
     require(latents.shape == trajectory.final.shape, f"Latents {tuple(latents.shape)}, the roll-out's are {tuple(trajectory.final.shape)}.")
-    components = policy.pipeline.components
-    vae = next((components[name] for name in ("vae", "movq", "vqvae", "vqgan") if isinstance(components.get(name), nn.Module)), None)
-    expected = images if vae is None else autoencoded(vae, images)
+    expected = images if vae is None else autoencoded(vae, images, 5 in ranks)
     error = relative_error(policy.decode(latents, trajectory.condition), expected)
     require(error <= 1e-3, f"decode(encode(pictures)) is off by {error:.1e} from the autoencoder's own round trip.")
 

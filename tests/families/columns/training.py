@@ -16,6 +16,7 @@ from diffusers_align.forward_process import ForwardProcess
 from ..cell import DoesNotApply, require
 from ..column import Column
 from ..subject import Subject, smooth
+from .pixels import is_sound
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def dpo(subject: Subject) -> None:
     policy, trajectory = subject.policy, subject.trajectory
     with torch.no_grad():
         shape = policy.decode(trajectory.final, trajectory.condition).shape
-        if len(shape) == 3:
+        if is_sound(shape):
             raise DoesNotApply("Audio: pairs are of pictures and videos.")
         pair = [policy.encode(smooth(shape, seed), trajectory.condition) for seed in (2, 5)]
     process = ForwardProcess(policy.scheduler)
