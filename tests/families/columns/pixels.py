@@ -15,7 +15,7 @@ from diffusers_align.driving.stock import stock_images
 
 from ..cell import DoesNotApply, Fault, require
 from ..column import Column
-from ..subject import Subject, relative_error, smooth
+from ..subject import Subject, relative_error, smooth, tensor_of
 
 SAME = 1e-4
 
@@ -84,7 +84,7 @@ def encode(subject: Subject) -> None:
 def solver(subject: Subject) -> str:
     """The stock solver walked by the policy: the pictures of the stock call, whatever the twin."""
     policy, condition = subject.policy, subject.trajectory.condition
-    own, expected = stock_images(policy, condition), subject.stock_images
+    own, expected = tensor_of((stock_images(policy, condition),)), subject.stock_images
     error = relative_error(own, expected.reshape(own.shape) if own.numel() == expected.numel() else expected)
     require(error <= SAME, f"Off by {error:.1e} from the stock call (shapes {tuple(own.shape)}, {tuple(expected.shape)}).")
     return "bit for bit" if error == 0 else ""

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from ..cell import require
+from ..cell import DoesNotApply, require
 from ..column import Column
 from ..subject import Subject, relative_error
 
 
 def stock(subject: Subject) -> None:
-    images = subject.stock_images
+    try:
+        images = subject.stock_images
+    except Exception as error:
+        if subject.dtype == torch.float32:
+            raise
+        raise DoesNotApply(f"The stock call itself fails in {str(subject.dtype).removeprefix('torch.')}: {' '.join(str(error).split())[:150]}") from error
     require(bool(images.isfinite().all()), "The stock call's output is not finite.")
 
 

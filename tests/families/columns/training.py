@@ -82,5 +82,5 @@ def dpo(subject: Subject) -> None:
 
 COLUMNS = (
     Column("grpo", "grpo", "one update of Flow-GRPO: the ratio is exactly 1 at first, the step finite", grpo, ("rollout",), half=True),
-    Column("dpo", "dpo", "one update of Diffusion-DPO on pairs of pictures: the loss is log 2 at first", dpo, ("rollout",)),
+    Column("dpo", "dpo", "one update of Diffusion-DPO on pairs of pictures: the loss is log 2 at first", dpo, ("rollout", "decode")),
 )
