@@ -6,6 +6,7 @@ import argparse
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
+from shlex import quote
 
 from . import expected, pool, worker
 from .cell import ROOT, STATUSES, Cell
@@ -175,7 +176,8 @@ def told(rows: list[Row], found: list[Result], before: dict[tuple[str, str], dic
 
 def _print_fault(result: Result, name: str, cell: Cell, before: str = "") -> None:
     precision = "" if result.dtype == "float32" else f" --dtype {result.dtype}"
-    print(f"\n{result.row} {result.dtype} {name}: {before}{cell.reason}\n    python -m tests.families {result.row} --column {name} --traceback{precision}")
+    command = f"python -m tests.families {quote(result.row)} --column {name} --traceback{precision}"
+    print(f"\n{result.row} {result.dtype} {name}: {before}{cell.reason}\n    {command}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def autoencoded(vae: nn.Module, images: Tensor, takes_videos: bool) -> Tensor:
     z = code.latent_dist.mode() if hasattr(code, "latent_dist") else code.latents if hasattr(code, "latents") else code.latent
     decoded = vae.decode(z).sample
     if takes_videos:
-        decoded = decoded.squeeze(2) if images.ndim == 4 else decoded.transpose(1, 2)
+        decoded = decoded.squeeze(2) if images.ndim == 4 else decoded if decoded.shape == images.shape else decoded.transpose(1, 2)
     elif images.ndim == 5:
         decoded = decoded.unflatten(0, (-1, frames))
     return (decoded / 2 + 0.5).clamp(0, 1)
