@@ -95,7 +95,8 @@ def deterministic(subject: Subject) -> str:
     policy = subject.policy
     twin, stock = policy.scheduler, policy.stock_scheduler
     if not isinstance(twin, type(stock)):
-        raise DoesNotApply(f"Other solver: {type(stock).__name__}, walked as {type(twin).__mro__[1].__name__}.")
+        walked = next(cls.__name__ for cls in type(twin).__mro__ if cls.__module__.startswith("diffusers."))
+        raise DoesNotApply(f"Other solver: {type(stock).__name__}, walked as {walked}.")
     trajectory = subject.rollout(deterministic=True)
     try:
         latents = subject.stock_latents

@@ -5,9 +5,8 @@ from __future__ import annotations
 import tempfile
 
 import torch
-from torch import Tensor
 
-from diffusers_align import Policy, load_lora
+from diffusers_align import Policy, Trajectory, load_lora
 from diffusers_align.lora import stock_lines
 
 from ..cell import DoesNotApply, require
@@ -30,21 +29,23 @@ def reference(subject: Subject) -> None:
 
 
 @torch.no_grad()
-def _saved(subject: Subject, folder: str) -> Tensor:
+def _saved(subject: Subject, folder: str) -> Trajectory:
     """Save a LoRA that does something; what it makes."""
     with subject.moved():
         subject.policy.save_lora(folder)
-        return subject.rollout().final
+        return subject.rollout()
 
 
-def _check_loaded(subject: Subject, pipeline, expected: Tensor) -> None:
-    final = subject.rollout(Policy(pipeline, **subject.case.call)).final
-    require(relative_error(expected, subject.trajectory.final) > 1e-3, "The LoRA makes no difference.")
-    error = relative_error(final, expected)
-    require(error <= SAME, f"What was loaded is off by {error:.1e}.")
+def _check_loaded(subject: Subject, pipeline, expected: Trajectory) -> str | None:
+    loaded = subject.rollout(Policy(pipeline, **subject.case.call))
+    require(relative_error(expected.final, subject.trajectory.final) > 1e-3, "The LoRA makes no difference.")
+    # Of frozen weights kernels may round otherwise than of trainable ones, and some samplers make much of that in their later steps.
+    first, last = relative_error(loaded.actions[:, 0], expected.actions[:, 0]), relative_error(loaded.final, expected.final)
+    require(first <= SAME and last <= 100 * SAME, f"What was loaded is off by {first:.1e} after one step, {last:.1e} at the end.")
+    return None if last <= SAME else f"rounding of {last:.1e}"
 
 
-def lora(subject: Subject) -> None:
+def lora(subject: Subject) -> str | None:
     fresh = subject.build()
     with tempfile.TemporaryDirectory() as folder:
         expected = _saved(subject, folder)
@@ -53,15 +54,15 @@ def lora(subject: Subject) -> None:
             raise DoesNotApply("diffusers has no LoRA loader for this pipeline's denoiser; `diffusers_align.load_lora` has.")
         for line in lines:
             exec(line, {"pipe": fresh})
-    _check_loaded(subject, fresh, expected)
+    return _check_loaded(subject, fresh, expected)
 
 
-def own(subject: Subject) -> None:
+def own(subject: Subject) -> str | None:
     fresh = subject.build()
     with tempfile.TemporaryDirectory() as folder:
         expected = _saved(subject, folder)
         load_lora(fresh, folder)
-    _check_loaded(subject, fresh, expected)
+    return _check_loaded(subject, fresh, expected)
 
 
 COLUMNS = (
