@@ -26,8 +26,9 @@ command, which fails if a class turns red:
 make families
 ```
 
-It was made with {versions}, on a CPU. Tiny weights say nothing of the quality of samples or of memory; they say that the calls do what they promise. `bf16` is
-the worst of {half} in bfloat16; all other columns are in float32.
+It was made with {versions}, on a CPU.
+Tiny weights say nothing of the quality of samples or of memory; they say that the calls do what they promise.
+`bf16` is the worst of {half} in bfloat16; all other columns are in float32.
 """
 
 
@@ -53,7 +54,7 @@ class Reasons:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([<>*_|`\[\]{}$])", r"\\\1", text)
+    return re.sub(r"([<>*_|`\[\]{}$])", r"\\\1", text if len(text) <= 320 else f"{text[:200]} … {text[-110:]}")
 
 
 def write(
@@ -92,8 +93,8 @@ def _counts(rows, found, columns) -> list[str]:
             cells = [found[row.name, dtype].cells.get(column.name) for row in rows if row.kind == kind and (row.name, dtype) in found]
             statuses = [cell.status if cell else UNREACHED for cell in cells]
             numbers += [str(statuses.count(status)) for status in SYMBOLS]
-        title = f"{column.title}{', in bfloat16' if dtype != 'float32' else ''}"
-        lines.append(f"| {column.head} | {title} | {' | '.join(numbers)} |")
+        head, title = (column.head, column.title) if dtype == "float32" else (f"{column.head} bf16", "the same in bfloat16")
+        lines.append(f"| {head} | {title} | {' | '.join(numbers)} |")
     built = {kind: [row for row in rows if row.kind == kind and row.index is not None] for kind in kinds}
     whole = [f"{len({row.cls for row in built[kind]})} of {len({row.cls for row in rows if row.kind == kind})} {kind} classes" for kind in kinds]
     return [f"{' and '.join(whole)} are built, some of them in several variants.", "", *_wrapped(lines)]
@@ -107,7 +108,7 @@ def _table(rows: Sequence[Row], found, columns: Sequence[Column], reasons: Reaso
             continue
         if row.family != family:
             family = row.family
-            lines.append(f"| **{_escaped(family)}** |{' |' * len(heads)}")
+            lines.append(f"| `{family}` |{' |' * len(heads)}")
         full, half = (found.get((row.name, dtype)) for dtype in ("float32", "bfloat16"))
         cells = [_symbol(full.cells.get(column.name) if full else None, row, reasons) for column in columns]
         lines.append(f"| {row.name.replace('Pipeline', '')}{reasons.mark(row.remark, row)} | {' | '.join([*cells, _worst(half, row, reasons)])} |")

@@ -239,7 +239,7 @@ def test_the_page_counts_and_numbers_reasons(tmp_path):
         "diffusers 1, torch 2",
         "2 of 3 classic classes and 1 of 1 modular classes are built",
         "| rep | replays are exact | 0 | 0 | 0 | 2 | 0 | 0 | 0 | 0 | 1 | 0 |",
-        "| call | the call runs, in bfloat16 | 0 | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 |",
+        "| call bf16 | the same in bfloat16 | 0 | 1 | 0 | 0 | 0 | 0 | 0 | 0 | 0 | 0 |",
         "| A<sup>2</sup> | ● | ✗<sup>1</sup> | ○<sup>3</sup> |",
         "| B | ● | ✗<sup>1</sup> |   |",
         "| DModular | ● | ✗<sup>1</sup> |   |",
