@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_align import Policy, Trajectory
-from diffusers_align.condition import Condition
+from diffusers_align.condition import Condition, belongs_to_samples
 from diffusers_align.driving.scheduler_hook import denoisers
 
 from .case import Case
@@ -129,9 +129,17 @@ class Subject:
         return arguments
 
     def _modular_call(self, pipeline, generators, output_type: str) -> dict[str, Any]:
+        """The arguments that the blocks take, a text for each prompt; what the guiders take is set there, as users do."""
         names = set(pipeline.blocks.input_names)
+        for component, guider in pipeline.components.items():
+            if hasattr(guider, "prepare_inputs_from_block_state"):
+                own = {field: self.case.call[n] for field in guider.config for n in (field, component.replace("guider", field)) if n in self.case.call}
+                pipeline.update_components(**{component: guider.new(**({"enabled": True} | own if own else {}))})
         call = {"generator": generators if not self.case.one_sample else generators[0], "output_type": output_type}
-        return {**self._arguments(names), **{name: value for name, value in call.items() if name in names}}
+        arguments = {name: value for name, value in self._arguments(names).items() if name in names}
+        if not self.case.one_sample:
+            arguments = {name: [v] * self.size if isinstance(v, str) and belongs_to_samples(name) else v for name, v in arguments.items()}
+        return {**arguments, **{name: value for name, value in call.items() if name in names}}
 
     @cached_property
     def stock_images(self) -> Tensor:
