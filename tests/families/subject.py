@@ -133,7 +133,8 @@ class Subject:
         names = set(pipeline.blocks.input_names)
         for component, guider in pipeline.components.items():
             if hasattr(guider, "prepare_inputs_from_block_state"):
-                own = {field: self.case.call[n] for field in guider.config for n in (field, component.replace("guider", field)) if n in self.case.call}
+                given = {name: value for name, value in self.case.call.items() if value is not None}
+                own = {field: given[name] for field in guider.config for name in (field, component.replace("guider", field)) if name in given}
                 pipeline.update_components(**{component: guider.new(**({"enabled": True} | own if own else {}))})
         call = {"generator": generators if not self.case.one_sample else generators[0], "output_type": output_type}
         arguments = {name: value for name, value in self._arguments(names).items() if name in names}
@@ -176,7 +177,8 @@ def watched(models: dict[str, nn.Module]) -> Iterator[dict[str, tuple[float, flo
         def hook(module, args, kwargs):
             given = dict(zip(inspect.signature(type(module).forward).parameters, (module, *args))) | kwargs
             times = [given[key] for key in ("timestep", "timesteps", "t") if given.get(key) is not None]
-            states = [value for value in given.values() if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 2]
+            firsts = [value[0] if isinstance(value, (list, tuple)) and value else value for value in given.values()]
+            states = [value for value in firsts if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 2]
             if times and states and name not in found:
                 found[name] = (float(torch.as_tensor(times[0]).flatten()[0]), float(states[0].float().std()))
 
