@@ -46,7 +46,7 @@ def test_a_cell_is_what_its_check_returns_or_raises():
     assert looked_at(lambda: check(DoesNotApply("No time."))) == Cell("outside", "No time.")
     assert looked_at(lambda: check(Fault("Off by 3."))) == Cell("no", "Off by 3.")
     fault = looked_at(lambda: check(ValueError("of a test, not of the library")))
-    assert fault.status == "no" and "ValueError: of a test" in fault.reason and "tests/families/test_runner.py:" in fault.reason
+    assert fault.status == "no" and "ValueError: of a test" in fault.reason and "tests/whole/test_matrix_command.py:" in fault.reason
 
 
 def test_a_sentence_that_the_library_raises_is_a_refusal_and_an_accident_is_not():
