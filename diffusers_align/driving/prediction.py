@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from ..condition import Condition
+from .guiders import state_of
 from .scheduler_hook import Step
 
 if TYPE_CHECKING:
     from .driver import Driver
 
 logger = logging.getLogger(__name__)
+# Arguments that may switch guidance off; the first is for guiders.
+_OFF = {"guidance": (False,), "true_cfg_scale": (1.0, 0.0), "guidance_scale": (1.0, 0.0)}
 
 
 class Prediction:
@@ -123,10 +126,11 @@ class Prediction:
         """
         negative = sorted(name for name in condition.per_sample if name.startswith("negative_"))
         scales = [name for name in self.driver.parameters if name.endswith("guidance_scale")]
-        key = (*(str(condition.kwargs.get(name)) for name in ("true_cfg_scale", "negative_prompt", *scales)), *negative)
+        asked = [str(condition.kwargs.get(name)) for name in dict.fromkeys((*_OFF, "negative_prompt", *scales))]
+        key = (*asked, *negative, str(state_of(self.driver.pipeline)))
         if key not in self._unguided:
             single = condition.select([0])
-            tries = [{}, *({name: value} for name in ("true_cfg_scale", "guidance_scale") for value in (1.0, 0.0) if name in self.driver.parameters)]
+            tries = [{}, *({name: value} for name, values in _OFF.items() for value in values if name in self.driver.parameters)]
             tries += [dict.fromkeys(scales, value) for value in (1.0, 0.0)]  # several scales: of each frame, of a picture
             for overrides in tries:
                 if self._rows_a_step(single, overrides) == 1:
@@ -153,7 +157,7 @@ class Prediction:
         handles = [m.register_forward_pre_hook(count, with_kwargs=True) for m in self.driver.denoisers.values()]
         try:
             self.driver.drive(single, step, needs_denoiser=lambda k: k == 0, **overrides)
-        except (ValueError, TypeError, AssertionError, RuntimeError) as error:
+        except Exception as error:  # whatever a pipeline makes of an argument that it does not understand
             if of_the_device(error):
                 raise
             return None

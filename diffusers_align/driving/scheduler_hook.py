@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from ..schedulers.own_noise import first_time
 from ..schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork
 from ..schedulers.sigma_space import implied_output
+from .calls import calls_of
 from .denoiser_gates import gated
-from .pipeline_state import no_cast_weights_kept, own_arguments, quiet, refuse_offloading, restored_if_abandoned, seeded_globally
+from .parts import parts_follow
+from .pipeline_state import no_cast_weights_kept, own_arguments, refuse_offloading, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
 from .wrappers import unwrapped
 
@@ -48,7 +50,7 @@ class Step:
 
     Attributes:
         k: solver step of this scheduler, from 0.
-        child: 0 for the pipeline's own scheduler, 1, 2, ... for the copies it makes (a second modality).
+        child: 0 for the pipeline's own scheduler, 1, 2, ... for others and for the copies it makes (a second modality).
         sample, model_output: (B, *D), as the pipeline passes them; the output that the clean sample implies, where it passes that one instead.
     """
 
@@ -179,7 +181,8 @@ def _hooked_class(cls: type, session: _Session) -> type:
         return child
 
     step.__signature__, set_timesteps.__signature__ = step_signature, set_signature
-    return type(cls.__name__, (cls,), {"step": step, "set_timesteps": set_timesteps, "__deepcopy__": __deepcopy__, "__module__": cls.__module__})
+    own = {"step": step, "set_timesteps": set_timesteps, "__deepcopy__": __deepcopy__, "__module__": cls.__module__, "hooked": cls}
+    return type(cls.__name__, (cls,), own)
 
 
 def _asks_first(pipeline) -> bool:
@@ -190,15 +193,17 @@ def _asks_first(pipeline) -> bool:
 
 
 @contextmanager
-def _hooked(scheduler, session: _Session) -> Iterator[None]:
-    cls = type(scheduler)
-    session.adopt(scheduler)
-    scheduler.__class__ = _hooked_class(cls, session)
+def _hooked(schedulers: Iterable, session: _Session) -> Iterator[None]:
+    """Context: the schedulers, the main one first, and all copies of them hand their steps to the session."""
+    own = [(scheduler, type(scheduler)) for scheduler in schedulers]
+    session.adopt(own[0][0])
+    for scheduler, cls in own:
+        scheduler.__class__ = _hooked_class(cls, session)
     try:
         yield
     finally:
-        for known in session.schedulers:
-            known.__class__ = cls
+        for known in (*session.schedulers, *(scheduler for scheduler, _ in own)):
+            known.__class__ = getattr(type(known), "hooked", type(known))
 
 
 @contextmanager
@@ -249,13 +254,13 @@ def drive(
     """
     if gradients:
         refuse_offloading(pipeline)
-    session = _Session(on_step, timesteps, begin_index, noise, call.get("generator"))
+    calls, session = calls_of(pipeline), _Session(on_step, timesteps, begin_index, noise, call.get("generator"))
     session.asks_first = _asks_first(pipeline)
     with ExitStack() as stack:
         stack.enter_context(restored_if_abandoned(pipeline))
         stack.enter_context(seeded_globally(global_seed, pipeline.device))
-        stack.enter_context(_hooked(pipeline.scheduler, session))
-        stack.enter_context(quiet(pipeline))
+        stack.enter_context(_hooked(calls.schedulers.values(), session))
+        stack.enter_context(parts_follow(pipeline))
         stack.enter_context(no_cast_weights_kept())
         if needs_denoiser is not None:
             for module in denoisers(pipeline).values():
@@ -264,4 +269,4 @@ def drive(
             stack.enter_context(memory.installed(pipeline))
         stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(_explained(pipeline))
-        return inspect.unwrap(type(pipeline).__call__)(pipeline, **own_arguments(call))
+        return calls.run(own_arguments(call))

@@ -106,14 +106,15 @@ class SDESchedulerMixin:
         return [c for c in cls.__mro__ if hasattr(c, "from_config") and c.__name__.endswith("Scheduler")]
 
 
-def put_in_place(pipeline, scheduler: SDESchedulerMixin):
-    """Give `pipeline` the scheduler, and return the one that the pipeline came with.
+def put_in_place(pipeline, scheduler: SDESchedulerMixin, name: str = "scheduler"):
+    """Give `pipeline` the scheduler as the component `name`, and return the one that the pipeline came with.
 
     A second policy on the same pipeline finds the first one's twin there, which remembers whose place it took.
     """
-    replaced = getattr(pipeline.scheduler, "replaced", None)
-    stock = pipeline.scheduler if replaced is None else replaced  # not `or`: schedulers have a length, which some cannot tell
-    pipeline.scheduler = scheduler
+    before = getattr(pipeline, name)
+    replaced = getattr(before, "replaced", None)
+    stock = before if replaced is None else replaced  # not `or`: schedulers have a length, which some cannot tell
+    setattr(pipeline, name, scheduler)
     scheduler.replaced = stock if stock is not scheduler else None
     return stock
 

@@ -94,6 +94,19 @@ def sde_twin(scheduler, **sde_fields):
     return build(scheduler, config, source, sde_fields)
 
 
+def sde_twins(schedulers: dict, main: SDESchedulerMixin | None = None) -> dict:
+    """The SDE twins of a pipeline's schedulers by name, the main one first; those of further modalities walk with the main one's noise.
+
+    Args:
+        main: in the place of the first one's twin.
+    """
+    (name, stock), *others = schedulers.items()
+    main = sde_twin(stock) if main is None else main
+    kind = type(main).__name__
+    fields = {field: main.config[field] for field in SDE_FIELDS.get(kind, ())}
+    return {name: main, **{other: sde_twin(s, **(fields if _twin_class(s).__name__ == kind else {})) for other, s in others}}
+
+
 def _twin_class(scheduler) -> type:
     if isinstance(scheduler, SDESchedulerMixin):
         return [cls for cls in type(scheduler).__mro__ if cls.__name__ in SDE_FIELDS][-1]

@@ -14,7 +14,7 @@ class Case:
     Attributes:
         build: makes the pipeline; the same weights each time.
         call: arguments of each of its calls that all samples share: small sizes, few steps, guidance on where the family has it.
-        per_sample: arguments of which each sample has its own: lists of two (pictures, masks), as `Policy.condition` takes them.
+        per_sample: arguments of which each sample has its own: lists of two (pictures, masks) or tensors of two rows, as `Policy.condition` takes them.
         prompts: None where the pipeline takes no prompts.
         one_sample: the stock call takes one sample at a time.
         variant: of a class that has several cases (Wan 2.1 and 2.2): added to the name in tables.
@@ -23,7 +23,7 @@ class Case:
 
     build: Callable[[], Any]
     call: dict[str, Any] = field(default_factory=dict)
-    per_sample: dict[str, list] = field(default_factory=dict)
+    per_sample: dict[str, Any] = field(default_factory=dict)
     prompts: tuple[str, str] | None = ("a cat", "a large red dog")
     one_sample: bool = False
     variant: str = ""

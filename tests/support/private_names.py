@@ -28,6 +28,8 @@ UPSTREAM = {
     "_cache_config": "diffusers: the cache of a denoiser",
     "_progress_bar_config": "diffusers: of a pipeline",
     "_execution_device": "diffusers: of a pipeline",
+    "_blocks": "diffusers: of a modular pipeline",
+    "_identifier_key": "diffusers: which prediction a guider's batch is of",
     "_encode_prompt": "diffusers: the name that some pipelines have for encode_prompt",
     "_get_signature_keys": "diffusers: what a pipeline is made of",
     "_optional_components": "diffusers: what a pipeline is made of",

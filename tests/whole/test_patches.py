@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from private_names import CODE, ROOT, UPSTREAM
 from torch import nn
 
+from diffusers_align.driving.blocks import leaves
 from diffusers_align.driving.replacements import InPlace, held, reads_global, replaced, with_globals
 from diffusers_align.driving.scheduler_hook import _asks_first
 from diffusers_align.pipelines.base import WrappedPipeline
@@ -206,6 +207,26 @@ def test_a_pipelines_call_uses_the_methods_that_we_replace(pipeline):
     holds("step" in names, "scheduler.__class__", f"{pipeline.__name__}.__call__ does not use self.scheduler.step any more.")
     holds(reads_global(prepare.__code__, "randn_tensor"), "prepare_latents", f"{pipeline.__name__}.prepare_latents draws otherwise than by randn_tensor.")
     holds(prepare is pipeline.prepare_latents, "prepare_latents", f"{pipeline.__name__}.prepare_latents is decorated, and a copy of it would lose that.")
+
+
+@pytest.mark.parametrize("family", ["StableDiffusion3", "StableDiffusionXL", "QwenImage", "Wan", "LTX"])
+def test_a_modular_pipelines_blocks_are_what_we_copy(family):
+    row, pipeline = "`_blocks` of a modular pipeline", getattr(diffusers, f"{family}ModularPipeline")()
+    holds(isinstance(vars(pipeline).get("_blocks"), diffusers.ModularPipelineBlocks), row, "ModularPipeline keeps its blocks elsewhere than in _blocks.")
+    holds(reads_global(call_of(type(pipeline)).__code__, "_blocks"), row, "ModularPipeline.__call__ does not run self._blocks any more.")
+    holds(len(list(leaves(pipeline._blocks))) > 3, row, "Blocks do not hold their parts in sub_blocks any more.")
+    names = [part for part in pipeline._blocks.sub_blocks if "scheduler" in pipeline._blocks.sub_blocks[part].component_names]
+    holds(names == ["denoise"], row, f"The scheduler is a component of {names}: what comes after the last of them is taken for the tail.")
+
+
+@pytest.mark.parametrize("name", ["ClassifierFreeGuidance", "AdaptiveProjectedGuidance", "SkipLayerGuidance", "TangentialClassifierFreeGuidance"])
+def test_a_guider_keeps_its_settings_where_we_set_them(name):
+    settings = {"skip_layer_guidance_layers": [0]} if name.startswith("Skip") else {}
+    guider = getattr(diffusers, name)(**settings)
+    for field in ("guidance_scale", "start", "stop", "enabled"):
+        holds({field, f"_{field}"} & set(vars(guider)), "Guiders", f"{name} keeps {field} neither as {field} nor as _{field}.")
+    batch = guider.prepare_inputs({"x": (torch.zeros(1), torch.ones(1))})[0]
+    holds(batch[guider._identifier_key] == "pred_cond", "_identifier_key", f"{name}'s first prediction is not the conditional one, pred_cond, any more.")
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda cls: cls.__name__)
