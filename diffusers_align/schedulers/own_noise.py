@@ -5,8 +5,8 @@ is a table's or the model's. Given $x_t$, each is $\mathcal N(\mu, \mathrm{std}^
 of an ODE, and a roll-out is what the stock pipeline samples, bit for bit from the same noise in float32.
 
 What `deterministic` means here. There is no ODE to walk: a consistency model is asked for clean samples of re-noised states, and a walk without the
-noise would ask it at states that it never saw. So `deterministic=True` is the stock step, as everywhere: it draws, from the streams that the seeds fix,
-and hands out no log-probability. Equal seeds give equal samples, and the samples are the stock sampler's. Only TCD has a walk without noise of its own.
+noise would ask it at states that it never saw. So `deterministic=True` is the stock step, as everywhere: it draws, in a policy as the stock call does
+with the same seeds, and hands out no log-probability. Only TCD has a walk without noise of its own.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class OwnNoiseMixin(SDESchedulerMixin):
         ends_with_time: the last of the `timesteps` is where the last step ends; pipelines leave it out.
     """
 
+    own_noise = True
     ends_clean = ends_with_time = jumps = False
 
     def _draw(self, model_output: Tensor, k: int, sample: Tensor, timestep=None) -> Draw:

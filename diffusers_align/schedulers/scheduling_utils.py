@@ -42,11 +42,13 @@ class SDESchedulerMixin:
             leaves it alone: its steps draw from streams that the driver hands to `step`.
         deterministic: True turns every step into the parent's own, bit for bit (evaluation, completions), without a log-probability. A parent that
             draws (`own_noise`) does so still.
+        own_noise: the parent itself draws.
         replaced: the scheduler that it took the place of in a pipeline, if it did.
     """
 
     generator: Generator = None
     deterministic: bool = False
+    own_noise: bool = False
     replaced = None
     tuple_length: int  # of the stock step with return_dict=False
 

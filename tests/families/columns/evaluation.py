@@ -38,7 +38,8 @@ def guided(subject: Subject) -> None:
 
     def keep(step) -> Tensor | None:
         if step.child == 0 and step.k == k:
-            seen.append((step.timestep, step.sample.clone(), step.model_output.clone()))
+            output = policy.scheduler.denoising_output(step.model_output, step.sample)  # without a learned variance, as `predict` gives it
+            seen.append((step.timestep, step.sample.clone(), output.clone()))
         return None
 
     with policy.noise(trajectory.condition, False):
