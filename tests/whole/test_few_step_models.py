@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import importlib
 
+import diffusers
 import pytest
 import torch
-from diffusers import LCMScheduler, TCDScheduler
+from diffusers import DiffusionPipeline, LCMScheduler, TCDScheduler
 from tiny_pipelines import FAMILIES
 
+import diffusers_align
 from diffusers_align import Policy
 from diffusers_align.algorithms.ddpo import ddpo_loss
 from diffusers_align.algorithms.flow_grpo import flow_grpo_loss, gaussian_kl
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.gradients.rollout import differentiable_rollout
 from diffusers_align.pipelines import BestOfNPipeline, ParticleSteeringPipeline
+from diffusers_align.schedulers.twin import SDE_FIELDS
 from tests.families.case import Case
 
 PROMPTS, SEEDS = ["a cat", "a large red dog"], [11, 12]
@@ -208,3 +211,16 @@ def test_held_tokens_stay_and_count_for_nothing():
     moved = trajectory.actions[:, 0].clone()
     moved[~drawn] += 1.0
     assert torch.equal(kernel.log_prob(moved), kernel.log_prob(trajectory.actions[:, 0]))
+
+
+@pytest.mark.parametrize("name", ["lcm", "tcd"])
+def test_a_pipeline_with_a_twin_survives_saving_and_loading(name, tmp_path):
+    policy = Policy(case(name).build())
+    policy.pipeline.save_pretrained(tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path).scheduler) is type(policy.scheduler)
+
+
+def test_every_twin_is_found_where_diffusers_looks():
+    for name in SDE_FIELDS:
+        if name != "FlowMapSDEScheduler" or hasattr(diffusers, "FlowMapEulerDiscreteScheduler"):
+            assert getattr(diffusers_align, name).__name__ == name
