@@ -222,13 +222,22 @@ class Policy(Driver):
         """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] to clean latents in the pipeline's own layout: `decode`'s
         inverse as far as the autoencoder allows.
 
+        What the condition holds (the region that inpainting keeps, a video's given first frame) is decoded from the condition, whatever the images:
+        latents there are the condition's own.
+
         Raises:
-            ValueError: the pipeline's tail is not an affine map and a permutation before `vae.decode`, or these are no such images.
+            ValueError: the pipeline's tail is not an affine map and a permutation before `vae.decode`, or these are no such images; a condition
+                that holds a part, of another number of samples.
         """
         _check_images(images)
         if self._layout is None or self._layout.image_shape != images.shape[1:]:
             single = condition.select([0]) if condition else self.any_condition(1)
-            self._layout = LatentLayout.find(self, single, images[:1])
+            layout = LatentLayout.find(self, single, images[:1])
+            if condition and layout.held.any():  # each sample holds its own
+                rows = [condition.select([i]) for i in range(len(_of_samples(condition, len(images), "images")))]
+                layouts = [layout, *(LatentLayout.find(self, row, image[None]) for row, image in zip(rows[1:], images[1:]))]
+                return torch.cat([own.encode(image[None]) for own, image in zip(layouts, images)])
+            self._layout = layout
         return self._layout.encode(images)
 
     # --- weights ---------------------------------------------------------------------------------------------------

@@ -4,13 +4,16 @@ Between the last scheduler step and `vae.decode`, pipelines unpack, scale, shift
 an affine map of each element and a permutation, so a few probes with known latents recover it, and its inverse turns encoded
 images into the pipeline's own latents. All of it is in float32, whatever the pipeline's precision: a map that is probed in bfloat16
 is off by up to 0.4 %, a bias of every latent, and some autoencoders overflow in float16.
+
+A condition may hold a part of what is decoded: the region that inpainting keeps, the first frame that a video is made from. Such a part is constant,
+whatever the latents. It is no part of the map, and images have no say in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +34,9 @@ class LatentLayout:
         image_shape: of the images this holds for, without the batch.
         latent_shape, z_shape: of one sample, without the batch.
         dtype: of the pipeline's own latents.
+        index: of the elements of z that are not held, in their order.
+        held: of each element of z, whether it is the condition's own: there scale is 0.
+        kept: the condition's own latents, which fill in those that no element of z comes from; None where there are none.
     """
 
     vae: Any
@@ -41,6 +47,8 @@ class LatentLayout:
     index: Tensor
     scale: Tensor
     shift: Tensor
+    held: Tensor
+    kept: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
@@ -48,20 +56,22 @@ class LatentLayout:
         """Probe the tail of the driver's pipeline for one sample of `condition`.
 
         Raises:
-            ValueError: there is no `vae` to encode with, the map is not a permutation, or its round trip fails.
+            ValueError: there is no `vae` to encode with, the map is not a permutation, its round trip fails, or the condition holds all latents.
         """
         vae = getattr(driver.pipeline, "vae", None)
         if vae is None or not hasattr(vae, "encode"):
             raise ValueError(f"{type(driver.pipeline).__name__} has no autoencoder that encodes, so images cannot become latents.")
         tail = _Tail.of(driver, condition)
         zeros = tail(torch.zeros_like)
-        scale = tail(torch.ones_like) - zeros
-        number = tail.shape[1:].numel()
-        if zeros.numel() != number or bool((scale == 0).any()):
-            raise ValueError(f"The tail maps {number} latents to {zeros.numel()} values: not an affine map and a permutation.")
-        rounds = bool((tail(lambda x: torch.full_like(x, 1 + 2**-13)) == zeros + scale).any())
-        index = _probe_index(tail, number, zeros, scale, bits=4 if rounds else 12)
-        layout = cls(vae, images.shape[1:], tail.shape[1:], zeros.shape[1:], tail.dtype, index, scale.flatten(), zeros.flatten())
+        scale = (tail(torch.ones_like) - zeros).flatten()
+        held = scale == 0
+        number, reached = tail.shape[1:].numel(), int((~held).sum())
+        if not 0 < reached <= number or not scale.isfinite().all():
+            raise ValueError(f"The tail maps {number} latents to {reached} of {held.numel()} values: not an affine map and a permutation.")
+        rounds = bool((tail(lambda x: torch.full_like(x, 1 + 2**-13)).flatten() == zeros.flatten() + scale)[~held].any())
+        index = _probe_index(tail, number, zeros.flatten()[~held], scale[~held], held, bits=4 if rounds else 12)
+        kept = tail.kept(index) if reached < number else None
+        layout = cls(vae, images.shape[1:], tail.shape[1:], zeros.shape[1:], tail.dtype, index, scale, zeros.flatten(), held, kept)
         layout._verify(tail, images, tolerance=3e-2 if rounds else 1e-4)
         return layout
 
@@ -72,21 +82,23 @@ class LatentLayout:
         return self._to_latents(z, len(images)).to(self.dtype)
 
     def _to_latents(self, z: Tensor, batch: int) -> Tensor:
-        flat = (z.reshape(batch, -1).double() - self.shift) / self.scale
-        latents = torch.empty_like(flat)
+        free = ~self.held
+        flat = (z.reshape(batch, -1)[:, free].double() - self.shift[free]) / self.scale[free]
+        latents = flat.new_empty(batch, self.latent_shape.numel()) if self.kept is None else self.kept.to(flat).repeat(batch, 1)
         latents[:, self.index] = flat
         return latents.reshape(batch, *self.latent_shape).to(z.dtype)
 
     def _verify(self, tail: _Tail, images: Tensor, tolerance: float) -> None:
         z = _autoencode(self.vae, images, video=len(self.z_shape) == 4)
-        if z.numel() != self.index.numel():
+        if z.numel() != self.held.numel():
             raise ValueError(
                 f"Images of {tuple(images.shape[1:])} encode to {tuple(z.shape[1:])}, the pipeline's latents decode from {tuple(self.z_shape)}: "
                 "pass images of the size (and number of frames) that the pipeline's call makes."
             )
         latents = self._to_latents(z, 1)
-        received = tail(lambda x: latents.to(x).reshape(x.shape))
-        error = (received.flatten() - z.double().flatten()).abs().max() / z.abs().max()
+        received = tail(lambda x: latents.to(x).reshape(x.shape)).flatten()
+        expected = torch.where(self.held, self.shift, z.double().flatten())
+        error = (received - expected).abs().max() / expected.abs().max()
         if not error <= tolerance:  # NaN fails too
             raise ValueError(f"The round trip through the pipeline's tail is off by {error:.1e}: it is not an affine map and a permutation.")
 
@@ -109,6 +121,8 @@ class _Tail:
     @classmethod
     def of(cls, driver: Driver, condition: Condition) -> _Tail:
         states: list[Tensor] = []
+        # What a condition holds may be drawn, by an autoencoder: the same draw for each probe.
+        condition = condition if condition.seeds is not None else replace(condition, seeds=[0])
 
         def look(step):
             step.skip()
@@ -121,7 +135,36 @@ class _Tail:
 
     def __call__(self, latents_of: Callable[[Tensor], Tensor]) -> Tensor:
         """What `vae.decode` receives, float64, with `latents_of(x)` as the final latents, where x is like them in float32."""
-        vae, received, late = self.driver.pipeline.vae, [], ExitStack()
+        vae, received = self.driver.pipeline.vae, []
+
+        def capture(decode: Callable, z: Tensor, *args: Any, **kwargs: Any):
+            received.append(z)
+            return decode(z.to(vae.dtype), *args, **kwargs)
+
+        with replaced(vae, "decode", capture):
+            self._run(latents_of, "pt")
+        if not received:
+            raise ValueError("The pipeline did not call vae.decode, so the layout of its latents cannot be found.")
+        return received[0].detach().double()
+
+    def kept(self, index: Tensor) -> Tensor:
+        """(D,) the latents that the call returns for latents that are 0: what it puts itself in the place of those that nothing is decoded from.
+
+        Raises:
+            ValueError: it returns none in the form of its steps.
+        """
+        output = self._run(torch.zeros_like, "latent") if "output_type" in self.driver.parameters else None
+        latents = next((x for x in (output[0] if output is not None else None,) if isinstance(x, Tensor)), None)
+        if latents is None or latents.shape != self.shape or bool(latents.flatten()[index].any()):
+            raise ValueError(
+                f"{self.shape[1:].numel() - len(index)} of {self.shape[1:].numel()} latents do not reach the pixels under this condition (a region or frame "
+                f'that it keeps), and {type(self.driver.pipeline).__name__} returns no latents (output_type="latent") that say what stands there.'
+            )
+        return latents.detach().flatten().double()
+
+    def _run(self, latents_of: Callable[[Tensor], Tensor], output_type: str):
+        """The call's output with `latents_of(x)` after its last step."""
+        vae, late = self.driver.pipeline.vae, ExitStack()
 
         def put(step):
             step.skip()
@@ -131,25 +174,18 @@ class _Tail:
             late.enter_context(in_float32(vae))
             return latents_of(step.sample.to(torch.promote_types(self.dtype, torch.float32)))
 
-        def capture(decode: Callable, z: Tensor, *args: Any, **kwargs: Any):
-            received.append(z)
-            return decode(z.to(vae.dtype), *args, **kwargs)
-
-        with replaced(vae, "decode", capture), late, torch.autocast(vae.device.type, enabled=False):
-            self.driver.drive(self.condition, put, needs_denoiser=lambda k: False, output_type="pt")
-        if not received:
-            raise ValueError("The pipeline did not call vae.decode, so the layout of its latents cannot be found.")
-        return received[0].detach().double()
+        with late, torch.autocast(vae.device.type, enabled=False):
+            return self.driver.drive(self.condition, put, needs_denoiser=lambda k: False, output_type=output_type)
 
 
-def _probe_index(tail: _Tail, number: int, shift: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Write each element's index into the latents, digit by digit as the tail's precision allows, and read it after the tail."""
-    index = torch.zeros(number, dtype=torch.long, device=shift.device)
+def _probe_index(tail: _Tail, number: int, shift: Tensor, scale: Tensor, held: Tensor, bits: int) -> Tensor:
+    """Write each element's index into the latents, digit by digit as the tail's precision allows, and read it after the tail, where it is not held."""
+    index = torch.zeros(len(shift), dtype=torch.long, device=shift.device)
     for low in range(0, max(1, (number - 1).bit_length()), bits):
         digits = ((torch.arange(number) >> low) % 2**bits).double() / 2**bits
-        received = tail(lambda x, d=digits: d.reshape(x.shape).to(x))
-        index += ((received - shift) / scale * 2**bits).round().long().flatten() << low
-    if not torch.equal(index.sort().values, torch.arange(number, device=index.device)):
+        received = tail(lambda x, d=digits: d.reshape(x.shape).to(x)).flatten()[~held]
+        index += ((received - shift) / scale * 2**bits).round().long() << low
+    if len(index.unique()) < len(index) or not bool(((index >= 0) & (index < number)).all()):
         raise ValueError("The pipeline's latents are not a permutation of what vae.decode receives.")
     return index
 

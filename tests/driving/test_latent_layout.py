@@ -1,11 +1,14 @@
-"""Latents encoded and decoded in half precision."""
+"""Latents encoded in half precision, and under a condition that holds a part of what is decoded."""
 
 import pytest
 import torch
 from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy
+from diffusers_align.condition import Condition
 from diffusers_align.driving.latent_layout import in_float32
+from tests.families.cases import CASES
+from tests.families.parts import quiet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You have passed . text prompts:FutureWarning"),
@@ -40,3 +43,54 @@ def test_the_autoencoders_own_weights_come_back_on_any_exception():
     with pytest.raises(ValueError, match="pass images of the size"):
         policy.encode(torch.rand(1, 3, 64, 64))
     assert {name: (tensor.dtype, tensor.data_ptr()) for name, tensor in vae.state_dict().items()} == before
+
+
+def of_case(name: str, variant: str = "") -> tuple[Policy, Condition]:
+    """The policy and the condition of two samples of a pipeline in the table."""
+    torch.set_num_threads(1)
+    case = next(case for case in CASES[name] if case.variant == variant)
+    policy = Policy(quiet(case.build()), **case.call)
+    return policy, policy.condition(list(case.prompts), seeds=[11, 12], per_sample=case.per_sample)
+
+
+def some_images(*shape: int) -> torch.Tensor:
+    return torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_what_inpainting_keeps_is_the_conditions_own_for_each_sample():
+    policy, condition = of_case("StableDiffusionInpaintPipeline", "blending")
+    images, vae = some_images(3, 16, 16), policy.pipeline.vae
+    latents = policy.encode(images, condition)
+    with policy.noise(condition, deterministic=False):
+        kept = policy.drive(condition, lambda step: torch.zeros_like(step.sample))[0]  # where the pipeline blends, the picture that it was given
+    own = vae.encode(images * 2 - 1).latent_dist.mode() * vae.config.scaling_factor
+    painted = torch.zeros(2, 1, 1, latents.shape[-1], dtype=torch.bool)
+    half = latents.shape[-1] // 2
+    painted[0, ..., :half] = painted[1, ..., half:] = True
+    assert kept.abs().max() > 0.1
+    torch.testing.assert_close(latents, torch.where(painted, own, kept), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_given_first_frame_is_no_part_of_the_latents():
+    policy, condition = of_case("LTXImageToVideoPipeline")
+    videos, vae = some_images(5, 3, 32, 32), policy.pipeline.vae
+    latents = policy.encode(videos, condition)
+    z = vae.encode(videos.transpose(1, 2) * 2 - 1).latent_dist.mode()
+    expected = (z - vae.latents_mean.view(1, -1, 1, 1, 1)) / vae.latents_std.view(1, -1, 1, 1, 1)
+    torch.testing.assert_close(latents, expected[:, :, 1:], rtol=1e-4, atol=1e-4)
+
+
+def test_latents_that_nothing_is_decoded_from_are_refused_where_the_pipeline_does_not_say_what_they_are():
+    policy, condition = of_case("UniDiffuserPipeline")
+    with pytest.raises(ValueError, match="of 272 latents do not reach the pixels under this condition.*returns no latents"):
+        policy.encode(some_images(3, 16, 16), condition)
+
+
+def test_a_condition_that_holds_everything_is_refused():
+    policy, condition = of_case("StableDiffusionInpaintPipeline", "blending")
+    nothing = [torch.zeros_like(mask) for mask in condition.per_sample["mask_image"]]
+    condition = policy.condition(condition.prompts, seeds=[11, 12], per_sample={**condition.per_sample, "mask_image": nothing})
+    with pytest.raises(ValueError, match="latents to 0 of 256 values"):
+        policy.encode(some_images(3, 16, 16), condition)

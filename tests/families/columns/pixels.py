@@ -41,8 +41,8 @@ def decode(subject: Subject) -> str | None:
     return None
 
 
-def autoencoded(vae: nn.Module, images: Tensor, takes_videos: bool) -> Tensor:
-    """Pictures or videos after a round trip through the autoencoder, in [0, 1], without any pipeline."""
+def autoencoded(vae: nn.Module, images: Tensor, takes_videos: bool, held: Tensor | None = None, own: Tensor | None = None) -> Tensor:
+    """Pictures or videos after a round trip through the autoencoder, in [0, 1], without any pipeline. Where `held` is true, `own` is decoded."""
     pixels = images * 2 - 1
     frames = images.shape[1] if images.ndim == 5 else 1
     if takes_videos:
@@ -51,6 +51,7 @@ def autoencoded(vae: nn.Module, images: Tensor, takes_videos: bool) -> Tensor:
         pixels = pixels.flatten(0, 1)
     code = vae.encode(pixels)
     z = code.latent_dist.mode() if hasattr(code, "latent_dist") else code.latents if hasattr(code, "latents") else code.latent
+    z = z if held is None or held.shape != z.shape else torch.where(held, own, z)
     decoded = vae.decode(z, **({"num_frames": frames} if "num_frames" in inspect.signature(vae.decode).parameters else {})).sample
     if takes_videos:
         decoded = decoded.squeeze(2) if images.ndim == 4 else decoded if decoded.shape == images.shape else decoded.transpose(1, 2)
@@ -60,25 +61,36 @@ def autoencoded(vae: nn.Module, images: Tensor, takes_videos: bool) -> Tensor:
 
 
 @torch.no_grad()
-def encode(subject: Subject) -> None:
-    policy, trajectory, ranks = subject.policy, subject.trajectory, []
+def encode(subject: Subject) -> str | None:
+    policy, trajectory = subject.policy, subject.trajectory
     components = policy.pipeline.components
     vae = next((components[name] for name in ("vae", "movq", "vqvae", "vqgan") if isinstance(components.get(name), nn.Module)), None)
 
-    def watch(decode: Callable, z: Tensor, *args: Any, **kwargs: Any):
-        ranks.append(z.ndim)
-        return decode(z, *args, **kwargs)
+    def decoded(latents: Tensor) -> tuple[Tensor, list[Tensor]]:
+        received = []
 
-    with nullcontext() if vae is None else replaced(vae, "decode", watch):
-        shape = policy.decode(trajectory.final, trajectory.condition).shape
-    if is_sound(shape):
+        def watch(decode: Callable, z: Tensor, *args: Any, **kwargs: Any):
+            received.append(z)
+            return decode(z, *args, **kwargs)
+
+        with nullcontext() if vae is None else replaced(vae, "decode", watch):
+            return policy.decode(latents, trajectory.condition), received
+
+    own_images, own = decoded(trajectory.final)
+    if is_sound(own_images.shape):
         raise DoesNotApply("Audio: `encode` is of pictures and videos.")
-    images = smooth(shape)
+    images = smooth(own_images.shape)
     latents = policy.encode(images, trajectory.condition)
     require(latents.shape == trajectory.final.shape, f"Latents {tuple(latents.shape)}, the roll-out's are {tuple(trajectory.final.shape)}.")
-    expected = images if vae is None else autoencoded(vae, images, 5 in ranks)
-    error = relative_error(policy.decode(latents, trajectory.condition), expected)
+    actual, received = decoded(latents)
+    # What is decoded whatever the latents is the condition's: a kept region, a given frame.
+    held = received[0] == own[0] if len(received) == len(own) == 1 and received[0].shape == own[0].shape else None
+    expected = images if vae is None else autoencoded(vae, images, any(z.ndim == 5 for z in own), held, own[0])
+    error = relative_error(actual, expected)
     require(error <= 1e-3, f"decode(encode(pictures)) is off by {error:.1e} from the autoencoder's own round trip.")
+    share = 0.0 if held is None else float(held.double().mean())
+    require(share < 1, "The pictures make no difference.")
+    return f"the condition holds {share:.0%} of what is decoded" if share else None
 
 
 @torch.no_grad()
