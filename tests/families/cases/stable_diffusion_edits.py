@@ -47,12 +47,12 @@ def pix_to_pix_zero():
     return stable_diffusion(diffusers.StableDiffusionPix2PixZeroPipeline, **parts)
 
 
-def ledits(cls: type, build: Callable, pictures: int):
+def ledits(cls: type, build: Callable, number: int):
     """It edits what it has inverted before."""
     scheduler = diffusers.DPMSolverMultistepScheduler(**STABLE_DIFFUSION_BETAS, algorithm_type="sde-dpmsolver++", solver_order=2)
     pipeline = build(cls, scheduler=scheduler)
     given = [Image.fromarray((255 * picture[0].permute(1, 2, 0)).to(torch.uint8).numpy()) for picture in pictures(32)]
-    pipeline.invert(image=given[:pictures], source_prompt="", num_inversion_steps=4, skip=0.25, generator=torch.Generator().manual_seed(0))
+    pipeline.invert(image=given[:number], source_prompt="", num_inversion_steps=4, skip=0.25, generator=torch.Generator().manual_seed(0))
     return pipeline
 
 
