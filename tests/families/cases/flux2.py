@@ -32,7 +32,7 @@ def flux2(cls: type, **components):
     return quiet(cls(transformer=transformer, vae=flux2_vae(), scheduler=shifted_flow(use_dynamic_shifting=True), **components))
 
 
-def _mistral():
+def mistral(cls: type = transformers.Mistral3ForConditionalGeneration) -> dict:
     tokenizer = vision_tokenizer()
     text = {**LANGUAGE_MODEL, "model_type": "mistral", "vocab_size": len(tokenizer), "sliding_window": None}
     vision = {
@@ -45,7 +45,7 @@ def _mistral():
         "patch_size": 4,
     }
     config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=1)
-    return {"tokenizer": tokenizer, "text_encoder": seeded(transformers.Mistral3ForConditionalGeneration, config)}
+    return {"tokenizer": tokenizer, "text_encoder": seeded(cls, config)}
 
 
 def _klein(cls: type, distilled: bool = False):
@@ -62,8 +62,8 @@ LONGER = {"max_sequence_length": 640}
 
 CASES: dict[str, list[Case]] = {
     "Flux2Pipeline": [
-        Case(lambda: flux2(diffusers.Flux2Pipeline, **_mistral()), {**CALL, **LONGER}),
-        Case(lambda: flux2(diffusers.Flux2Pipeline, **_mistral()), {**CALL, **LONGER, **SHARED}, variant="edit"),
+        Case(lambda: flux2(diffusers.Flux2Pipeline, **mistral()), {**CALL, **LONGER}),
+        Case(lambda: flux2(diffusers.Flux2Pipeline, **mistral()), {**CALL, **LONGER, **SHARED}, variant="edit"),
     ],
     "Flux2KleinPipeline": [
         Case(lambda: _klein(diffusers.Flux2KleinPipeline), CALL),
