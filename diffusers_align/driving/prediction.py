@@ -32,6 +32,7 @@ class Prediction:
         self.driver = driver
         self._unguided: dict[tuple, dict[str, Any]] = {}
         self._own_times: bool | None = None
+        self._edits = False
 
     def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition, guidance: bool) -> Tensor:
         """(B, *D) at `latents` (B, *D) and `timesteps` (B,); see `Policy.predict`."""
@@ -58,7 +59,8 @@ class Prediction:
 
     def _together(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
         """Solver step 0 is gated and returns `latents`; step 1 evaluates them at `timesteps`; the rest is skipped."""
-        rows = max(2, int(condition.kwargs.get("num_inference_steps", self._default("num_inference_steps", 50))))
+        if self._edits:
+            return self._at_start(latents, timesteps, condition, overrides)
         outputs: list[Tensor] = []
 
         def capture(step: Step) -> Tensor:
@@ -71,17 +73,50 @@ class Prediction:
                     "number of frames are of another size."
                 )
             if step.k == 1:
-                if step.sample.shape != given.shape or not torch.equal(step.sample, given):
-                    raise ValueError(f"{type(self.driver.pipeline).__name__} edits its latents between steps; predict has no meaning there.")
+                self._edits = step.sample.shape != given.shape or not torch.equal(step.sample, given)
                 outputs.append(self.driver.scheduler.denoising_output(step.model_output, step.sample))
             return given
 
-        self.driver.drive(
-            condition, capture, timesteps=timesteps.expand(rows, *timesteps.shape), needs_denoiser=lambda k: k == 1, **overrides
-        )  # fmt: skip
+        self.driver.drive(condition, capture, timesteps=self._rows(timesteps, condition), needs_denoiser=lambda k: k == 1, **overrides)
         if not outputs:
             raise ValueError("The pipeline took fewer than two solver steps; raise num_inference_steps (or strength).")
+        return self._at_start(latents, timesteps, condition, overrides) if self._edits else outputs[0]
+
+    def _at_start(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
+        """The same for a pipeline that edits its latents between steps, as inpainting puts back what it keeps: at solver step 0, which it
+        reaches from `latents` as the call's own argument, unedited.
+
+        Raises:
+            ValueError: it arrives at step 0 with others, fails, or takes none.
+        """
+        name, outputs = type(self.driver.pipeline).__name__, []
+        if "latents" not in self.driver.parameters:
+            raise ValueError(f"{name} edits its latents between steps and takes none to start from, so that predict has no meaning there.")
+
+        def capture(step: Step) -> Tensor:
+            if step.child or step.k:
+                return step.sample
+            given = step.like(latents)
+            # Pipelines scale what they are given by the scheduler's initial noise level.
+            if step.sample.shape != given.shape or not torch.allclose(step.sample, given, rtol=1e-6, atol=0):
+                raise ValueError("they arrive there as others, so that predict has no meaning.")
+            outputs.append(self.driver.scheduler.denoising_output(step.model_output, step.sample))
+            return step.sample
+
+        start = latents / float(self.driver.scheduler.init_noise_sigma)
+        times = self._rows(timesteps, condition)
+        try:
+            self.driver.drive(condition, capture, timesteps=times, needs_denoiser=lambda k: k == 0, **{**overrides, "latents": start})
+        except (RuntimeError, ValueError, TypeError) as error:
+            if outputs or of_the_device(error):
+                raise
+            raise ValueError(f"{name} edits its latents between steps, and fails with those that it is given before the first: {error}") from error
         return outputs[0]
+
+    def _rows(self, timesteps: Tensor, condition: Condition) -> Tensor:
+        """`timesteps` for each solver step of the call."""
+        steps = max(2, int(condition.kwargs.get("num_inference_steps", self._default("num_inference_steps", 50))))
+        return timesteps.expand(steps, *timesteps.shape)
 
     def _one_by_one(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
         out: list[Tensor | None] = [None] * len(latents)
