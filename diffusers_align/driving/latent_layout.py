@@ -215,4 +215,6 @@ def _autoencode(vae, images: Tensor, video: bool) -> Tensor:
         pixels = pixels.flatten(0, 1)
     with in_float32(vae), torch.autocast(vae.device.type, enabled=False):
         encoded = vae.encode(pixels)
-    return encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    if hasattr(encoded, "latent_dist"):
+        return encoded.latent_dist.mode()
+    return encoded.latents if hasattr(encoded, "latents") else encoded.latent

@@ -1,5 +1,6 @@
 """Latents encoded in half precision, and under a condition that holds a part of what is decoded."""
 
+import diffusers
 import pytest
 import torch
 from tiny_pipelines import FAMILIES
@@ -8,7 +9,7 @@ from diffusers_align import Policy
 from diffusers_align.condition import Condition
 from diffusers_align.driving.latent_layout import in_float32
 from tests.families.cases import CASES
-from tests.families.parts import quiet
+from tests.families.parts import quiet, seeded
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You have passed . text prompts:FutureWarning"),
@@ -94,3 +95,13 @@ def test_a_condition_that_holds_everything_is_refused():
     condition = policy.condition(condition.prompts, seeds=[11, 12], per_sample={**condition.per_sample, "mask_image": nothing})
     with pytest.raises(ValueError, match="latents to 0 of 256 values"):
         policy.encode(some_images(3, 16, 16), condition)
+
+
+@torch.no_grad()
+def test_an_autoencoder_without_a_distribution_encodes():
+    policy = make("sd15", torch.float32)
+    policy.pipeline.vae = vae = seeded(
+        diffusers.AutoencoderTiny, encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)
+    )
+    images = some_images(3, 16, 16)
+    torch.testing.assert_close(policy.encode(images), vae.encode(images * 2 - 1).latents * vae.config.scaling_factor, rtol=1e-4, atol=1e-5)
