@@ -1,0 +1,75 @@
+"""Modular pipelines of videos: Wan 2.1 and 2.2, VACE, LTX-Video, HunyuanVideo 1.5, Helios."""
+
+from __future__ import annotations
+
+import diffusers
+
+from ..case import Case
+from ..modular_parts import modular
+from ..parts import LATENT_CHANNELS
+from ..video_parts import clip_of_pictures, picture, siglip_parts, wan_transformer, two_pictures
+from .hunyuan_video import hunyuan_1_5
+from .ltx import VIDEO as LTX
+from .ltx import ltx
+from .wan import CONDITIONED, VIDEO, from_pictures, helios, two_transformers, vace, wan
+
+
+def modular_wan(cls: type, **components):
+    return modular(cls, wan(), **components)
+
+
+def modular_from_pictures():
+    source = from_pictures()
+    return modular(diffusers.WanImage2VideoModularPipeline, source)
+
+
+def modular_two(cls: type, **config):
+    """Wan 2.2: a second transformer, with a guider of its own, takes over when little noise is left."""
+    return modular(cls, two_transformers(**config))
+
+
+def modular_vace():
+    source = vace()
+    return modular(diffusers.Wan22VaceModularPipeline, source, transformer_2=source.transformer)
+
+
+def modular_hunyuan(from_picture: bool = False):
+    cls = diffusers.HunyuanVideo15ImageToVideoPipeline if from_picture else diffusers.HunyuanVideo15Pipeline
+    return modular(diffusers.HunyuanVideo15ModularPipeline, hunyuan_1_5(cls, siglip_parts() if from_picture else None))
+
+
+def modular_helios(cls: type, scheduler: type = diffusers.HeliosScheduler, **config):
+    return modular(cls, helios(diffusers.HeliosPipeline, scheduler(use_dynamic_shifting=True, **config)))
+
+
+NEGATIVE = {"negative_prompt": ""}
+CALL = {**VIDEO, **NEGATIVE}
+CHUNK = {**CALL, "num_latent_frames_per_chunk": 2}
+PYRAMID = {**CHUNK, "height": 32, "width": 32, "pyramid_num_inference_steps_list": [2, 2, 2]}
+
+CASES: dict[str, list[Case]] = {
+    "WanModularPipeline": [Case(lambda: modular_wan(diffusers.WanModularPipeline), CALL)],
+    "WanImage2VideoModularPipeline": [Case(modular_from_pictures, CALL, {"image": two_pictures()})],
+    "Wan22ModularPipeline": [Case(lambda: modular_two(diffusers.Wan22ModularPipeline), CALL)],
+    "Wan22Image2VideoModularPipeline": [
+        Case(lambda: modular_two(diffusers.Wan22Image2VideoModularPipeline, in_channels=CONDITIONED), CALL, {"image": two_pictures()})
+    ],
+    "Wan22VaceModularPipeline": [
+        Case(modular_vace, {**CALL, "video": clip_of_pictures(5), "mask": [picture().convert("L")] * 5}, one_sample=True)
+    ],
+    "LTXModularPipeline": [
+        Case(lambda: modular(diffusers.LTXModularPipeline, ltx()), {**LTX, **NEGATIVE}),
+        Case(lambda: modular(diffusers.LTXModularPipeline, ltx()), {**LTX, **NEGATIVE}, {"image": two_pictures(32)}, variant="from images"),
+    ],
+    "HunyuanVideo15ModularPipeline": [
+        Case(modular_hunyuan, {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 4, "guidance_scale": 3.0, **NEGATIVE}, one_sample=True),
+        Case(lambda: modular_hunyuan(True), {"num_frames": 5, "num_inference_steps": 4, "guidance_scale": 3.0, **NEGATIVE, "image": picture()}, variant="from images", one_sample=True),
+    ],
+    "HeliosModularPipeline": [Case(lambda: modular_helios(diffusers.HeliosModularPipeline, stage_range=[0, 1], stages=1), CHUNK)],
+    "HeliosPyramidModularPipeline": [Case(lambda: modular_helios(diffusers.HeliosPyramidModularPipeline, gamma=0.33), PYRAMID)],
+    "HeliosPyramidDistilledModularPipeline": [
+        Case(lambda: modular_helios(diffusers.HeliosPyramidDistilledModularPipeline, diffusers.HeliosDMDScheduler), PYRAMID)
+    ],
+}
+
+ABSENT: dict[str, str] = {}
