@@ -16,5 +16,3 @@ def modular(cls: type, source: Any, **more: Any):
     known = set(pipeline.components)
     pipeline.update_components(**{name: part for name, part in components.items() if name in known and part is not None} | more)
     return pipeline
-
-

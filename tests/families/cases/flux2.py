@@ -32,7 +32,7 @@ def flux2(cls: type, **components):
     return quiet(cls(transformer=transformer, vae=flux2_vae(), scheduler=shifted_flow(use_dynamic_shifting=True), **components))
 
 
-def mistral_parts() -> dict:
+def mistral_parts(cls: type = transformers.Mistral3ForConditionalGeneration) -> dict:
     tokenizer = vision_tokenizer()
     text = {**LANGUAGE_MODEL, "model_type": "mistral", "vocab_size": len(tokenizer), "sliding_window": None}
     vision = {
@@ -45,7 +45,7 @@ def mistral_parts() -> dict:
         "patch_size": 4,
     }
     config = transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=1)
-    return {"tokenizer": tokenizer, "text_encoder": seeded(transformers.Mistral3ForConditionalGeneration, config)}
+    return {"tokenizer": tokenizer, "text_encoder": seeded(cls, config)}
 
 
 def klein_parts() -> dict:

@@ -49,7 +49,9 @@ CASES: dict[str, list[Case]] = {
         Case(modular_qwen, CALL),
         Case(modular_qwen, {**CALL, **PART}, {"image": pictures()}, variant="from images"),
     ],
-    "QwenImageEditModularPipeline": [Case(lambda: modular_edit(diffusers.QwenImageEditModularPipeline), {**EDIT, "height": 256, "width": 256}, {"image": pil_pictures()})],
+    "QwenImageEditModularPipeline": [
+        Case(lambda: modular_edit(diffusers.QwenImageEditModularPipeline), {**EDIT, "height": 256, "width": 256}, {"image": pil_pictures()})
+    ],
     "QwenImageEditPlusModularPipeline": [
         Case(
             lambda: modular_edit(diffusers.QwenImageEditPlusModularPipeline),

@@ -44,31 +44,35 @@ def modular_helios(cls: type, scheduler: type = diffusers.HeliosScheduler, **con
 
 NEGATIVE = {"negative_prompt": ""}
 CALL = {**VIDEO, **NEGATIVE}
+ALONE = {"one_sample": True, "remark": "all samples share the picture, which it encodes with a generator for each sample"}
 CHUNK = {**CALL, "num_latent_frames_per_chunk": 2}
 PYRAMID = {**CHUNK, "height": 32, "width": 32, "pyramid_num_inference_steps_list": [2, 2, 2]}
 
 CASES: dict[str, list[Case]] = {
     "WanModularPipeline": [Case(lambda: modular_wan(diffusers.WanModularPipeline), CALL)],
-    "WanImage2VideoModularPipeline": [Case(modular_from_pictures, CALL, {"image": two_pictures()})],
+    "WanImage2VideoModularPipeline": [Case(modular_from_pictures, {**CALL, "image": picture()}, **ALONE)],
     "Wan22ModularPipeline": [Case(lambda: modular_two(diffusers.Wan22ModularPipeline), CALL)],
     "Wan22Image2VideoModularPipeline": [
-        Case(lambda: modular_two(diffusers.Wan22Image2VideoModularPipeline, in_channels=CONDITIONED), CALL, {"image": two_pictures()})
+        Case(lambda: modular_two(diffusers.Wan22Image2VideoModularPipeline, in_channels=CONDITIONED), {**CALL, "image": picture()}, **ALONE)
     ],
-    "Wan22VaceModularPipeline": [
-        Case(modular_vace, {**CALL, "video": clip_of_pictures(5), "mask": [picture().convert("L")] * 5}, one_sample=True)
-    ],
+    "Wan22VaceModularPipeline": [Case(modular_vace, {**CALL, "video": clip_of_pictures(5), "mask": [picture().convert("L")] * 5}, one_sample=True)],
     "LTXModularPipeline": [
         Case(lambda: modular(diffusers.LTXModularPipeline, ltx()), {**LTX, **NEGATIVE}),
         Case(lambda: modular(diffusers.LTXModularPipeline, ltx()), {**LTX, **NEGATIVE}, {"image": two_pictures(32)}, variant="from images"),
     ],
     "HunyuanVideo15ModularPipeline": [
         Case(modular_hunyuan, {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 4, "guidance_scale": 3.0, **NEGATIVE}, one_sample=True),
-        Case(lambda: modular_hunyuan(True), {"num_frames": 5, "num_inference_steps": 4, "guidance_scale": 3.0, **NEGATIVE, "image": picture()}, variant="from images", one_sample=True),
+        Case(
+            lambda: modular_hunyuan(True),
+            {"num_frames": 5, "num_inference_steps": 4, "guidance_scale": 3.0, **NEGATIVE, "image": picture()},
+            variant="from images",
+            one_sample=True,
+        ),
     ],
     "HeliosModularPipeline": [Case(lambda: modular_helios(diffusers.HeliosModularPipeline, stage_range=[0, 1], stages=1), CHUNK)],
     "HeliosPyramidModularPipeline": [Case(lambda: modular_helios(diffusers.HeliosPyramidModularPipeline, gamma=0.33), PYRAMID)],
     "HeliosPyramidDistilledModularPipeline": [
-        Case(lambda: modular_helios(diffusers.HeliosPyramidDistilledModularPipeline, diffusers.HeliosDMDScheduler), PYRAMID)
+        Case(lambda: modular_helios(diffusers.HeliosPyramidDistilledModularPipeline, diffusers.HeliosDMDScheduler, gamma=0.33), PYRAMID)
     ],
 }
 
