@@ -65,10 +65,12 @@ def sound_parts() -> dict[str, Any]:
 
 
 def ltx2(cls: type = diffusers.LTX2Pipeline, scheduler: Any = None, transformer: dict[str, Any] | None = None, **components: Any):
+    channels = {"in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS}
     denoiser = seeded(
-        diffusers.LTX2VideoTransformer3DModel, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_attention_heads=2, attention_head_dim=8,
+        diffusers.LTX2VideoTransformer3DModel, num_attention_heads=2, attention_head_dim=8,
         cross_attention_dim=16, audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4,
-        audio_cross_attention_dim=8, num_layers=1, caption_channels=TEXT_WIDTH, rope_double_precision=False, rope_type="split", **(transformer or {}),
+        audio_cross_attention_dim=8, num_layers=1, caption_channels=TEXT_WIDTH, rope_double_precision=False, rope_type="split",
+        **{**channels, **(transformer or {})},
     )  # fmt: skip
     scheduler = scheduler or diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1)
     return cls(transformer=denoiser, vae=video_vae(), scheduler=scheduler, connectors=connectors(), **sound_parts(), **gemma_3_parts(), **components)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
-import torch
 import transformers
 
 from ..case import Case
 from ..modular_parts import modular
-from ..parts import LATENT_CHANNELS, SMALL, TEXT_WIDTH, causal_vae, pictures, pil_pictures, qwen3, qwen_tokenizer, seeded, shifted_flow, t5_tokenizer
+from ..parts import LATENT_CHANNELS, TEXT_WIDTH, causal_vae, pictures, pil_pictures, qwen3, qwen_tokenizer, seeded, shifted_flow, t5_tokenizer
 from ..vision_language import qwen3_vl, vision_processor, vision_tokenizer
 from .cosmos import OMNI, denoiser, omni
 from .flux2 import flux2_vae, mistral_parts
@@ -74,7 +73,7 @@ def flux_3(cls: type, flow_map: bool = False):
         num_attention_heads=2, joint_attention_dim=2 * TEXT_WIDTH, timestep_channels=16, axes_dims_rope=(4, 4, 4, 4), flow_map=flow_map,
     )  # fmt: skip
     text = {"tokenizer": vision_processor(transformers.Qwen3VLProcessor), "text_encoder": qwen3_vl()}
-    return modular(cls, {"transformer": transformer, "vae": flux2_vae(), "scheduler": shifted_flow(shift=6.93), **text})
+    return modular(cls, {"transformer": transformer, "vae": flux2_vae(), "scheduler": shifted_flow(shift=6.93), **text}, without=("prompt_upsampler",))
 
 
 def cosmos_3():
@@ -89,12 +88,14 @@ def cosmos_3_distilled():
     return pipeline
 
 
-PICTURE = {"height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 3.0, "negative_prompt": "blurry"}
-UNGUIDED = {name: value for name, value in PICTURE.items() if name not in ("guidance_scale", "negative_prompt")}
+UNGUIDED = {"height": 32, "width": 32, "num_inference_steps": 4}
+GUIDED = {"guidance_scale": 3.0, "negative_prompt": "blurry"}
+PICTURE = {**UNGUIDED, **GUIDED}
 SHORT = {"max_sequence_length": 32}
 PART = {"strength": 0.8, "num_inference_steps": 5}
 FLUX_3 = {**UNGUIDED, "text_encoder_out_layers": (0, 1), "max_sequence_length": 160}
-WORLD = {name: value for name, value in OMNI.items()} | {"negative_prompt": ""}
+WITHOUT_UPSAMPLER: dict[str, Any] = {"one_sample": True, "remark": "without the language model that writes the prompt anew, as its documentation says"}
+WORLD = {**OMNI, "negative_prompt": ""}
 CASES: dict[str, list[Case]] = {
     "Krea2ModularPipeline": [Case(lambda: krea_2(diffusers.Krea2ModularPipeline), {**PICTURE, **SHORT})],
     "Krea2TurboModularPipeline": [Case(lambda: krea_2(diffusers.Krea2TurboModularPipeline), {**UNGUIDED, **SHORT})],
@@ -105,10 +106,10 @@ CASES: dict[str, list[Case]] = {
         Case(anima, {**PICTURE, **SHORT, **PART}, {"image": pictures(32)}, variant="from images"),
     ],
     "Flux3ModularPipeline": [
-        Case(lambda: flux_3(diffusers.Flux3ModularPipeline), {**FLUX_3, "guidance_scale": 3.0, "negative_prompt": "blurry"}),
-        Case(lambda: flux_3(diffusers.Flux3ModularPipeline), {**FLUX_3, "guidance_scale": 3.0, "negative_prompt": "blurry", "image": pil_pictures(32)[0]}, variant="edit"),
+        Case(lambda: flux_3(diffusers.Flux3ModularPipeline), {**FLUX_3, **GUIDED}, **WITHOUT_UPSAMPLER),
+        Case(lambda: flux_3(diffusers.Flux3ModularPipeline), {**FLUX_3, **GUIDED, "image": pil_pictures(32)[0]}, variant="edit", **WITHOUT_UPSAMPLER),
     ],
-    "Flux3DistilledModularPipeline": [Case(lambda: flux_3(diffusers.Flux3DistilledModularPipeline, flow_map=True), FLUX_3)],
+    "Flux3DistilledModularPipeline": [Case(lambda: flux_3(diffusers.Flux3DistilledModularPipeline, flow_map=True), FLUX_3, **WITHOUT_UPSAMPLER)],
     "Cosmos3OmniModularPipeline": [Case(cosmos_3, WORLD, one_sample=True)],
     "Cosmos3DistilledModularPipeline": [Case(cosmos_3_distilled, {name: v for name, v in OMNI.items() if name != "guidance_scale"}, one_sample=True)],
 }  # fmt: skip
