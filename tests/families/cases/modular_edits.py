@@ -21,12 +21,11 @@ def modular_edit(cls: type):
 
 
 def modular_layered():
-    source = layered()
-    return modular(diffusers.QwenImageLayeredModularPipeline, source)
+    return modular(diffusers.QwenImageLayeredModularPipeline, layered())
 
 
-def modular_21(cls: type, **settings):
-    return modular(cls, qwen_image_21(), **settings)
+def modular_21(cls: type):
+    return modular(cls, qwen_image_21())
 
 
 def modular_flux_2():

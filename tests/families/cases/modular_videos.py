@@ -1,6 +1,8 @@
-"""Modular pipelines of videos: Wan 2.1 and 2.2, VACE, LTX-Video, HunyuanVideo 1.5, Helios."""
+"""Modular pipelines of videos: Wan 2.1 and 2.2, VACE, Wan-Animate 2, LTX-Video, HunyuanVideo 1.5, Helios."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import diffusers
 import transformers
@@ -15,13 +17,12 @@ from .ltx import ltx
 from .wan import CONDITIONED, VIDEO, from_pictures, helios, two_transformers, vace, wan, wan_vae
 
 
-def modular_wan(cls: type, **components):
-    return modular(cls, wan(), **components)
+def modular_wan():
+    return modular(diffusers.WanModularPipeline, wan())
 
 
 def modular_from_pictures():
-    source = from_pictures()
-    return modular(diffusers.WanImage2VideoModularPipeline, source)
+    return modular(diffusers.WanImage2VideoModularPipeline, from_pictures())
 
 
 def modular_two(cls: type, **config):
@@ -30,8 +31,7 @@ def modular_two(cls: type, **config):
 
 
 def modular_vace():
-    source = vace()
-    return modular(diffusers.Wan22VaceModularPipeline, source, transformer_2=source.transformer)
+    return modular(diffusers.Wan22VaceModularPipeline, vace(), transformer_2=vace().transformer)
 
 
 def modular_hunyuan(from_picture: bool = False):
@@ -61,7 +61,7 @@ def modular_helios(cls: type, scheduler: type = diffusers.HeliosScheduler, **con
 NEGATIVE = {"negative_prompt": ""}
 CALL = {**VIDEO, **NEGATIVE}
 GUIDED = {**NEGATIVE, "guidance_scale": 3.0}
-ALONE = {"one_sample": True, "remark": "all samples share the picture, which it encodes with a generator for each sample"}
+ALONE: dict[str, Any] = {"one_sample": True, "remark": "all samples share the picture, which it encodes with a generator for each sample"}
 ANIMATED = {
     "height": 32, "width": 32, "segment_frame_length": 5, "num_inference_steps": 4, "max_sequence_length": 32, "image": picture(),
     "driving_video": clip_of_pictures(5, flipped=True),
@@ -70,7 +70,7 @@ CHUNK = {**CALL, "num_latent_frames_per_chunk": 2}
 PYRAMID = {**CHUNK, "height": 32, "width": 32, "pyramid_num_inference_steps_list": [2, 2, 2]}
 
 CASES: dict[str, list[Case]] = {
-    "WanModularPipeline": [Case(lambda: modular_wan(diffusers.WanModularPipeline), CALL)],
+    "WanModularPipeline": [Case(modular_wan, CALL)],
     "WanImage2VideoModularPipeline": [Case(modular_from_pictures, {**CALL, "image": picture()}, **ALONE)],
     "Wan22ModularPipeline": [Case(lambda: modular_two(diffusers.Wan22ModularPipeline), CALL)],
     "Wan22Image2VideoModularPipeline": [
