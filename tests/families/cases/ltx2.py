@@ -45,7 +45,7 @@ def video_vae() -> torch.nn.Module:
     vae = seeded(
         diffusers.AutoencoderKLLTX2Video, latent_channels=LATENT_CHANNELS, block_out_channels=(8,), decoder_block_out_channels=(8,),
         layers_per_block=(1,), decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,), decoder_spatio_temporal_scaling=(True,),
-        decoder_inject_noise=(False, False), downsample_type=("spatial",), upsample_residual=(False,), upsample_factor=(1,), patch_size=1,
+        decoder_inject_noise=(False, False), downsample_type=("spatiotemporal",), upsample_residual=(False,), upsample_factor=(1,), patch_size=1,
         decoder_causal=False,
     )  # fmt: skip
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
