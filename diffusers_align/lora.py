@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
@@ -119,7 +120,10 @@ def _beside_others(name: str, module: nn.Module) -> Iterator[None]:
 def _has_loader(pipeline, name: str, module: nn.Module) -> bool:
     """Whether the stock `load_lora_weights` of this pipeline reaches the denoiser, and finds there what it needs."""
     reached = getattr(type(pipeline), "_lora_loadable_modules", ())
-    return name in reached and hasattr(type(pipeline), "save_lora_weights") and hasattr(module, "load_lora_adapter")
+    saves = getattr(type(pipeline), "save_lora_weights", None)
+    # Some loaders have the base class' own, which is not implemented.
+    writes = saves is not None and saves.__func__ is not LoraBaseMixin.save_lora_weights.__func__
+    return name in reached and writes and hasattr(module, "load_lora_adapter")
 
 
 def save(pipeline, denoisers: dict[str, nn.Module], directory: str | Path) -> None:

@@ -16,6 +16,7 @@ from tiny_pipelines import FAMILIES, wan
 from diffusers_align import Policy, load_lora, lora
 from diffusers_align.driving.scheduler_hook import denoisers
 from diffusers_align.files import lora_finder, weight_files
+from tests.families.cases import CASES
 
 # --- wrappers ----------------------------------------------------------------------------------------------------------
 
@@ -148,6 +149,22 @@ def test_a_pipeline_whose_loader_has_no_place_for_its_denoiser_gets_a_file_of_it
     assert lora.stock_lines(fresh, {"transformer": fresh.transformer}, "me/it") == ['diffusers_align.load_lora(pipe, "me/it")']
     lora.unload(fresh)
     assert torch.equal(drawn(fresh, "sd3"), drawn(FAMILIES["sd3"].build(), "sd3"))
+
+
+def test_a_loader_that_cannot_write_is_none(tmp_path, caplog):
+    """Anima's reads LoRAs in diffusers 0.42.1, and has no save_lora_weights of its own."""
+    case = CASES["AnimaModularPipeline"][0]
+    policy = Policy(case.build(), **case.call)
+    moved(policy.add_lora(rank=2))
+    with caplog.at_level(logging.WARNING):
+        policy.save_lora(tmp_path)
+    assert "no LoRA loader for its transformer" in caplog.text
+    fresh = case.build()
+    load_lora(fresh, tmp_path)
+    expected, found = (it.rollout(list(case.prompts), seeds=[1, 2]).final for it in (policy, Policy(fresh, **case.call)))
+    assert torch.equal(found, expected)
+    with policy.reference():
+        assert not torch.allclose(policy.rollout(list(case.prompts), seeds=[1, 2]).final, expected, rtol=1e-2)
 
 
 @pytest.mark.parametrize("targets, missing", [(["nope"], "'nope'"), (["to_q", "to_kk"], "'to_kk' for a LoRA. Did you mean 'to_k'")])

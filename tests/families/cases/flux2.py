@@ -32,7 +32,7 @@ def flux2(cls: type, **components):
     return quiet(cls(transformer=transformer, vae=flux2_vae(), scheduler=shifted_flow(use_dynamic_shifting=True), **components))
 
 
-def mistral(cls: type = transformers.Mistral3ForConditionalGeneration) -> dict:
+def mistral_parts(cls: type = transformers.Mistral3ForConditionalGeneration) -> dict:
     tokenizer = vision_tokenizer()
     text = {**LANGUAGE_MODEL, "model_type": "mistral", "vocab_size": len(tokenizer), "sliding_window": None}
     vision = {
@@ -48,9 +48,13 @@ def mistral(cls: type = transformers.Mistral3ForConditionalGeneration) -> dict:
     return {"tokenizer": tokenizer, "text_encoder": seeded(cls, config)}
 
 
-def _klein(cls: type, distilled: bool = False):
+def klein_parts() -> dict:
     tokenizer = vision_tokenizer()
-    return flux2(cls, tokenizer=tokenizer, text_encoder=qwen3(transformers.Qwen3ForCausalLM, vocab_size=len(tokenizer)), is_distilled=distilled)
+    return {"tokenizer": tokenizer, "text_encoder": qwen3(transformers.Qwen3ForCausalLM, vocab_size=len(tokenizer))}
+
+
+def _klein(cls: type, distilled: bool = False):
+    return flux2(cls, **klein_parts(), is_distilled=distilled)
 
 
 CALL = {
@@ -62,8 +66,8 @@ LONGER = {"max_sequence_length": 640}
 
 CASES: dict[str, list[Case]] = {
     "Flux2Pipeline": [
-        Case(lambda: flux2(diffusers.Flux2Pipeline, **mistral()), {**CALL, **LONGER}),
-        Case(lambda: flux2(diffusers.Flux2Pipeline, **mistral()), {**CALL, **LONGER, **SHARED}, variant="edit"),
+        Case(lambda: flux2(diffusers.Flux2Pipeline, **mistral_parts()), {**CALL, **LONGER}),
+        Case(lambda: flux2(diffusers.Flux2Pipeline, **mistral_parts()), {**CALL, **LONGER, **SHARED}, variant="edit"),
     ],
     "Flux2KleinPipeline": [
         Case(lambda: _klein(diffusers.Flux2KleinPipeline), CALL),

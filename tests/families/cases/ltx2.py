@@ -45,7 +45,7 @@ def video_vae() -> torch.nn.Module:
     vae = seeded(
         diffusers.AutoencoderKLLTX2Video, latent_channels=LATENT_CHANNELS, block_out_channels=(8,), decoder_block_out_channels=(8,),
         layers_per_block=(1,), decoder_layers_per_block=(1, 1), spatio_temporal_scaling=(True,), decoder_spatio_temporal_scaling=(True,),
-        decoder_inject_noise=(False, False), downsample_type=("spatial",), upsample_residual=(False,), upsample_factor=(1,), patch_size=1,
+        decoder_inject_noise=(False, False), downsample_type=("spatiotemporal",), upsample_residual=(False,), upsample_factor=(1,), patch_size=1,
         decoder_causal=False,
     )  # fmt: skip
     vae.use_framewise_encoding = vae.use_framewise_decoding = False
@@ -65,10 +65,12 @@ def sound_parts() -> dict[str, Any]:
 
 
 def ltx2(cls: type = diffusers.LTX2Pipeline, scheduler: Any = None, transformer: dict[str, Any] | None = None, **components: Any):
+    channels = {"in_channels": LATENT_CHANNELS, "out_channels": LATENT_CHANNELS}
     denoiser = seeded(
-        diffusers.LTX2VideoTransformer3DModel, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_attention_heads=2, attention_head_dim=8,
+        diffusers.LTX2VideoTransformer3DModel, num_attention_heads=2, attention_head_dim=8,
         cross_attention_dim=16, audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2, audio_attention_head_dim=4,
-        audio_cross_attention_dim=8, num_layers=1, caption_channels=TEXT_WIDTH, rope_double_precision=False, rope_type="split", **(transformer or {}),
+        audio_cross_attention_dim=8, num_layers=1, caption_channels=TEXT_WIDTH, rope_double_precision=False, rope_type="split",
+        **{**channels, **(transformer or {})},
     )  # fmt: skip
     scheduler = scheduler or diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1)
     return cls(transformer=denoiser, vae=video_vae(), scheduler=scheduler, connectors=connectors(), **sound_parts(), **gemma_3_parts(), **components)

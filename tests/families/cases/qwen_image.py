@@ -32,18 +32,18 @@ def _controlled(cls: type, **config):
     return qwen_image(cls, controlnet=seeded(diffusers.QwenImageControlNetModel, **{**DENOISER, **config}))
 
 
-def _edit(cls: type, vae: dict = DEEP, **config):
+def edit(cls: type, vae: dict = DEEP, **config):
     return qwen_image(cls, vae, config, processor=vision_processor())
 
 
-def _layered():
+def layered():
     """Transparent pictures have four channels, and what has as many channels as the latents is taken for latents."""
     transparent = {**DEEP, "input_channels": 4, "z_dim": 8, "latents_mean": [0.1] * 8, "latents_std": [1.5] * 8}
     config = {"in_channels": 32, "out_channels": 8, "use_additional_t_cond": True, "use_layer3d_rope": True}
-    return _edit(diffusers.QwenImageLayeredPipeline, transparent, **config)
+    return edit(diffusers.QwenImageLayeredPipeline, transparent, **config)
 
 
-def _qwen_image_21():
+def qwen_image_21():
     """Its autoencoder compresses 16 times and has an alpha channel; its latents are not packed, and four of them stand in a token of the text encoder."""
     transformer = seeded(
         diffusers.QwenImage21Transformer2DModel, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, num_layers=1, attention_head_dim=16,
@@ -77,16 +77,16 @@ CASES: dict[str, list[Case]] = {
             {"control_image": pictures(), "control_mask": masks()},
         )
     ],
-    "QwenImageEditPipeline": [Case(lambda: _edit(diffusers.QwenImageEditPipeline), EDIT, {"image": pil_pictures(), **NEGATIVE})],
+    "QwenImageEditPipeline": [Case(lambda: edit(diffusers.QwenImageEditPipeline), EDIT, {"image": pil_pictures(), **NEGATIVE})],
     "QwenImageEditInpaintPipeline": [
-        Case(lambda: _edit(diffusers.QwenImageEditInpaintPipeline), {**EDIT, **PART}, {"image": pil_pictures(), "mask_image": masks(), **NEGATIVE})
+        Case(lambda: edit(diffusers.QwenImageEditInpaintPipeline), {**EDIT, **PART}, {"image": pil_pictures(), "mask_image": masks(), **NEGATIVE})
     ],
     "QwenImageEditPlusPipeline": [
-        Case(lambda: _edit(diffusers.QwenImageEditPlusPipeline), {**EDIT, "image": pil_pictures(), "negative_prompt": "blurry"}, one_sample=True)
+        Case(lambda: edit(diffusers.QwenImageEditPlusPipeline), {**EDIT, "image": pil_pictures(), "negative_prompt": "blurry"}, one_sample=True)
     ],
     "QwenImageLayeredPipeline": [
         Case(
-            _layered,
+            layered,
             {
                 "true_cfg_scale": 3.0,
                 "num_inference_steps": 4,
@@ -100,8 +100,8 @@ CASES: dict[str, list[Case]] = {
         )
     ],
     "QwenImage21Pipeline": [
-        Case(_qwen_image_21, NEWER, NEGATIVE),
-        Case(_qwen_image_21, {**NEWER, "image": pil_pictures(64)[:1], "output_resolution": 64}, NEGATIVE, variant="edit"),
+        Case(qwen_image_21, NEWER, NEGATIVE),
+        Case(qwen_image_21, {**NEWER, "image": pil_pictures(64)[:1], "output_resolution": 64}, NEGATIVE, variant="edit"),
     ],
 }
 
