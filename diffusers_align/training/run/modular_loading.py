@@ -35,7 +35,7 @@ def load_modular(source: str, dtype: torch.dtype, revision: str | None = None, v
     Raises:
         ValueError: one of these could not be loaded, or the blocks are code of the repository's own, which nobody has looked at.
     """
-    pipeline = ModularPipeline.from_pretrained(source, revision=revision)
+    pipeline = _unloaded(source, revision)
     pipeline.load_components(dtype=dtype, **({"variant": variant} if variant else {}))
     named = (name for name in pipeline.pretrained_component_names if pipeline.get_component_spec(name).pretrained_model_name_or_path)
     if missing := sorted(set(named) & set(pipeline.null_component_names)):
@@ -45,4 +45,16 @@ def load_modular(source: str, dtype: torch.dtype, revision: str | None = None, v
 
 def modular_parameters(source: str, revision: str | None = None) -> Mapping[str, inspect.Parameter]:
     """What the pipeline's call takes, as `inspect.signature` has it; its components are not loaded."""
-    return calls_of(ModularPipeline.from_pretrained(source, revision=revision)).parameters
+    return calls_of(_unloaded(source, revision)).parameters
+
+
+def _unloaded(source: str, revision: str | None) -> ModularPipeline:
+    try:
+        return ModularPipeline.from_pretrained(source, revision=revision)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"The blocks of {source} are code of its own, which scripts do not run: read it, load it in Python with trust_remote_code=True, and train "
+            "Policy(pipe) there; or save a pipeline of diffusers' own blocks with its components."
+        ) from error

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3ModularPipeline
 from modular_pipelines import modular_of
 
 from diffusers_align import embedded
+from diffusers_align.files.paths import folder
 from diffusers_align.training.run.model_loading import load_pipeline
 from diffusers_align.training.run.modular_loading import INDEX, is_modular, modular_parameters
 
@@ -21,9 +22,9 @@ def load(name, mixed_precision="no"):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """mini-sd3 as a modular folder."""
-    folder = tmp_path_factory.mktemp("modular") / "mini"
-    modular_of(DiffusionPipeline.from_pretrained(embedded.path("mini-sd3")), "StableDiffusion3").save_pretrained(str(folder), overwrite_modular_index=True)
-    return folder
+    path = tmp_path_factory.mktemp("modular") / "mini"
+    modular_of(DiffusionPipeline.from_pretrained(embedded.path("mini-sd3")), "StableDiffusion3").save_pretrained(str(path), overwrite_modular_index=True)
+    return path
 
 
 def test_a_folder_is_modular_where_it_has_that_index_alone(saved, tmp_path):
@@ -53,6 +54,15 @@ def test_a_component_that_is_not_there_is_named(saved, tmp_path):
     shutil.rmtree(broken / "vae")
     with pytest.raises(ValueError, match=f"broken: vae could not be loaded.*{INDEX}"):
         load(broken)
+
+
+def test_blocks_that_are_code_of_the_folders_own_are_refused(saved, tmp_path):
+    own = shutil.copytree(saved, tmp_path / "own")
+    for name in ("block.py", "modular_config.json"):
+        shutil.copy(folder("pipelines") / "best_of_n_block" / name, own)
+    for ask in (load, modular_parameters):
+        with pytest.raises(ValueError, match="own are code of its own, which scripts do not run"):
+            ask(str(own))
 
 
 def test_what_its_call_takes_is_known_before_it_is_loaded(saved):
