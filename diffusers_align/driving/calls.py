@@ -41,6 +41,10 @@ class Calls(ABC):
     def own_parameters(self) -> dict[str, inspect.Parameter]:
         """What the pipeline itself takes."""
 
+    @abstractmethod
+    def of_a_call(self, arguments: dict[str, Any]) -> set[str]:
+        """The names that a call with these arguments reads: a modular pipeline chooses among its blocks by them."""
+
     @property
     @abstractmethod
     def schedulers(self) -> dict[str, Any]:

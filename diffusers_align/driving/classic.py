@@ -28,6 +28,9 @@ class ClassicCalls(Calls):
     def own_parameters(self) -> dict[str, inspect.Parameter]:
         return dict(inspect.signature(type(self.pipeline).__call__).parameters)
 
+    def of_a_call(self, arguments: dict[str, Any]) -> set[str]:
+        return set(self.own_parameters)
+
     @property
     def schedulers(self) -> dict[str, Any]:
         scheduler = getattr(self.pipeline, "scheduler", None)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.utils import logging
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -59,7 +59,7 @@ class Driver:
     def __init__(self, pipeline, scheduler: SDESchedulerMixin | None = None, call_kwargs: dict[str, Any] | None = None):
         if scheduler is not None and not isinstance(scheduler, SDESchedulerMixin):
             raise TypeError(f"{type(scheduler).__name__} returns no log-probabilities; pass sde_twin(scheduler) or leave it out.")
-        if isinstance(inside := getattr(pipeline, "__dict__", {}).get("pipeline"), DiffusionPipeline):
+        if isinstance(inside := getattr(pipeline, "__dict__", {}).get("pipeline"), (DiffusionPipeline, ModularPipeline)):
             raise TypeError(f"{type(pipeline).__name__} is wrapped around a {type(inside).__name__}, which is the policy: Policy(pipe.pipeline).")
         self.calls = calls_of(pipeline)
         if not self.calls.schedulers:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import LoopSequentialPipelineBlocks, ModelMixin, ModularPipelineBlocks
+from diffusers import ConditionalPipelineBlocks, LoopSequentialPipelineBlocks, ModelMixin, ModularPipelineBlocks, SequentialPipelineBlocks
 from diffusers.modular_pipelines import PipelineState
 from torch import Tensor, nn
 
@@ -28,10 +28,19 @@ class Output(PipelineState):
 
     main: str | None = None
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int | str) -> Any:
+        if isinstance(index, str):
+            return self.values[index]
         if index != 0:
             raise IndexError("A modular pipeline's output has one entry; the others go by their names.")
         return self.values.get(self.main)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.set(name, value)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of what blocks hand out, and of what was added."""
+        return iter(self.values)
 
 
 class ModularCalls(Calls):
@@ -54,12 +63,14 @@ class ModularCalls(Calls):
 
     @property
     def own_parameters(self) -> dict[str, inspect.Parameter]:
-        found = {p.name or p.kwargs_type: p.default for p in self.blocks.inputs if p.name or p.kwargs_type}
-        found.setdefault("output_type", "pil")
-        return {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in found.items()}
+        found = {p.name or p.kwargs_type: (p.default, p.type_hint) for p in self.blocks.inputs if p.name or p.kwargs_type}
+        found = {"output_type": ("pil", str), "return_dict": (True, bool)} | found
+        return {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kind) for name, (value, kind) in found.items()}
 
     def run(self, call: dict[str, Any]) -> Any:
         whole, own = self.own_parameters, guider_parameters(self.pipeline)
+        if unknown := sorted(set(call) - set(whole) - set(own)):
+            raise TypeError(f"The blocks of this {self.name} take no {', '.join(unknown)}. They take {', '.join(whole | own)}.")
         settings = {name: value for name, value in call.items() if name in own and name not in whole}
         graph, wants_latents = torch.is_grad_enabled(), call.get("output_type") == "latent"
 
@@ -70,11 +81,11 @@ class ModularCalls(Calls):
         blocks = own_blocks(self._without_tail() if wants_latents else self.blocks, around=lambda block: with_graph)
         taken = {p.name or p.kwargs_type for p in blocks.inputs}
         with held(self.pipeline, "_blocks", blocks), guided(self.pipeline, settings):
-            call = {name: value for name, value in _one_a_prompt(call).items() if name in taken and value is not None}
-            state = undecorated(type(self.pipeline).__call__)(self.pipeline, **call)
+            given = {name: value for name, value in _one_a_prompt(call).items() if name in taken and value is not None}
+            state = undecorated(type(self.pipeline).__call__)(self.pipeline, **given)
         output = Output(state.values, state.kwargs_mapping)
         output.main = "latents" if wants_latents else self._main_output(state)
-        return output
+        return output if call.get("return_dict", True) else (output[0],)
 
     def _without_tail(self) -> ModularPipelineBlocks:
         """The blocks up to the last one that steps a scheduler."""
@@ -169,8 +180,16 @@ class ModularCalls(Calls):
             yield
 
     def starts_from_noise(self, arguments: dict[str, Any]) -> bool:
-        chosen = self.blocks.get_execution_blocks(**{name: value for name, value in arguments.items() if value is not None})
-        return chosen is not None and "strength" not in chosen.input_names
+        return self._chosen(arguments) is not None and "strength" not in self.of_a_call(arguments)
+
+    def of_a_call(self, arguments: dict[str, Any]) -> set[str]:
+        chosen = self._chosen(arguments)
+        return set() if chosen is None else set(chosen.input_names)
+
+    def _chosen(self, arguments: dict[str, Any]) -> ModularPipelineBlocks | None:
+        if not isinstance(self.blocks, (ConditionalPipelineBlocks, SequentialPipelineBlocks)):
+            return self.blocks  # there is nothing to choose
+        return self.blocks.get_execution_blocks(**{name: value for name, value in arguments.items() if value is not None})
 
 
 def _one_a_prompt(call: dict[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,14 @@ def folder(kind: str) -> Path:
 
 
 def names(kind: str) -> list[str]:
-    """What can be asked for: scripts, pipelines and recipes by file name, schedulers by folder."""
+    """What can be asked for: scripts, pipelines and recipes by file name, schedulers and modular blocks by folder."""
     if not folder(kind).is_dir():
         return []
     if kind == "schedulers":
         return sorted(p.name for p in folder(kind).iterdir() if p.is_dir() and not p.name.startswith(("_", ".")))
     suffix = ".yaml" if kind == "recipes" else ".py"
-    return sorted(p.stem for p in folder(kind).glob(f"*{suffix}") if not p.name.startswith("_"))
+    blocks = {p.parent.name for p in folder(kind).glob("*/modular_config.json")}
+    return sorted(blocks | {p.stem for p in folder(kind).glob(f"*{suffix}") if not p.name.startswith("_")})
 
 
 def front_door(kind: str, name: str) -> Path:

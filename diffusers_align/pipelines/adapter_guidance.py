@@ -70,7 +70,7 @@ class AdapterGuidancePipeline(WrappedPipeline):
         if adapter_scale is not None and guider is not None:
             raise ValueError("Give adapter_scale or guider: classifier-free guidance's guidance_scale is the adapter's scale.")
         check_call(arguments)
-        call = {**arguments, "prompt": prompt} if "prompt" in inspect.signature(type(self.pipeline).__call__).parameters else arguments
+        call = {**arguments, "prompt": prompt} if "prompt" in self.calls.parameters else arguments
         memory = PromptMemory()  # of this call: text encoders may change
         mixture = _Mixture(self._rule(1.0 if adapter_scale is None else adapter_scale, guider, call, memory))
         with ExitStack() as stack:

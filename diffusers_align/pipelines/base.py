@@ -1,4 +1,4 @@
-"""A pipeline around any stock pipeline: loads any checkpoint, is called like the stock class, gives its output and rewards.
+"""A pipeline around any stock pipeline, classic or modular: is called as that one is, gives its output and rewards; loads any classic checkpoint.
 
 diffusers asks a custom pipeline for its components before it has loaded them. A class that wraps any pipeline has none of its
 own: it reads the checkpoint's class from `model_index.json`, lets diffusers load what that one takes, and builds it inside.
@@ -13,17 +13,18 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from ..checks.ranges import check_call, check_value
+from ..checks.ranges import check_call
 from ..condition import Condition, is_embedding
 from ..driving.arguments import checked_prompts, unknown_prompts
+from ..driving.calls import Calls, calls_of
 from ..driving.driver import images_of
 from ..driving.parts import parts_of
 from ..driving.prompt_memory import PromptMemory
@@ -32,7 +33,7 @@ from ..driving.scheduler_hook import Step, drive
 from ..gradients.decoding import light_decoding
 from ..policy import Policy
 from ..rewards import load_reward
-from ..rewards.base import score_columns
+from .judge import Judge
 
 logger = logging.get_logger(__name__)
 Generators = torch.Generator | list[torch.Generator] | None
@@ -57,7 +58,7 @@ class WrappedPipeline(DiffusionPipeline):
     """Wraps a stock pipeline. Subclasses write `__call__`.
 
     Args:
-        pipeline: any loaded diffusers pipeline. Its components are shared, not copied, and keep device and dtype.
+        pipeline: any loaded diffusers pipeline, classic or modular. Its components are shared, not copied, and keep device and dtype.
         reward: a name (`diffusers_align.rewards`) or a callable (images, prompts, **columns) -> (B,); calls may give another.
 
     Attributes:
@@ -65,10 +66,10 @@ class WrappedPipeline(DiffusionPipeline):
         prompt_memory: the encoded prompts of the latest call.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline | None = None, reward=None, **components: Any):
+    def __init__(self, pipeline: DiffusionPipeline | ModularPipeline | None = None, reward=None, **components: Any):
         if isinstance(pipeline, _Blueprint):
             pipeline = pipeline.build(components)
-        elif not isinstance(pipeline, DiffusionPipeline):
+        elif not isinstance(pipeline, (DiffusionPipeline, ModularPipeline)):
             raise TypeError(
                 f"{type(self).__name__} wraps a loaded pipeline: {type(self).__name__}(pipe), or {type(self).__name__}.from_pretrained(...); "
                 f"got a {type(pipeline).__name__}."
@@ -104,7 +105,7 @@ class WrappedPipeline(DiffusionPipeline):
         return defaultdict(lambda: (inspect.Signature.empty,))
 
     @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> WrappedPipeline:
+    def from_pipe(cls, pipeline: DiffusionPipeline | ModularPipeline, **kwargs: Any) -> WrappedPipeline:
         """Wrap a loaded pipeline: the same as calling the class. Components keep their dtype."""
         return cls(pipeline, **kwargs)
 
@@ -120,9 +121,19 @@ class WrappedPipeline(DiffusionPipeline):
             setattr(self.pipeline, name, value)
 
     def progress_bar(self, iterable=None, total=None):
-        """As of any pipeline. Those that call other pipelines configure theirs, and return none."""
+        """As of any pipeline. Those that call other pipelines configure theirs, and modular ones their blocks': neither has one to ask for."""
         configured = (pipeline for pipeline in (self.pipeline, *parts_of(self.pipeline)) if hasattr(pipeline, "_progress_bar_config"))
-        return DiffusionPipeline.progress_bar(next(configured, self.pipeline), iterable, total)
+        return DiffusionPipeline.progress_bar(next(configured, self), iterable, total)
+
+    def set_progress_bar_config(self, **kwargs: Any) -> None:
+        """Of this pipeline and of the one inside."""
+        self.pipeline.set_progress_bar_config(**kwargs)
+        self.__dict__["_progress_bar_config"] = kwargs
+
+    @property
+    def calls(self) -> Calls:
+        """How the pipeline inside is called."""
+        return calls_of(self.pipeline)
 
     # --- calls of the stock pipeline -------------------------------------------------------------------------------
 
@@ -133,7 +144,7 @@ class WrappedPipeline(DiffusionPipeline):
         Raises:
             ValueError: no prompt, or an argument that the stock call lacks.
         """
-        accepted = inspect.signature(type(self.pipeline).__call__).parameters
+        accepted = self.calls.parameters
         arguments, own = {**arguments}, {**(arguments.get("per_sample") or {})}
         arguments.pop("per_sample", None)
         if unknown := sorted({*arguments, *own} - set(accepted)):
@@ -156,7 +167,7 @@ class WrappedPipeline(DiffusionPipeline):
         """
         self.__dict__["prompt_memory"] = PromptMemory()
         asked, rest = self.asked(prompt, arguments)
-        if "generator" not in inspect.signature(type(self.pipeline).__call__).parameters:
+        if "generator" not in self.calls.parameters:
             raise ValueError(f"{type(self.pipeline).__name__}'s call takes no generator, so its samples have no seeds.")
         copies = max(copies_asked(rest).values(), default=1)
         rows = [i for i in range(len(asked)) for _ in range(copies)]
@@ -168,7 +179,7 @@ class WrappedPipeline(DiffusionPipeline):
 
     def drive(self, condition: Condition, generator: Generators, on_step, *, gradients: bool = False, needs_denoiser=None, global_seed=None, **overrides: Any):
         """Call the stock pipeline for the rows of `condition` and hand each scheduler step to `on_step` (`diffusers_align.driving.scheduler_hook`)."""
-        call = {**condition.arguments(inspect.signature(type(self.pipeline).__call__).parameters), "generator": generator, **overrides}
+        call = {**condition.arguments(self.calls.parameters), "generator": generator, **overrides}
         options = {"needs_denoiser": needs_denoiser, "memory": self.prompt_memory, "global_seed": global_seed}
         with light_decoding(self.pipeline) if gradients else nullcontext():
             return drive(self.pipeline, on_step, call, gradients=gradients, **options)
@@ -207,14 +218,15 @@ class WrappedPipeline(DiffusionPipeline):
 
     @contextmanager
     def as_policy(self, scheduler=None, **call_kwargs: Any) -> Iterator[Policy]:
-        """The pipeline inside as a `Policy`, for a while: its scheduler, gradient flags and training modes come back afterwards."""
+        """The pipeline inside as a `Policy`, for a while: its schedulers, gradient flags and training modes come back afterwards."""
         modules = [m for component in self.pipeline.components.values() if isinstance(component, nn.Module) for m in component.modules()]
         flags = {p: p.requires_grad for m in modules for p in m.parameters(recurse=False)}
-        modes, stock = {m: m.training for m in modules}, self.pipeline.scheduler
+        modes, stock = {m: m.training for m in modules}, self.calls.schedulers
         try:
             yield Policy(self.pipeline, scheduler, **call_kwargs)
         finally:
-            self.pipeline.scheduler = stock
+            for name, own in stock.items():
+                setattr(self.pipeline, name, own)
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
             for module, mode in modes.items():
@@ -233,15 +245,6 @@ class WrappedPipeline(DiffusionPipeline):
             raise ValueError(f'Give a reward: {type(self).__name__}(pipe, reward="clip_score"), or reward= in the call; a name or a callable.')
         return load_reward(reward, device=self.pipeline.device)
 
-    @staticmethod
-    def score(reward, images: Tensor, condition: Condition, columns: dict[str, list] | None, on_invalid: str) -> Tensor:
-        """(B,) float32 rewards, NaN where there is none and `on_invalid` is "mask".
-
-        Args:
-            columns: other arguments of the reward, a list for each with an entry for each of the B rows.
-        """
-        return score_columns(reward, images, condition.prompts, columns or {}, on_invalid)["reward"]
-
     def judge(self, reward, condition: Condition, columns: dict[str, list] | None = None, on_invalid: str = "error") -> Judge:
         """What gives images their rewards: the call's, or the pipeline's.
 
@@ -252,17 +255,7 @@ class WrappedPipeline(DiffusionPipeline):
         Raises:
             ValueError: there is no reward, or a column of another length.
         """
-        reward, rows = self.reward_of_call(reward), {}
-        check_value("on_invalid", on_invalid, Literal["error", "mask"])
-        if not isinstance(columns, dict | None):
-            raise ValueError(f"columns are the reward's other arguments by name, {{'name': [one per prompt]}}, got a {type(columns).__name__}.")
-        for name, values in (columns or {}).items():
-            if isinstance(values, str) or not hasattr(values, "__len__"):
-                raise ValueError(f"The column {name!r} must be a list with an entry per prompt, got {values!r}.")
-            if len(values) == 0 or len(condition) % len(values):
-                raise ValueError(f"The column {name!r} has {len(values)} entries, which do not go with {len(condition)} outputs: give one per prompt.")
-            rows[name] = [value for value in values for _ in range(len(condition) // len(values))]
-        return Judge(reward, condition, rows, on_invalid)
+        return Judge.of(self.reward_of_call(reward), condition, columns, on_invalid)
 
     @staticmethod
     def extended(output, **extra: Any):
@@ -272,20 +265,6 @@ class WrappedPipeline(DiffusionPipeline):
         for name, value in extra.items():
             output[name] = value
         return output
-
-
-@dataclass(frozen=True)
-class Judge:
-    """A reward, and what it judges the outputs of a call against."""
-
-    reward: Any
-    condition: Condition
-    columns: dict[str, list]
-    on_invalid: str
-
-    def __call__(self, images: Tensor, rows: list[int]) -> Tensor:
-        """(B,) float32 rewards of images (B, 3, H, W) or (B, F, 3, H, W) in [0, 1] that are of these rows of the call's outputs."""
-        return WrappedPipeline.score(self.reward, images.float(), self.condition.select(rows), repeated(self.columns, rows), self.on_invalid)
 
 
 def _stock_class(config: dict[str, Any]) -> type[DiffusionPipeline]:
@@ -327,8 +306,3 @@ def copied(generator: Generators) -> Generators:
     if isinstance(generator, list):
         return [copied(g) for g in generator]
     return generator if generator is None else torch.Generator(generator.device).set_state(generator.get_state())
-
-
-def repeated(columns: dict[str, list] | None, rows: list[int]) -> dict[str, list] | None:
-    """The reward's columns for rows that stand for others."""
-    return columns and {name: [values[i] for i in rows] for name, values in columns.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from ..checks.ranges import Count, Probability, checked
 from ..condition import Condition
 from ..driving.initial_noise import prepared_latents
 from ..policy import noise_seed
-from .base import Generators, Judge, WrappedPipeline, copied, copies_asked
+from .base import Generators, WrappedPipeline, copied, copies_asked
+from .judge import Judge
 
 
 class BestOfNPipeline(WrappedPipeline):
@@ -65,7 +65,7 @@ class BestOfNPipeline(WrappedPipeline):
         Raises:
             ValueError: an argument out of range or unknown, no reward or prompt, initial latents, or noise that has no neighbours here.
         """
-        self._check(num_candidates, search, rounds, kwargs)
+        self._check(num_candidates, search, rounds, {**kwargs, "prompt": prompt})
         condition, generator = self.condition(prompt, kwargs)
         judge, start = self.judge(reward, condition, columns, on_invalid), copied(generator)
         with self.progress_bar(total=rounds * num_candidates) as bar:
@@ -87,9 +87,8 @@ class BestOfNPipeline(WrappedPipeline):
         if kwargs.get("latents") is not None and num_candidates * rounds > 1:
             raise ValueError("latents fix the initial noise, so that all candidates would be one: leave them out.")
         if search == "zero_order" and rounds > 1:
-            stock = type(self.pipeline)
-            if not hasattr(stock, "prepare_latents") or "strength" in inspect.signature(stock.__call__).parameters:
-                raise ValueError(f"{stock.__name__} does not start from noise alone, so noise has no neighbours there; use search='random'.")
+            if not self.calls.starts_from_noise({**kwargs, **(kwargs.get("per_sample") or {})}):
+                raise ValueError(f"{self.calls.name} does not start from noise alone, so noise has no neighbours there; use search='random'.")
 
     def _first(self, condition: Condition, generator: Generators, judge: Judge, start: Generators, copies: dict[str, int]) -> _Found:
         """The stock pipeline's own samples, by the call as it was made: prompts that it repeats once they are encoded round otherwise."""

@@ -21,8 +21,9 @@ from ..driving.scheduler_hook import Step
 from ..gradients.rollout import DifferentiableRollout, differentiable_rollout
 from ..policy import Policy
 from ..schedulers import DDIMSDEScheduler
-from .base import Generators, Judge, WrappedPipeline, copied
+from .base import Generators, WrappedPipeline, copied
 from .guided_sampling import GuidanceError
+from .judge import Judge
 
 
 class NoiseOptimizationPipeline(WrappedPipeline):

@@ -19,7 +19,8 @@ from ..condition import Condition
 from ..policy import noise_seed
 from ..rewards import InvalidReward
 from ..transition import GaussianTransition
-from .base import Generators, Judge, WrappedPipeline
+from .base import Generators, WrappedPipeline
+from .judge import Judge
 from .outputs import merged
 from .particles import Particles, Walk
 

@@ -6,7 +6,6 @@ The algorithm's page, with the presets, is `algorithms/guidance.py`; how a step 
 from __future__ import annotations
 
 import copy
-import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +20,9 @@ from ..driving.driver import images_of
 from ..driving.safety_checker import unchecked
 from ..driving.scheduler_hook import Step
 from ..policy import noise_seed
-from .base import Generators, Judge, WrappedPipeline, copied
+from .base import Generators, WrappedPipeline, copied
 from .guided_sampling import Objective, guided_sample
+from .judge import Judge
 
 
 class RewardGuidedPipeline(WrappedPipeline):
@@ -81,11 +81,11 @@ class RewardGuidedPipeline(WrappedPipeline):
         judge, before = self.judge(reward, condition, columns), copied(generator)
         tail = _Tail.of(self, condition, before)
         asked, rest = self.asked(prompt, arguments)
-        call = {**asked.arguments(inspect.signature(type(self.pipeline).__call__).parameters), **rest}
+        call = {**asked.arguments(self.calls.parameters), **rest}
         with self.progress_bar(total=1) as bar:
             sampled = guided_sample(
                 self.pipeline, call, _noise_aware(judge) if guidance.noisy else _of_images(judge, tail), guidance, scale=float(reward_scale),
-                seeds=lambda size: _seeds(before, size), micro_batch_size=micro_batch_size, gradient_checkpointing=gradient_checkpointing,
+                seeds=lambda size: noise_seeds(before, size), micro_batch_size=micro_batch_size, gradient_checkpointing=gradient_checkpointing,
                 on_progress=_shown(bar), memory=self.prompt_memory,
             )  # fmt: skip
         values = {} if sampled.values is None else {"guided_values": sampled.values}
@@ -102,11 +102,13 @@ class _Tail(WrappedPipeline):
     @classmethod
     def of(cls, guided: RewardGuidedPipeline, condition: Condition, generator: Generators) -> _Tail:
         pipeline = copy.copy(guided.pipeline)
-        pipeline.scheduler = copy.deepcopy(guided.pipeline.scheduler)
-        tail, parameters = cls(pipeline), inspect.signature(type(pipeline).__call__).parameters
-        fixed = "strength" in parameters or {"sigmas", "timesteps", "denoising_start", "denoising_end"} & set(condition.kwargs)
+        for name, scheduler in guided.calls.schedulers.items():
+            setattr(pipeline, name, copy.deepcopy(scheduler))
+        tail, arguments = cls(pipeline), {**condition.kwargs, **condition.per_sample}
+        parameters = tail.calls.parameters
+        fixed = not tail.calls.starts_from_noise(arguments) or {"sigmas", "timesteps", "denoising_start", "denoising_end"} & set(arguments)
         few = {} if fixed or "num_inference_steps" not in parameters else {"num_inference_steps": 2}
-        quiet = {name: None for name in ("callback_on_step_end", "callback", "latents") if name in {**condition.kwargs, **condition.per_sample}}
+        quiet = {name: None for name in ("callback_on_step_end", "callback", "latents") if name in arguments}
         overrides = {**few, **quiet, "output_type": "pt", "return_dict": False}
         tail.prompt_memory, tail.given = guided.prompt_memory, (condition, generator, overrides)
         return tail
@@ -145,7 +147,7 @@ def _rows(generator: Generators, rows: list[int]) -> Generators:
     return [generator[i] for i in rows] if isinstance(generator, list) else generator
 
 
-def _seeds(generator: Generators, size: int) -> list[int]:
+def noise_seeds(generator: Generators, size: int) -> list[int]:
     """Of the noise that guidance draws, so that the call's own draws stay what they are."""
     if isinstance(generator, list):
         return [noise_seed(g.initial_seed(), "guidance") for g in generator]

@@ -216,6 +216,8 @@ def test_what_comes_after_the_last_step_is_left_out_where_latents_are_wanted():
 def test_a_pipeline_starts_from_noise_alone_unless_it_is_given_a_picture():
     calls = calls_of(build("sd3")[0])
     assert calls.starts_from_noise({"prompt": PROMPTS}) and not calls.starts_from_noise({"prompt": PROMPTS, "image": object()})
+    assert {"prompt"} <= calls.of_a_call({"prompt": ""}) and not {"image", "strength"} & calls.of_a_call({"prompt": ""})
+    assert {"image", "strength"} <= calls.of_a_call({"prompt": "", "image": object()})
 
 
 def test_the_latents_that_denoising_starts_from_are_changed():

@@ -29,3 +29,4 @@ def test_an_unknown_front_door_lists_those_there_are():
     with pytest.raises(FileNotFoundError, match="flow_grpo_fast"):
         front_door("schedulers", "nothing")
     assert {"ddpo", "flow_grpo", "flow_grpo_fast", "dance_grpo", "cps", "memoryless"} <= set(names("schedulers"))
+    assert {"best_of_n", "reward_guided", "best_of_n_block", "reward_guided_block"} <= set(names("pipelines"))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from diffusers import ModularPipeline
 
 from ... import __version__, embedded, lora
 from ...checks.given_names import is_repository
+from ...data.inputs import parse_input_columns
+from ...driving.calls import calls_of
 from ...files.paths import folder as shipped
 from ..checkpoints import allowed_changes
 from .pictures import to_pil
@@ -88,9 +91,9 @@ def front_matter(base: str | None, tags: list[str], pipeline_tag: str, widgets: 
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()}\n---"
 
 
-def pipeline_tag(pipeline) -> str:
-    """The Hub's name for what a pipeline does, by the arguments of its call."""
-    parameters = inspect.signature(type(pipeline).__call__).parameters
+def pipeline_tag(pipeline, given: Iterable[str] = ()) -> str:
+    """The Hub's name for what a pipeline does, by the arguments of its call; `given` are those that a call has beside its prompt."""
+    parameters = calls_of(pipeline).of_a_call({"prompt": "", **dict.fromkeys(given, "")})
     source = "image" if "image" in parameters else "text"
     if "audio_length_in_s" in parameters or "audio_end_in_s" in parameters:
         return "text-to-audio"
@@ -147,8 +150,9 @@ def lora_card(run, results: dict[str, tuple[float, float]], pictures: list[str],
     """The card of a LoRA, with results as (mean, s.e.): see `page`."""
     args, policy, given = run.args, run.policy, run.args.pretrained_model_name_or_path
     pushed, where, data = bool(args.push_to_hub), published_as(run), getattr(args, "dataset_name", None)
+    input_names = parse_input_columns(args.input_columns) if getattr(args, "input_columns", None) else ()
     tags = ["lora", "template:sd-lora", re.sub(r"[^a-z0-9]+", "-", run.algorithm.lower()).strip("-")]
-    front = front_matter(given, tags, pipeline_tag(policy.pipeline), widgets, data)
+    front = front_matter(given, tags, pipeline_tag(policy.pipeline, input_names), widgets, data)
     aim = f"the preferences of `{public(data)}`" if data else f"the reward `{public(args.reward)}`"
     text = f"A LoRA that aligns `{public(given)}` with {aim}, trained by {run.algorithm} with diffusers-align {__version__}."
     measured = f"; the reward, which only measures, is `{public(args.reward)}`" if data and args.reward else ""
@@ -160,15 +164,21 @@ def lora_card(run, results: dict[str, tuple[float, float]], pictures: list[str],
 
 def loading_lines(policy, given: str, where: str, pushed: bool) -> str:
     """Python that makes the aligned pipeline: stock diffusers where it has a loader, one line per denoiser."""
-    lines = lora.stock_lines(policy.pipeline, policy.denoisers, where)
-    imports = ["from diffusers import DiffusionPipeline"]
+    lines, (cls, method, *then) = lora.stock_lines(policy.pipeline, policy.denoisers, where), _loader(policy.pipeline, given)
+    imports = [f"from diffusers import {cls}"]
     if given in embedded.NAMES:
-        imports = ["from diffusers import DiffusionPipeline", "", "from diffusers_align import embedded"]
+        imports = [*imports, "", "from diffusers_align import embedded"]
     if any(line.startswith("diffusers_align.") for line in lines):
         imports = ["import diffusers_align", *imports]
     base = f'embedded.path("{given}")' if given in embedded.NAMES else f'"{public(given)}"'
-    call = "DiffusionPipeline.from_pretrained" if not given.endswith(".safetensors") else f"{type(policy.pipeline).__name__}.from_single_file"
-    if call.endswith("from_single_file"):
-        imports = [line.replace("import DiffusionPipeline", f"import {type(policy.pipeline).__name__}") for line in imports]
     remark = [] if pushed else ["# The folder of this file"]
-    return "\n".join([*imports, "", f"pipe = {call}({base})", *remark, *lines])
+    return "\n".join([*imports, "", f"pipe = {cls}.{method}({base})", *then, *remark, *lines])
+
+
+def _loader(pipeline, given: str) -> tuple[str, ...]:
+    """The class and its method that load the model that the flags name, and lines that follow."""
+    if isinstance(pipeline, ModularPipeline):
+        return "ModularPipeline", "from_pretrained", "pipe.load_components()"
+    if given.endswith(".safetensors"):
+        return type(pipeline).__name__, "from_single_file"
+    return "DiffusionPipeline", "from_pretrained"

@@ -16,6 +16,7 @@ from ...condition import Condition
 from ...data.inputs import Inputs, opened, parse_input_columns, sizes_of
 from ...data.prompts import Prompt
 from ...policy import Policy
+from .modular_loading import is_modular, modular_parameters
 
 
 def inputs_of(args) -> Inputs | None:
@@ -32,21 +33,26 @@ def inputs_of(args) -> Inputs | None:
             f"--input_columns: the call of {args.pretrained_model_name_or_path} has no {', '.join(unknown)}; it takes {', '.join(accepted)}. Load the model as "
             "a pipeline whose call has: diffusers' class for the task, saved once with its save_pretrained, as --pretrained_model_name_or_path."
         )
-    words = frozenset(name for name in columns if (_takes_text(accepted[name]) if accepted is not None else "prompt" in name))
+    words = frozenset(name for name in columns if (_takes_text(name, accepted[name]) if accepted is not None else "prompt" in name))
     size = (args.height, args.width) if args.height and args.width else None
     return Inputs(columns, words, size)
 
 
 def call_parameters(args) -> Mapping[str, inspect.Parameter] | None:
-    """The parameters of the call of the model's pipeline, from its `model_index.json`; None where diffusers has no such class."""
+    """The parameters of the call of the model's pipeline, from its index; None where diffusers has no such class."""
     name = args.pretrained_model_name_or_path
-    config = DiffusionPipeline.load_config(embedded.path(name) if name in embedded.NAMES else name, revision=args.revision)
+    source = embedded.path(name) if name in embedded.NAMES else name
+    if is_modular(source, args.revision):
+        return modular_parameters(source, args.revision)
+    config = DiffusionPipeline.load_config(source, revision=args.revision)
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     return None if cls is None else {name: p for name, p in inspect.signature(cls.__call__).parameters.items() if name != "self"}
 
 
-def _takes_text(parameter: inspect.Parameter) -> bool:
-    """By its annotation: stock pipelines annotate all of theirs."""
+def _takes_text(name: str, parameter: inspect.Parameter) -> bool:
+    """By its annotation: stock pipelines annotate all of theirs. Blocks may say no type; then by the name."""
+    if parameter.annotation in (None, inspect.Parameter.empty):
+        return "prompt" in name
     words = re.findall(r"\w+", str(parameter.annotation))
     return "str" in words and "Image" not in words
 

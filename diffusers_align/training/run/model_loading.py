@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 
 from ... import embedded
 from ...checks.given_names import did_you_mean, hub_reason, is_hub_error, is_repository, nearest_path
 from ...schedulers import sde_twin
 from ...schedulers.twin import SDE_FIELDS, own_noise_twin
 from .inputs import call_parameters
+from .modular_loading import INDEX as MODULAR_INDEX
+from .modular_loading import is_modular, load_modular
 from .single_file import SUFFIXES, load_single_file
 
 logger = logging.getLogger(__name__)
@@ -30,8 +32,8 @@ ELSEWHERE = {
 }
 
 
-def load_pipeline(args) -> DiffusionPipeline:
-    """The pipeline of the model flags: embedded, in a folder, in a single file, or on the Hub.
+def load_pipeline(args) -> DiffusionPipeline | ModularPipeline:
+    """The pipeline of the model flags: embedded, in a folder, in a single file, or on the Hub. It is modular where there is no classic one.
 
     Raises:
         FileNotFoundError: there is none of that name; the message says where it was looked for.
@@ -42,6 +44,8 @@ def load_pipeline(args) -> DiffusionPipeline:
         return load_single_file(name, getattr(args, "single_file_config", None), dtype)
     source = model_source(name)
     try:
+        if is_modular(source, args.revision):
+            return load_modular(source, dtype, args.revision, args.variant)
         return DiffusionPipeline.from_pretrained(source, dtype=dtype, revision=args.revision, variant=args.variant)
     except Exception as error:
         raise_if_missing(name, error)
@@ -64,7 +68,7 @@ def model_source(name: str, needs: str = INDEX) -> str:
         return embedded.path(name)
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / needs).exists():
+        if not (path / needs).exists() and not (needs == INDEX and (path / MODULAR_INDEX).exists()):
             inside = sorted(entry.name for entry in path.iterdir())
             hint = next((f" To load a single file, name it: {path / entry}." for entry in inside if Path(entry).suffix in SUFFIXES), "")
             raise ValueError(f"The folder {name} holds no {needs}, so it is no pipeline of diffusers; it has {', '.join(inside[:8]) or 'nothing'}.{hint}")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from modular_pipelines import build
 from PIL import Image
 from tiny_pipelines import FAMILIES
 
@@ -57,6 +58,11 @@ def test_the_front_matter_says_what_the_hub_asks_for(tmp_path):
 @pytest.mark.parametrize("name, tag", [("sd3", "text-to-image"), ("sd15_img2img", "image-to-image"), ("wan", "text-to-video")])
 def test_pipeline_tags(name, tag):
     assert pipeline_tag(FAMILIES[name].build()) == tag
+
+
+@pytest.mark.parametrize("name, given, tag", [("sd3", [], "text-to-image"), ("sd3", ["image"], "image-to-image"), ("wan", [], "text-to-video")])
+def test_the_tag_of_a_modular_pipeline_goes_by_what_its_call_is_given(name, given, tag):
+    assert pipeline_tag(build(name)[0], given) == tag
 
 
 def run_of(folder, policy, **flags):

@@ -1,0 +1,35 @@
+"""What gives the outputs of a call their rewards."""
+
+import pytest
+import torch
+from wrapping import brightness
+
+from diffusers_align.condition import Condition
+from diffusers_align.pipelines.judge import Judge
+
+TWO_OF_EACH = Condition(["a", "a", "b", "b"], {})
+
+
+def test_rows_are_judged_against_their_own_prompts_and_columns():
+    def wanted(images, prompts, wish):
+        return torch.tensor([float(w == p) for w, p in zip(wish, prompts)])
+
+    judge = Judge.of(wanted, TWO_OF_EACH, {"wish": ["a", "c"]})
+    assert judge(torch.rand(4, 3, 2, 2), [0, 1, 2, 3]).tolist() == [1, 1, 0, 0]
+    assert judge(torch.rand(2, 3, 2, 2), [3, 0]).tolist() == [0, 1]
+    images = torch.rand(1, 3, 2, 2, dtype=torch.bfloat16)
+    assert torch.equal(Judge.of(brightness, TWO_OF_EACH)(images, [2]), brightness(images.float(), None))
+
+
+@pytest.mark.parametrize(
+    "message, columns, on_invalid",
+    [
+        ("entry per prompt, got 'red'", {"wish": "red"}, "error"),
+        ("3 entries, which do not go with 4 outputs", {"wish": [1, 2, 3]}, "error"),
+        ("columns are the reward's other arguments", ["wish"], "error"),
+        ("error, mask", None, "drop"),
+    ],
+)
+def test_wrong_columns_say_what_to_do(message, columns, on_invalid):
+    with pytest.raises(ValueError, match=message):
+        Judge.of(brightness, TWO_OF_EACH, columns, on_invalid)
