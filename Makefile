@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Small models on two cores lose more to threads waiting for each other than they gain.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-ddpo test test-fast test-long families style docs
+.PHONY: demo demo-ddpo test test-fast test-long families versions versions-oldest versions-newest style docs
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,6 +37,31 @@ test-fast: $(VENV)/installed
 # What a policy can do with every pipeline that diffusers exports, into docs/families.md; goes on where it was stopped.
 families: $(VENV)/installed
 	$(BIN)/python -m tests.families
+
+# Both ends of the range of versions that pyproject.toml allows, each in an environment of its own inside $(VENV).
+OLDEST ?= $(VENV)/oldest
+NEWEST ?= $(VENV)/newest
+TOOLS := ftfy protobuf pytest pytest-xdist sentencepiece
+TESTED := tests/schedulers tests/embedded tests/rewards/test_clip_score.py tests/whole/test_families.py tests/whole/test_matrix.py tests/whole/test_patches.py
+
+versions: versions-oldest versions-newest
+
+$(OLDEST)/installed: pyproject.toml tests/families/oldest.txt
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet "$(TORCH)"
+	$(OLDEST)/bin/pip install --quiet --constraint tests/families/oldest.txt -e . $(TOOLS)
+	touch $@
+
+versions-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider $(TESTED)
+
+# What broke in the newest releases: they are looked for each time. Then every pipeline (half an hour, goes on where it was stopped), and docs/families.md stays.
+versions-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet "$(TORCH)"
+	$(NEWEST)/bin/pip install --quiet --upgrade accelerate diffusers huggingface_hub peft transformers "$(TORCH)" -e . $(TOOLS)
+	status=0; $(NEWEST)/bin/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider $(TESTED) || status=1; \
+		$(NEWEST)/bin/python -m tests.families '*' --results runs/families_newest.jsonl || status=1; exit $$status
 
 style: $(VENV)/installed
 	$(BIN)/ruff check .

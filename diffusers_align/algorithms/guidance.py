@@ -171,9 +171,14 @@ def clean_estimate(output: Tensor, x_t: Tensor, level: Level, prediction: str) -
 
 
 def output_change(clean_change: Tensor, level: Level, prediction: str) -> Tensor:
-    """What to add to the model's output so that its clean estimate moves by `clean_change` (B, *D), the state standing still."""
+    """What to add to the model's output so that its clean estimate moves by `clean_change` (B, *D), the state standing still.
+
+    Nothing at a level without noise (some schedules end with a step from 0 to 0): there the state is the clean estimate, whatever the output.
+    """
     if prediction == "sample":
         return clean_change
+    if level.sigma == 0:
+        return torch.zeros_like(clean_change)
     return -clean_change * (level.alpha / level.sigma if prediction == "epsilon" else 1 / level.sigma)
 
 

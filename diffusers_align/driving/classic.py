@@ -19,6 +19,20 @@ from .replacements import reads_global, replaced, with_globals
 _ENCODERS = ("encode_prompt", "_encode_prompt")
 
 
+@contextmanager
+def _arrays_without_gradient(name: str) -> Iterator[None]:
+    """A sentence where a pipeline makes arrays of what a gradient should come through."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "numpy() on Tensor that requires grad" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} of this diffusers makes NumPy arrays of its pictures, so no gradient comes back from them: use what needs rewards alone, not their "
+            "gradients, or a newer diffusers, whose pipeline may return tensors."
+        ) from error
+
+
 class ClassicCalls(Calls):
     """See `Calls`."""
 
@@ -38,7 +52,7 @@ class ClassicCalls(Calls):
 
     def run(self, call: dict[str, Any]) -> Any:
         settings = {name: call[name] for name in guider_parameters(self.pipeline) if name in call and name not in self.own_parameters}
-        with quiet(self.pipeline), guided(self.pipeline, settings):
+        with quiet(self.pipeline), guided(self.pipeline, settings), _arrays_without_gradient(self.name):
             return inspect.unwrap(type(self.pipeline).__call__)(self.pipeline, **{name: value for name, value in call.items() if name not in settings})
 
     def clean_up(self) -> None:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.utils import logging
@@ -249,8 +250,14 @@ class Driver:
 
 
 def images_of(output) -> Tensor:
-    """The images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] of a pipeline's output for `output_type="pt"`, or its latents (B, *D)."""
+    """The images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] of a pipeline's output for `output_type="pt"`, or its latents (B, *D).
+
+    Some pipelines know no "pt" and give arrays (B, H, W, 3), without a gradient.
+    """
     images = output[0]
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images)
+        return images.movedim(-1, -3) if images.ndim > 3 else images
     return torch.stack(list(images)) if isinstance(images, (list, tuple)) else images
 
 

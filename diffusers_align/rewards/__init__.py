@@ -11,6 +11,8 @@
 | `ocr` | is the text that the prompt quotes in the image? (`pip install ".[ocr]"` in a checkout) | no |
 | `vlm_judge` | a vision-language model behind an OpenAI-style API, by a rubric | no |
 | `background_color` | how near is the border to a wanted colour? (a column, or the prompt) | yes |
+| `edit_direction` | does the picture change from the source as the caption does? (CLIP; columns `image`, `source_prompt`) | yes |
+| `edit_preservation` | is the picture as the source outside the mask? (L1 or PSNR; columns `image`, `mask`) | yes |
 | `scene_score` | do the named object, count, colour and position appear? (embedded scenes) | yes |
 
 `http://host:port` is a reward on a server, such as `python -m diffusers_align.rewards.server --reward clip_score` starts.

@@ -20,6 +20,8 @@ BUILT_INS = {
     "aesthetic": "diffusers_align.rewards.aesthetic:AestheticScore",
     "background_color": "diffusers_align.rewards.background:background_color",
     "clip_score": "diffusers_align.rewards.clip_score:CLIPScore",
+    "edit_direction": "diffusers_align.rewards.editing:EditDirection",
+    "edit_preservation": "diffusers_align.rewards.editing:edit_preservation",
     "hps_v2": "diffusers_align.rewards.hps_v2:HPSv2",
     "image_reward": "diffusers_align.rewards.image_reward:ImageReward",
     "jpeg_compressibility": "diffusers_align.rewards.jpeg:jpeg_compressibility",

@@ -39,6 +39,15 @@ def outputs(x0, noise, level):
 # --- conversions ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("prediction", ["flow", "epsilon", "v_prediction"])
+def test_no_output_moves_a_state_without_noise(prediction):
+    """Some schedules end with a step from 0 to 0."""
+    x0, clean = numbers(3, 5), Level(1.0, 0.0)
+    change = output_change(clean_change(numbers(3, 5, seed=1), clean), clean, prediction)
+    assert torch.equal(change, torch.zeros(3, 5, dtype=x0.dtype))
+    torch.testing.assert_close(clean_estimate(numbers(3, 5, seed=2) + change, x0, clean, prediction), x0, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("level", [*VARIANCE_PRESERVING, *FLOW])
 def test_a_score_enters_every_parametrisation_exactly(level):
     alpha, sigma = level

@@ -42,3 +42,20 @@ def test_a_pipeline_that_prepares_no_latents_cannot_start_from_other_noise():
     with pytest.raises(ValueError, match="Pipeline draws no initial noise in prepare_latents"), calls_of(Pipeline()).initial_noise(torch.zeros_like):
         pass
     assert not calls_of(Pipeline()).schedulers and not calls_of(Pipeline()).encodes
+
+
+def test_a_pipeline_that_makes_arrays_has_no_gradient_and_says_so():
+    class Pipeline:
+        components = {}
+
+        def __call__(self, x, to_array=True):
+            if not to_array:
+                raise RuntimeError("something else")
+            return x.numpy()
+
+    calls = ClassicCalls(Pipeline())
+    assert calls.run({"x": torch.ones(1)}) == 1
+    with pytest.raises(ValueError, match="Pipeline of this diffusers makes NumPy arrays of its pictures"):
+        calls.run({"x": torch.ones(1, requires_grad=True)})
+    with pytest.raises(RuntimeError, match="something else"):
+        calls.run({"x": torch.ones(1), "to_array": False})

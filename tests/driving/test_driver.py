@@ -241,3 +241,10 @@ def test_a_call_is_the_conditions_arguments_and_what_is_overridden(pipeline):
     assert call["prompt"] == ["a cat", "a dog"] and call["height"] == 16 and call["output_type"] == "pt"
     assert [generator.initial_seed() for generator in call["generator"]] == [1, 2]
     assert driver.call(driver.any_condition(3))["prompt"] == [""] * 3
+
+
+def test_arrays_are_pictures_too():
+    pictures = torch.rand(2, 3, 4, 5)
+    assert torch.equal(images_of((pictures.permute(0, 2, 3, 1).numpy(),)), pictures)
+    assert torch.equal(images_of((pictures[None].permute(0, 1, 3, 4, 2).numpy(),)), pictures[None])
+    assert torch.equal(images_of((pictures[0].numpy(),)), pictures[0])

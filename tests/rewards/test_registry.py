@@ -14,8 +14,8 @@ from diffusers_align.rewards import load_reward, score
 from diffusers_align.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 
 BUILT_IN_NAMES = (
-    "jpeg_compressibility", "jpeg_incompressibility", "aesthetic", "background_color", "clip_score", "hps_v2", "image_reward", "ocr",
-    "pick_score", "scene_score", "vlm_judge",
+    "jpeg_compressibility", "jpeg_incompressibility", "aesthetic", "background_color", "clip_score", "edit_direction", "edit_preservation",
+    "hps_v2", "image_reward", "ocr", "pick_score", "scene_score", "vlm_judge",
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ LAYERS = {
     "forward_process": {"schedulers"},
     "policy": BELOW_POLICY,
     "gradients": {"policy"} | BELOW_POLICY,
-    "rewards": {"checks", "embedded", "files"},
+    "rewards": {"checks", "data", "embedded", "files"},
     "pipelines": {"algorithms", "gradients", "policy", "rewards", "rl"} | BELOW_POLICY,
     "training": {"algorithms", "data", "embedded", "gradients", "policy", "rewards", "rl"} | BELOW_POLICY,
     "__init__": {"embedded", "gradients", "policy"} | BELOW_POLICY,

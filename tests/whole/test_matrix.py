@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from importlib.metadata import version
 
 import pytest
 import torch
+from packaging.version import Version
 
 from tests.families import expected
 from tests.families.cases import CASES
@@ -36,7 +38,9 @@ KINDS = {
     "StableDiffusionXLModularPipeline": "modular, a noise table",
     "WanModularPipeline": "modular, video",
 }
-BEFORE, _ = expected.read()
+BEFORE, NEWEST = expected.read()
+# Pipelines of an older diffusers can do less: what they cannot is refused there, and nothing else is worse.
+OLDER = Version(version("diffusers")) < Version(NEWEST["diffusers"])
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +60,8 @@ def test_a_pipeline_of_each_kind_keeps_its_promises(name):
     case = CASES[name][0]
     result = Result(f"{name}/{case.variant}" if case.variant else name, "float32", {}, "", dict(look(Subject(case), COLUMNS)))
     worse = {column: f"was {was}: {result.cells[column].reason}" for _, column, was in expected.regressions([result], BEFORE)}
+    if OLDER:
+        worse = {column: reason for column, reason in worse.items() if not result.cells[column].green}
     assert worse == {}
     known = BEFORE.get((result.row, "float32"), {})
     assert {column: cell.reason for column, cell in result.faults.items() if known.get(column) != "no"} == {}

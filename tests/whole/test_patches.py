@@ -211,6 +211,8 @@ def test_a_pipelines_call_uses_the_methods_that_we_replace(pipeline):
 
 @pytest.mark.parametrize("family", ["StableDiffusion3", "StableDiffusionXL", "QwenImage", "Wan", "LTX"])
 def test_a_modular_pipelines_blocks_are_what_we_copy(family):
+    if not hasattr(diffusers, f"{family}ModularPipeline"):
+        pytest.skip("this diffusers has no such pipeline")
     row, pipeline = "`_blocks` of a modular pipeline", getattr(diffusers, f"{family}ModularPipeline")()
     holds(isinstance(vars(pipeline).get("_blocks"), diffusers.ModularPipelineBlocks), row, "ModularPipeline keeps its blocks elsewhere than in _blocks.")
     holds(reads_global(call_of(type(pipeline)).__code__, "_blocks"), row, "ModularPipeline.__call__ does not run self._blocks any more.")

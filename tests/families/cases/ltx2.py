@@ -9,7 +9,6 @@ import torch
 import transformers
 from diffusers.pipelines.ltx2.latent_upsampler import LTX2LatentUpsamplerModel
 from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
-from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
 
 from ..case import Case
 from ..parts import LANGUAGE_MODEL, LATENT_CHANNELS, TEXT_WIDTH, gemma_tokenizer, photograph, seeded
@@ -104,23 +103,29 @@ def latents(*shape: int) -> torch.Tensor:
 
 
 KEYFRAMES = {"use_keyframes_abs_pos_embedding": True}
-CONDITION = LTX2VideoCondition(frames=photograph(32), index=0, strength=1.0, crf=0)
+CONDITION = LTX2VideoCondition(frames=photograph(32), index=0, strength=1.0)
+CONDITION.crf = 0  # no compression; not by the constructor, where older versions, which never compress, do not take it
 REFERENCE = {
     "height": 32, "width": 32, "num_frames": 5, "frame_rate": 25.0, "num_inference_steps": 4, "guidance_scale": 3.0, "max_sequence_length": 32,
 }  # fmt: skip
 PASS = {"height": 32, "width": 32, "num_frames": 9, "frame_rate": 25.0, "sigmas": [1.0, 0.7, 0.4], "max_sequence_length": 32}
+
+
+def hdr_reference() -> dict[str, Any]:
+    """What the HDR pipeline refers to; nothing in a diffusers that has no such pipeline."""
+    if not hasattr(diffusers, "LTX2HDRPipeline"):
+        return {}
+    from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
+
+    return {"reference_conditions": LTX2HDRReferenceCondition(frames=photograph(32), strength=1.0)}
+
 
 CASES: dict[str, list[Case]] = {
     "LTX2Pipeline": [Case(ltx2, VIDEO)],
     "LTX2ImageToVideoPipeline": [Case(lambda: ltx2(diffusers.LTX2ImageToVideoPipeline), {**VIDEO, "image_crf": 0}, {"image": two_pictures(32)})],
     "LTX2ConditionPipeline": [Case(lambda: ltx2(diffusers.LTX2ConditionPipeline), {**VIDEO, "conditions": CONDITION})],
     "LTX2InContextPipeline": [Case(lambda: ltx2(diffusers.LTX2InContextPipeline), {**REFERENCE, "conditions": CONDITION})],
-    "LTX2HDRPipeline": [
-        Case(
-            lambda: ltx2(diffusers.LTX2HDRPipeline),
-            {**REFERENCE, "reference_conditions": LTX2HDRReferenceCondition(frames=photograph(32), strength=1.0)},
-        )
-    ],
+    "LTX2HDRPipeline": [Case(lambda: ltx2(diffusers.LTX2HDRPipeline), {**REFERENCE, **hdr_reference()})],
     "LTX2DFRPipeline": [Case(lambda: ltx2(diffusers.LTX2DFRPipeline, diffusers.FlowMatchEulerDiscreteScheduler(), KEYFRAMES), PASS)],
     "LTX2DFRTemporalRefinePipeline": [
         Case(

@@ -64,8 +64,9 @@ def animate():
     return wan(diffusers.WanAnimatePipeline, transformer=denoiser, **clip_vision_parts())
 
 
-def anyflow(cls: type = diffusers.AnyFlowPipeline, denoiser: type = diffusers.AnyFlowTransformer3DModel, **config: Any):
+def anyflow(cls: type | None = None, denoiser: type | None = None, **config: Any):
     """Its model is told where a step starts and where it ends."""
+    cls, denoiser = cls or diffusers.AnyFlowPipeline, denoiser or diffusers.AnyFlowTransformer3DModel
     scheduler = diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=1000, shift=5.0)
     return wan(cls, transformer=wan_transformer(denoiser, gate_value=0.25, deltatime_type="r", **config), scheduler=scheduler)
 
