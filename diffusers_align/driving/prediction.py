@@ -1,19 +1,21 @@
 """The model's output at given latents and times, by the pipeline's own forward pass.
 
-Two things differ between pipelines and are found out by trying, once: which arguments switch classifier-free guidance off, and
-whether the loop takes a time for each sample.
+Two things differ between pipelines and are found out by trying, once: what switches guidance off (`guidance`), and whether the loop takes a
+time for each sample.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..condition import Condition
+from .guidance import GuidanceSwitch, of_the_device
 from .scheduler_hook import Step
 
 if TYPE_CHECKING:
@@ -27,13 +29,16 @@ class Prediction:
 
     def __init__(self, driver: Driver):
         self.driver = driver
-        self._unguided: dict[tuple, dict[str, Any]] = {}
+        self._guidance = GuidanceSwitch(driver)
         self._own_times: bool | None = None
 
     def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition, guidance: bool) -> Tensor:
         """(B, *D) at `latents` (B, *D) and `timesteps` (B,); see `Policy.predict`."""
         self._check(latents, timesteps, len(condition))
-        overrides = {} if guidance else self.guidance_off(condition)
+        with nullcontext({}) if guidance else self._guidance.without(condition) as overrides:
+            return self._at(latents, timesteps, condition, guidance, overrides)
+
+    def _at(self, latents: Tensor, timesteps: Tensor, condition: Condition, guidance: bool, overrides: dict[str, Any]) -> Tensor:
         one_time = len(timesteps if self.driver.lockstep else set(timesteps.tolist())) == 1
         if not guidance and not one_time and self._own_times is None:
             self._own_times = self._takes_own_times(latents, timesteps, condition, overrides)
@@ -114,56 +119,15 @@ class Prediction:
         return False
 
     def guidance_off(self, condition: Condition) -> dict[str, Any]:
-        """Arguments that switch classifier-free guidance off: found by trying which give one denoiser row per sample. {} where it is off.
-
-        Raises:
-            ValueError: no argument does.
-        """
-        negative = sorted(name for name in condition.per_sample if name.startswith("negative_"))
-        key = (*(str(condition.kwargs.get(name)) for name in ("true_cfg_scale", "guidance_scale", "negative_prompt")), *negative)
-        if key not in self._unguided:
-            single = condition.select([0])
-            tries = [{}, *({name: value} for name in ("true_cfg_scale", "guidance_scale") for value in (1.0, 0.0) if name in self.driver.parameters)]
-            for overrides in tries:
-                if self._rows_a_step(single, overrides) == 1:
-                    self._unguided[key] = overrides
-                    break
-            else:
-                raise ValueError(f"Found no argument of {type(self.driver.pipeline).__name__} that switches guidance off; call predict(..., guidance=True).")
-        return self._unguided[key]
-
-    @torch.no_grad()
-    def _rows_a_step(self, single: Condition, overrides: dict) -> int | None:
-        rows, in_first = [], [True]
-
-        def count(module, args, kwargs):
-            first = args[0] if args else next(iter(kwargs.values()))
-            if in_first[0]:
-                rows.append(len(first))
-
-        def step(step: Step) -> Tensor:
-            in_first[0] = False
-            step.skip()
-            return step.sample
-
-        handles = [m.register_forward_pre_hook(count, with_kwargs=True) for m in self.driver.denoisers.values()]
-        try:
-            self.driver.drive(single, step, needs_denoiser=lambda k: k == 0, **overrides)
-        except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-            if of_the_device(error):
-                raise
-            return None
-        finally:
-            for handle in handles:
-                handle.remove()
-        return sum(rows)
+        """Arguments that switch guidance off; see `Policy.guidance_off`."""
+        unguided = self._guidance.off(condition)
+        if unguided.guiders:
+            raise ValueError(
+                f"No argument of {type(self.driver.pipeline).__name__} switches guidance off, but its guider does: pipeline.guider.disable(). "
+                "predict does so by itself."
+            )
+        return unguided.arguments
 
     def _default(self, name: str, otherwise):
         parameter = self.driver.parameters.get(name)
         return otherwise if parameter is None or parameter.default in (inspect.Parameter.empty, None) else parameter.default
-
-
-def of_the_device(error: Exception) -> bool:
-    """Whether an error is the device's own (memory, a failed launch, a lost process), which says nothing of what a pipeline takes."""
-    kinds = tuple(kind for name in ("OutOfMemoryError", "AcceleratorError") if (kind := getattr(torch, name, None)) is not None)
-    return isinstance(error, kinds) or any(word in str(error) for word in ("CUDA", "cuDNN", "CUBLAS", "HIP error", "NCCL", "DefaultCPUAllocator"))

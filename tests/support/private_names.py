@@ -26,6 +26,7 @@ UPSTREAM = {
     "_diffusers_hook": "diffusers: hooks of a module",
     "_is_stateful": "diffusers: whether a hook remembers earlier calls",
     "_cache_config": "diffusers: the cache of a denoiser",
+    "_enabled": "diffusers: whether a guider guides",
     "_progress_bar_config": "diffusers: of a pipeline",
     "_execution_device": "diffusers: of a pipeline",
     "_encode_prompt": "diffusers: the name that some pipelines have for encode_prompt",

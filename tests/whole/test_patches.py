@@ -265,6 +265,14 @@ def test_hooks_are_where_we_look():
         holds(hasattr(DiffusionPipeline, name), name, f"DiffusionPipeline has no {name} any more.")
 
 
+def test_a_guider_is_enabled_where_we_look():
+    from diffusers.guiders import AdaptiveProjectedMixGuidance
+
+    guider = AdaptiveProjectedMixGuidance()
+    guider.disable()
+    holds(guider._enabled is False, "_enabled", "diffusers' guiders do not keep in _enabled any more whether they guide.")
+
+
 def test_the_progress_bar_reads_what_we_hold():
     pipeline = type("Pipeline", (DiffusionPipeline,), {})()
     with held(pipeline, "_progress_bar_config", {"disable": True}):
