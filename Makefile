@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Small models on two cores lose more to threads waiting for each other than they gain.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-ddpo test test-fast test-long style docs
+.PHONY: demo demo-ddpo test test-fast test-long families style docs
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,10 @@ test-long: $(VENV)/installed
 
 test-fast: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not long"
+
+# What a policy can do with every pipeline that diffusers exports, into docs/families.md; goes on where it was stopped.
+families: $(VENV)/installed
+	$(BIN)/python -m tests.families
 
 style: $(VENV)/installed
 	$(BIN)/ruff check .

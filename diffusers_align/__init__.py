@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .gradients.rollout import differentiable_rollout
     from .lora import load_lora
     from .policy import Policy, noise_seed
-    from .schedulers import DDIMSDEScheduler, FlowMatchSDEScheduler, apply_recipe, sde_twin
+    from .schedulers import DDIMSDEScheduler, FlowMatchSDEScheduler, SigmaSDEScheduler, apply_recipe, sde_twin
     from .trajectory import Trajectory
     from .transition import GaussianTransition
 
@@ -32,6 +32,7 @@ _HOMES = {
     "GaussianTransition": ".transition",
     "Policy": ".policy",
     "SchedulerMixin": "diffusers",  # pipelines that name our schedulers look this class up here
+    "SigmaSDEScheduler": ".schedulers",
     "Trajectory": ".trajectory",
     "apply_recipe": ".schedulers",
     "differentiable_rollout": ".gradients.rollout",
@@ -46,6 +47,7 @@ __all__ = [
     "GaussianTransition",
     "Policy",
     "SchedulerMixin",
+    "SigmaSDEScheduler",
     "Trajectory",
     "apply_recipe",
     "differentiable_rollout",

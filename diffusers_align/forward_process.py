@@ -10,18 +10,21 @@ $\alpha^2 = \bar\alpha_t$ and $\sigma^2 = 1 - \bar\alpha_t$. They differ in what
 | `sample` | $x_0$ | output | $(x_t - \alpha\hat x_0)/\sigma$ |
 | `flow` | $\epsilon - x_0$ | $x_t - \sigma\,$output | $x_t + (1 - \sigma)\,$output |
 
+A scheduler in sigma space (`SigmaSDEScheduler`) has a scale $\alpha$ of its own, 1 where its states explode, and preconditions its model:
+$\hat x_0 = c_{skip}\,x_t/\alpha + c_{out}\,$output (`schedulers.sigma_space`). The target is what solves that for the output.
+
 Everything is read off the policy's scheduler, whose noise table is the pipeline's own: losses on noised samples (DiffusionNFT,
 AWM, DPO, KTO, RWR, fine-tuning) need no line for a model family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from .schedulers import DDIMSDEScheduler, FlowMatchSDEScheduler
+from .schedulers import DDIMSDEScheduler, FlowMatchSDEScheduler, SigmaSDEScheduler
 
 SCHEMES = ("uniform", "logit_normal", "grid")
 WEIGHTINGS = ("native", "eps", "x0", "elbo")
@@ -43,12 +46,15 @@ class ForwardProcess:
         ValueError: a flow schedule whose timesteps do not tell the noise level.
     """
 
-    def __init__(self, scheduler: FlowMatchSDEScheduler | DDIMSDEScheduler):
-        if not isinstance(scheduler, (FlowMatchSDEScheduler, DDIMSDEScheduler)):
+    def __init__(self, scheduler: FlowMatchSDEScheduler | DDIMSDEScheduler | SigmaSDEScheduler):
+        if not isinstance(scheduler, (FlowMatchSDEScheduler, DDIMSDEScheduler, SigmaSDEScheduler)):
             raise TypeError(f"{type(scheduler).__name__} is no policy's scheduler; pass policy.scheduler, or sde_twin(pipeline.scheduler).")
         self.scheduler, self.is_flow = scheduler, isinstance(scheduler, FlowMatchSDEScheduler)
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
         self.prediction_type = "flow" if self.is_flow else scheduler.config.prediction_type
+        self._space = scheduler.space if isinstance(scheduler, SigmaSDEScheduler) else None
+        if self._space is not None:
+            self.prediction_type = self._space.prediction_type
         # Time that rises from noise to data turns the velocity around.
         self._inverted = bool(self.is_flow and scheduler.config.invert_sigmas)
         if self.is_flow:
@@ -76,9 +82,14 @@ class ForwardProcess:
         return _like(sigma / (alpha + sigma), t)
 
     @property
-    def clean_timestep(self) -> int:
-        """The end of the training range with the least noise: 0, or `num_train_timesteps` where time rises from noise to data."""
-        return self.num_train_timesteps if self._inverted else 0
+    def clean_timestep(self) -> float:
+        """The end of the training range with the least noise: 0, or `num_train_timesteps` where time rises from noise to data; a continuous time's own."""
+        return self.num_train_timesteps if self._inverted else self.scheduler.time_range[0]
+
+    @property
+    def whole_timesteps(self) -> bool:
+        """Whether times are rows of a table, and nothing lies between them."""
+        return not self.is_flow and self._space is None
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma, (B,) float64 on the CPU."""
@@ -89,6 +100,12 @@ class ForwardProcess:
             if bool((sigma < 0).any() or (sigma > 1).any()):
                 raise ValueError(f"Timesteps must lie in [0, {self.num_train_timesteps}], got {t.min():g} to {t.max():g}.")
             return 1 - sigma, sigma
+        if self._space is not None:
+            least, most = self.scheduler.time_range
+            if bool((t < least - 1e-6 * (most - least)).any() or (t > most + 1e-6 * (most - least)).any()):
+                raise ValueError(f"Timesteps must lie in [{least:g}, {most:g}], got {t.min():g} to {t.max():g}.")
+            ratio = self._space.sigma_of(t)
+            return self._space.alpha(ratio), self._space.alpha(ratio) * ratio
         if bool((t < 0).any() or (t >= self.num_train_timesteps).any() or (t != t.round()).any()):
             raise ValueError(f"Timesteps must be whole numbers from 0 to {self.num_train_timesteps - 1}, rows of the noise table; got {t.tolist()}.")
         alphas_cumprod = self.scheduler.alphas_cumprod.cpu().double()[t.long()]
@@ -100,6 +117,13 @@ class ForwardProcess:
         alpha, sigma = (level.to(dtype).to(x.device).reshape(-1, *[1] * (x.ndim - 1)) for level in self._levels(t))
         return alpha, sigma, x.to(dtype)
 
+    def _mixed(self, weights: Callable, t: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """`first` and `second` (B, *D) with the weights that they have at the noise levels of sigma space."""
+        alpha, sigma = self._levels(t)
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        a, b = (weight.to(dtype).to(first.device).reshape(-1, *[1] * (first.ndim - 1)) for weight in weights(sigma / alpha))
+        return a * first.to(dtype) + b * second.to(dtype)
+
     # --- noising, and what the model says of it --------------------------------------------------------------------
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -109,6 +133,8 @@ class ForwardProcess:
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What a perfect model would answer at x_t, (B, *D), in its own parametrisation."""
+        if self._space is not None:
+            return self._mixed(self._space.target_weights, t, x0, noise)
         alpha, sigma, x0 = self._weights(t, x0)
         noise = noise.to(x0.dtype)
         if self.prediction_type == "flow":
@@ -117,6 +143,8 @@ class ForwardProcess:
 
     def to_x0(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The clean sample that the model's output at x_t implies, (B, *D): affine in the output."""
+        if self._space is not None:
+            return self._mixed(self._space.clean_weights, t, x_t, output)
         alpha, sigma, x_t = self._weights(t, x_t)
         output = output.to(x_t.dtype)
         if self.prediction_type == "flow":
@@ -127,6 +155,8 @@ class ForwardProcess:
 
     def to_noise(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The noise that the model's output at x_t implies, (B, *D)."""
+        if self._space is not None:
+            return self._mixed(self._space.noise_weights, t, x_t, output)
         alpha, sigma, x_t = self._weights(t, x_t)
         output = output.to(x_t.dtype)
         if self.prediction_type == "flow":
@@ -159,14 +189,27 @@ class ForwardProcess:
         if weighting not in WEIGHTINGS:
             raise ValueError(f"Unknown weighting {weighting!r}; choose one of {', '.join(WEIGHTINGS)}.")
         alpha, sigma = self._levels(t)
-        to_x0 = {"flow": sigma, "v_prediction": sigma, "epsilon": sigma / alpha, "sample": torch.ones_like(sigma)}[self.prediction_type]
-        to_eps = {"flow": alpha, "v_prediction": alpha, "epsilon": torch.ones_like(alpha), "sample": alpha / sigma}[self.prediction_type]
+        to_x0, to_eps = self._output_weights(alpha, sigma)
         if weighting == "elbo":
             return _like(alpha / sigma if self.is_flow else to_x0.square() * self._snr_fall(t), t)
         return _like({"native": torch.ones_like(alpha), "eps": to_eps.square(), "x0": to_x0.square()}[weighting], t)
 
+    def _output_weights(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of a difference between outputs is one between implied clean samples, and between implied noises; (B,) each."""
+        if self._space is not None:
+            to_x0 = self._space.preconditioning(sigma / alpha)[1].abs()
+            return to_x0, to_x0 * alpha / sigma
+        one = torch.ones_like(alpha)
+        to_x0 = {"flow": sigma, "v_prediction": sigma, "epsilon": sigma / alpha, "sample": one}[self.prediction_type]
+        return to_x0, {"flow": alpha, "v_prediction": alpha, "epsilon": one, "sample": alpha / sigma}[self.prediction_type]
+
     def _snr_fall(self, t: Tensor) -> Tensor:
-        """T/2 (SNR(t - 1) - SNR(t)) of a noise table, (B,) float64; 0 at t = 0."""
+        """T/2 (SNR(t - 1) - SNR(t)) of a noise table, (B,) float64; 0 at t = 0. Of continuous times, minus half the derivative by the time in [0, 1]."""
+        if self._space is not None and self._space.times != "table":
+            least, most = self.scheduler.time_range
+            step, t = 1e-4 * (most - least), t.double().cpu()
+            before, after = (self._space.sigma_of(t + side).square().reciprocal() for side in (-step, step))
+            return (before - after) / (4 * step) * (most - least)
         (alpha, sigma), (before_alpha, before_sigma) = self._levels(t), self._levels((t - 1).clamp(min=0))
         return self.num_train_timesteps / 2 * ((before_alpha / before_sigma).square() - (alpha / sigma).square())
 
@@ -215,9 +258,16 @@ class ForwardProcess:
             u = torch.sigmoid(mean + std * torch.special.ndtri(u))
         shift = self._shift if shift is None else shift
         u = shift * u / (1 + (shift - 1) * u)
+        return self._from_fraction(u)
+
+    def _from_fraction(self, u: Tensor) -> Tensor:
+        """Times (number,) in the scheduler's units, from u in [0, 1], clean to noisy."""
         if self.is_flow:
             return ((1 - u if self._inverted else u) * self.num_train_timesteps).to(self._dtype)
-        return (u * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
+        if self._space is not None and self._space.times != "table":
+            least, most = self.scheduler.time_range
+            return (least + u * (most - least)).to(self._dtype)
+        return (u * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1).to(self._dtype)
 
     def noised(
         self, x0: Tensor, seeds: list[int], number: int, *, time_seed: int | None = None, stratified: bool = True, **timesteps
@@ -239,7 +289,7 @@ class ForwardProcess:
 
     @property
     def _dtype(self) -> torch.dtype:
-        return torch.float32 if self.is_flow else torch.int64
+        return torch.int64 if self.whole_timesteps else torch.float32
 
     @property
     def _shift(self) -> float:

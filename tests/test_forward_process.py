@@ -6,6 +6,8 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
@@ -20,7 +22,21 @@ torch.set_num_threads(1)
 PREDICTIONS = ["flow", "inverted flow", "epsilon", "v_prediction", "sample"]
 
 
+TABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+EDGES = {"use_karras_sigmas": True, "sigma_min": 0.002, "sigma_max": 700.0}
+SIGMA_SPACE = {
+    "Karras": lambda: EulerDiscreteScheduler(**TABLE, use_karras_sigmas=True),
+    "Karras v": lambda: EulerDiscreteScheduler(**TABLE, use_karras_sigmas=True, prediction_type="v_prediction"),
+    "Karras DPM-Solver": lambda: DPMSolverMultistepScheduler(**TABLE, use_karras_sigmas=True),
+    "Karras DPM-Solver v": lambda: DPMSolverMultistepScheduler(**TABLE, use_karras_sigmas=True, prediction_type="v_prediction"),
+    "SVD": lambda: EulerDiscreteScheduler(**TABLE, **EDGES, prediction_type="v_prediction", timestep_type="continuous"),
+    "EDM": EDMEulerScheduler,
+}
+
+
 def process(kind: str, **config) -> ForwardProcess:
+    if kind in SIGMA_SPACE:
+        return ForwardProcess(sde_twin(SIGMA_SPACE[kind]()))
     if "flow" in kind:
         return ForwardProcess(sde_twin(FlowMatchEulerDiscreteScheduler(invert_sigmas="inverted" in kind, **config)))
     return ForwardProcess(sde_twin(DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=kind, **config)))
@@ -35,12 +51,12 @@ def draw(forward, dtype=torch.float64, number=5):
 # --- the algebra -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", PREDICTIONS)
+@pytest.mark.parametrize("kind", [*PREDICTIONS, *SIGMA_SPACE])
 def test_round_trip(kind):
     forward = process(kind)
     x0, noise, output, t = draw(forward)
     x_t, target = forward.add_noise(x0, noise, t), forward.target(x0, noise, t)
-    close = {"rtol": 0, "atol": 1e-10}
+    close = {"rtol": 1e-10, "atol": 1e-9}
     torch.testing.assert_close(forward.to_x0(target, x_t, t), x0, **close)
     torch.testing.assert_close(forward.to_noise(target, x_t, t), noise, **close)
     torch.testing.assert_close(forward.to_velocity(target, x_t, t), noise - x0, **close)
@@ -115,6 +131,45 @@ def test_flow_is_that_of_diffusers(kind):
         stock._step_index = None
         stepped = stock.step(target[i], t[i], forward.add_noise(x0, noise, t)[i]).prev_sample
         torch.testing.assert_close(stepped, forward.add_noise(x0, noise, stock.timesteps[3 + i].expand(5))[i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SIGMA_SPACE)
+def test_sigma_space_is_that_of_diffusers(kind):
+    """A stock Euler step with the target goes from x_t to x_t' exactly; with solver order 1, DPM-Solver's too."""
+    stock = SIGMA_SPACE[kind]()
+    stock = type(stock).from_config(stock.config, **({"solver_order": 1} if "DPM" in kind else {}))
+    forward = ForwardProcess(sde_twin(stock))
+    stock.set_timesteps(10)
+    x0, noise, _, _ = draw(forward, torch.float32)
+    t = stock.timesteps[2:7]
+    x_t, target = forward.add_noise(x0, noise, t), forward.target(x0, noise, t)
+    torch.testing.assert_close(x_t, stock.add_noise(x0, noise, t), rtol=1e-2 if "DPM" in kind else 1e-4, atol=1e-2 if "DPM" in kind else 1e-4)
+    for i in range(5):
+        stock.set_timesteps(10)
+        stock.set_begin_index(2 + i)
+        stepped = stock.step(target[i : i + 1], t[i], x_t[i : i + 1]).prev_sample
+        expected = forward.add_noise(x0[i : i + 1], noise[i : i + 1], stock.timesteps[3 + i : 4 + i])
+        torch.testing.assert_close(stepped, expected, rtol=2e-2 if "DPM" in kind else 1e-4, atol=2e-2 if "DPM" in kind else 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["SVD", "EDM"])
+def test_continuous_times(kind):
+    forward = process(kind)
+    low, high = forward.scheduler.time_range
+    t = forward.sample_timesteps(20_001, torch.Generator().manual_seed(0), stratified=True)
+    assert t.dtype == torch.float32 and t.min() >= low - 1e-6 and t.max() <= high + 1e-6
+    assert t.median() == pytest.approx((low + high) / 2, abs=1e-3) and forward.clean_timestep == low
+    assert forward.sigma(torch.tensor([0.0])) == 1.0 and forward.alpha(t).unique().tolist() == [1.0]
+    with pytest.raises(ValueError, match=rf"Timesteps must lie in \[{low:g}, {high:g}\], got 999"):
+        forward.sigma(torch.tensor([999.0]))
+
+
+def test_between_the_rows_of_its_table_a_level_follows_the_logarithm():
+    forward = process("Karras")
+    low, between, high = forward.sigma(torch.tensor([500.0, 500.5, 501.0], dtype=torch.float64)).log().tolist()
+    assert between == pytest.approx((low + high) / 2, abs=1e-12)
+    t = forward.sample_timesteps(50, torch.Generator().manual_seed(0))
+    assert torch.equal(t, t.round()) and forward.clean_timestep == 0 and not forward.whole_timesteps
 
 
 def test_a_table_that_was_copied_from_another_scheduler():
@@ -227,6 +282,24 @@ def test_weights_convert_errors_exactly(kind):
         torch.testing.assert_close(forward.error_weight(t, weighting) * native, expected, rtol=1e-8, atol=0)
     with pytest.raises(ValueError, match=", ".join(WEIGHTINGS)):
         forward.error_weight(t, "snr")
+
+
+@pytest.mark.parametrize("kind", SIGMA_SPACE)
+def test_weights_convert_errors_exactly_in_sigma_space(kind):
+    forward = process(kind)
+    x0, noise, output, t = draw(forward)
+    x_t, native = forward.add_noise(x0, noise, t), matching_error(output, forward.target(x0, noise, t))
+    for weighting, implied in (("eps", (forward.to_noise(output, x_t, t), noise)), ("x0", (forward.to_x0(output, x_t, t), x0))):
+        torch.testing.assert_close(forward.error_weight(t.double(), weighting) * native, matching_error(*implied), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["SVD", "EDM"])
+def test_elbo_of_continuous_times_is_the_derivative_of_the_snr(kind):
+    forward = process(kind)
+    low, high = forward.scheduler.time_range
+    t = torch.linspace(low, high, 7, dtype=torch.float64)[1:-1]
+    slope = 8 * forward.snr(t) * (high - low)  # sigma = exp(4 t)
+    torch.testing.assert_close(forward.error_weight(t, "elbo") / forward.error_weight(t, "x0"), slope / 2, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,10 +15,11 @@ from torch.utils import _pytree as pytree
 
 from ..checks.ranges import Count, checked
 from ..condition import Condition
-from ..schedulers import sde_twin
 from ..schedulers.scheduling_utils import SDESchedulerMixin, put_in_place
+from ..schedulers.twin import sde_twins
 from . import scheduler_hook
 from .arguments import check_arguments, checked_prompts, maybe_of_samples, unknown_prompts
+from .calls import calls_of
 from .noise import noise_seed, step_streams
 from .prompt_memory import PromptMemory, Store, encoded_prompt
 from .replacements import replaced
@@ -39,13 +39,14 @@ class Driver:
     >>> images_of(output)  # doctest: +SKIP
 
     Args:
-        pipeline: any diffusers pipeline. Its scheduler is replaced.
+        pipeline: any diffusers pipeline, classic or modular. Its scheduler is replaced; all are, where it has several.
         scheduler: an SDE scheduler; the SDE twin of the pipeline's own by default.
         call_kwargs: arguments of every call, which a condition's own override.
 
     Attributes:
         stock_scheduler: what the pipeline came with.
-        parameters: of the pipeline's `__call__`, by name, as `inspect.signature` has them.
+        calls: how a pipeline of this kind, classic or modular, is called.
+        parameters: of the pipeline's call, by name, as `inspect.signature` has them.
         prompt_memory: what `encode_prompt` returned in earlier calls.
         lockstep: processes wait for each other at each denoiser call, as they do when it is sharded: the number of calls then depends
             on shapes alone.
@@ -60,11 +61,13 @@ class Driver:
             raise TypeError(f"{type(scheduler).__name__} returns no log-probabilities; pass sde_twin(scheduler) or leave it out.")
         if isinstance(inside := getattr(pipeline, "__dict__", {}).get("pipeline"), DiffusionPipeline):
             raise TypeError(f"{type(pipeline).__name__} is wrapped around a {type(inside).__name__}, which is the policy: Policy(pipe.pipeline).")
-        if not hasattr(getattr(pipeline, "scheduler", None), "step"):
-            raise ValueError(f"{type(pipeline).__name__} has no scheduler, so that it takes no steps that could be a policy's.")
+        self.calls = calls_of(pipeline)
+        if not self.calls.schedulers:
+            raise ValueError(f"{type(pipeline).__name__} has no scheduler, so that {self.calls.whats_missing}.")
         self.pipeline, self.call_kwargs, self.lockstep = pipeline, call_kwargs or {}, False
-        self.stock_scheduler = put_in_place(pipeline, scheduler if scheduler is not None else sde_twin(pipeline.scheduler))
-        self.parameters = dict(inspect.signature(type(pipeline).__call__).parameters)
+        twins = sde_twins(self.calls.schedulers, scheduler)
+        self.stock_schedulers = {name: put_in_place(pipeline, twin, name) for name, twin in twins.items()}
+        self.parameters = self.calls.parameters
         self.prompt_memory = PromptMemory()
         self._embeddings: Condition | None = None
         self._warned: set[str] = set()
@@ -72,7 +75,16 @@ class Driver:
 
     @property
     def scheduler(self) -> SDESchedulerMixin:
-        return self.pipeline.scheduler
+        return next(iter(self.calls.schedulers.values()))
+
+    @property
+    def stock_scheduler(self):
+        """The main one of those that the pipeline came with."""
+        return next(iter(self.stock_schedulers.values()))
+
+    @stock_scheduler.setter
+    def stock_scheduler(self, scheduler) -> None:
+        self.stock_schedulers[next(iter(self.stock_schedulers))] = scheduler
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
@@ -179,14 +191,18 @@ class Driver:
         Args:
             deterministic: walk the ODE; no step draws then.
         """
-        scheduler, before = self.scheduler, (self._streams, getattr(self.scheduler, "deterministic", False))
-        is_twin = isinstance(scheduler, SDESchedulerMixin)
+        schedulers, streams = self.calls.schedulers.values(), self._streams
+        before = [getattr(scheduler, "deterministic", False) for scheduler in schedulers]
+        is_twin = isinstance(self.scheduler, SDESchedulerMixin)
         self._streams = step_streams(condition.step_seeds or (condition.seeds if is_twin else None))
-        scheduler.deterministic = deterministic
+        for scheduler in schedulers:
+            scheduler.deterministic = deterministic
         try:
             yield
         finally:
-            self._streams, scheduler.deterministic = before
+            self._streams = streams
+            for scheduler, was in zip(schedulers, before):
+                scheduler.deterministic = was
 
     @contextmanager
     def denoising(self, call: Callable) -> Iterator[None]:

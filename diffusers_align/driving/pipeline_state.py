@@ -12,6 +12,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .calls import calls_of
 from .replacements import held
 
 
@@ -61,7 +62,7 @@ def restored_if_abandoned(pipeline) -> Iterator[None]:
         for own, before in attributes:
             _put_back(own, before)
         parts.put_back(components)
-        pipeline.maybe_free_model_hooks()
+        calls_of(pipeline).clean_up()
         raise
     parts.put_processors_back()
 

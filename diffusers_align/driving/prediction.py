@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,10 +34,7 @@ class Prediction:
     def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition, guidance: bool) -> Tensor:
         """(B, *D) at `latents` (B, *D) and `timesteps` (B,); see `Policy.predict`."""
         self._check(latents, timesteps, len(condition))
-        with nullcontext({}) if guidance else self._guidance.without(condition) as overrides:
-            return self._at(latents, timesteps, condition, guidance, overrides)
-
-    def _at(self, latents: Tensor, timesteps: Tensor, condition: Condition, guidance: bool, overrides: dict[str, Any]) -> Tensor:
+        overrides = {} if guidance else self.guidance_off(condition)
         one_time = len(timesteps if self.driver.lockstep else set(timesteps.tolist())) == 1
         if not guidance and not one_time and self._own_times is None:
             self._own_times = self._takes_own_times(latents, timesteps, condition, overrides)
@@ -53,9 +49,10 @@ class Prediction:
             raise ValueError(f"latents and timesteps are tensors, got a {type(latents).__name__} and a {type(timesteps).__name__}.")
         if len(latents) != number or timesteps.shape != (number,):
             raise ValueError(f"{number} prompts need latents and timesteps of as many, got {tuple(latents.shape)} and {tuple(timesteps.shape)}.")
-        most = self.driver.scheduler.config.num_train_timesteps
-        if not bool(((timesteps >= 0) & (timesteps <= most)).all()):  # NaN fails too
-            raise ValueError(f"timesteps are numbers from 0 to {most}, in the scheduler's units, got {timesteps.tolist()}.")
+        least, most = self.driver.scheduler.time_range
+        slack = 1e-6 * (most - least)  # they may have been rounded to float32
+        if not bool(((timesteps >= least - slack) & (timesteps <= most + slack)).all()):  # NaN fails too
+            raise ValueError(f"timesteps are numbers from {least:g} to {most:g}, in the scheduler's units, got {timesteps.tolist()}.")
 
     def _together(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
         """Solver step 0 is gated and returns `latents`; step 1 evaluates them at `timesteps`; the rest is skipped."""
@@ -96,9 +93,10 @@ class Prediction:
     @torch.no_grad()
     def _takes_own_times(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> bool:
         """Whether each sample is evaluated at its own time: together they are then as one by one, and not as at one time for all."""
-        number = self.driver.scheduler.config.num_train_timesteps
+        least, most = self.driver.scheduler.time_range
         # Other times than those given, which may be near each other.
-        apart = (number * torch.linspace(0.25, 0.75, len(timesteps))).round().to(timesteps)
+        apart = least + (most - least) * torch.linspace(0.25, 0.75, len(timesteps))
+        apart = (apart.round() if most > 10 else apart).to(timesteps)  # whole numbers where times are
         one_by_one = self._one_by_one(latents, apart, condition, overrides).float()
         try:
             together = self._together(latents, apart, condition, overrides).float()
@@ -120,13 +118,7 @@ class Prediction:
 
     def guidance_off(self, condition: Condition) -> dict[str, Any]:
         """Arguments that switch guidance off; see `Policy.guidance_off`."""
-        unguided = self._guidance.off(condition)
-        if unguided.guiders:
-            raise ValueError(
-                f"No argument of {type(self.driver.pipeline).__name__} switches guidance off, but its guider does: pipeline.guider.disable(). "
-                "predict does so by itself."
-            )
-        return unguided.arguments
+        return self._guidance.off(condition)
 
     def _default(self, name: str, otherwise):
         parameter = self.driver.parameters.get(name)

@@ -9,7 +9,6 @@ use and not stored: batches that are made up anew would fill the store and never
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -20,11 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .calls import calls_of
 from .pipeline_state import own_arguments, restored_if_abandoned
-from .replacements import replaced
 
-# Some pipelines have the private name alone.
-_METHODS = ("encode_prompt", "_encode_prompt")
 # Two prompts by which a pipeline shows how it joins rows: of different meaning, and one token each in any vocabulary.
 PROBE = ("dog", "cat")
 Call = tuple[list, dict[str, Any]]
@@ -61,10 +58,7 @@ class PromptMemory:
 
     @contextmanager
     def installed(self, pipeline) -> Iterator[None]:
-        """Context: the pipeline's `encode_prompt`, if it has one, remembers."""
-        if not hasattr(pipeline, "encode_prompt"):
-            yield
-            return
+        """Context: what encodes the pipeline's prompts, `encode_prompt` or a block, remembers; nothing where there is no such thing."""
 
         def remembered(encode: Callable, *args: Any, **kwargs: Any):
             key = (_key((args, kwargs)), pipeline.dtype, pipeline.device)
@@ -77,7 +71,7 @@ class PromptMemory:
             self.entries.move_to_end(key)
             return self.entries[key][0]
 
-        with replaced(pipeline, "encode_prompt", remembered):
+        with calls_of(pipeline).encoding(remembered):
             yield
 
     def _encoded(self, encode: Callable, call: Call, device: torch.device) -> Any:
@@ -114,29 +108,29 @@ class PromptMemory:
         return tree
 
 
-class _Encoded(Exception):
+class _Encoded(BaseException):
     """Carries an encoded prompt out of a call that need not go on."""
 
 
 def encoded_prompt(pipeline, call: dict[str, Any]) -> Any:
-    """What the first `encode_prompt` of `pipeline(**call)` returns; the call ends there.
+    """What the first `encode_prompt` of `pipeline(**call)`, or the first block that encodes prompts, returns; the call ends there.
 
     Raises:
-        ValueError: the pipeline has no method of that name, or its call does not use it.
+        ValueError: the pipeline has nothing of the kind, or its call does not use it.
     """
-    name = next((name for name in _METHODS if hasattr(pipeline, name)), None)
-    if name is None:
-        raise ValueError(f"{type(pipeline).__name__} has no encode_prompt, so its prompts have no features; do without them (--no-value_baseline).")
+    calls = calls_of(pipeline)
+    if not calls.encodes:
+        raise ValueError(f"{calls.name} has no encode_prompt, so its prompts have no features; do without them (--no-value_baseline).")
 
     def encode_and_leave(encode: Callable, *args: Any, **kwargs: Any):
         raise _Encoded(encode(*args, **kwargs))
 
     try:
-        with replaced(pipeline, name, encode_and_leave), torch.no_grad(), restored_if_abandoned(pipeline):
-            inspect.unwrap(type(pipeline).__call__)(pipeline, **own_arguments(call))
+        with restored_if_abandoned(pipeline), calls.encoding(encode_and_leave), torch.no_grad():
+            calls.run(own_arguments(call))
     except _Encoded as encoded:
         return encoded.args[0]
-    raise ValueError(f"{type(pipeline).__name__}'s call does not use its {name}, so its prompts have no features; do without them (--no-value_baseline).")
+    raise ValueError(f"{calls.name}'s call does not use its encode_prompt, so its prompts have no features; do without them (--no-value_baseline).")
 
 
 class _NotByRows(Exception):

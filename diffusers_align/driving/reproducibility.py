@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-class _Enough(Exception):
+class _Enough(BaseException):
     """Ends a call whose first steps were compared."""
 
 

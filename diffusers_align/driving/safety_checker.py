@@ -19,12 +19,19 @@ _SAID: WeakSet = WeakSet()
 
 
 class _Passes:
-    """Stands in for a checker that the pipeline asks for verdicts by name and will not do without: every text and picture passes."""
+    """Stands in for a checker that the pipeline asks for verdicts by name and will not begin without: every text and picture passes.
 
-    def __init__(self, original: Any):
-        self._original = original
+    It is gone when the pipeline has moved it to the device for the text and away again: pictures then keep their gradient, which ends where NumPy
+    arrays are made for a checker.
+    """
+
+    def __init__(self, original: Any, pipeline: Any):
+        self._original, self._pipeline, self._moved = original, pipeline, False
 
     def to(self, *_args: Any, **_kwargs: Any) -> _Passes:
+        if self._moved:
+            self._pipeline.__dict__[COMPONENT] = None
+        self._moved = True
         return self
 
     def __getattr__(self, name: str):
@@ -35,10 +42,10 @@ class _Passes:
         return getattr(self._original, name)
 
 
-def _stand_in(checker: Any) -> Any:
+def _stand_in(checker: Any, pipeline: Any) -> Any:
     """None, which pipelines that hand all pictures to `checker(...)` understand, or an object for those that call its `check_...`."""
     asked_by_name = any(name.startswith("check_") for name, _ in inspect.getmembers(type(checker), callable))
-    return _Passes(checker) if asked_by_name else None
+    return _Passes(checker, pipeline) if asked_by_name else None
 
 
 @contextmanager
@@ -54,5 +61,5 @@ def unchecked(pipeline) -> Iterator[None]:
             f"The safety_checker of this {type(pipeline).__name__} is left out wherever pictures are sampled for training or scoring: a reward would "
             "judge the black picture that it puts in the place of one. The pipeline has it back after each call."
         )
-    with held(pipeline, COMPONENT, _stand_in(checker)):
+    with held(pipeline, COMPONENT, _stand_in(checker, pipeline)):
         yield

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +20,11 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork
+from ..schedulers.sigma_space import implied_output
+from .calls import calls_of
 from .denoiser_gates import gated
-from .pipeline_state import no_cast_weights_kept, own_arguments, quiet, refuse_offloading, restored_if_abandoned, seeded_globally
+from .parts import parts_follow
+from .pipeline_state import no_cast_weights_kept, own_arguments, refuse_offloading, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
 from .wrappers import unwrapped
 
@@ -46,8 +49,8 @@ class Step:
 
     Attributes:
         k: solver step of this scheduler, from 0.
-        child: 0 for the pipeline's own scheduler, 1, 2, ... for the copies it makes (a second modality).
-        sample, model_output: (B, *D), as the pipeline passes them.
+        child: 0 for the pipeline's own scheduler, 1, 2, ... for others and for the copies it makes (a second modality).
+        sample, model_output: (B, *D), as the pipeline passes them; the output that the clean sample implies, where it passes that one instead.
     """
 
     k: int
@@ -73,7 +76,10 @@ class Step:
 
     def run(self, **overrides):
         """The scheduler's own step, with any of its arguments replaced; its output as a dataclass."""
-        self.output = self._stock_step(self.scheduler, **{**self._arguments, **overrides, "return_dict": True})
+        arguments = {**self._arguments, **overrides, "return_dict": True}
+        if "model_output" in overrides:
+            arguments.pop("pred_original_sample", None)  # which the output implies
+        self.output = self._stock_step(self.scheduler, **arguments)
         return self.output
 
     def skip(self) -> None:
@@ -106,6 +112,7 @@ class _Session:
         self.schedulers: list[Any] = []
         self.taken: list[int] = []
         self.streams: list[Generator] = []
+        self.asks_first = False
 
     def adopt(self, scheduler) -> int:
         for index, known in enumerate(self.schedulers):
@@ -123,8 +130,10 @@ class _Session:
         return self.of_call if handed_on is None and getattr(scheduler, "generator", None) is None else handed_on
 
     def step(self, scheduler, stock_step: Callable, arguments: dict):
-        child = self.adopt(scheduler)
-        step = Step(self.taken[child], child, scheduler, arguments["timestep"], arguments["sample"], arguments["model_output"], stock_step, arguments)
+        child, output = self.adopt(scheduler), arguments["model_output"]
+        if (clean := arguments.get("pred_original_sample")) is not None:
+            output = implied_output(scheduler, clean, arguments["sample"])
+        step = Step(self.taken[child], child, scheduler, arguments["timestep"], arguments["sample"], output, stock_step, arguments)
         result = step.result(self.on_step(step))
         self.taken[child] += 1
         return result
@@ -136,6 +145,8 @@ def _hooked_class(cls: type, session: _Session) -> type:
     def step(self, *args, **kwargs):
         arguments = dict(step_signature.bind(self, *args, **kwargs).arguments)
         arguments.pop("self")
+        if session.asks_first and arguments.get("pred_original_sample") is None:
+            return getattr(cls, "ask", cls.step)(self, **arguments)
         if "generator" in step_signature.parameters:
             arguments["generator"] = session.generator(self, arguments.get("generator"))
         return session.step(self, cls.step, arguments)
@@ -144,7 +155,10 @@ def _hooked_class(cls: type, session: _Session) -> type:
         cls.set_timesteps(self, *args, **kwargs)
         if session.timesteps is not None:
             # In the schedule's own dtype: some pipelines index their noise table with it.
-            self.timesteps = session.timesteps.to(self.timesteps)
+            if hasattr(self, "stand_in"):
+                self.stand_in(session.timesteps)
+            else:
+                self.timesteps = session.timesteps.to(self.timesteps)
         if session.begin_index is not None and hasattr(self, "set_begin_index"):
             self.set_begin_index(session.begin_index)
 
@@ -158,19 +172,29 @@ def _hooked_class(cls: type, session: _Session) -> type:
         return child
 
     step.__signature__, set_timesteps.__signature__ = step_signature, set_signature
-    return type(cls.__name__, (cls,), {"step": step, "set_timesteps": set_timesteps, "__deepcopy__": __deepcopy__, "__module__": cls.__module__})
+    own = {"step": step, "set_timesteps": set_timesteps, "__deepcopy__": __deepcopy__, "__module__": cls.__module__, "hooked": cls}
+    return type(cls.__name__, (cls,), own)
+
+
+def _asks_first(pipeline) -> bool:
+    """Whether the pipeline guides clean samples: it has a step of the scheduler tell them, takes that step back, and hands the guided ones to the step
+    that counts, as `pred_original_sample`. The name stands in the code of its call then."""
+    code = inspect.unwrap(type(pipeline).__call__).__code__
+    return any(isinstance(names, tuple) and "pred_original_sample" in names for names in code.co_consts)
 
 
 @contextmanager
-def _hooked(scheduler, session: _Session) -> Iterator[None]:
-    cls = type(scheduler)
-    session.adopt(scheduler)
-    scheduler.__class__ = _hooked_class(cls, session)
+def _hooked(schedulers: Iterable, session: _Session) -> Iterator[None]:
+    """Context: the schedulers, the main one first, and all copies of them hand their steps to the session."""
+    own = [(scheduler, type(scheduler)) for scheduler in schedulers]
+    session.adopt(own[0][0])
+    for scheduler, cls in own:
+        scheduler.__class__ = _hooked_class(cls, session)
     try:
         yield
     finally:
-        for known in session.schedulers:
-            known.__class__ = cls
+        for known in (*session.schedulers, *(scheduler for scheduler, _ in own)):
+            known.__class__ = getattr(type(known), "hooked", type(known))
 
 
 @contextmanager
@@ -221,12 +245,13 @@ def drive(
     """
     if gradients:
         refuse_offloading(pipeline)
-    session = _Session(on_step, timesteps, begin_index, noise, call.get("generator"))
+    calls, session = calls_of(pipeline), _Session(on_step, timesteps, begin_index, noise, call.get("generator"))
+    session.asks_first = _asks_first(pipeline)
     with ExitStack() as stack:
         stack.enter_context(restored_if_abandoned(pipeline))
         stack.enter_context(seeded_globally(global_seed, pipeline.device))
-        stack.enter_context(_hooked(pipeline.scheduler, session))
-        stack.enter_context(quiet(pipeline))
+        stack.enter_context(_hooked(calls.schedulers.values(), session))
+        stack.enter_context(parts_follow(pipeline))
         stack.enter_context(no_cast_weights_kept())
         if needs_denoiser is not None:
             for module in denoisers(pipeline).values():
@@ -235,4 +260,4 @@ def drive(
             stack.enter_context(memory.installed(pipeline))
         stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(_explained(pipeline))
-        return inspect.unwrap(type(pipeline).__call__)(pipeline, **own_arguments(call))
+        return calls.run(own_arguments(call))

@@ -20,14 +20,17 @@ def stock_solver(driver: Driver) -> Iterator[None]:
 
     A pipeline that came with an SDE scheduler walks that one's deterministic steps.
     """
-    twin, solver = driver.pipeline.scheduler, copy.deepcopy(driver.stock_scheduler)
-    if isinstance(solver, SDESchedulerMixin):
-        solver.deterministic = True
-    driver.pipeline.scheduler = solver
+    twins = driver.calls.schedulers
+    for name, scheduler in driver.stock_schedulers.items():
+        solver = copy.deepcopy(scheduler)
+        if isinstance(solver, SDESchedulerMixin):
+            solver.deterministic = True
+        setattr(driver.pipeline, name, solver)
     try:
         yield
     finally:
-        driver.pipeline.scheduler = twin
+        for name, twin in twins.items():
+            setattr(driver.pipeline, name, twin)
 
 
 @torch.no_grad()

@@ -81,6 +81,7 @@ class Walk:
         """With the graph, as the roll-out has it."""
         if self.detach_input:
             args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+        args, kwargs = _latents_kept(args, kwargs)
         return recomputed(forward, *args, **kwargs) if self.checkpoint else forward(*args, **kwargs)
 
     def on_step(self, step: Step) -> Tensor | None:
@@ -89,7 +90,8 @@ class Walk:
             step.skip()
             self._next(step)
             return self.final[step.child]
-        output = step.run()
+        # Some pipelines write the next state into the tensor of this one, which the solver's graph needs.
+        output = step.run(sample=step.sample.clone()) if step.sample.requires_grad else step.run()
         self.final[step.child] = _clean_sample(step) if step.k == self.stop_step else output.prev_sample
         if step.child == 0:
             self.states.append(step.sample.detach())
@@ -103,6 +105,14 @@ class Walk:
         self.actions[step.child, step.k] = self.final[step.child]
         if step.child == 0:
             self.k = step.k + 1
+
+
+def _latents_kept(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The call with a copy of its first argument, the latents: some pipelines write the next state into their tensor, which the way back needs."""
+    if args:
+        return (pytree.tree_map_only(Tensor, Tensor.clone, args[0]), *args[1:]), kwargs
+    first = next(iter(kwargs), None)
+    return args, kwargs if first is None else {**kwargs, first: pytree.tree_map_only(Tensor, Tensor.clone, kwargs[first])}
 
 
 def step_output(step: Step, next_state: Tensor) -> StepOutput:

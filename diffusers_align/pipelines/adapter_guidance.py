@@ -74,7 +74,7 @@ class AdapterGuidancePipeline(WrappedPipeline):
         memory = PromptMemory()  # of this call: text encoders may change
         mixture = _Mixture(self._rule(1.0 if adapter_scale is None else adapter_scale, guider, call, memory))
         with ExitStack() as stack:
-            bar = stack.enter_context(self.pipeline.progress_bar(total=1))
+            bar = stack.enter_context(self.progress_bar(total=1))
             for name, module in adapted.items():
                 stack.enter_context(replaced(module, "forward", partial(mixture.denoise, name, module)))
             output = drive(self.pipeline, partial(mixture.on_step, bar), call, memory=memory)

@@ -25,6 +25,7 @@ from ..checks.ranges import check_call, check_value
 from ..condition import Condition, is_embedding
 from ..driving.arguments import checked_prompts, unknown_prompts
 from ..driving.driver import images_of
+from ..driving.parts import parts_of
 from ..driving.prompt_memory import PromptMemory
 from ..driving.safety_checker import unchecked
 from ..driving.scheduler_hook import Step, drive
@@ -117,6 +118,11 @@ class WrappedPipeline(DiffusionPipeline):
             object.__setattr__(self, name, value)
         else:
             setattr(self.pipeline, name, value)
+
+    def progress_bar(self, iterable=None, total=None):
+        """As of any pipeline. Those that call other pipelines configure theirs, and return none."""
+        configured = (pipeline for pipeline in (self.pipeline, *parts_of(self.pipeline)) if hasattr(pipeline, "_progress_bar_config"))
+        return DiffusionPipeline.progress_bar(next(configured, self.pipeline), iterable, total)
 
     # --- calls of the stock pipeline -------------------------------------------------------------------------------
 

@@ -101,6 +101,7 @@ class _Walk:
         self.values: list[Tensor] = []
         self.moved = False
         self.final: Tensor | None = None
+        self.leaf: Tensor | None = None
 
     # --- schedule --------------------------------------------------------------------------------------------------
 
@@ -157,7 +158,8 @@ class _Walk:
             put_back(step.scheduler, restarted(self.fresh, self.solver))
         self.on_progress(step.k + 1, len(self.order or self.grid.scales[1:]))
         needs_graph = torch.is_grad_enabled() and after < len(self.grid) and self._is_guided(after)
-        return self.final.detach().requires_grad_(needs_graph)
+        self.leaf = self.final.detach().requires_grad_(needs_graph)
+        return self.leaf.clone() if needs_graph else self.leaf  # a pipeline may write into what it gets, but not into a leaf
 
     def _position(self, step: Step) -> tuple[int, int]:
         """The solver step of this place of the walk, and that of the next."""
@@ -203,7 +205,7 @@ class _Walk:
         self.moved = self.moved or bool(shift.clean.any() or shift.state.any())
         moved = output + grid.sign * output_change(shift.clean, level, grid.prediction).to(output.dtype)
         drawn = step.run(sample=state, model_output=moved)
-        self._check_reading(step, drawn, clean(state, moved))
+        self._check_reading(step, drawn, self.grid.data * clean(state, moved))
         result = drawn.prev_sample + (grid.scales[k + 1] * shift.state).to(drawn.prev_sample.dtype)
         self._check_finite(result, k, state, output)
         return result
@@ -212,8 +214,9 @@ class _Walk:
         if not step.sample.requires_grad or not step.model_output.requires_grad:
             where = "the state of its first step has no graph; begin later (start > 0)" if k == 0 else "the denoiser's output has none"
             raise GuidanceError(f"The pipeline cuts the graph at solver step {k}: {where}, or use a preset without it (mpgd, flowchef).")
+        state = step.sample if self.leaf is None else self.leaf
         with torch.enable_grad():
-            (found,) = torch.autograd.grad(clean(step.sample, step.model_output), step.sample, gradient, allow_unused=True)
+            (found,) = torch.autograd.grad(clean(step.sample, step.model_output), state, gradient, allow_unused=True)
         return found.float() * self.grid.scales[k]
 
     def _evaluate(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
@@ -222,7 +225,7 @@ class _Walk:
         for rows in torch.arange(len(x)).split(self.micro_batch_size or len(x)):
             part = x[rows].detach().requires_grad_()
             with torch.enable_grad():
-                value = self.objective(part, rows.tolist(), level)
+                value = self.objective(part * self.grid.data, rows.tolist(), level)
                 (gradient,) = torch.autograd.grad(value.sum(), part, allow_unused=True) if value.requires_grad else (None,)
             if gradient is None:
                 raise GuidanceError(
@@ -298,4 +301,4 @@ def _frozen(pipeline, gradient_checkpointing: bool) -> Iterator[None]:
 
 def _differentiable_start(pipeline) -> AbstractContextManager[None]:
     """The initial latents require a gradient."""
-    return prepared_latents(pipeline, lambda latents: latents.detach().requires_grad_())
+    return prepared_latents(pipeline, lambda latents: latents.detach().requires_grad_().clone())

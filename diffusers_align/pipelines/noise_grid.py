@@ -25,6 +25,7 @@ class NoiseGrid:
         prediction: `epsilon`, `v_prediction`, `sample` or `flow`.
         sign: -1 where time, and with it the velocity, runs the other way.
         first: index of the first step in the solver's schedule.
+        data: latents divided by the model's clean samples: EDM's sigma_data, else 1. The scales hold it too.
     """
 
     levels: list[Level]
@@ -32,6 +33,7 @@ class NoiseGrid:
     prediction: str
     sign: int
     first: int
+    data: float = 1.0
 
     def __len__(self) -> int:
         return len(self.levels) - 1
@@ -48,7 +50,12 @@ def noise_grid(scheduler, timestep) -> NoiseGrid:
         if name.startswith(prefix):
             raise ValueError(f"{name} cannot be guided: {reason}. Give the pipeline a DDIM, Euler, Heun, DPM-Solver++ or FlowMatchEuler scheduler.")
     first, config = position(scheduler, timestep), scheduler.config
+    if hasattr(scheduler, "precondition_outputs"):
+        return _edm_grid(scheduler, first)
     flow = name.startswith("FlowMatch") or config.get("prediction_type") == "flow_prediction"
+    if flow and float(scheduler.sigmas[first:].max()) > 1:  # flow matching has no such noise: states explode, and their derivative is the noise
+        levels = _diffusion_levels(scheduler, first)
+        return NoiseGrid(levels, [1 / level.alpha for level in levels], "epsilon", 1, first)
     if flow:
         inverted = bool(config.get("invert_sigmas"))
         sigmas = [1 - s if inverted else s for s in scheduler.sigmas[first:].tolist()]
@@ -57,6 +64,13 @@ def noise_grid(scheduler, timestep) -> NoiseGrid:
     explodes = hasattr(scheduler, "sigmas") and scheduler.scale_model_input(scheduler.sigmas.new_ones(1), timestep).item() != 1
     scales = [1 / level.alpha if explodes else 1.0 for level in levels]
     return NoiseGrid(levels, scales, config.get("prediction_type", "epsilon"), 1, first)
+
+
+def _edm_grid(scheduler, first: int) -> NoiseGrid:
+    """EDM's preconditioning: its output is v, or -v, of the state divided by sigma_data sqrt(1 + s^2), at the level s = sigma / sigma_data."""
+    data, sign = scheduler.config.sigma_data, 1 if scheduler.config.prediction_type == "v_prediction" else -1
+    levels = [Level(1 / math.hypot(1, s), s / math.hypot(1, s)) for s in (scheduler.sigmas[first:].double() / data).tolist()]
+    return NoiseGrid(levels, [data / level.alpha for level in levels], "v_prediction", sign, first, data)
 
 
 def check_scale(grid: NoiseGrid, k: int, scheduler, timestep) -> None:

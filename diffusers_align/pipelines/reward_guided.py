@@ -82,7 +82,7 @@ class RewardGuidedPipeline(WrappedPipeline):
         tail = _Tail.of(self, condition, before)
         asked, rest = self.asked(prompt, arguments)
         call = {**asked.arguments(inspect.signature(type(self.pipeline).__call__).parameters), **rest}
-        with self.pipeline.progress_bar(total=1) as bar:
+        with self.progress_bar(total=1) as bar:
             sampled = guided_sample(
                 self.pipeline, call, _noise_aware(judge) if guidance.noisy else _of_images(judge, tail), guidance, scale=float(reward_scale),
                 seeds=lambda size: _seeds(before, size), micro_batch_size=micro_batch_size, gradient_checkpointing=gradient_checkpointing,

@@ -3,6 +3,7 @@
 from .kernels import KERNELS, Kernel
 from .scheduling_ddim_sde import DDIMSDEScheduler
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+from .scheduling_sigma_sde import SigmaSDEScheduler
 from .scheduling_utils import SDESchedulerMixin, SDESchedulerOutput
 from .twin import apply_recipe, sde_twin
 
@@ -13,6 +14,7 @@ __all__ = [
     "Kernel",
     "SDESchedulerMixin",
     "SDESchedulerOutput",
+    "SigmaSDEScheduler",
     "apply_recipe",
     "sde_twin",
 ]

@@ -62,6 +62,15 @@ class SDESchedulerMixin:
         """Index k of the solver step that leaves `timestep`."""
         raise TypeError(f"{type(self).__name__} must define step_position(timestep).")
 
+    @property
+    def time_range(self) -> tuple[float, float]:
+        """The times with the least and the most noise at which the model can be asked."""
+        return 0.0, float(self.config.num_train_timesteps)
+
+    def stand_in(self, timesteps: Tensor) -> None:
+        """Let `timesteps` take the place of the schedule's: rows (N,) or (N, B), for single evaluations."""
+        self.timesteps = timesteps.to(self.timesteps)
+
     def skip_step(self, timestep) -> None:
         """Move on to the next solver step without computing this one: its outcome is already known."""
 
@@ -92,13 +101,14 @@ class SDESchedulerMixin:
         return [c for c in cls.__mro__ if hasattr(c, "from_config") and c.__name__.endswith("Scheduler")]
 
 
-def put_in_place(pipeline, scheduler: SDESchedulerMixin):
-    """Give `pipeline` the scheduler, and return the one that the pipeline came with.
+def put_in_place(pipeline, scheduler: SDESchedulerMixin, name: str = "scheduler"):
+    """Give `pipeline` the scheduler as the component `name`, and return the one that the pipeline came with.
 
     A second policy on the same pipeline finds the first one's twin there, which remembers whose place it took.
     """
-    stock = getattr(pipeline.scheduler, "replaced", None) or pipeline.scheduler
-    pipeline.scheduler = scheduler
+    before = getattr(pipeline, name)
+    stock = getattr(before, "replaced", None) or before
+    setattr(pipeline, name, scheduler)
     scheduler.replaced = stock if stock is not scheduler else None
     return stock
 

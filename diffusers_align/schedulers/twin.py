@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -12,11 +13,15 @@ import torch
 from ..files.paths import front_door
 from .scheduling_ddim_sde import DDIMSDEScheduler
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
+from .scheduling_sigma_sde import SigmaSDEScheduler
 from .scheduling_utils import SDESchedulerMixin
+
+logger = logging.getLogger(__name__)
 
 SDE_FIELDS = {
     "DDIMSDEScheduler": ("eta",),
     "FlowMatchSDEScheduler": ("sde_type", "noise_level", "sde_window"),
+    "SigmaSDEScheduler": ("eta",),
 }
 NO_KERNEL = {
     "LCM": "it is a consistency sampler: few steps, each a jump to the clean sample",
@@ -24,10 +29,8 @@ NO_KERNEL = {
     "FlowMatchLCM": "it is a consistency sampler: few steps, each a jump to the clean sample",
     "CM": "it samples consistency models",
     "SCM": "it samples consistency models in trigonometric flow",
-    "EDM": "it walks in EDM's sigma space",
-    "CosineDPM": "it walks in EDM's sigma space",
-    "KarrasVe": "it walks in a variance-exploding space",
-    "ScoreSde": "it walks in a variance-exploding space",
+    "KarrasVe": "its pipeline adds noise to the state and corrects it outside of `step`",
+    "ScoreSde": "its pipeline corrects the state by Langevin steps outside of `step`",
     "UnCLIP": "its variance is learned, on a table of its own",
     "DDPMWuerstchen": "its time is continuous, without a table",
     "DDIMInverse": "it walks from data to noise",
@@ -40,14 +43,15 @@ NO_KERNEL = {
 
 # Entries of a diffusion scheduler's config that put its steps on noise levels which a table of timesteps does not have, and what leaves them.
 _OFF_THE_TABLE = {
-    "use_karras_sigmas": (False, "Karras' noise levels lie between those of the table"),
-    "use_exponential_sigmas": (False, "exponential noise levels lie between those of the table"),
-    "use_beta_sigmas": (False, "noise levels of a beta distribution lie between those of the table"),
-    "use_lu_lambdas": (False, "Lu's noise levels lie between those of the table"),
-    "timestep_type": ("discrete", "the denoiser is asked at the logarithm of the noise level, in EDM's space"),
-    "sigma_min": (None, "it ends at a noise level of its own"),
-    "sigma_max": (None, "it starts at a noise level of its own"),
-    "lambda_min_clipped": (-math.inf, "it leaves out the noisiest timesteps"),
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+    "sigma_min": None,
+    "sigma_max": None,
+    "lambda_min_clipped": -math.inf,
 }
 
 
@@ -56,14 +60,14 @@ def sde_twin(scheduler, **sde_fields):
 
     Diffusion schedulers (DDIM, DDPM, PNDM, Euler, DPM-Solver, CogVideoX's ...) become a `DDIMSDEScheduler` with the same
     `alphas_cumprod`; those of flow matching (FlowMatchEuler, UniPC and DPM-Solver with flow sigmas) a `FlowMatchSDEScheduler`
-    that follows the same sigmas. An SDE scheduler is copied.
+    that follows the same sigmas; those whose noise levels lie off the table (Karras', exponential, beta, continuous timesteps, EDM's) a
+    `SigmaSDEScheduler`, on the same sigmas too. An SDE scheduler is copied.
 
     Args:
         sde_fields: `eta`, or `sde_type`, `noise_level`, `sde_window`; the class's defaults where absent.
 
     Raises:
-        ValueError: the scheduler has no Gaussian kernel of either form, its config asks for noise levels that the twin does not have, or a field
-            belongs to the other form.
+        ValueError: the scheduler has no Gaussian kernel of these forms, or a field belongs to another form.
     """
     cls = _twin_class(scheduler)
     if unknown := sorted(set(sde_fields) - set(SDE_FIELDS[cls.__name__])):
@@ -72,35 +76,61 @@ def sde_twin(scheduler, **sde_fields):
         return cls.from_config(scheduler.config, **sde_fields)
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     source = {"_class_name": type(scheduler).__name__, **config}
-    return (_flow_twin if cls is FlowMatchSDEScheduler else _ddim_twin)(scheduler, config, source, sde_fields)
+    build = {FlowMatchSDEScheduler: _flow_twin, DDIMSDEScheduler: _ddim_twin, SigmaSDEScheduler: _sigma_twin}[cls]
+    return build(scheduler, config, source, sde_fields)
+
+
+def sde_twins(schedulers: dict, main: SDESchedulerMixin | None = None) -> dict:
+    """The SDE twins of a pipeline's schedulers by name, the main one first; those of further modalities walk with the main one's noise.
+
+    Args:
+        main: in the place of the first one's twin.
+    """
+    (name, stock), *others = schedulers.items()
+    main = sde_twin(stock) if main is None else main
+    kind = type(main).__name__
+    fields = {field: main.config[field] for field in SDE_FIELDS.get(kind, ())}
+    return {name: main, **{other: sde_twin(s, **(fields if _twin_class(s).__name__ == kind else {})) for other, s in others}}
 
 
 def _twin_class(scheduler) -> type:
     if isinstance(scheduler, SDESchedulerMixin):
-        return DDIMSDEScheduler if isinstance(scheduler, DDIMSDEScheduler) else FlowMatchSDEScheduler
+        return next(cls for cls in (DDIMSDEScheduler, FlowMatchSDEScheduler, SigmaSDEScheduler) if isinstance(scheduler, cls))
     name = type(scheduler).__name__
     for prefix, reason in NO_KERNEL.items():
         if name.startswith(prefix):
             raise ValueError(f"{name} has no SDE twin: {reason}. Give the pipeline a DDIM or a FlowMatchEuler scheduler if its model allows.")
+    if _explodes(scheduler):
+        return SigmaSDEScheduler
     flow = name.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
     if flow:
         return FlowMatchSDEScheduler
     if getattr(scheduler, "alphas_cumprod", None) is not None:
-        _refuse_other_levels(scheduler)
-        return DDIMSDEScheduler
+        return SigmaSDEScheduler if _off_the_table(scheduler) else DDIMSDEScheduler
     raise ValueError(f"{name} has no SDE twin: it has neither flow sigmas nor an alphas_cumprod table.")
 
 
-def _refuse_other_levels(scheduler) -> None:
-    """Raise a ValueError if the scheduler's steps are not those of its table: the twin would train the model at other noise levels."""
+def _explodes(scheduler) -> bool:
+    """Whether the scheduler walks in EDM's sigma space: those made for it, and FlowMatchEuler with noise levels beyond 1, where flow matching has none."""
     name = type(scheduler).__name__
-    for entry, (on_the_table, reason) in _OFF_THE_TABLE.items():
-        given = scheduler.config.get(entry, on_the_table)
-        if given not in (on_the_table, None):
-            raise ValueError(
-                f"{name} with {entry}={given!r} has no SDE twin: {reason}. If the model was trained on the table of timesteps, give the pipeline "
-                f"{name}.from_config(pipe.scheduler.config, {entry}={on_the_table!r})."
-            )
+    return name.startswith(("EDM", "CosineDPM")) or name.startswith("FlowMatchEuler") and (scheduler.config.get("sigma_max") or 0) > 1
+
+
+def _off_the_table(scheduler) -> list[str]:
+    """Entries of the config by which the scheduler's steps are not those of its table, so that a twin on the table would ask the model at other levels."""
+    given = ((entry, scheduler.config.get(entry, usual), usual) for entry, usual in _OFF_THE_TABLE.items())
+    return [f"{entry}={value!r}" for entry, value, usual in given if value not in (usual, None)]
+
+
+def _sigma_twin(scheduler, config: dict, source: dict, sde_fields: dict) -> SigmaSDEScheduler:
+    name, known = type(scheduler).__name__, inspect.signature(SigmaSDEScheduler.__init__).parameters
+    if config.get("thresholding"):
+        raise ValueError(
+            f"{name} with thresholding=True has no SDE twin off its table: it clips each clean sample by the sample's own values. Give the pipeline "
+            f"{name}.from_config(pipe.scheduler.config, thresholding=False)."
+        )
+    logger.info("%s%s walks its own noise levels as a SigmaSDEScheduler.", name, "".join(f" {entry}" for entry in _off_the_table(scheduler)))
+    return SigmaSDEScheduler(**{n: value for n, value in config.items() if n in known}, source=source, **sde_fields)
 
 
 def _flow_twin(scheduler, config: dict, source: dict, sde_fields: dict) -> FlowMatchSDEScheduler:
@@ -145,12 +175,12 @@ def apply_recipe(pipeline, recipe: str | Path):
 
     Raises:
         FileNotFoundError: no such recipe.
-        ValueError: the recipe is for the other kind of model (diffusion or flow matching).
+        ValueError: the recipe is for another kind of model (diffusion or flow matching).
     """
     folder = Path(recipe) if Path(recipe).is_dir() else front_door("schedulers", str(recipe))
     fields = json.loads((folder / "scheduler_config.json").read_text())
     wanted, actual = fields.pop("_class_name"), _twin_class(pipeline.scheduler).__name__
-    if wanted != actual:
+    if SDE_FIELDS[wanted] != SDE_FIELDS[actual]:
         raise ValueError(f"Recipe {recipe} is for {wanted}, but the pipeline's {type(pipeline.scheduler).__name__} becomes a {actual}.")
     pipeline.scheduler = sde_twin(pipeline.scheduler, **{k: v for k, v in fields.items() if not k.startswith("_")})
     return pipeline

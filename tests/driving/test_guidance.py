@@ -3,7 +3,6 @@
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.guiders import AdaptiveProjectedMixGuidance
 
 from diffusers_align import Policy
 from tests.families.cases import CASES
@@ -44,33 +43,3 @@ def test_what_every_trial_raises_is_said(monkeypatch):
     monkeypatch.setattr(policy.pipeline.unet, "forward", forward)
     with pytest.raises(ValueError, match="no such channels"):
         policy.guidance_off(policy.condition(PROMPTS, seeds=SEEDS))
-
-
-class Guided(StableDiffusionPipeline):
-    """Its guidance is a component."""
-
-    def __init__(self, vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder, guider):
-        super().__init__(vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder, requires_safety_checker=False)
-        self.register_modules(guider=guider)
-
-    def __call__(self, prompt, generator=None, output_type="latent", **kwargs):
-        scale = 3.0 if self.guider._enabled else 1.0
-        return super().__call__(prompt, generator=generator, output_type=output_type, guidance_scale=scale, height=16, width=16, num_inference_steps=4)
-
-
-def test_a_guider_is_disabled_for_a_prediction_and_as_before_afterwards():
-    policy, call = a_policy("StableDiffusionPipeline"), CASES["StableDiffusionPipeline"][0].call
-    parts = {**policy.pipeline.components, "scheduler": policy.stock_scheduler}
-    guided = Guided(**parts, guider=AdaptiveProjectedMixGuidance())
-    guided.set_progress_bar_config(disable=True)
-    plain = Policy(StableDiffusionPipeline(**parts, requires_safety_checker=False), **{**call, "guidance_scale": 1.0})
-    policy = Policy(guided)
-    trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
-    asked = (trajectory.states[:, 1], trajectory.timesteps[[1, 1]])
-    with torch.no_grad():
-        unguided = policy.predict(*asked, trajectory.condition)
-        assert torch.equal(unguided, plain.predict(*asked, plain.condition(PROMPTS, seeds=SEEDS)))
-        assert not torch.allclose(policy.predict(*asked, trajectory.condition, guidance=True), unguided, rtol=1e-2)
-    assert guided.guider._enabled
-    with pytest.raises(ValueError, match="its guider does"):
-        policy.guidance_off(trajectory.condition)

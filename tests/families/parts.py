@@ -11,7 +11,8 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 CLIP_WIDTH, TEXT_WIDTH, LATENT_CHANNELS = 16, 32, 4
 STABLE_DIFFUSION_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -49,10 +50,11 @@ def byte_vocabulary(*special: str) -> dict[str, int]:
 
 
 def gemma_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """One token a byte."""
+    """One token a byte after a start token, without which an empty prompt has no token to average."""
     tokenizer = Tokenizer(models.BPE(vocab=byte_vocabulary("<pad>", "<eos>", "<bos>", "<unk>"), merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.token_to_id("<bos>"))])
     names = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", model_max_length=512, **names)
 
@@ -96,16 +98,18 @@ def gemma_parts() -> dict[str, Any]:
 
 
 def image_vae(levels: int = 2, **config: Any) -> diffusers.AutoencoderKL:
-    return seeded(
-        diffusers.AutoencoderKL, block_out_channels=[8] * levels, norm_num_groups=2, latent_channels=LATENT_CHANNELS,
-        down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels, **config,
-    )  # fmt: skip
+    fields = {
+        "block_out_channels": [8] * levels, "norm_num_groups": 2, "latent_channels": LATENT_CHANNELS,
+        "down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }  # fmt: skip
+    return seeded(diffusers.AutoencoderKL, **{**fields, **config})
 
 
 def causal_vae(cls: type, **config: Any) -> torch.nn.Module:
     """The video autoencoder of Wan and Qwen-Image: a quarter of the size, a quarter of the frames after the first."""
     statistics = {"latents_mean": [-0.3, -0.1, 0.1, 0.3], "latents_std": [0.5, 1.0, 1.5, 2.0]}
-    return seeded(cls, base_dim=4, z_dim=LATENT_CHANNELS, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True], **statistics, **config)
+    fields = {"base_dim": 4, "z_dim": LATENT_CHANNELS, "dim_mult": [1, 1, 1], "num_res_blocks": 1, "temperal_downsample": [True, True], **statistics}
+    return seeded(cls, **{**fields, **config})
 
 
 def shifted_flow(**config: Any) -> diffusers.FlowMatchEulerDiscreteScheduler:
@@ -132,16 +136,33 @@ def photograph(size: int = 16) -> torch.Tensor:
     return torch.stack([ramp[:, None].expand(size, size), ramp[None].expand(size, size), (ramp[:, None] - ramp[None]).abs()])[None]
 
 
-def photographs(size: int = 16) -> list[torch.Tensor]:
-    """Two pictures (1, 3, size, size), each the other's mirror image."""
+# --- inputs and parts of flow-matching image families ------------------------------------------------------------------
+
+
+SMALL = {"height": 16, "width": 16, "num_inference_steps": 4, "guidance_scale": 3.0}
+SHORT = {"max_sequence_length": 32}
+TRUE_GUIDANCE = {"true_cfg_scale": 3.0, "negative_prompt": "blurry"}
+
+
+def pictures(size: int = 16) -> list[torch.Tensor]:
+    """Two pictures (1, 3, size, size) in [0, 1], one a sample."""
     picture = photograph(size)
     return [picture, picture.flip(-1)]
 
 
 def masks(size: int = 16) -> list[torch.Tensor]:
-    """Two masks (1, 1, size, size): the left and the right three quarters."""
-    mask = (torch.arange(size) < 3 * size // 4).float().expand(1, 1, size, size)
-    return [mask, mask.flip(-1)]
+    """Two masks (1, 1, size, size), one a sample: 1 is painted anew, in the left and the right half."""
+    left = (torch.arange(size) < size // 2).float().expand(1, 1, size, size).contiguous()
+    return [left, left.flip(-1)]
+
+
+def pil_pictures(size: int = 16) -> list[Image.Image]:
+    """`pictures` as pipelines take them that hand them to a processor of their own."""
+    return [Image.fromarray((picture[0].permute(1, 2, 0) * 255).round().byte().numpy()) for picture in pictures(size)]
+
+
+def qwen3(cls: type = transformers.Qwen3Model, **config: Any) -> torch.nn.Module:
+    return seeded(cls, transformers.Qwen3Config(**{"vocab_size": len(qwen_tokenizer()), **LANGUAGE_MODEL, **config}))
 
 
 def xl_unet(**config: Any) -> diffusers.UNet2DConditionModel:

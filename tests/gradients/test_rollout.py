@@ -441,3 +441,29 @@ def test_vader_is_autograd_of_the_end_of_the_chain(family, solver, mode, frame_m
     close(rollout.images, video[:, frames], 1e-4)
     expected = it.gradient(rewards.reshape(-1, len(frames)).mean(1).sum())
     close(it.gradient(brightness(rollout.images).sum()), expected, 1e-3)
+
+
+# --- pipelines that write into their latents ------------------------------------------------------------------------------
+
+
+class OneBuffer:
+    """A step callback that keeps all states of a call in the first one's tensor, as some pipelines do."""
+
+    def __call__(self, pipeline, k, timestep, given):
+        if k == 0:
+            self.buffer = given["latents"].clone()
+        self.buffer[:] = given["latents"]
+        return {"latents": self.buffer}
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_state_that_the_pipeline_overwrites_has_its_own_gradient(checkpoint):
+    def gradient(**call):
+        it = Subject("sd15")
+        condition = it.policy.condition(PROMPTS, seeds=SEEDS, guidance_scale=1.0, **call)
+        differentiable_rollout(it.policy, condition, grad_steps=range(4), checkpoint=checkpoint).images.square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in it.policy.trainable_parameters()])
+
+    expected = gradient()
+
+    close(gradient(callback_on_step_end=OneBuffer()), expected)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import types
 
 import diffusers
@@ -10,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from schedules import SD, gen, randn
 
-from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, apply_recipe, sde_twin
+from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, SigmaSDEScheduler, apply_recipe, sde_twin
 from diffusers_align.files import paths
 
 # Twins
@@ -80,18 +81,37 @@ def test_twin_clips_where_its_source_does():
         ("UniPCMultistepScheduler", {"sigma_max": 80.0}),
     ],
 )  # fmt: skip
-def test_noise_levels_off_the_table_are_refused(name, config):
+def test_noise_levels_off_the_table_are_walked_in_sigma_space(name, config, caplog):
     if any("beta_sigmas" in entry for entry in config):
         pytest.importorskip("scipy")
     source = getattr(diffusers, name)(**SDXL, **config)
-    with pytest.raises(ValueError, match=f"{name} with ({'|'.join(config)})=.* has no SDE twin: .*from_config"):
+    with caplog.at_level(logging.INFO):
+        twin = sde_twin(source, eta=0.5)
+    assert type(twin) is SigmaSDEScheduler and twin.config.eta == 0.5
+    assert all(f" {entry}=" in caplog.text for entry in config if entry != "prediction_type"), "it is said why"
+    assert name in caplog.text and "SigmaSDEScheduler" in caplog.text
+    twin.set_timesteps(8)
+    source.set_timesteps(8)
+    assert float(twin.sigmas[0]) == pytest.approx(float(source.sigmas[0]))
+
+
+def test_thresholding_off_the_table_is_refused_with_a_remedy():
+    source = diffusers.DPMSolverMultistepScheduler(**SDXL, use_karras_sigmas=True, thresholding=True)
+    with pytest.raises(ValueError, match=r"thresholding=True has no SDE twin off its table: .*from_config\(pipe.scheduler.config, thresholding=False\)"):
         sde_twin(source)
+    assert type(sde_twin(type(source).from_config(source.config, thresholding=False))) is SigmaSDEScheduler
 
 
-@pytest.mark.parametrize("entry", ["use_karras_sigmas", "use_exponential_sigmas"])
-def test_the_remedy_of_the_message_has_a_twin(entry):
-    source = diffusers.EulerDiscreteScheduler(**SDXL, **{entry: True})
-    assert isinstance(sde_twin(diffusers.EulerDiscreteScheduler.from_config(source.config, **{entry: False})), DDIMSDEScheduler)
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])
+def test_edms_schedulers_are_walked_in_their_sigma_space(name):
+    assert type(sde_twin(getattr(diffusers, name)())) is SigmaSDEScheduler
+
+
+def test_a_flow_scheduler_that_a_pipeline_takes_beyond_1_is_walked_in_sigma_space():
+    source = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    assert type(sde_twin(source)) is FlowMatchSDEScheduler
+    source.register_to_config(sigma_min=0.002, sigma_max=80.0)  # as Cosmos 2's pipelines do
+    assert type(sde_twin(source)) is SigmaSDEScheduler
 
 
 @pytest.mark.parametrize(
@@ -172,10 +192,8 @@ def test_twin_of_a_flow_scheduler_follows_its_sigmas(name, config, mu, tmp_path)
         ("FlowMatchLCMScheduler", "consistency"),
         ("CMStochasticIterativeScheduler", "consistency"),
         ("SCMScheduler", "consistency"),
-        ("EDMEulerScheduler", "sigma space"),
-        ("EDMDPMSolverMultistepScheduler", "sigma space"),
-        ("KarrasVeScheduler", "variance-exploding"),
-        ("ScoreSdeVeScheduler", "variance-exploding"),
+        ("KarrasVeScheduler", "outside of `step`"),
+        ("ScoreSdeVeScheduler", "Langevin steps outside of `step`"),
         ("UnCLIPScheduler", "learned"),
         ("DDPMWuerstchenScheduler", "continuous"),
         ("RePaintScheduler", "back and forth"),
@@ -244,6 +262,11 @@ def test_recipe_for_the_other_kind_of_model_is_refused(recipe):
     with pytest.raises(ValueError, match=f"is for {wanted}, but the pipeline's {type(STOCK[other]).__name__} becomes a {other}"):
         apply_recipe(pipeline, recipe)
     assert pipeline.scheduler is STOCK[other]
+
+
+def test_a_recipe_of_eta_is_for_both_kinds_of_diffusion_model():
+    pipeline = types.SimpleNamespace(scheduler=diffusers.EulerDiscreteScheduler(**SDXL, use_karras_sigmas=True))
+    assert type(apply_recipe(pipeline, "ddpo").scheduler) is SigmaSDEScheduler and pipeline.scheduler.config.eta == 1.0
 
 
 def test_unknown_recipe_names_those_there_are():

@@ -17,7 +17,9 @@ from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from private_names import CODE, ROOT, UPSTREAM
 from torch import nn
 
+from diffusers_align.driving.blocks import leaves
 from diffusers_align.driving.replacements import InPlace, held, reads_global, replaced, with_globals
+from diffusers_align.driving.scheduler_hook import _asks_first
 from diffusers_align.pipelines.base import WrappedPipeline
 
 PACKAGE, PAGE = ROOT / "diffusers_align", ROOT / "docs" / "patches.md"
@@ -207,6 +209,26 @@ def test_a_pipelines_call_uses_the_methods_that_we_replace(pipeline):
     holds(prepare is pipeline.prepare_latents, "prepare_latents", f"{pipeline.__name__}.prepare_latents is decorated, and a copy of it would lose that.")
 
 
+@pytest.mark.parametrize("family", ["StableDiffusion3", "StableDiffusionXL", "QwenImage", "Wan", "LTX"])
+def test_a_modular_pipelines_blocks_are_what_we_copy(family):
+    row, pipeline = "`_blocks` of a modular pipeline", getattr(diffusers, f"{family}ModularPipeline")()
+    holds(isinstance(vars(pipeline).get("_blocks"), diffusers.ModularPipelineBlocks), row, "ModularPipeline keeps its blocks elsewhere than in _blocks.")
+    holds(reads_global(call_of(type(pipeline)).__code__, "_blocks"), row, "ModularPipeline.__call__ does not run self._blocks any more.")
+    holds(len(list(leaves(pipeline._blocks))) > 3, row, "Blocks do not hold their parts in sub_blocks any more.")
+    names = [part for part in pipeline._blocks.sub_blocks if "scheduler" in pipeline._blocks.sub_blocks[part].component_names]
+    holds(names == ["denoise"], row, f"The scheduler is a component of {names}: what comes after the last of them is taken for the tail.")
+
+
+@pytest.mark.parametrize("name", ["ClassifierFreeGuidance", "AdaptiveProjectedGuidance", "SkipLayerGuidance", "TangentialClassifierFreeGuidance"])
+def test_a_guider_keeps_its_settings_where_we_set_them(name):
+    settings = {"skip_layer_guidance_layers": [0]} if name.startswith("Skip") else {}
+    guider = getattr(diffusers, name)(**settings)
+    for field in ("guidance_scale", "start", "stop", "enabled"):
+        holds({field, f"_{field}"} & set(vars(guider)), "Guiders", f"{name} keeps {field} neither as {field} nor as _{field}.")
+    batch = guider.prepare_inputs({"x": (torch.zeros(1), torch.ones(1))})[0]
+    holds(batch[guider._identifier_key] == "pred_cond", "_identifier_key", f"{name}'s first prediction is not the conditional one, pred_cond, any more.")
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda cls: cls.__name__)
 def test_a_schedulers_step_has_the_arguments_that_we_bind(scheduler):
     row, parameters = "scheduler.__class__", list(inspect.signature(scheduler.step).parameters)
@@ -265,14 +287,6 @@ def test_hooks_are_where_we_look():
         holds(hasattr(DiffusionPipeline, name), name, f"DiffusionPipeline has no {name} any more.")
 
 
-def test_a_guider_is_enabled_where_we_look():
-    from diffusers.guiders import AdaptiveProjectedMixGuidance
-
-    guider = AdaptiveProjectedMixGuidance()
-    guider.disable()
-    holds(guider._enabled is False, "_enabled", "diffusers' guiders do not keep in _enabled any more whether they guide.")
-
-
 def test_the_progress_bar_reads_what_we_hold():
     pipeline = type("Pipeline", (DiffusionPipeline,), {})()
     with held(pipeline, "_progress_bar_config", {"disable": True}):
@@ -293,10 +307,22 @@ def test_schedulers_keep_their_position_where_we_look():
     flow._init_step_index(flow.timesteps[0])
     holds(flow._step_index == flow.step_index == 0, "_step_index", "FlowMatchEulerDiscreteScheduler._init_step_index does not set _step_index any more.")
     holds(hasattr(flow, "_begin_index"), "_step_index", "Schedulers keep no _begin_index any more.")
+    edm = diffusers.EDMEulerScheduler()
+    edm.set_timesteps(3)
+    edm.sigmas, edm._step_index = edm.sigmas * 2, 1
+    scaled = edm.scale_model_input(torch.ones(1), edm.timesteps[1])
+    holds(torch.equal(scaled, edm.precondition_inputs(torch.ones(1), edm.sigmas[1])), "_step_index", "EDMEulerScheduler reads its level elsewhere.")
     names = list(inspect.signature(DDIMScheduler._get_variance).parameters)
     holds(names == ["self", "timestep", "prev_timestep"], "_get_variance", f"DDIMScheduler._get_variance takes {names} now.")
     holds(isinstance(vars(flow).get("_internal_dict"), dict), "_internal_dict", "Configs are kept elsewhere than in _internal_dict.")
     holds("_get_compatibles" in vars(diffusers.SchedulerMixin), "_get_compatibles", "SchedulerMixin has no _get_compatibles any more.")
+
+
+def test_pipelines_that_ask_for_clean_samples_are_found():
+    asks = {cls.__name__ for cls in (diffusers.CosmosTextToWorldPipeline, diffusers.StableVideoDiffusionPipeline) if _asks_first(object.__new__(cls))}
+    holds(asks == {"CosmosTextToWorldPipeline"}, "co_consts", f"Of Cosmos 1 and Stable Video Diffusion, {asks or 'none'} ask for clean samples first.")
+    code = inspect.getsource(inspect.unwrap(diffusers.CosmosTextToWorldPipeline.__call__))
+    holds("self.scheduler._step_index -= 1" in code, "co_consts", "Cosmos 1 takes the step that asks back in another way.")
 
 
 # Of DiffusionPipeline and what it inherits: those that build or load, which a wrapper either writes itself or inherits on purpose.

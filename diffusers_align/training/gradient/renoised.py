@@ -29,7 +29,7 @@ def noising_times(policy: Policy, rollout: DifferentiableRollout) -> Tensor:
     """The roll-out's timesteps (S,) as levels that samples can be noised to: the nearest rows of a noise table, between which some solvers
     go, and each once, where a solver of second order comes by twice."""
     times = torch.tensor(rollout.timesteps)
-    return (times if ForwardProcess(policy.scheduler).is_flow else times.round()).unique_consecutive()
+    return (times.round() if ForwardProcess(policy.scheduler).whole_timesteps else times).unique_consecutive()
 
 
 def renoised_images(

@@ -18,8 +18,10 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INDEX = "model_index.json"
 PIPELINES = tuple(name for name in embedded.NAMES if (Path(embedded.path(name)) / INDEX).is_file())
 # Where a field of the one kind of scheduler is asked of a model of the other.
+_DIFFUSION = "a diffusion model, whose noise is --eta: give that to train_flow_grpo.py, or use train_ddpo.py, train_dpok.py or train_spo.py"
 ELSEWHERE = {
-    "DDIMSDEScheduler": "a diffusion model, whose noise is --eta: give that to train_flow_grpo.py, or use train_ddpo.py, train_dpok.py or train_spo.py",
+    "DDIMSDEScheduler": _DIFFUSION,
+    "SigmaSDEScheduler": _DIFFUSION,
     "FlowMatchSDEScheduler": "a flow-matching model, which takes --sde_type and --noise_level: train it with train_flow_grpo.py, train_nft.py or train_awm.py",
 }
 

@@ -8,7 +8,7 @@ import diffusers
 import torch
 
 from ..case import Case
-from ..parts import LATENT_CHANNELS, masks, photographs, seeded, unet, xl_unet
+from ..parts import LATENT_CHANNELS, masks, pictures, seeded, unet, xl_unet
 from .stable_diffusion import EDIT, SMALL, stable_diffusion
 from .stable_diffusion_xl import stable_diffusion_xl
 
@@ -65,14 +65,14 @@ def adapted():
     return stable_diffusion(diffusers.StableDiffusionAdapterPipeline, unet=denoiser, adapter=t2i_adapter(2, "full_adapter"))
 
 
-PICTURE, CONTROL = {"image": photographs()}, {"control_image": photographs()}
+PICTURE, CONTROL = {"image": pictures()}, {"control_image": pictures()}
 INPAINT = {**PICTURE, **CONTROL, "mask_image": masks()}
-UNION = {"control_image": torch.cat(photographs())}  # a list would be one picture for each way of control
+UNION = {"control_image": torch.cat(pictures())}  # a list would be one picture for each way of control
 RESIZED = {**SMALL, **EDIT}
 CASES: dict[str, list[Case]] = {
     "StableDiffusionControlNetPipeline": [
         Case(lambda: controlled(diffusers.StableDiffusionControlNetPipeline), SMALL, PICTURE),
-        Case(several, {**SMALL, "image": [photographs()[0], photographs()[1]]}, variant="two nets", remark="both samples share the two pictures"),
+        Case(several, {**SMALL, "image": [pictures()[0], pictures()[1]]}, variant="two nets", remark="both samples share the two pictures"),
     ],
     "StableDiffusionControlNetImg2ImgPipeline": [Case(lambda: controlled(diffusers.StableDiffusionControlNetImg2ImgPipeline), RESIZED, {**PICTURE, **CONTROL})],
     "StableDiffusionControlNetInpaintPipeline": [Case(lambda: controlled(diffusers.StableDiffusionControlNetInpaintPipeline), RESIZED, INPAINT)],

@@ -14,7 +14,7 @@ from ..parts import (
     TEXT_WIDTH,
     clip_parts,
     image_vae,
-    photographs,
+    pictures,
     quiet,
     seeded,
     t5_parts,
@@ -89,22 +89,22 @@ CASES: dict[str, list[Case]] = {
     "PixArtSigmaPipeline": [Case(lambda: pixart(diffusers.PixArtSigmaPipeline), {**SMALL, **WITHOUT_CLEANING, "max_sequence_length": 32})],
     "DiTPipeline": [Case(dit, GUIDED, {"class_labels": [1, 7]}, prompts=None)],
     "LDMTextToImagePipeline": [Case(text_to_image, {**SMALL, "height": 64, "width": 64}, remark="latents of an eighth of the size, whatever the autoencoder")],
-    "LDMSuperResolutionPipeline": [Case(super_resolution, {"num_inference_steps": 4}, {"image": torch.cat(photographs(8))}, prompts=None)],
+    "LDMSuperResolutionPipeline": [Case(super_resolution, {"num_inference_steps": 4}, {"image": torch.cat(pictures(8))}, prompts=None)],
     "LatentConsistencyModelPipeline": [Case(lambda: consistency(diffusers.LatentConsistencyModelPipeline), SMALL)],
     "LatentConsistencyModelImg2ImgPipeline": [
-        Case(lambda: consistency(diffusers.LatentConsistencyModelImg2ImgPipeline), EDIT, {"image": photographs()}),
+        Case(lambda: consistency(diffusers.LatentConsistencyModelImg2ImgPipeline), EDIT, {"image": pictures()}),
     ],
     "MarigoldDepthPipeline": [
-        Case(lambda: marigold(diffusers.MarigoldDepthPipeline, prediction_type="depth"), ESTIMATE, {"image": photographs()}, prompts=None),
+        Case(lambda: marigold(diffusers.MarigoldDepthPipeline, prediction_type="depth"), ESTIMATE, {"image": pictures()}, prompts=None),
     ],
     "MarigoldNormalsPipeline": [
-        Case(lambda: marigold(diffusers.MarigoldNormalsPipeline, prediction_type="normals"), ESTIMATE, {"image": photographs()}, prompts=None),
+        Case(lambda: marigold(diffusers.MarigoldNormalsPipeline, prediction_type="normals"), ESTIMATE, {"image": pictures()}, prompts=None),
     ],
     "MarigoldIntrinsicsPipeline": [
         Case(
             lambda: marigold(diffusers.MarigoldIntrinsicsPipeline, 2, prediction_type="intrinsics", target_properties=INTRINSICS),
             ESTIMATE,
-            {"image": photographs()},
+            {"image": pictures()},
             prompts=None,
         )
     ],

@@ -14,7 +14,7 @@ from ..parts import (
     gemma_parts,
     image_vae,
     masks,
-    photographs,
+    pictures,
     quiet,
     seeded,
     shifted_flow,
@@ -77,7 +77,7 @@ def hunyuan_dit():
     return quiet(diffusers.HunyuanDiTPAGPipeline(transformer=transformer, vae=image_vae(), scheduler=scheduler, pag_applied_layers=layers, **text, **absent))
 
 
-PICTURE, CONTROL = {"image": photographs()}, {"control_image": photographs()}
+PICTURE, CONTROL = {"image": pictures()}, {"control_image": pictures()}
 INPAINT = {**PICTURE, "mask_image": masks()}
 TEXT = {"max_sequence_length": 32}
 CASES: dict[str, list[Case]] = {

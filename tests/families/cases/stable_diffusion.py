@@ -19,9 +19,9 @@ from ..parts import (
     first_scheduler,
     image_vae,
     masks,
-    photographs,
     picture_encoder,
     picture_processor,
+    pictures,
     quiet,
     seeded,
     unet,
@@ -112,17 +112,17 @@ CASES: dict[str, list[Case]] = {
             variant="v-prediction",
         ),
     ],
-    "StableDiffusionImg2ImgPipeline": [Case(lambda: stable_diffusion(diffusers.StableDiffusionImg2ImgPipeline), EDIT, {"image": photographs()})],
+    "StableDiffusionImg2ImgPipeline": [Case(lambda: stable_diffusion(diffusers.StableDiffusionImg2ImgPipeline), EDIT, {"image": pictures()})],
     "StableDiffusionInpaintPipeline": [
         Case(
             lambda: stable_diffusion(diffusers.StableDiffusionInpaintPipeline, unet=unet(in_channels=2 * LATENT_CHANNELS + 1)),
             SMALL,
-            {"image": photographs(), "mask_image": masks()},
+            {"image": pictures(), "mask_image": masks()},
         ),
         Case(
             lambda: stable_diffusion(diffusers.StableDiffusionInpaintPipeline),
             {**SMALL, **EDIT},
-            {"image": photographs(), "mask_image": masks()},
+            {"image": pictures(), "mask_image": masks()},
             variant="blending",
             remark="a denoiser of text to image: the known part is put back after every step",
         ),
@@ -131,15 +131,15 @@ CASES: dict[str, list[Case]] = {
         Case(
             lambda: stable_diffusion(diffusers.StableDiffusionInstructPix2PixPipeline, unet=unet(in_channels=2 * LATENT_CHANNELS)),
             {**GUIDED, "image_guidance_scale": 1.5},
-            {"image": photographs()},
+            {"image": pictures()},
         )
     ],
-    "StableDiffusionDepth2ImgPipeline": [Case(depth_to_image, EDIT, {"image": [picture[0] for picture in photographs()]})],
-    "StableDiffusionImageVariationPipeline": [Case(image_variation, SMALL, {"image": photographs()}, prompts=None)],
-    "StableDiffusionUpscalePipeline": [Case(upscale, GUIDED, {"image": photographs(8)})],
-    "StableDiffusionLatentUpscalePipeline": [Case(latent_upscale, GUIDED, {"image": photographs()})],
+    "StableDiffusionDepth2ImgPipeline": [Case(depth_to_image, EDIT, {"image": [picture[0] for picture in pictures()]})],
+    "StableDiffusionImageVariationPipeline": [Case(image_variation, SMALL, {"image": pictures()}, prompts=None)],
+    "StableDiffusionUpscalePipeline": [Case(upscale, GUIDED, {"image": pictures(8)})],
+    "StableDiffusionLatentUpscalePipeline": [Case(latent_upscale, GUIDED, {"image": pictures()})],
     "StableUnCLIPPipeline": [Case(stable_unclip, {**SMALL, "prior_num_inference_steps": 2, "prior_guidance_scale": 2.0})],
-    "StableUnCLIPImg2ImgPipeline": [Case(stable_unclip_img2img, SMALL, {"image": [picture[0] for picture in photographs()]})],
+    "StableUnCLIPImg2ImgPipeline": [Case(stable_unclip_img2img, SMALL, {"image": [picture[0] for picture in pictures()]})],
 }
 
 _ONNX = "runs ONNX files, not torch modules: there is no gradient"

@@ -22,9 +22,9 @@ from ..parts import (
     first_scheduler,
     image_vae,
     masks,
-    photographs,
     picture_encoder,
     picture_processor,
+    pictures,
     quiet,
     seeded,
     unet,
@@ -51,7 +51,7 @@ def ledits(cls: type, build: Callable, pictures: int):
     """It edits what it has inverted before."""
     scheduler = diffusers.DPMSolverMultistepScheduler(**STABLE_DIFFUSION_BETAS, algorithm_type="sde-dpmsolver++", solver_order=2)
     pipeline = build(cls, scheduler=scheduler)
-    given = [Image.fromarray((255 * picture[0].permute(1, 2, 0)).to(torch.uint8).numpy()) for picture in photographs(32)]
+    given = [Image.fromarray((255 * picture[0].permute(1, 2, 0)).to(torch.uint8).numpy()) for picture in pictures(32)]
     pipeline.invert(image=given[:pictures], source_prompt="", num_inversion_steps=4, skip=0.25, generator=torch.Generator().manual_seed(0))
     return pipeline
 
@@ -110,7 +110,7 @@ def _edit_directions() -> dict[str, torch.Tensor]:
     return {"source_embeds": embeddings[:1], "target_embeds": embeddings[1:]}
 
 
-PICTURE, MASK = {"image": photographs()}, {"mask_image": masks()}
+PICTURE, MASK = {"image": pictures()}, {"mask_image": masks()}
 CONCEPTS = {
     "editing_prompt": ["glasses", "sun"], "edit_guidance_scale": [3.0, 2.0], "edit_threshold": [0.8, 0.8], "reverse_editing_direction": [False, True],
     "use_intersect_mask": False,
@@ -127,7 +127,7 @@ CASES: dict[str, list[Case]] = {
         Case(
             lambda: stable_diffusion(diffusers.StableDiffusionInpaintPipelineLegacy),
             EDIT,
-            {"image": torch.cat(photographs()), "mask_image": torch.cat(masks())},
+            {"image": torch.cat(pictures()), "mask_image": torch.cat(masks())},
         )
     ],
     "StableDiffusionDiffEditPipeline": [
@@ -139,7 +139,7 @@ CASES: dict[str, list[Case]] = {
         Case(lambda: ledits(diffusers.LEditsPPPipelineStableDiffusionXL, stable_diffusion_xl, 1), CONCEPTS, prompts=None, one_sample=True),
     ],
     "PaintByExamplePipeline": [
-        Case(paint_by_example, SMALL, {"example_image": photographs(), "image": torch.cat(photographs()), "mask_image": torch.cat(masks())}, prompts=None),
+        Case(paint_by_example, SMALL, {"example_image": pictures(), "image": torch.cat(pictures()), "mask_image": torch.cat(masks())}, prompts=None),
     ],
     "UniDiffuserPipeline": [Case(uni_diffuser, SMALL)],
     "VersatileDiffusionTextToImagePipeline": [

@@ -13,9 +13,9 @@ from ..parts import (
     STABLE_DIFFUSION_BETAS,
     clip_tokenizer,
     image_vae,
-    photographs,
     picture_encoder,
     picture_processor,
+    pictures,
     seeded,
     unet,
 )  # fmt: skip
@@ -68,7 +68,7 @@ BOXES = {"gligen_phrases": ["a cake"], "gligen_boxes": [[0.25, 0.25, 0.75, 0.75]
 FRAMES = {"video_length": 2, "t0": 1, "t1": 2, "num_inference_steps": 4, "guidance_scale": 3.0, "height": 16, "width": 16}
 CASES: dict[str, list[Case]] = {
     "AltDiffusionPipeline": [Case(lambda: alt_diffusion(diffusers.AltDiffusionPipeline), SMALL)],
-    "AltDiffusionImg2ImgPipeline": [Case(lambda: alt_diffusion(diffusers.AltDiffusionImg2ImgPipeline), EDIT, {"image": photographs()})],
+    "AltDiffusionImg2ImgPipeline": [Case(lambda: alt_diffusion(diffusers.AltDiffusionImg2ImgPipeline), EDIT, {"image": pictures()})],
     "StableDiffusionLDM3DPipeline": [Case(depth_and_colour, SMALL)],
     "StableDiffusionPanoramaPipeline": [Case(panorama, {**GUIDED, "height": 64, "width": 576})],
     "StableDiffusionPipelineSafe": [Case(safe, {**SMALL, "sld_warmup_steps": 1})],

@@ -14,9 +14,9 @@ from ..parts import (
     STABLE_DIFFUSION_BETAS,
     clip_parts,
     image_vae,
-    photographs,
     picture_encoder,
     picture_processor,
+    pictures,
     quiet,
     seeded,
     unet,
@@ -95,7 +95,7 @@ def personalized():
 
 def _videos() -> list[list[torch.Tensor]]:
     """Two videos of two frames (3, 16, 16)."""
-    first, second = (picture[0] for picture in photographs())
+    first, second = (picture[0] for picture in pictures())
     return [[first, second], [second, first]]
 
 
@@ -109,7 +109,7 @@ CASES: dict[str, list[Case]] = {
     "AnimateDiffSparseControlNetPipeline": [
         Case(
             sparsely_controlled,
-            {**SHORT, "conditioning_frames": photographs(), "controlnet_frame_indices": [0, 1]},
+            {**SHORT, "conditioning_frames": pictures(), "controlnet_frame_indices": [0, 1]},
             remark="all samples share the frames that control",
         )
     ],
@@ -121,14 +121,14 @@ CASES: dict[str, list[Case]] = {
         Case(
             stable_video,
             {"height": 16, "width": 16, **FRAMES, "num_inference_steps": 4, "max_guidance_scale": 3.0},
-            {"image": torch.cat(photographs())},
+            {"image": torch.cat(pictures())},
             prompts=None,
         )
     ],
-    "I2VGenXLPipeline": [Case(image_to_video_xl, {**SHORT, "clip_skip": None}, {"image": photographs()})],
+    "I2VGenXLPipeline": [Case(image_to_video_xl, {**SHORT, "clip_skip": None}, {"image": pictures()})],
     "TextToVideoSDPipeline": [Case(lambda: text_to_video(diffusers.TextToVideoSDPipeline), SHORT)],
     "VideoToVideoSDPipeline": [Case(lambda: text_to_video(diffusers.VideoToVideoSDPipeline), {**GUIDED, "strength": 0.8}, VIDEO, one_sample=True)],
-    "PIAPipeline": [Case(personalized, SHORT, {"image": photographs()})],
+    "PIAPipeline": [Case(personalized, SHORT, {"image": pictures()})],
 }
 
 ABSENT: dict[str, str] = {}

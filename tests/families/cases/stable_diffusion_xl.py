@@ -10,7 +10,7 @@ import transformers
 from diffusers.pipelines.kolors.text_encoder import ChatGLMConfig, ChatGLMModel
 
 from ..case import Case
-from ..parts import CLIP_WIDTH, LATENT_CHANNELS, clip_parts, gemma_tokenizer, image_vae, masks, photographs, quiet, seeded, xl_scheduler, xl_unet
+from ..parts import CLIP_WIDTH, LATENT_CHANNELS, clip_parts, gemma_tokenizer, image_vae, masks, pictures, quiet, seeded, xl_scheduler, xl_unet
 
 GUIDED = {"num_inference_steps": 4, "guidance_scale": 3.0}
 SMALL = {"height": 16, "width": 16, **GUIDED}
@@ -58,10 +58,10 @@ def kolors(cls: type, **components: Any):
     return quiet(cls(**{"unet": denoiser, "vae": image_vae(scaling_factor=0.13025), "scheduler": xl_scheduler(), **chat_glm_parts(), **components}))
 
 
-INPAINT = {"image": photographs(), "mask_image": masks()}
+INPAINT = {"image": pictures(), "mask_image": masks()}
 CASES: dict[str, list[Case]] = {
     "StableDiffusionXLPipeline": [Case(lambda: stable_diffusion_xl(diffusers.StableDiffusionXLPipeline), SMALL)],
-    "StableDiffusionXLImg2ImgPipeline": [Case(lambda: stable_diffusion_xl(diffusers.StableDiffusionXLImg2ImgPipeline), EDIT, {"image": photographs()})],
+    "StableDiffusionXLImg2ImgPipeline": [Case(lambda: stable_diffusion_xl(diffusers.StableDiffusionXLImg2ImgPipeline), EDIT, {"image": pictures()})],
     "StableDiffusionXLInpaintPipeline": [
         Case(lambda: stable_diffusion_xl(diffusers.StableDiffusionXLInpaintPipeline, unet=xl_unet(in_channels=2 * LATENT_CHANNELS + 1)), SMALL, INPAINT),
         Case(
@@ -76,12 +76,12 @@ CASES: dict[str, list[Case]] = {
         Case(
             lambda: stable_diffusion_xl(diffusers.StableDiffusionXLInstructPix2PixPipeline, unet=xl_unet(in_channels=2 * LATENT_CHANNELS)),
             {**SMALL, "image_guidance_scale": 1.5},
-            {"image": photographs()},
+            {"image": pictures()},
         )
     ],
     "KolorsPipeline": [Case(lambda: kolors(diffusers.KolorsPipeline), {**SMALL, "max_sequence_length": 32})],
     "KolorsImg2ImgPipeline": [
-        Case(lambda: kolors(diffusers.KolorsImg2ImgPipeline), {**SMALL, **EDIT, "max_sequence_length": 32}, {"image": photographs()}),
+        Case(lambda: kolors(diffusers.KolorsImg2ImgPipeline), {**SMALL, **EDIT, "max_sequence_length": 32}, {"image": pictures()}),
     ],
 }
 

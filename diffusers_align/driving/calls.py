@@ -1,0 +1,100 @@
+"""How a pipeline is called: the one seam between the kinds of pipeline and everything that drives them.
+
+A classic pipeline has a signature, methods (`encode_prompt`, `prepare_latents`) and one scheduler; a modular one has blocks that declare what they
+take, guiders, and as many schedulers as it likes. What differs is behind `Calls` (`driving/classic.py`, `driving/modular.py`); nothing else asks
+which kind a pipeline is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from diffusers import ModularPipeline
+from torch import Tensor
+
+from .guiders import guider_parameters
+
+
+class Calls(ABC):
+    """The calls of one pipeline."""
+
+    def __init__(self, pipeline):
+        self.pipeline = pipeline
+
+    @property
+    def name(self) -> str:
+        """Of the pipeline, for messages."""
+        return type(self.pipeline).__name__
+
+    @property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """What a call takes, by name, as `inspect.signature` has it: the pipeline's own arguments, and what its guiders take beside them."""
+        own = self.own_parameters
+        return own | {name: parameter for name, parameter in guider_parameters(self.pipeline).items() if name not in own}
+
+    @property
+    @abstractmethod
+    def own_parameters(self) -> dict[str, inspect.Parameter]:
+        """What the pipeline itself takes."""
+
+    @property
+    @abstractmethod
+    def schedulers(self) -> dict[str, Any]:
+        """Those that a call may step, by component name, the main one first."""
+
+    @property
+    @abstractmethod
+    def whats_missing(self) -> str:
+        """Why a pipeline of this kind may have no scheduler, and what to do; an end of a sentence."""
+
+    @abstractmethod
+    def run(self, call: dict[str, Any]) -> Any:
+        """Call the pipeline, without its progress bars, in autograd's own mode.
+
+        Args:
+            call: names of `parameters`. The output has final latents where `output_type` is "latent", and is not decoded if the kind allows.
+
+        Returns:
+            The pipeline's output; its entry 0 has the latents, images, videos or sounds.
+        """
+
+    @abstractmethod
+    def clean_up(self) -> None:
+        """What the pipeline does at the end of a call, for one that was abandoned."""
+
+    @abstractmethod
+    def encoding(self, encode: Callable[..., Any]) -> AbstractContextManager:
+        """Context: what turns prompts into embeddings is `encode(original, *args, **kwargs)`; of a pipeline that has nothing of the kind, nothing."""
+
+    @property
+    @abstractmethod
+    def encodes(self) -> bool:
+        """Whether the pipeline has something that `encoding` stands in for."""
+
+    @abstractmethod
+    def initial_noise(self, put: Callable[[Tensor], Tensor]) -> AbstractContextManager:
+        """Context: `put` gets the noise (B, *D) that a call draws first, and returns what it starts from.
+
+        Raises:
+            ValueError: the pipeline draws no noise where it is looked for, found at once or at the end.
+        """
+
+    @abstractmethod
+    def prepared_latents(self, change: Callable[[Tensor], Tensor]) -> AbstractContextManager:
+        """Context: `change` gets the latents (B, *D) that a call's denoising starts from, and gives those in their place."""
+
+    @abstractmethod
+    def starts_from_noise(self, arguments: dict[str, Any]) -> bool:
+        """Whether a call with these arguments starts from noise alone, which `prepared_latents` finds."""
+
+
+def calls_of(pipeline) -> Calls:
+    """The calls of a pipeline of either kind."""
+    from .classic import ClassicCalls
+    from .modular import ModularCalls
+
+    return (ModularCalls if isinstance(pipeline, ModularPipeline) else ClassicCalls)(pipeline)

@@ -1,0 +1,45 @@
+"""Pipelines that call other pipelines, their parts: for the time of a call, the parts walk the whole one's scheduler and let gradients through.
+
+A part holds the scheduler that the pipeline was built with, and diffusers decorates its `__call__` with `torch.no_grad`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from diffusers import DiffusionPipeline
+
+from .replacements import held
+
+
+def parts_of(pipeline) -> list[DiffusionPipeline]:
+    """The pipelines that a pipeline has as attributes."""
+    return [value for value in vars(pipeline).values() if isinstance(value, DiffusionPipeline)]
+
+
+@contextmanager
+def parts_follow(pipeline) -> Iterator[None]:
+    """Context: each part has the pipeline's own scheduler, unless it has another of the pipeline's components; its calls run undecorated, in autograd's
+    own mode, and show no progress."""
+    parts = parts_of(pipeline)
+    others = {id(component) for name, component in pipeline.components.items() if name != "scheduler"} if parts else set()
+    with ExitStack() as stack:
+        for part in parts:
+            if id(part.components.get("scheduler")) not in others:
+                stack.enter_context(held(part, "scheduler", pipeline.scheduler))
+            stack.enter_context(held(part, "_progress_bar_config", {**getattr(part, "_progress_bar_config", {}), "disable": True}))
+            stack.enter_context(_undecorated(part))
+        yield
+
+
+@contextmanager
+def _undecorated(part: DiffusionPipeline) -> Iterator[None]:
+    """Context: `part(...)` is the function that diffusers decorates. Python looks calls up on the class, so the part gets a class of its own."""
+    cls = type(part)
+    part.__class__ = type(cls.__name__, (cls,), {"__call__": inspect.unwrap(cls.__call__), "__module__": cls.__module__})
+    try:
+        yield
+    finally:
+        part.__class__ = cls

@@ -1,0 +1,54 @@
+"""What needs no training, around the stock pipeline."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_align.pipelines import BestOfNPipeline, ParticleSteeringPipeline, RewardGuidedPipeline
+
+from ..cell import require
+from ..column import Column
+from ..subject import Subject
+
+
+def brightness(images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
+    return images.flatten(1).mean(1)
+
+
+def _call(subject: Subject, cls: type, **options: Any):
+    generators = [torch.Generator().manual_seed(seed) for seed in subject.seeds]
+    own = {"per_sample": copy.deepcopy(subject.per_sample)} if subject.per_sample else {}
+    prompts = subject.prompts or [""] * subject.size
+    batch = {"batch_size": 1} if subject.case.one_sample and cls is not RewardGuidedPipeline else {}
+    pipeline = cls(subject.build(), reward=brightness)
+    return pipeline(prompts, generator=generators, output_type="pt", **copy.deepcopy(subject.case.call), **own, **batch, **options)
+
+
+def best_of_n(subject: Subject) -> None:
+    output = _call(subject, BestOfNPipeline, num_candidates=2)
+    require(tuple(output.rewards.shape) == (subject.size, 2), f"Rewards {tuple(output.rewards.shape)}.")
+    require(bool(output.rewards.isfinite().all()), "Rewards are not finite.")
+    require(not torch.equal(output.rewards[:, 0], output.rewards[:, 1]), "Both candidates are the same.")
+
+
+def reward_guided(subject: Subject) -> None:
+    plain, steered = (_call(subject, RewardGuidedPipeline, preset="dps", reward_scale=scale).rewards for scale in (0.0, 5.0))
+    require(bool(steered.isfinite().all()), "Rewards are not finite.")
+    require(not torch.equal(plain, steered), "The guidance makes no difference.")
+
+
+def particles(subject: Subject) -> None:
+    output = _call(subject, ParticleSteeringPipeline, num_particles=2)
+    require(tuple(output.rewards.shape) == (subject.size, 2), f"Rewards {tuple(output.rewards.shape)}.")
+    require(bool(output.rewards.isfinite().all()), "Rewards are not finite.")
+
+
+COLUMNS = (
+    Column("best_of_n", "best", "best-of-n: `BestOfNPipeline(pipeline)`", best_of_n, ("stock",)),
+    Column("reward_guided", "guide", "guidance by a reward's gradient: `RewardGuidedPipeline(pipeline)`", reward_guided, ("stock",)),
+    Column("particles", "part", "particle steering: `ParticleSteeringPipeline(pipeline)`", particles, ("stock",)),
+)

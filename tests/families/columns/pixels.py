@@ -1,0 +1,133 @@
+"""Latents to pictures and back, and the stock call's own samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_align import differentiable_rollout
+from diffusers_align.driving.replacements import replaced
+from diffusers_align.driving.stock import stock_images
+
+from ..cell import DoesNotApply, Fault, require
+from ..column import Column
+from ..subject import Subject, relative_error, smooth, tensor_of
+
+SAME = 1e-4
+
+
+def is_sound(shape: torch.Size) -> bool:
+    """Whether `decode` made waveforms; whether they are (B, C, T) is its own column's matter."""
+    return len(shape) < 4
+
+
+@torch.no_grad()
+def decode(subject: Subject) -> str | None:
+    trajectory = subject.trajectory
+    images = subject.policy.decode(trajectory.final, trajectory.condition)
+    require(isinstance(images, Tensor), f"decode returns a {type(images).__name__}.")
+    require(len(images) == subject.size, f"{len(images)} pictures of {subject.size} samples.")
+    require(bool(images.isfinite().all()), "The pictures are not finite.")
+    if is_sound(images.shape):
+        require(images.ndim == 3, f"Waveforms are {tuple(images.shape)}, not (B, C, T).")
+        return "audio (B, C, T)"
+    require(images.ndim in (4, 5) and images.shape[-3] == 3, f"Shape {tuple(images.shape)}, not (B, [F,] 3, H, W).")
+    require(images.min() >= 0 and images.max() <= 1, f"Values from {images.min():.3g} to {images.max():.3g}, not in [0, 1].")
+    return None
+
+
+def autoencoded(vae: nn.Module, images: Tensor, takes_videos: bool) -> Tensor:
+    """Pictures or videos after a round trip through the autoencoder, in [0, 1], without any pipeline."""
+    pixels = images * 2 - 1
+    frames = images.shape[1] if images.ndim == 5 else 1
+    if takes_videos:
+        pixels = pixels[:, :, None] if images.ndim == 4 else pixels.transpose(1, 2)
+    elif images.ndim == 5:
+        pixels = pixels.flatten(0, 1)
+    code = vae.encode(pixels)
+    z = code.latent_dist.mode() if hasattr(code, "latent_dist") else code.latents if hasattr(code, "latents") else code.latent
+    decoded = vae.decode(z).sample
+    if takes_videos:
+        decoded = decoded.squeeze(2) if images.ndim == 4 else decoded if decoded.shape == images.shape else decoded.transpose(1, 2)
+    elif images.ndim == 5:
+        decoded = decoded.unflatten(0, (-1, frames))
+    return (decoded / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def encode(subject: Subject) -> None:
+    policy, trajectory, ranks = subject.policy, subject.trajectory, []
+    components = policy.pipeline.components
+    vae = next((components[name] for name in ("vae", "movq", "vqvae", "vqgan") if isinstance(components.get(name), nn.Module)), None)
+
+    def watch(decode: Callable, z: Tensor, *args: Any, **kwargs: Any):
+        ranks.append(z.ndim)
+        return decode(z, *args, **kwargs)
+
+    with nullcontext() if vae is None else replaced(vae, "decode", watch):
+        shape = policy.decode(trajectory.final, trajectory.condition).shape
+    if is_sound(shape):
+        raise DoesNotApply("Audio: `encode` is of pictures and videos.")
+    images = smooth(shape)
+    latents = policy.encode(images, trajectory.condition)
+    require(latents.shape == trajectory.final.shape, f"Latents {tuple(latents.shape)}, the roll-out's are {tuple(trajectory.final.shape)}.")
+    expected = images if vae is None else autoencoded(vae, images, 5 in ranks)
+    error = relative_error(policy.decode(latents, trajectory.condition), expected)
+    require(error <= 1e-3, f"decode(encode(pictures)) is off by {error:.1e} from the autoencoder's own round trip.")
+
+
+@torch.no_grad()
+def solver(subject: Subject) -> str:
+    """The stock solver walked by the policy: the pictures of the stock call, whatever the twin."""
+    policy, condition = subject.policy, subject.trajectory.condition
+    own, expected = tensor_of((stock_images(policy, condition),)), subject.stock_images
+    error = relative_error(own, expected.reshape(own.shape) if own.numel() == expected.numel() else expected)
+    require(error <= SAME, f"Off by {error:.1e} from the stock call (shapes {tuple(own.shape)}, {tuple(expected.shape)}).")
+    return "bit for bit" if error == 0 else ""
+
+
+@torch.no_grad()
+def deterministic(subject: Subject) -> str:
+    policy = subject.policy
+    twin, stock = policy.scheduler, policy.stock_scheduler
+    if not isinstance(twin, type(stock)):
+        walked = next(cls.__name__ for cls in type(twin).__mro__ if cls.__module__.startswith("diffusers."))
+        raise DoesNotApply(f"Other solver: {type(stock).__name__}, walked as {walked}.")
+    trajectory = subject.rollout(deterministic=True)
+    try:
+        latents = subject.stock_latents
+        error = relative_error(trajectory.final, latents)
+    except Exception:  # no such output of the stock call
+        latents, error = None, float("inf")
+    if error <= SAME:
+        return "bit for bit" if error == 0 else ""
+    images = policy.decode(trajectory.final, trajectory.condition)
+    of_images = relative_error(images, subject.stock_images)
+    if of_images <= SAME:
+        return "compared as pictures: the call's latents have another form"
+    form = "none" if latents is None else f"{error:.1e} as latents"
+    raise Fault(f"Off by {of_images:.1e} from the stock call's pictures ({form}).")
+
+
+def pixel_gradient(subject: Subject) -> None:
+    policy, trajectory = subject.policy, subject.trajectory
+    assert subject.lora
+    subject.forget_gradients()
+    rollout = differentiable_rollout(policy, trajectory.condition, grad_steps=range(trajectory.num_steps))
+    weights = torch.randn(rollout.images.shape, generator=torch.Generator().manual_seed(3))
+    (rollout.images.float() * weights).sum().backward()
+    for name, total in subject.gradients().items():
+        require(0 < total < float("inf"), f"The gradient of the {name} is {total}.")
+
+
+COLUMNS = (
+    Column("decode", "dec", "`decode` gives (B, [F,] 3, H, W) in [0, 1], audio as (B, C, T)", decode, ("rollout",)),
+    Column("encode", "enc", "`encode` is `decode`'s inverse as far as the autoencoder allows", encode, ("rollout", "decode")),
+    Column("solver", "sol", "the stock solver, walked by the policy, makes the stock call's output", solver, ("rollout",)),
+    Column("deterministic", "ode", "the deterministic roll-out is the stock call, where the solver is the same", deterministic, ("rollout",)),
+    Column("pixels", "pix", "a reward's gradient reaches every denoiser's LoRA through the whole sampling", pixel_gradient, ("rollout",)),
+)

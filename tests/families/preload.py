@@ -1,0 +1,5 @@
+"""Imported once by the server of worker processes."""
+
+from .worker import preload
+
+preload()
