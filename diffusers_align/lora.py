@@ -119,6 +119,9 @@ def _beside_others(name: str, module: nn.Module) -> Iterator[None]:
 def _has_loader(pipeline, name: str, module: nn.Module) -> bool:
     """Whether the stock `load_lora_weights` of this pipeline reaches the denoiser, and finds there what it needs."""
     reached = getattr(type(pipeline), "_lora_loadable_modules", ())
+    # A loader made for another pipeline reads text encoders that this one does not have.
+    if any(other.startswith("text_encoder") and not hasattr(pipeline, other) for other in reached):
+        return False
     return name in reached and hasattr(type(pipeline), "save_lora_weights") and hasattr(module, "load_lora_adapter")
 
 

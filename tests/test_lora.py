@@ -16,6 +16,7 @@ from tiny_pipelines import FAMILIES, wan
 from diffusers_align import Policy, load_lora, lora
 from diffusers_align.driving.scheduler_hook import denoisers
 from diffusers_align.files import lora_finder, weight_files
+from tests.families.cases import CASES
 
 # --- wrappers ----------------------------------------------------------------------------------------------------------
 
@@ -148,6 +149,23 @@ def test_a_pipeline_whose_loader_has_no_place_for_its_denoiser_gets_a_file_of_it
     assert lora.stock_lines(fresh, {"transformer": fresh.transformer}, "me/it") == ['diffusers_align.load_lora(pipe, "me/it")']
     lora.unload(fresh)
     assert torch.equal(drawn(fresh, "sd3"), drawn(FAMILIES["sd3"].build(), "sd3"))
+
+
+def test_a_loader_that_reads_a_text_encoder_which_the_pipeline_lacks_is_none(tmp_path, caplog):
+    """Kolors' image to image has the one of Stable Diffusion XL, with its two text encoders."""
+    case = CASES["KolorsImg2ImgPipeline"][0]
+    policy = Policy(case.build(), **case.call)
+    moved(policy.add_lora(rank=2))
+    asked = {"seeds": [1, 2], "per_sample": case.per_sample}
+    with caplog.at_level(logging.WARNING):
+        policy.save_lora(tmp_path)
+    assert "no LoRA loader for its unet" in caplog.text
+    fresh = case.build()
+    load_lora(fresh, tmp_path)
+    expected, found = (it.rollout(list(case.prompts), **asked).final for it in (policy, Policy(fresh, **case.call)))
+    assert torch.equal(found, expected)
+    with policy.reference():
+        assert not torch.allclose(policy.rollout(list(case.prompts), **asked).final, expected, rtol=1e-2)
 
 
 @pytest.mark.parametrize("targets, missing", [(["nope"], "'nope'"), (["to_q", "to_kk"], "'to_kk' for a LoRA. Did you mean 'to_k'")])
