@@ -38,7 +38,9 @@ def guided(subject: Subject) -> None:
 
     def keep(step) -> Tensor | None:
         if step.child == 0 and step.k == k:
-            seen.append((step.timestep, step.sample.clone(), step.model_output.clone()))
+            # Some models give a variance behind it, which is no part of what they predict.
+            learned = step.model_output.shape[1:] == (2 * step.sample.shape[1], *step.sample.shape[2:])
+            seen.append((step.timestep, step.sample.clone(), (step.model_output.chunk(2, 1)[0] if learned else step.model_output).clone()))
         return None
 
     with policy.noise(trajectory.condition, False):

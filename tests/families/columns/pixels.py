@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -50,7 +51,7 @@ def autoencoded(vae: nn.Module, images: Tensor, takes_videos: bool) -> Tensor:
         pixels = pixels.flatten(0, 1)
     code = vae.encode(pixels)
     z = code.latent_dist.mode() if hasattr(code, "latent_dist") else code.latents if hasattr(code, "latents") else code.latent
-    decoded = vae.decode(z).sample
+    decoded = vae.decode(z, **({"num_frames": frames} if "num_frames" in inspect.signature(vae.decode).parameters else {})).sample
     if takes_videos:
         decoded = decoded.squeeze(2) if images.ndim == 4 else decoded if decoded.shape == images.shape else decoded.transpose(1, 2)
     elif images.ndim == 5:
@@ -97,7 +98,9 @@ def deterministic(subject: Subject) -> str:
     if not isinstance(twin, type(stock)):
         walked = next(cls.__name__ for cls in type(twin).__mro__ if cls.__module__.startswith("diffusers."))
         raise DoesNotApply(f"Other solver: {type(stock).__name__}, walked as {walked}.")
-    trajectory = subject.rollout(deterministic=True)
+    trajectory, other = (subject.rollout(deterministic=True, step_seeds=[seed + own for seed in subject.seeds]) for own in (20, 30))
+    if not torch.equal(trajectory.final, other.final):
+        raise DoesNotApply("The stock sampler draws noise of its own, so that there is no walk without: another column compares it with the stock call.")
     try:
         latents = subject.stock_latents
         error = relative_error(trajectory.final, latents)
