@@ -40,6 +40,13 @@ _HOMES = {
     "noise_seed": ".policy",
     "sde_twin": ".schedulers",
 }
+# Pipelines that were saved with them look these up here too.
+_HOMES |= dict.fromkeys(
+    ("CMSDEScheduler", "DDPMSDEScheduler", "FlowMatchLCMSDEScheduler", "LCMSDEScheduler", "SCMSDEScheduler", "TCDSDEScheduler", "UnCLIPSDEScheduler",
+     "WuerstchenSDEScheduler"),
+    ".schedulers",
+)  # fmt: skip
+_HOMES["FlowMapSDEScheduler"] = ".schedulers.scheduling_flow_map_sde"  # whose parent is not in every diffusers
 __all__ = [
     "Condition",
     "DDIMSDEScheduler",

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .schedulers import DDIMSDEScheduler, FlowMatchSDEScheduler, SigmaSDEScheduler
+from .schedulers import DDIMSDEScheduler, DDPMSDEScheduler, FlowMatchSDEScheduler, SigmaSDEScheduler, UnCLIPSDEScheduler, WuerstchenSDEScheduler
 
 SCHEMES = ("uniform", "logit_normal", "grid")
 WEIGHTINGS = ("native", "eps", "x0", "elbo")
@@ -47,14 +47,23 @@ class ForwardProcess:
     """
 
     def __init__(self, scheduler: FlowMatchSDEScheduler | DDIMSDEScheduler | SigmaSDEScheduler):
-        if not isinstance(scheduler, (FlowMatchSDEScheduler, DDIMSDEScheduler, SigmaSDEScheduler)):
+        if getattr(scheduler, "jumps", False):
+            raise TypeError(
+                f"The model of {type(scheduler).__name__} jumps along its own trajectories and predicts no mean of noise or data, so losses on noised samples "
+                "(DPO, KTO, NFT, AWM, SFT) mean nothing there: use methods that roll out (GRPO, DDPO, DPOK, D3PO, SPO) or a reward's gradient."
+            )
+        if not isinstance(
+            scheduler, (FlowMatchSDEScheduler, DDIMSDEScheduler, SigmaSDEScheduler, DDPMSDEScheduler, UnCLIPSDEScheduler, WuerstchenSDEScheduler)
+        ):
             raise TypeError(f"{type(scheduler).__name__} is no policy's scheduler; pass policy.scheduler, or sde_twin(pipeline.scheduler).")
         self.scheduler, self.is_flow = scheduler, isinstance(scheduler, FlowMatchSDEScheduler)
-        self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
-        self.prediction_type = "flow" if self.is_flow else scheduler.config.prediction_type
+        self.num_train_timesteps = int(scheduler.config.get("num_train_timesteps", 1))  # Wuerstchen's time is continuous
+        self.prediction_type = "flow" if self.is_flow else scheduler.config.get("prediction_type", "epsilon")
         self._space = scheduler.space if isinstance(scheduler, SigmaSDEScheduler) else None
         if self._space is not None:
             self.prediction_type = self._space.prediction_type
+        self._table = None if self.is_flow else getattr(scheduler, "alphas_cumprod", None)
+        self._continuous = not self.is_flow and (self._table is None if self._space is None else self._space.times != "table")
         # Time that rises from noise to data turns the velocity around.
         self._inverted = bool(self.is_flow and scheduler.config.invert_sigmas)
         if self.is_flow:
@@ -89,7 +98,7 @@ class ForwardProcess:
     @property
     def whole_timesteps(self) -> bool:
         """Whether times are rows of a table, and nothing lies between them."""
-        return not self.is_flow and self._space is None
+        return not self.is_flow and self._space is None and self._table is not None
 
     def _levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma, (B,) float64 on the CPU."""
@@ -106,9 +115,12 @@ class ForwardProcess:
                 raise ValueError(f"Timesteps must lie in [{least:g}, {most:g}], got {t.min():g} to {t.max():g}.")
             ratio = self._space.sigma_of(t)
             return self._space.alpha(ratio), self._space.alpha(ratio) * ratio
+        if self._table is None:
+            sigma = self.scheduler.noise_weight(t)
+            return (1 - sigma.square()).sqrt(), sigma
         if bool((t < 0).any() or (t >= self.num_train_timesteps).any() or (t != t.round()).any()):
             raise ValueError(f"Timesteps must be whole numbers from 0 to {self.num_train_timesteps - 1}, rows of the noise table; got {t.tolist()}.")
-        alphas_cumprod = self.scheduler.alphas_cumprod.cpu().double()[t.long()]
+        alphas_cumprod = self._table.cpu().double()[t.long()]
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
     def _weights(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,11 +217,11 @@ class ForwardProcess:
 
     def _snr_fall(self, t: Tensor) -> Tensor:
         """T/2 (SNR(t - 1) - SNR(t)) of a noise table, (B,) float64; 0 at t = 0. Of continuous times, minus half the derivative by the time in [0, 1]."""
-        if self._space is not None and self._space.times != "table":
+        if self._continuous:
             least, most = self.scheduler.time_range
             step, t = 1e-4 * (most - least), t.double().cpu()
-            before, after = (self._space.sigma_of(t + side).square().reciprocal() for side in (-step, step))
-            return (before - after) / (4 * step) * (most - least)
+            before, after = ((t + side).clamp(least, most) for side in (-step, step))
+            return (self.snr(before) - self.snr(after)) / (2 * (after - before)) * (most - least)
         (alpha, sigma), (before_alpha, before_sigma) = self._levels(t), self._levels((t - 1).clamp(min=0))
         return self.num_train_timesteps / 2 * ((before_alpha / before_sigma).square() - (alpha / sigma).square())
 
@@ -264,7 +276,7 @@ class ForwardProcess:
         """Times (number,) in the scheduler's units, from u in [0, 1], clean to noisy."""
         if self.is_flow:
             return ((1 - u if self._inverted else u) * self.num_train_timesteps).to(self._dtype)
-        if self._space is not None and self._space.times != "table":
+        if self._continuous:
             least, most = self.scheduler.time_range
             return (least + u * (most - least)).to(self._dtype)
         return (u * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1).to(self._dtype)

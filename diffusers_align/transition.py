@@ -45,13 +45,18 @@ def _require_same(x: Tensor, mean: Tensor) -> None:
         raise ValueError(f"A state of shape {tuple(x.shape)} is none of this kernel, whose mean has {tuple(mean.shape)}.")
 
 
+def _summed(terms: Tensor, noisy: Tensor | None) -> Tensor:
+    return sum_per_sample(terms if noisy is None else terms.where(noisy, 0.0))
+
+
 @dataclass(frozen=True)
 class GaussianTransition:
     """A batch of diagonal Gaussians over the next state.
 
     Attributes:
         mean: (B, *D) float32.
-        std: (1 or B, 1, ..., 1), broadcastable to `mean`, float32; 0 marks a deterministic step.
+        std: (1 or B, 1, ..., 1), or of each element, broadcastable to `mean`, float32. 0 marks what stands still: a deterministic step, or the tokens
+            of a condition.
     """
 
     mean: Tensor
@@ -62,33 +67,51 @@ class GaussianTransition:
         noise = standard_normal(tuple(self.mean.shape), generator, self.mean.device, dtype or self.mean.dtype)
         return self.mean + self.std * noise
 
+    def select(self, index) -> GaussianTransition:
+        """The Gaussians of some of the samples."""
+        return GaussianTransition(self.mean[index], self.std if len(self.std) == 1 else self.std[index])
+
+    @staticmethod
+    def cat(parts: list[GaussianTransition]) -> GaussianTransition:
+        """One batch of the same step's Gaussians of several samples."""
+        shared = all(len(p.std) == 1 for p in parts)
+        rows = (p.std if len(p.std) > 1 else p.std.expand(len(p.mean), *p.std.shape[1:]) for p in parts)
+        return GaussianTransition(torch.cat([p.mean for p in parts]), parts[0].std if shared else torch.cat(list(rows)))
+
     def log_prob(self, x_prev: Tensor) -> Tensor:
-        """Log-density of `x_prev` (B, *D) in nats, (B,): the SUM over D, elementwise in float32 and reduced in float64.
+        """Log-density of `x_prev` (B, *D) in nats, (B,): the SUM over D, elementwise in float32 and reduced in float64. Elements that stand still
+        (std is 0) contribute nothing.
 
         Raises:
-            ValueError: the step is deterministic (std is 0), so the density does not exist; `x_prev` is of other samples.
+            ValueError: the step is deterministic (std is 0 all over a sample), so the density does not exist; `x_prev` is of other samples.
         """
-        self._require_noise()
+        noisy, std = self._noise()
         _require_same(x_prev, self.mean)
-        deviation = (x_prev.to(self.mean.dtype) - self.mean) / self.std
-        return sum_per_sample(-0.5 * deviation.square() - self.std.log() - _HALF_LOG_2PI)
+        deviation = (x_prev.to(self.mean.dtype) - self.mean) / std
+        return _summed(-0.5 * deviation.square() - std.log() - _HALF_LOG_2PI, noisy)
 
     def kl(self, other: GaussianTransition) -> Tensor:
-        r"""$\mathrm{KL}(p \,\|\, q)$ in nats, (B,), closed form, summed over D. `other` is q.
+        r"""$\mathrm{KL}(p \,\|\, q)$ in nats, (B,), closed form, summed over D. `other` is q. Elements that stand still in both contribute nothing.
 
         Raises:
-            ValueError: either step is deterministic, or the two are of other samples.
+            ValueError: either step is deterministic, the two are of other samples, or other elements of them stand still.
         """
-        self._require_noise()
-        other._require_noise()
+        (noisy, std), (other_noisy, other_std) = self._noise(), other._noise()
         _require_same(other.mean, self.mean)
-        ratio = (self.std / other.std).square()
-        shift = ((self.mean - other.mean) / other.std).square()
-        return sum_per_sample(0.5 * (shift + ratio - 1 - ratio.log()))
+        if (noisy is None) != (other_noisy is None) or noisy is not None and bool((noisy != other_noisy).any()):
+            raise ValueError("The one step has noise in elements that stand still in the other, so that their divergence is infinite.")
+        ratio = (std / other_std).square()
+        shift = ((self.mean - other.mean) / other_std).square()
+        return _summed(0.5 * (shift + ratio - 1 - ratio.log()), noisy)
 
-    def _require_noise(self) -> None:
-        if bool((self.std <= 0).any()):
+    def _noise(self) -> tuple[Tensor | None, Tensor]:
+        """Which elements have noise, None where all do; and the standard deviation, 1 in those without."""
+        noisy = self.std > 0
+        if bool(noisy.all()):
+            return None, self.std
+        if not bool(noisy.flatten(1).any(1).all()):
             raise ValueError(
                 "This step is deterministic (std is 0), so it has no log-probability. Use only the steps where "
                 "`scheduler.stochastic_steps` is True, or raise the scheduler's noise (`eta`, `noise_level`)."
             )
+        return noisy, self.std.where(noisy, 1.0)

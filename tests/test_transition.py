@@ -81,6 +81,36 @@ def test_deterministic_step_has_no_density_and_the_error_says_what_to_do():
     assert torch.equal(still.sample(torch.Generator().manual_seed(0)).double(), still.mean)
 
 
+def test_elements_that_stand_still_contribute_nothing():
+    whole, other = gaussian(0), gaussian(1)
+    held = torch.zeros(whole.mean.shape, dtype=torch.bool)
+    held[:, 0] = True
+    p, q = (GaussianTransition(g.mean, g.std.expand_as(g.mean).masked_fill(held, 0.0)) for g in (whole, other))
+    part_p, part_q = (GaussianTransition(g.mean[:, 1:], g.std.expand_as(g.mean)[:, 1:]) for g in (whole, other))
+    action = other.mean
+    torch.testing.assert_close(p.log_prob(action), part_p.log_prob(action[:, 1:]))
+    torch.testing.assert_close(p.kl(q), part_p.kl(part_q))
+    assert torch.equal(p.sample(torch.Generator().manual_seed(0))[:, 0], p.mean[:, 0])
+    with pytest.raises(ValueError, match="noise in elements that stand still in the other"):
+        p.kl(whole)
+
+
+def test_elements_that_stand_still_pass_no_nan_to_gradients():
+    mean = torch.zeros(2, 3, requires_grad=True)
+    kernel = GaussianTransition(mean, torch.tensor([[0.0, 1.0, 2.0]]))
+    (gradient,) = torch.autograd.grad(kernel.log_prob(torch.ones(2, 3)).sum(), mean)
+    torch.testing.assert_close(gradient, torch.tensor([[0.0, 1.0, 0.25]]).expand(2, 3))
+
+
+@pytest.mark.parametrize("std_shape", [(1, 1, 1, 1), (3, 1, 1, 1)])
+def test_some_of_the_samples_and_all_again(std_shape):
+    whole = gaussian(0, std_shape=std_shape)
+    parts = [whole.select([0]), whole.select([1, 2])]
+    assert all(len(part.mean) == n and len(part.std) == (n if std_shape[0] > 1 else 1) for part, n in zip(parts, (1, 2)))
+    again = GaussianTransition.cat(parts)
+    assert torch.equal(again.mean, whole.mean) and torch.equal(again.std.expand_as(whole.mean), whole.std.expand_as(whole.mean))
+
+
 def test_sample_with_a_generator_a_sample_does_not_depend_on_the_batch():
     transition = gaussian(0, std_shape=(3, 1, 1, 1))
     together = transition.sample([torch.Generator().manual_seed(i) for i in range(3)])

@@ -29,7 +29,7 @@ class DDPOArguments(
 
     estimator: Literal["is", "sf"] = option("is", "importance sampling, or the score function (one step per epoch)", needs=BY_GRADIENT)
     num_samples_per_epoch: Annotated[int, Interval(ge=2, le=10**9)] = option(256, "samples per epoch, each of a prompt; one alone has no advantage")
-    eta: Eta = option(1.0, "noise of the DDIM kernel")
+    eta: Eta | None = option(None, "noise of the DDIM kernel, 1 if absent; of a sampler with noise of its own, its own if absent")
     random_timestep_fraction: PositiveShare = option(
         1.0, "train a random share of the steps, drawn anew for each batch", needs=BY_GRADIENT, was="timestep_fraction"
     )
@@ -67,7 +67,7 @@ from diffusers_align.algorithms.reinforce import reinforce_loss
 from diffusers_align.rl import PromptStatistics, batch_advantages
 from diffusers_align.training import Report, Run
 from diffusers_align.training.online.policy_gradient import policy_gradient_epoch
-from diffusers_align.training.online.sampling import sample_epoch
+from diffusers_align.training.online.sampling import noise_fields, sample_epoch
 from diffusers_align.training.online.trained_steps import trained_steps
 from diffusers_align.training.online.trust_region import trust_region_update
 
@@ -90,7 +90,7 @@ def main(argv=None):
     run = Run(args, "DDPO")
     run.batches(args.num_samples_per_epoch, steps=1 if args.estimator == "sf" else 2)
     report = Report(run)
-    policy = run.load_policy(eta=args.eta)
+    policy = run.load_policy(**noise_fields(args))
     run.load_optimizer(args.num_epochs * run.division.num_steps)
     statistics = PromptStatistics(args.per_prompt_stat_buffer_size, args.per_prompt_stat_min_count)
     run.register("prompt_statistics", statistics)

@@ -19,6 +19,8 @@ before the epoch's first update; `kl`, in the chosen form; `clip_fraction`.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from ..rl.importance import ClipRange, clipped_surrogate, importance_ratio
@@ -40,12 +42,14 @@ def flow_grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, *,
 
 
 def gaussian_kl(mean: Tensor, ref_mean: Tensor, std: Tensor) -> Tensor:
-    """Exact KL of two kernels of equal std, in nats per dimension, (B,): mean((mu - mu_ref)^2) / (2 std^2)."""
-    return ((mean - ref_mean).square() / (2 * std.square())).flatten(1).mean(1)
+    """Exact KL of two kernels of equal std, in nats per dimension, (B,): mean((mu - mu_ref)^2) / (2 std^2). Where std is 0 nothing is drawn: 0."""
+    return ((mean - ref_mean).square() / (2 * std.where(std > 0, math.inf).square())).flatten(1).mean(1)
 
 
 def official_kl(mean: Tensor, ref_mean: Tensor, std: Tensor, step_size: float) -> Tensor:
     """The official code's KL, (B,): `gaussian_kl` times the step's length |sigma_next - sigma|."""
+    if math.isnan(step_size):
+        raise ValueError("The official penalty goes by the lengths of flow matching's steps, and this sampler has none: take --kl_form gaussian.")
     return step_size * gaussian_kl(mean, ref_mean, std)
 
 

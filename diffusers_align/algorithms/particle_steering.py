@@ -159,4 +159,5 @@ def twist(mean: Tensor, std: Tensor, gradient: Tensor) -> Tensor:
 def proposal_log_ratio(drawn: Tensor, mean: Tensor, proposal_mean: Tensor, std: Tensor) -> Tensor:
     """log p - log q of what was drawn (B, *D) from N(proposal_mean, std^2) in the place of N(mean, std^2): (B,) nats, summed over D."""
     shift, deviation = (proposal_mean - mean).double(), (drawn - mean).double()
-    return ((shift.square() - 2 * deviation * shift) / (2 * std.double().square())).flatten(1).sum(1)
+    noise = std.double().where(std > 0, math.inf)  # what stands still has one way to go
+    return ((shift.square() - 2 * deviation * shift) / (2 * noise.square())).flatten(1).sum(1)

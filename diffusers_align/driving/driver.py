@@ -189,12 +189,12 @@ class Driver:
         A stock solver draws as in a stock call, unless the condition has seeds for its steps.
 
         Args:
-            deterministic: walk the ODE; no step draws then.
+            deterministic: walk the ODE; no step draws then. A sampler that has noise of its own and no ODE draws still, as in a stock call.
         """
         schedulers, streams = self.calls.schedulers.values(), self._streams
         before = [getattr(scheduler, "deterministic", False) for scheduler in schedulers]
-        is_twin = isinstance(self.scheduler, SDESchedulerMixin)
-        self._streams = step_streams(condition.step_seeds or (condition.seeds if is_twin else None))
+        as_stock = not isinstance(self.scheduler, SDESchedulerMixin) or (deterministic and self.scheduler.own_noise)
+        self._streams = step_streams(condition.step_seeds or (None if as_stock else condition.seeds))
         for scheduler in schedulers:
             scheduler.deterministic = deterministic
         try:

@@ -71,7 +71,7 @@ class Prediction:
             if step.k == 1:
                 if step.sample.shape != given.shape or not torch.equal(step.sample, given):
                     raise ValueError(f"{type(self.driver.pipeline).__name__} edits its latents between steps; predict has no meaning there.")
-                outputs.append(step.model_output)
+                outputs.append(self.driver.scheduler.denoising_output(step.model_output, step.sample))
             return given
 
         self.driver.drive(

@@ -19,6 +19,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
+from ..schedulers.own_noise import first_time
 from ..schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork
 from ..schedulers.sigma_space import implied_output
 from .calls import calls_of
@@ -64,6 +65,11 @@ class Step:
     output: Any = None
 
     @property
+    def time(self) -> float:
+        """The timestep as a number: some pipelines pass one of each sample, all the same."""
+        return float(first_time(self.timestep))
+
+    @property
     def generator(self) -> Generator:
         """What the step draws with; None leaves it to the scheduler."""
         return self._arguments.get("generator")
@@ -88,6 +94,7 @@ class Step:
             self.scheduler.skip_step(self.timestep)
         else:
             self.run()
+            self.output = None  # made of a denoiser call that was left out
 
     def result(self, prev_sample: Tensor | None):
         """What the pipeline gets: the step's own output, or `prev_sample` in its place, in the form that it asked for."""
@@ -95,12 +102,14 @@ class Step:
             self.run()
         values = list(self.output.to_tuple()) if self.output is not None else [prev_sample, prev_sample]
         if prev_sample is not None:
-            values[0] = prev_sample
+            # The last step of a consistency sampler returns the clean sample twice, as the state and beside it, where pipelines take it from.
+            values = [prev_sample if value is values[0] else value for value in values]
         if not self._arguments.get("return_dict", True):
             return tuple(values[: getattr(self.scheduler, "tuple_length", len(values))])
         if self.output is None:
             return SDESchedulerOutput(prev_sample=prev_sample)
-        self.output.prev_sample = values[0]
+        for name, value in zip(list(self.output), values):
+            self.output[name] = value
         return self.output
 
 

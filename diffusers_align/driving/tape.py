@@ -90,10 +90,10 @@ def check_state(step: Step, recorded: Trajectory) -> None:
 
 
 def _schedule(step: Step) -> dict[str, float]:
-    sigmas = getattr(step.scheduler, "sigmas", None)
+    sigmas = getattr(step.scheduler, "levels", getattr(step.scheduler, "sigmas", None))
     index = getattr(step.scheduler, "step_index", None)
     sigma = float(sigmas[index - 1]) if sigmas is not None and index else float("nan")
-    return {"timestep": float(step.timestep), "sigma": sigma}
+    return {"timestep": step.time, "sigma": sigma}
 
 
 def _trajectory(rows: list[dict[str, Any]], condition: Condition) -> Trajectory:

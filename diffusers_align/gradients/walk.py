@@ -95,7 +95,7 @@ class Walk:
         self.final[step.child] = _clean_sample(step) if step.k == self.stop_step else output.prev_sample
         if step.child == 0:
             self.states.append(step.sample.detach())
-            self.timesteps.append(float(step.timestep))
+            self.timesteps.append(step.time)
             if step.k in self.grad_steps:
                 self.steps[step.k] = step_output(step, self.final[0])
         self._next(step)
@@ -118,18 +118,22 @@ def _latents_kept(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str,
 def step_output(step: Step, next_state: Tensor) -> StepOutput:
     """What a step that has been run made of the denoiser's answer."""
     std = getattr(step.output, "std", None)
-    stochastic = std is not None and bool((std > 0).all())
+    stochastic = std is not None and bool((std > 0).any())
     kernel = GaussianTransition(step.output.prev_sample_mean, std) if stochastic else None
     return StepOutput(step.model_output, next_state, getattr(step.output, "pred_original_sample", None), kernel)
 
 
 def _clean_sample(step: Step) -> Tensor:
     """The clean sample (B, *D) that the model's output at this step implies."""
-    clean = getattr(step.output, "pred_original_sample", None)
+    clean, twin = getattr(step.output, "pred_original_sample", None), None
+    if clean is None:
+        twin = sde_twin(step.scheduler)
+    if hasattr(twin, "clean_sample"):
+        clean = twin.clean_sample(step.model_output, step.timestep, step.sample)
     if clean is None:
         scale = getattr(step.scheduler, "scale_model_input", lambda x, t: x)
         t = torch.as_tensor(step.timestep).reshape(-1).expand(len(step.sample))
-        clean = ForwardProcess(sde_twin(step.scheduler)).to_x0(step.model_output, scale(step.sample, step.timestep), t)
+        clean = ForwardProcess(twin).to_x0(step.model_output, scale(step.sample, step.timestep), t)
     return clean.to(step.sample.dtype)
 
 

@@ -165,7 +165,7 @@ class _Walk:
         """The solver step of this place of the walk, and that of the next."""
         if self.times is None:
             return step.k, step.k + 1
-        if step.k >= len(self.order) or float(step.timestep) != float(self.times[self.grid.first + self.order[step.k]]):
+        if step.k >= len(self.order) or step.time != float(self.times[self.grid.first + self.order[step.k]]):
             raise GuidanceError(f"The pipeline shortens its schedule (strength below 1), so steps cannot be repeated at step {step.k}; set recurrence=1.")
         if step.k == 0:
             # The pipeline has its list; the solver reads its own place off the schedule without repeats.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..algorithms.guidance import Level
-from ..schedulers.twin import NO_KERNEL
+from ..schedulers.twin import NO_KERNEL, own_noise_twin
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,12 @@ def noise_grid(scheduler, timestep) -> NoiseGrid:
     for prefix, reason in NO_KERNEL.items():
         if name.startswith(prefix):
             raise ValueError(f"{name} cannot be guided: {reason}. Give the pipeline a DDIM, Euler, Heun, DPM-Solver++ or FlowMatchEuler scheduler.")
+    if own_noise_twin(scheduler) is not None:
+        raise ValueError(
+            f"{name} cannot be guided: its steps draw around clean samples of the model's own (consistency samplers, flow maps, learned variances), and a "
+            "guided output has no conversion there. Steer particles or choose the best of n, which only look at samples, or give the pipeline a DDIM scheduler "
+            "if its model allows."
+        )
     first, config = position(scheduler, timestep), scheduler.config
     if hasattr(scheduler, "precondition_outputs"):
         return _edm_grid(scheduler, first)

@@ -43,13 +43,13 @@ class Particles:
 
     def select(self, index: list[int]) -> Particles:
         """Some of them, or copies: everything that belongs to a particle goes along."""
-        kernel = self.transition and GaussianTransition(self.transition.mean[index], self.transition.std)
+        kernel = self.transition and self.transition.select(index)
         states, outputs = ([x[index] for x in tensors] for tensors in (self.states, self.outputs))
         return replace(self, states=states, outputs=outputs, clean=self.clean[index], transition=kernel)
 
     def detached(self) -> Particles:
         """Without their graph."""
-        kernel = self.transition and GaussianTransition(self.transition.mean.detach(), self.transition.std)
+        kernel = self.transition and GaussianTransition(self.transition.mean.detach(), self.transition.std.detach())
         states, outputs = ([x.detach() for x in tensors] for tensors in (self.states, self.outputs))
         return replace(self, states=states, outputs=outputs, clean=self.clean.detach(), transition=kernel)
 
@@ -57,7 +57,7 @@ class Particles:
     def cat(parts: list[Particles]) -> Particles:
         """One batch of several that stand before the same step."""
         first = parts[0]
-        kernel = first.transition and GaussianTransition(torch.cat([p.transition.mean for p in parts]), first.transition.std)
+        kernel = first.transition and GaussianTransition.cat([p.transition for p in parts])
         states, outputs = ([torch.cat(x) for x in zip(*(getattr(p, name) for p in parts))] for name in ("states", "outputs"))
         return replace(first, states=states, outputs=outputs, clean=torch.cat([p.clean for p in parts]), transition=kernel)
 
@@ -102,7 +102,7 @@ class Walk:
 
         def look(step: Step) -> Tensor:
             if step.child == 0:
-                found.append(bool((step.run(prev_sample=step.sample).std > 0).all()))
+                found.append(bool((step.run(prev_sample=step.sample).std > 0).any()))
             else:
                 step.skip()
             return step.sample
@@ -159,7 +159,7 @@ class Walk:
 def _arrived(k: int, found: dict[int, tuple]) -> Particles:
     children = [found[child] for child in sorted(found)]
     output = found[0][2]
-    kernel = GaussianTransition(output.prev_sample_mean, output.std) if bool((output.std > 0).all()) else None
+    kernel = GaussianTransition(output.prev_sample_mean, output.std) if bool((output.std > 0).any()) else None
     return Particles(k, [c[0] for c in children], [c[1] for c in children], output.pred_original_sample, kernel)
 
 

@@ -18,6 +18,7 @@ Vectors are flat, (P,): all parameters one after the other, as in `torch.nn.util
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -115,7 +116,7 @@ def finite_difference_fisher_product(sweep: Sweep, parameters: Sequence[Tensor],
 
     def on_step(mean: Tensor, std: Tensor) -> None:
         forth, back = next(differences)
-        total.add_(flat_gradient(mean, parameters, (forth - back) / (2 * h * std.square())))
+        total.add_(flat_gradient(mean, parameters, (forth - back) / (2 * h * std.where(std > 0, math.inf).square())))
 
     with torch.enable_grad():
         sweep(on_step)

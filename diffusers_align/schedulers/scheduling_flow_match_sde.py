@@ -187,24 +187,38 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
 
         `prev_sample` (B, *D) is scored and returned instead of a fresh draw. The `s_` arguments are the parent's and unused.
 
-        Raises:
-            ValueError: `per_token_timesteps` with noise: tokens that stand still have no density.
+        `per_token_timesteps` (B, T) of a state (B, T, *D): tokens at the step's own time are drawn; those of a condition, at a time below it, take the
+        stock step, and have no part in the log-probability. As in the stock scheduler, `model_output` is then minus the velocity.
         """
         if self.step_index is None:
             self._init_step_index(timestep)
         k = self.step_index
-        if self.kernel(k).std == 0:
+        if self.kernel(k).std == 0 or (per_token_timesteps is not None and not bool(self._drawn(k, per_token_timesteps).any())):
             stock = FlowMatchEulerDiscreteScheduler.step(self, model_output, timestep, sample, generator=generator, per_token_timesteps=per_token_timesteps)
             clean = self._clean(k, model_output, sample) if per_token_timesteps is None else None
             output = self._deterministic_output(stock, sample, prev_sample, clean)
-        elif per_token_timesteps is not None:
-            raise ValueError("Timesteps that differ within a sample have no stochastic kernel here; set noise_level=0 for this pipeline.")
         else:
-            transition = self._transition(k, model_output, sample)
-            clean = self._clean(k, model_output, sample)
+            if per_token_timesteps is None:
+                transition, clean = self._transition(k, model_output, sample), self._clean(k, model_output, sample)
+            else:
+                transition, clean = self._per_token(k, model_output, sample, per_token_timesteps)
             output = self._score(transition, sample, clean, generator, prev_sample)
             self._step_index += 1
         return output if return_dict else (output.prev_sample,)
+
+    def _drawn(self, k: int, times: Tensor) -> Tensor:
+        """Which tokens stand at the step's own time, (B, T); those of a condition stand below."""
+        return times / self.config.num_train_timesteps > self._sigma_list[k] - 1e-6
+
+    def _per_token(self, k: int, model_output: Tensor, sample: Tensor, times: Tensor) -> tuple[GaussianTransition, Tensor]:
+        """The step's kernel for tokens at its own time, and no noise for those below; with the clean sample."""
+        drawn, levels = (x.reshape(*times.shape, *[1] * (sample.ndim - times.ndim)) for x in (self._drawn(k, times), times / self.config.num_train_timesteps))
+        velocity = -model_output.float()
+        kernel = self._transition(k, velocity, sample)
+        below = torch.where(self.sigmas.to(levels) < levels[..., None] - 1e-6, self.sigmas.to(levels), 0.0).amax(-1)
+        held = sample.float() + (below - levels) * velocity
+        transition = GaussianTransition(torch.where(drawn, kernel.mean, held), torch.where(drawn, kernel.std, 0.0))
+        return transition, sample.float() - levels * velocity
 
     def _clean(self, k: int, model_output: Tensor, sample: Tensor) -> Tensor:
         sigma = self._sigma_list[k]

@@ -23,7 +23,7 @@ class SDESchedulerOutput(BaseOutput):
         pred_original_sample: (B, *D), the clean sample that the model predicts, in the same dtype.
         log_prob: (B,) nats, of `prev_sample` as returned (after rounding); None at deterministic steps.
         prev_sample_mean: (B, *D), the kernel's mean, float32; at deterministic steps the stock step's result.
-        std: (1, ..., 1) float32, the kernel's standard deviation; 0 at deterministic steps.
+        std: (1, ..., 1) float32, or of each sample or element, the kernel's standard deviation; 0 at deterministic steps.
     """
 
     prev_sample: Tensor
@@ -40,12 +40,15 @@ class SDESchedulerMixin:
     Runtime state lives in plain attributes, never in the config:
         generator: draws the noise where the pipeline passes none (flow-matching pipelines never do); a list seeds each sample. A policy
             leaves it alone: its steps draw from streams that the driver hands to `step`.
-        deterministic: True turns every step into the parent's own, bit for bit (evaluation, completions).
+        deterministic: True turns every step into the parent's own, bit for bit (evaluation, completions), without a log-probability. A parent that
+            draws (`own_noise`) does so still.
+        own_noise: the parent itself draws.
         replaced: the scheduler that it took the place of in a pipeline, if it did.
     """
 
     generator: Generator = None
     deterministic: bool = False
+    own_noise: bool = False
     replaced = None
     tuple_length: int  # of the stock step with return_dict=False
 
@@ -70,6 +73,10 @@ class SDESchedulerMixin:
     def stand_in(self, timesteps: Tensor) -> None:
         """Let `timesteps` take the place of the schedule's: rows (N,) or (N, B), for single evaluations."""
         self.timesteps = timesteps.to(self.timesteps)
+
+    def denoising_output(self, model_output: Tensor, sample: Tensor) -> Tensor:
+        """The part of a model's output that has the shape of `sample` (B, *D) and is about the clean sample: all, where no variance is learned."""
+        return model_output
 
     def skip_step(self, timestep) -> None:
         """Move on to the next solver step without computing this one: its outcome is already known."""
@@ -107,7 +114,8 @@ def put_in_place(pipeline, scheduler: SDESchedulerMixin, name: str = "scheduler"
     A second policy on the same pipeline finds the first one's twin there, which remembers whose place it took.
     """
     before = getattr(pipeline, name)
-    stock = getattr(before, "replaced", None) or before
+    replaced = getattr(before, "replaced", None)
+    stock = before if replaced is None else replaced  # not `or`: schedulers have a length, which some cannot tell
     setattr(pipeline, name, scheduler)
     scheduler.replaced = stock if stock is not scheduler else None
     return stock

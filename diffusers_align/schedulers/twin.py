@@ -11,6 +11,9 @@ from pathlib import Path
 import torch
 
 from ..files.paths import front_door
+from .own_noise import OwnNoiseMixin
+from .scheduling_ancestral_sde import LEARNED, DDPMSDEScheduler, UnCLIPSDEScheduler, WuerstchenSDEScheduler
+from .scheduling_consistency_sde import CMSDEScheduler, FlowMatchLCMSDEScheduler, LCMSDEScheduler, SCMSDEScheduler, TCDSDEScheduler
 from .scheduling_ddim_sde import DDIMSDEScheduler
 from .scheduling_flow_match_sde import FlowMatchSDEScheduler
 from .scheduling_sigma_sde import SigmaSDEScheduler
@@ -22,20 +25,28 @@ SDE_FIELDS = {
     "DDIMSDEScheduler": ("eta",),
     "FlowMatchSDEScheduler": ("sde_type", "noise_level", "sde_window"),
     "SigmaSDEScheduler": ("eta",),
+    "TCDSDEScheduler": ("eta",),
+    "FlowMapSDEScheduler": ("eta",),
+    **dict.fromkeys(("LCMSDEScheduler", "FlowMatchLCMSDEScheduler", "SCMSDEScheduler", "CMSDEScheduler"), ()),
+    **dict.fromkeys(("DDPMSDEScheduler", "UnCLIPSDEScheduler", "WuerstchenSDEScheduler"), ()),
+}
+# Stock schedulers whose own step is a Gaussian draw: that one's density is theirs.
+_OWN_NOISE = {
+    "LCMScheduler": LCMSDEScheduler,
+    "TCDScheduler": TCDSDEScheduler,
+    "FlowMatchLCMScheduler": FlowMatchLCMSDEScheduler,
+    "SCMScheduler": SCMSDEScheduler,
+    "CMStochasticIterativeScheduler": CMSDEScheduler,
+    "UnCLIPScheduler": UnCLIPSDEScheduler,
+    "DDPMWuerstchenScheduler": WuerstchenSDEScheduler,
 }
 NO_KERNEL = {
-    "LCM": "it is a consistency sampler: few steps, each a jump to the clean sample",
-    "TCD": "it is a consistency sampler: few steps, each a jump to the clean sample",
-    "FlowMatchLCM": "it is a consistency sampler: few steps, each a jump to the clean sample",
-    "CM": "it samples consistency models",
-    "SCM": "it samples consistency models in trigonometric flow",
     "KarrasVe": "its pipeline adds noise to the state and corrects it outside of `step`",
     "ScoreSde": "its pipeline corrects the state by Langevin steps outside of `step`",
-    "UnCLIP": "its variance is learned, on a table of its own",
-    "DDPMWuerstchen": "its time is continuous, without a table",
     "DDIMInverse": "it walks from data to noise",
     "DPMSolverMultistepInverse": "it walks from data to noise",
-    "Helios": "its schedule has several stages",
+    "HeliosDMD": "each stage re-noises with one and the same noise, that of its start, so that no step draws",
+    "Helios": "its velocities lead from stage to stage, each with end points of its own, which are no noise levels",
     "RePaint": "it jumps back and forth in time",
     "VQDiffusion": "its states are discrete",
     "Amused": "its states are discrete",
@@ -61,7 +72,8 @@ def sde_twin(scheduler, **sde_fields):
     Diffusion schedulers (DDIM, DDPM, PNDM, Euler, DPM-Solver, CogVideoX's ...) become a `DDIMSDEScheduler` with the same
     `alphas_cumprod`; those of flow matching (FlowMatchEuler, UniPC and DPM-Solver with flow sigmas) a `FlowMatchSDEScheduler`
     that follows the same sigmas; those whose noise levels lie off the table (Karras', exponential, beta, continuous timesteps, EDM's) a
-    `SigmaSDEScheduler`, on the same sigmas too. An SDE scheduler is copied.
+    `SigmaSDEScheduler`, on the same sigmas too. Those that draw from a Gaussian themselves keep their own step: consistency samplers (LCM, TCD, SCM ...),
+    flow maps, UnCLIP, Wuerstchen, and DDPM with a learned variance. An SDE scheduler is copied.
 
     Args:
         sde_fields: `eta`, or `sde_type`, `noise_level`, `sde_window`; the class's defaults where absent.
@@ -75,6 +87,8 @@ def sde_twin(scheduler, **sde_fields):
     if isinstance(scheduler, SDESchedulerMixin):
         return cls.from_config(scheduler.config, **sde_fields)
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    if issubclass(cls, OwnNoiseMixin):
+        return cls.from_config(config, **sde_fields)
     source = {"_class_name": type(scheduler).__name__, **config}
     build = {FlowMatchSDEScheduler: _flow_twin, DDIMSDEScheduler: _ddim_twin, SigmaSDEScheduler: _sigma_twin}[cls]
     return build(scheduler, config, source, sde_fields)
@@ -95,8 +109,10 @@ def sde_twins(schedulers: dict, main: SDESchedulerMixin | None = None) -> dict:
 
 def _twin_class(scheduler) -> type:
     if isinstance(scheduler, SDESchedulerMixin):
-        return next(cls for cls in (DDIMSDEScheduler, FlowMatchSDEScheduler, SigmaSDEScheduler) if isinstance(scheduler, cls))
+        return [cls for cls in type(scheduler).__mro__ if cls.__name__ in SDE_FIELDS][-1]
     name = type(scheduler).__name__
+    if (own := own_noise_twin(scheduler)) is not None:
+        return own
     for prefix, reason in NO_KERNEL.items():
         if name.startswith(prefix):
             raise ValueError(f"{name} has no SDE twin: {reason}. Give the pipeline a DDIM or a FlowMatchEuler scheduler if its model allows.")
@@ -108,6 +124,20 @@ def _twin_class(scheduler) -> type:
     if getattr(scheduler, "alphas_cumprod", None) is not None:
         return SigmaSDEScheduler if _off_the_table(scheduler) else DDIMSDEScheduler
     raise ValueError(f"{name} has no SDE twin: it has neither flow sigmas nor an alphas_cumprod table.")
+
+
+def own_noise_twin(scheduler) -> type | None:
+    """The class of the twin of a scheduler that draws from a Gaussian itself, or is such a twin; None of another one."""
+    if isinstance(scheduler, OwnNoiseMixin):
+        return type(scheduler)
+    name = type(scheduler).__name__
+    if name == "FlowMapEulerDiscreteScheduler":  # not in every diffusers
+        from .scheduling_flow_map_sde import FlowMapSDEScheduler
+
+        return FlowMapSDEScheduler
+    if name == "DDPMScheduler" and scheduler.config.variance_type in LEARNED:
+        return DDPMSDEScheduler
+    return _OWN_NOISE.get(name)
 
 
 def _explodes(scheduler) -> bool:
@@ -180,7 +210,7 @@ def apply_recipe(pipeline, recipe: str | Path):
     folder = Path(recipe) if Path(recipe).is_dir() else front_door("schedulers", str(recipe))
     fields = json.loads((folder / "scheduler_config.json").read_text())
     wanted, actual = fields.pop("_class_name"), _twin_class(pipeline.scheduler).__name__
-    if SDE_FIELDS[wanted] != SDE_FIELDS[actual]:
+    if wanted != actual and {wanted, actual} != {"DDIMSDEScheduler", "SigmaSDEScheduler"}:
         raise ValueError(f"Recipe {recipe} is for {wanted}, but the pipeline's {type(pipeline.scheduler).__name__} becomes a {actual}.")
     pipeline.scheduler = sde_twin(pipeline.scheduler, **{k: v for k, v in fields.items() if not k.startswith("_")})
     return pipeline

@@ -1,5 +1,7 @@
 """The flow-matching scheduler with noise: published values, and the stock step, bit for bit, without."""
 
+import math
+
 import diffusers
 import pytest
 import torch
@@ -235,14 +237,68 @@ def test_skipped_steps_advance_the_index():
     assert out.std.item() == pytest.approx(STD["flow_grpo"][2], abs=6e-6) and scheduler.step_index == 3
 
 
-def test_per_token_timesteps_are_refused_with_noise_and_stock_without():
-    shape, tokens = (2, 4, 3), torch.full((2, 4), 700.0)
-    with pytest.raises(ValueError, match="noise_level=0"):
-        flow().step(randn(0, shape), flow().timesteps[0], randn(1, shape), per_token_timesteps=tokens)
-    scheduler, stock = flow(noise_level=0.0), FlowMatchEulerDiscreteScheduler(shift=3.0)
+# Tokens with times of their own
+
+
+TOKENS = (2, 4, 3)
+
+
+def held_tokens(scheduler, k, at=0.0):
+    """Times (2, 4): the first token, and in the second sample another one, belong to a condition."""
+    times = scheduler.timesteps[k].expand(2, 4).clone()
+    times[:, 0] = times[1, 3] = at
+    return times, torch.tensor([[False, True, True, True], [False, True, True, False]])
+
+
+@pytest.mark.parametrize("noise_level", [0.0, 0.7])
+@pytest.mark.parametrize("at", [0.0, 150.0])
+def test_tokens_that_are_held_take_the_stock_step(at, noise_level):
+    scheduler, stock = flow(noise_level=noise_level), FlowMatchEulerDiscreteScheduler(shift=3.0)
     stock.set_timesteps(10)
-    args = (randn(0, shape), stock.timesteps[0], randn(1, shape))
-    assert torch.equal(scheduler.step(*args, per_token_timesteps=tokens).prev_sample, stock.step(*args, per_token_timesteps=tokens).prev_sample)
+    times, drawn = held_tokens(stock, 0, at)
+    args = (randn(0, TOKENS), stock.timesteps[0], randn(1, TOKENS))
+    mine, theirs = (s.step(*args, generator=gen(), per_token_timesteps=times) for s in (scheduler, stock))
+    same = torch.isclose(mine.prev_sample, theirs.prev_sample, rtol=0, atol=1e-6).all(-1)
+    assert torch.equal(same, ~drawn if noise_level else torch.ones_like(drawn))
+    assert (mine.log_prob is None) == (noise_level == 0)
+    if at == 0:
+        assert torch.equal(mine.prev_sample[~drawn], args[2][~drawn])
+
+
+def test_only_tokens_that_are_drawn_count_in_the_log_probability():
+    """As if the state had no others."""
+    scheduler = flow()
+    times, drawn = held_tokens(scheduler, 3)
+    velocity, state = randn(0, TOKENS), randn(1, TOKENS)
+    for t in scheduler.timesteps[:3]:
+        scheduler.skip_step(t)
+    output = scheduler.step(-velocity, scheduler.timesteps[3], state, generator=gen(), per_token_timesteps=times)
+    kernel = scheduler.transition(velocity, scheduler.timesteps[3], state)
+    assert torch.equal(output.std.expand(TOKENS) > 0, drawn[..., None].expand(TOKENS))
+    deviation = ((output.prev_sample - kernel.mean) / kernel.std).double()
+    density = -0.5 * deviation.square() - kernel.std.double().log() - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(output.log_prob, (density * drawn[..., None]).flatten(1).sum(1), rtol=1e-5, atol=1e-4)
+    again = flow()
+    for t in again.timesteps[:3]:
+        again.skip_step(t)
+    replayed = again.step(-velocity, again.timesteps[3], state, per_token_timesteps=times, prev_sample=output.prev_sample)
+    assert torch.equal(replayed.log_prob, output.log_prob)
+
+
+def test_tokens_all_at_the_steps_time_are_drawn_as_without_times():
+    plain, tokens = flow(), flow()
+    t, state = plain.timesteps[0], randn(1, TOKENS)
+    expected = plain.step(randn(0, TOKENS), t, state, generator=gen())
+    output = tokens.step(-randn(0, TOKENS), t, state, generator=gen(), per_token_timesteps=t.expand(2, 1))
+    assert torch.equal(output.prev_sample, expected.prev_sample) and torch.equal(output.log_prob, expected.log_prob)
+
+
+def test_a_step_that_holds_all_tokens_is_the_stock_step():
+    scheduler, stock = flow(), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    stock.set_timesteps(10)
+    args, times = (randn(0, TOKENS), stock.timesteps[0], randn(1, TOKENS)), torch.full((2, 4), 700.0)
+    output = scheduler.step(*args, per_token_timesteps=times)
+    assert output.log_prob is None and torch.equal(output.prev_sample, stock.step(*args, per_token_timesteps=times).prev_sample)
 
 
 @pytest.mark.parametrize(

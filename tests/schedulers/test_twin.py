@@ -13,6 +13,8 @@ from schedules import SD, gen, randn
 
 from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, SigmaSDEScheduler, apply_recipe, sde_twin
 from diffusers_align.files import paths
+from diffusers_align.schedulers import twin
+from diffusers_align.schedulers.own_noise import OwnNoiseMixin
 
 # Twins
 
@@ -187,20 +189,14 @@ def test_twin_of_a_flow_scheduler_follows_its_sigmas(name, config, mu, tmp_path)
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("LCMScheduler", "consistency"),
-        ("TCDScheduler", "consistency"),
-        ("FlowMatchLCMScheduler", "consistency"),
-        ("CMStochasticIterativeScheduler", "consistency"),
-        ("SCMScheduler", "consistency"),
         ("KarrasVeScheduler", "outside of `step`"),
         ("ScoreSdeVeScheduler", "Langevin steps outside of `step`"),
-        ("UnCLIPScheduler", "learned"),
-        ("DDPMWuerstchenScheduler", "continuous"),
         ("RePaintScheduler", "back and forth"),
         ("IPNDMScheduler", "neither flow sigmas nor"),
         ("DDIMInverseScheduler", "noise"),
         ("DPMSolverMultistepInverseScheduler", "noise"),
         ("HeliosScheduler", "stage"),
+        ("HeliosDMDScheduler", "no step draws"),
     ],
 )
 def test_schedulers_without_a_gaussian_kernel_are_refused_with_the_reason(name, reason):
@@ -209,6 +205,30 @@ def test_schedulers_without_a_gaussian_kernel_are_refused_with_the_reason(name, 
         pytest.skip(f"this diffusers has no {name}")
     with pytest.raises(ValueError, match=f"{name} has no SDE twin: .*{reason}"):
         sde_twin(cls())
+
+
+@pytest.mark.parametrize("name", [*twin._OWN_NOISE, "FlowMapEulerDiscreteScheduler"])
+def test_schedulers_that_draw_themselves_keep_their_own_step(name):
+    if (cls := getattr(diffusers, name, None)) is None:
+        pytest.skip(f"this diffusers has no {name}")
+    own = sde_twin(cls())
+    assert isinstance(own, cls) and isinstance(own, OwnNoiseMixin) and twin.own_noise_twin(own) is twin.own_noise_twin(cls()) is type(own)
+    assert type(own).__name__ in twin.SDE_FIELDS and isinstance(sde_twin(own), type(own))
+    with pytest.raises(ValueError, match=f"{type(own).__name__} has no noise_level"):
+        sde_twin(cls(), noise_level=0.5)
+
+
+def test_gamma_is_a_field_of_those_that_have_one():
+    assert sde_twin(diffusers.TCDScheduler(), eta=0.6).config.eta == 0.6
+    with pytest.raises(ValueError, match="LCMSDEScheduler has no eta"):
+        sde_twin(diffusers.LCMScheduler(), eta=0.6)
+
+
+@pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler"])
+def test_a_recipe_for_diffusion_or_flow_is_none_for_a_consistency_sampler(name):
+    for recipe in ("ddpo", "flow_grpo"):
+        with pytest.raises(ValueError, match=f"{name} becomes a"):
+            apply_recipe(types.SimpleNamespace(scheduler=getattr(diffusers, name)()), recipe)
 
 
 def test_twin_refuses_fields_of_the_other_kind():

@@ -59,14 +59,14 @@ class _Sampler:
             raise ValueError("Candidates from one state need pipelines that denoise a single modality.")
         # A given next state saves the scheduler's own draw.
         output = step.run(prev_sample=step.sample)
-        mean, std = output.prev_sample_mean[self.chosen], output.std
-        kernel = GaussianTransition(mean.repeat_interleave(self.number, 0), std)
+        here = GaussianTransition(output.prev_sample_mean, output.std).select(self.chosen)
+        kernel = here.select(torch.arange(len(self.chosen)).repeat_interleave(self.number))
         stochastic = output.log_prob is not None
         drawn = step.like(kernel.sample(self.noise, step.sample.dtype) if stochastic else kernel.mean)
         state, first = step.sample[self.chosen], torch.arange(len(self.chosen)) * self.number
         self.chosen = first + resample(len(first), self.number, self.choice)
         action = drawn[self.chosen]
-        self.tape.add(step, state, action, GaussianTransition(mean, std).log_prob(action) if stochastic else None)
+        self.tape.add(step, state, action, here.log_prob(action) if stochastic else None)
         self.drawn.append(drawn.unflatten(0, (-1, self.number)))
         self.seen.append(output.pred_original_sample.unflatten(0, (-1, self.number)))
         return drawn
@@ -166,6 +166,8 @@ def _score_candidates(args, policy: Policy, scorer: Scorer, candidates: Candidat
 
 def noise_levels(scheduler, trajectory: Trajectory) -> list[float]:
     """The weight of the noise, in [0, 1], in the state after each step: what rewards that want it get as the column `noise_level`."""
+    if hasattr(scheduler, "noise_weight"):
+        return [*(float(scheduler.noise_weight(t)) for t in trajectory.timesteps[1:]), 0.0]
     if trajectory.sigmas.isnan().any():  # a table of noise: diffusion
         alphas_cumprod = scheduler.alphas_cumprod[trajectory.timesteps[1:].round().long().to(scheduler.alphas_cumprod.device)]
         return [*(1 - alphas_cumprod.double()).sqrt().tolist(), 0.0]

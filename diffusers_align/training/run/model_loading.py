@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ from diffusers import DiffusionPipeline
 from ... import embedded
 from ...checks.given_names import did_you_mean, hub_reason, is_hub_error, is_repository, nearest_path
 from ...schedulers import sde_twin
+from ...schedulers.twin import SDE_FIELDS, own_noise_twin
 from .inputs import call_parameters
 from .single_file import SUFFIXES, load_single_file
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INDEX = "model_index.json"
@@ -86,11 +90,15 @@ def raise_if_missing(name: str, error: Exception) -> None:
 
 
 def training_scheduler(pipeline, **sde_fields: Any):
-    """The SDE twin of the pipeline's scheduler.
+    """The SDE twin of the pipeline's scheduler. What a sampler with noise of its own has no field for is left out, with a warning: scripts have
+    defaults for them.
 
     Raises:
         ValueError: it has none, or not one with these fields; then the message names scripts for such models.
     """
+    if (own := own_noise_twin(pipeline.scheduler)) is not None and (unused := sorted(set(sde_fields) - set(SDE_FIELDS[own.__name__]))):
+        logger.warning("%s has noise of its own, so %s has no effect.", type(pipeline.scheduler).__name__, ", ".join(f"--{name}" for name in unused))
+        sde_fields = {name: value for name, value in sde_fields.items() if name not in unused}
     try:
         return sde_twin(pipeline.scheduler, **sde_fields)
     except ValueError as error:
