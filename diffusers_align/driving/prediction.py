@@ -56,7 +56,7 @@ class Prediction:
 
     def _together(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
         """Solver step 0 is gated and returns `latents`; step 1 evaluates them at `timesteps`; the rest is skipped."""
-        rows = max(2, int(condition.kwargs.get("num_inference_steps", self._default("num_inference_steps", 50))))
+        rows = max(2, int(condition.kwargs.get("num_inference_steps") or self._default("num_inference_steps", 50)))
         outputs: list[Tensor] = []
 
         def capture(step: Step) -> Tensor:

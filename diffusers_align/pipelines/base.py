@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..checks.ranges import check_call, check_value
 from ..condition import Condition, is_embedding
-from ..driving.arguments import checked_prompts, unknown_prompts
+from ..driving.arguments import check_number, checked_prompts, unknown_prompts
 from ..driving.driver import images_of
 from ..driving.parts import parts_of
 from ..driving.prompt_memory import PromptMemory
@@ -139,6 +139,7 @@ class WrappedPipeline(DiffusionPipeline):
         if unknown := sorted({*arguments, *own} - set(accepted)):
             raise ValueError(f"Neither {type(self).__name__} nor {type(self.pipeline).__name__} takes {', '.join(unknown)}.")
         check_call({**arguments, **own})
+        check_number({*arguments, *own}, accepted)
         rest = {name: arguments.pop(name) for name in ("generator", "output_type", "return_dict", "latents", *_PER_PROMPT) if name in arguments}
         if prompt is None and any(map(is_embedding, {**arguments, **own})):
             prompt = unknown_prompts(type(self.pipeline).__name__, accepted, arguments, own, None)
@@ -235,11 +236,7 @@ class WrappedPipeline(DiffusionPipeline):
 
     @staticmethod
     def score(reward, images: Tensor, condition: Condition, columns: dict[str, list] | None, on_invalid: str) -> Tensor:
-        """(B,) float32 rewards, NaN where there is none and `on_invalid` is "mask".
-
-        Args:
-            columns: other arguments of the reward, a list for each with an entry for each of the B rows.
-        """
+        """(B,) float32 rewards, NaN where there is none and `on_invalid` is "mask". The columns, other arguments of the reward, have an entry a row."""
         return score_columns(reward, images, condition.prompts, columns or {}, on_invalid)["reward"]
 
     def judge(self, reward, condition: Condition, columns: dict[str, list] | None = None, on_invalid: str = "error") -> Judge:
