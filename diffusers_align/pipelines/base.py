@@ -33,6 +33,7 @@ from ..gradients.decoding import light_decoding
 from ..policy import Policy
 from ..rewards import load_reward
 from ..rewards.base import score_columns
+from .rows import with_own_rows
 
 logger = logging.get_logger(__name__)
 Generators = torch.Generator | list[torch.Generator] | None
@@ -159,7 +160,7 @@ class WrappedPipeline(DiffusionPipeline):
         asked, rest = self.asked(prompt, arguments)
         if "generator" not in inspect.signature(type(self.pipeline).__call__).parameters:
             raise ValueError(f"{type(self.pipeline).__name__}'s call takes no generator, so its samples have no seeds.")
-        copies = max(copies_asked(rest).values(), default=1)
+        asked, copies = with_own_rows(self, asked), max(copies_asked(rest).values(), default=1)
         rows = [i for i in range(len(asked)) for _ in range(copies)]
         generator, latents = rest.get("generator"), rest.get("latents")
         if isinstance(generator, list) and len(generator) != len(rows):
