@@ -76,10 +76,11 @@ class Condition:
         return any(map(is_embedding, self.per_sample))
 
     def arguments(self, accepted: Collection[str]) -> dict[str, Any]:
-        """The call's keyword arguments. `accepted` are the names that the pipeline's call takes: some take no prompt."""
+        """The call's keyword arguments. `accepted` are the names that the pipeline's call takes: some take no prompt, but the number of samples."""
         own = {name: _as_the_call_takes(name, value) for name, value in self.per_sample.items()}
         prompt = {"prompt": list(self.prompts)} if "prompt" in accepted and not self.embedded else {}
-        return {**self.kwargs, **own, **prompt}
+        number = {"batch_size": len(self)} if counts_samples(accepted) else {}
+        return {**self.kwargs, **own, **prompt, **number}
 
     def select(self, index: list[int]) -> Condition:
         """The condition of the samples `index`, in that order; a sample may come more than once."""
@@ -106,6 +107,11 @@ class Condition:
         own = {name: _joined(name, [part.per_sample[name] for part in parts]) for name in first.per_sample}
         seeds = {n: None if getattr(first, n) is None else [s for part in parts for s in getattr(part, n)] for n in ("seeds", "step_seeds")}
         return replace(first, prompts=[prompt for part in parts for prompt in part.prompts], per_sample=own, **seeds)
+
+
+def counts_samples(accepted: Collection[str]) -> bool:
+    """Whether a call is told how many samples to make by its argument `batch_size`: nothing else says so. Elsewhere it is the size of parts of a sample."""
+    return "batch_size" in accepted and not {"prompt", "image"} & set(accepted)
 
 
 def number_of_samples(per_sample: dict[str, Any], seeds: list[int] | None = None) -> int | None:

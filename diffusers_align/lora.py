@@ -120,6 +120,9 @@ def _beside_others(name: str, module: nn.Module) -> Iterator[None]:
 def _has_loader(pipeline, name: str, module: nn.Module) -> bool:
     """Whether the stock `load_lora_weights` of this pipeline reaches the denoiser, and finds there what it needs."""
     reached = getattr(type(pipeline), "_lora_loadable_modules", ())
+    # A loader made for another pipeline reads text encoders that this one does not have.
+    if any(other.startswith("text_encoder") and not hasattr(pipeline, other) for other in reached):
+        return False
     saves = getattr(type(pipeline), "save_lora_weights", None)
     # Some loaders have the base class' own, which is not implemented.
     writes = saves is not None and saves.__func__ is not LoraBaseMixin.save_lora_weights.__func__

@@ -1,15 +1,19 @@
 """What belongs to a call's samples was declared so, by the caller or by name: lengths say nothing."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMPipeline, DDIMScheduler, MarigoldDepthPipeline
 from PIL import Image
 from tiny_pipelines import FAMILIES
 
 from diffusers_align import Condition, Policy, Trajectory
-from diffusers_align.condition import belongs_to_samples
+from diffusers_align.condition import belongs_to_samples, counts_samples
 from diffusers_align.gradients.rollout import differentiable_rollout
-from diffusers_align.pipelines import BestOfNPipeline, ParticleSteeringPipeline
+from diffusers_align.pipelines import BestOfNPipeline, ParticleSteeringPipeline, RewardGuidedPipeline
+from tests.families.cases.pixels import pixel_unet
 
 torch.set_num_threads(1)
 LAYERS = {"skip_guidance_layers": [0, 1], "skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
@@ -310,3 +314,32 @@ def test_shared_pictures_as_many_as_prompts_are_said_once(caplog):
         "image: a list of 2 for 2 prompts is taken for all of each sample's, as pipelines with several references have it. If each belongs to one prompt, "
         'say so: per_sample={"image": [...]}.'
     ]
+
+
+# --- pipelines that are told how many samples to make -----------------------------------------------------------------------
+
+
+def unconditional() -> DDIMPipeline:
+    pipeline = DDIMPipeline(unet=pixel_unet(), scheduler=DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_a_call_that_is_told_a_number_makes_a_sample_for_each_prompt():
+    policy = Policy(unconditional(), num_inference_steps=2)
+    for seeds in ([1, 2, 3], [4]):
+        assert len(policy.rollout(None, seeds=seeds).final) == len(seeds)
+    for cls, options in ((BestOfNPipeline, {"num_candidates": 3, "batch_size": 1}), (ParticleSteeringPipeline, {"num_particles": 2, "batch_size": 3})):
+        output = cls(unconditional(), reward=lambda images, prompts: images.flatten(1).mean(1))(["", ""], num_inference_steps=2, output_type="pt", **options)
+        assert output.images.shape == (2, 3, 8, 8) and bool(output.rewards.isfinite().all())
+
+
+def test_another_number_is_refused():
+    with pytest.raises(ValueError, match="batch_size cannot be an argument"):
+        Policy(unconditional()).condition(None, seeds=[1, 2], batch_size=3)
+    with pytest.raises(ValueError, match="batch_size cannot be an argument"):
+        RewardGuidedPipeline(unconditional(), reward=lambda images, prompts: images.flatten(1).mean(1))([""], batch_size=3)
+
+
+def test_elsewhere_it_is_another_number():
+    assert not counts_samples(inspect.signature(MarigoldDepthPipeline.__call__).parameters) and counts_samples({"batch_size"})

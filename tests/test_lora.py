@@ -167,6 +167,23 @@ def test_a_loader_that_cannot_write_is_none(tmp_path, caplog):
         assert not torch.allclose(policy.rollout(list(case.prompts), seeds=[1, 2]).final, expected, rtol=1e-2)
 
 
+def test_a_loader_that_reads_a_text_encoder_which_the_pipeline_lacks_is_none(tmp_path, caplog):
+    """Kolors' image to image has the one of Stable Diffusion XL, with its two text encoders."""
+    case = CASES["KolorsImg2ImgPipeline"][0]
+    policy = Policy(case.build(), **case.call)
+    moved(policy.add_lora(rank=2))
+    asked = {"seeds": [1, 2], "per_sample": case.per_sample}
+    with caplog.at_level(logging.WARNING):
+        policy.save_lora(tmp_path)
+    assert "no LoRA loader for its unet" in caplog.text
+    fresh = case.build()
+    load_lora(fresh, tmp_path)
+    expected, found = (it.rollout(list(case.prompts), **asked).final for it in (policy, Policy(fresh, **case.call)))
+    assert torch.equal(found, expected)
+    with policy.reference():
+        assert not torch.allclose(policy.rollout(list(case.prompts), **asked).final, expected, rtol=1e-2)
+
+
 @pytest.mark.parametrize("targets, missing", [(["nope"], "'nope'"), (["to_q", "to_kk"], "'to_kk' for a LoRA. Did you mean 'to_k'")])
 def test_layers_that_no_denoiser_has_are_named(targets, missing):
     with pytest.raises(ValueError, match=f"The transformer has no layer {missing}"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checks.given_names import did_you_mean
 from ..checks.ranges import check_call
-from ..condition import Condition, belongs_to_samples, is_embedding, number_of_samples
+from ..condition import Condition, belongs_to_samples, counts_samples, is_embedding, number_of_samples
 
 # What a policy's methods set in each call, and the value that says nothing else. None is the pipeline's own default for all of them.
 _ONE_OUTPUT = (1, "it makes one sample a prompt; repeat the prompts, with other seeds.")
@@ -41,6 +41,7 @@ def check_arguments(pipeline: str, accepted: Collection[str], shared: dict[str, 
         harmless, reason = _SET_BY_POLICY[name]
         if everything[name] is not None and everything[name] is not harmless:
             raise ValueError(f"{name} cannot be an argument of a policy's call: {reason}")
+    check_number(everything, accepted)
     check_call(everything)
     if unknown := sorted(set(everything) - set(accepted)):
         names = [name for name in accepted if name not in ("self", "args", "kwargs")]
@@ -51,6 +52,16 @@ def check_arguments(pipeline: str, accepted: Collection[str], shared: dict[str, 
             "ip_adapter_image cannot be per_sample: pipelines take several images of an adapter as all of one prompt's. Give ip_adapter_image_embeds, "
             "for each sample what pipeline.prepare_ip_adapter_image_embeds makes of its image."
         )
+
+
+def check_number(given: Collection[str], accepted: Collection[str]) -> None:
+    """Refuse a number of samples that would be overwritten.
+
+    Raises:
+        ValueError: `batch_size` of a call that it tells how many samples to make.
+    """
+    if "batch_size" in given and counts_samples(accepted):
+        raise ValueError("batch_size cannot be an argument of the call: it makes a sample for each prompt, which may be empty; give as many prompts, or seeds.")
 
 
 def checked_prompts(prompts: str | Iterable[str]) -> list[str]:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .calls import Calls
 from .guiders import guided, guider_parameters
+from .outputs import arrays_as_tensors, makes_arrays, returns_latents
 from .pipeline_state import quiet
 from .replacements import reads_global, replaced, with_globals
 
@@ -52,8 +53,17 @@ class ClassicCalls(Calls):
 
     def run(self, call: dict[str, Any]) -> Any:
         settings = {name: call[name] for name in guider_parameters(self.pipeline) if name in call and name not in self.own_parameters}
+        own = {name: value for name, value in call.items() if name not in settings}
+        if own.get("output_type") == "latent" and not returns_latents(self.pipeline):
+            own["output_type"] = "pt"
         with quiet(self.pipeline), guided(self.pipeline, settings), _arrays_without_gradient(self.name):
-            return inspect.unwrap(type(self.pipeline).__call__)(self.pipeline, **{name: value for name, value in call.items() if name not in settings})
+            if own.get("output_type") != "pt" or not makes_arrays(self.pipeline):
+                return self._call(**own)
+            with arrays_as_tensors(self.pipeline._execution_device) as finished:
+                return finished(self._call(**{**own, "output_type": "np"}))
+
+    def _call(self, **call: Any) -> Any:
+        return inspect.unwrap(type(self.pipeline).__call__)(self.pipeline, **call)
 
     def clean_up(self) -> None:
         self.pipeline.maybe_free_model_hooks()

@@ -48,7 +48,8 @@ def _generators_of(device: torch.device) -> list[torch.Generator]:
 @contextmanager
 def restored_if_abandoned(pipeline) -> Iterator[None]:
     """Context: if the call within raises, what pipelines change while they run is put back, and the pipeline's own clean-up runs: attributes of the
-    pipeline and its diffusers models, attention processors, hooks and scales of LoRAs at any depth. Calls that end have cleaned up themselves.
+    pipeline and its diffusers models, attention processors, hooks and scales of LoRAs at any depth. Calls that end have cleaned up themselves, but
+    for attention processors: some pipelines return latents before they put those back.
 
     Other libraries' models are left alone: what a first call leaves on a text encoder (transformers' hooks that capture hidden states) is meant
     to stay, and half of it would change what it returns."""
@@ -63,6 +64,7 @@ def restored_if_abandoned(pipeline) -> Iterator[None]:
         parts.put_back(components)
         calls_of(pipeline).clean_up()
         raise
+    parts.put_processors_back()
 
 
 def _attributes(own) -> tuple[dict[str, Any], dict[str, nn.Module]]:
@@ -105,10 +107,13 @@ class _Parts(NamedTuple):
                 found.hooks[module] = {name: dict(own[name]) if name in _TORCH_HOOKS else own[name] for name in (*_TORCH_HOOKS, *_OWN_HOOKS) if name in own}
         return found
 
-    def put_back(self, components: list[nn.Module]) -> None:
+    def put_processors_back(self) -> None:
         for module, processor in self.processors:
             if module.processor is not processor:
                 module.set_processor(processor)
+
+    def put_back(self, components: list[nn.Module]) -> None:
+        self.put_processors_back()
         for scales, before in self.scales:
             scales.update(before)
         for module in (m for component in components for m in component.modules()):

@@ -1,7 +1,7 @@
 """The model's output at given latents and times, by the pipeline's own forward pass.
 
-Two things differ between pipelines and are found out by trying, once: which arguments switch classifier-free guidance off, and
-whether the loop takes a time for each sample.
+Two things differ between pipelines and are found out by trying, once: what switches guidance off (`guidance`), and whether the loop takes a
+time for each sample.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ import torch
 from torch import Tensor
 
 from ..condition import Condition
-from .guiders import state_of
+from .guidance import GuidanceSwitch, of_the_device
 from .scheduler_hook import Step
 
 if TYPE_CHECKING:
     from .driver import Driver
 
 logger = logging.getLogger(__name__)
-# Arguments that may switch guidance off; the first is for guiders.
-_OFF = {"guidance": (False,), "true_cfg_scale": (1.0, 0.0), "guidance_scale": (1.0, 0.0)}
 
 
 class Prediction:
@@ -30,7 +28,7 @@ class Prediction:
 
     def __init__(self, driver: Driver):
         self.driver = driver
-        self._unguided: dict[tuple, dict[str, Any]] = {}
+        self._guidance = GuidanceSwitch(driver)
         self._own_times: bool | None = None
         self._edits = False
 
@@ -115,7 +113,7 @@ class Prediction:
 
     def _rows(self, timesteps: Tensor, condition: Condition) -> Tensor:
         """`timesteps` for each solver step of the call."""
-        steps = max(2, int(condition.kwargs.get("num_inference_steps", self._default("num_inference_steps", 50))))
+        steps = max(2, int(condition.kwargs.get("num_inference_steps") or self._default("num_inference_steps", 50)))
         return timesteps.expand(steps, *timesteps.shape)
 
     def _one_by_one(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
@@ -154,59 +152,9 @@ class Prediction:
         return False
 
     def guidance_off(self, condition: Condition) -> dict[str, Any]:
-        """Arguments that switch classifier-free guidance off: found by trying which give one denoiser row per sample. {} where it is off.
-
-        Raises:
-            ValueError: no argument does.
-        """
-        negative = sorted(name for name in condition.per_sample if name.startswith("negative_"))
-        scales = [name for name in self.driver.parameters if name.endswith("guidance_scale")]
-        asked = [str(condition.kwargs.get(name)) for name in dict.fromkeys((*_OFF, "negative_prompt", *scales))]
-        key = (*asked, *negative, str(state_of(self.driver.pipeline)))
-        if key not in self._unguided:
-            single = condition.select([0])
-            tries = [{}, *({name: value} for name, values in _OFF.items() for value in values if name in self.driver.parameters)]
-            tries += [dict.fromkeys(scales, value) for value in (1.0, 0.0)]  # several scales: of each frame, of a picture
-            for overrides in tries:
-                if self._rows_a_step(single, overrides) == 1:
-                    self._unguided[key] = overrides
-                    break
-            else:
-                raise ValueError(f"Found no argument of {type(self.driver.pipeline).__name__} that switches guidance off; call predict(..., guidance=True).")
-        return self._unguided[key]
-
-    @torch.no_grad()
-    def _rows_a_step(self, single: Condition, overrides: dict) -> int | None:
-        rows, in_first = [], [True]
-
-        def count(module, args, kwargs):
-            first = args[0] if args else next(iter(kwargs.values()))
-            if in_first[0]:
-                rows.append(len(first))
-
-        def step(step: Step) -> Tensor:
-            in_first[0] = False
-            step.skip()
-            return step.sample
-
-        handles = [m.register_forward_pre_hook(count, with_kwargs=True) for m in self.driver.denoisers.values()]
-        try:
-            self.driver.drive(single, step, needs_denoiser=lambda k: k == 0, **overrides)
-        except Exception as error:  # whatever a pipeline makes of an argument that it does not understand
-            if of_the_device(error):
-                raise
-            return None
-        finally:
-            for handle in handles:
-                handle.remove()
-        return sum(rows)
+        """Arguments that switch guidance off; see `Policy.guidance_off`."""
+        return self._guidance.off(condition)
 
     def _default(self, name: str, otherwise):
         parameter = self.driver.parameters.get(name)
         return otherwise if parameter is None or parameter.default in (inspect.Parameter.empty, None) else parameter.default
-
-
-def of_the_device(error: Exception) -> bool:
-    """Whether an error is the device's own (memory, a failed launch, a lost process), which says nothing of what a pipeline takes."""
-    kinds = tuple(kind for name in ("OutOfMemoryError", "AcceleratorError") if (kind := getattr(torch, name, None)) is not None)
-    return isinstance(error, kinds) or any(word in str(error) for word in ("CUDA", "cuDNN", "CUBLAS", "HIP error", "NCCL", "DefaultCPUAllocator"))

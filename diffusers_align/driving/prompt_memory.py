@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import prompt_form
 from .calls import calls_of
-from .pipeline_state import own_arguments, restored_if_abandoned
+from .pipeline_state import restored_if_abandoned
 
 # Two prompts by which a pipeline shows how it joins rows: of different meaning, and one token each in any vocabulary.
 PROBE = ("dog", "cat")
@@ -127,7 +128,7 @@ def encoded_prompt(pipeline, call: dict[str, Any]) -> Any:
 
     try:
         with restored_if_abandoned(pipeline), calls.encoding(encode_and_leave), torch.no_grad():
-            calls.run(own_arguments(call))
+            prompt_form.run(calls, call)
     except _Encoded as encoded:
         return encoded.args[0]
     raise ValueError(f"{calls.name}'s call does not use its encode_prompt, so its prompts have no features; do without them (--no-value_baseline).")

@@ -68,3 +68,9 @@ def with_globals(function: Callable, **names: Any) -> Callable:
 def reads_global(code: CodeType, name: str) -> bool:
     """Whether a function's code, or that of a function inside it, reads the global `name`."""
     return name in code.co_names or any(reads_global(part, name) for part in code.co_consts if isinstance(part, CodeType))
+
+
+def has_constant(code: CodeType, value: Any) -> bool:
+    """Whether a function's code, or that of a function inside it, has `value` as a constant or in a tuple of them."""
+    inside = (value in part if isinstance(part, tuple) else isinstance(part, CodeType) and has_constant(part, value) for part in code.co_consts)
+    return value in code.co_consts or any(inside)

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from ..schedulers.own_noise import first_time
 from ..schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork
 from ..schedulers.sigma_space import implied_output
+from . import prompt_form
 from .calls import calls_of
 from .denoiser_gates import gated
 from .parts import parts_follow
-from .pipeline_state import no_cast_weights_kept, own_arguments, refuse_offloading, restored_if_abandoned, seeded_globally
+from .pipeline_state import no_cast_weights_kept, refuse_offloading, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
 from .wrappers import unwrapped
 
@@ -250,7 +251,8 @@ def drive(
     Everything is restored when it returns or raises, and the pipeline gets copies of the call's lists, dicts and tensors.
 
     Raises:
-        ValueError: gradients through an offloaded component, or a pipeline that reads what the scheduler does not have.
+        ValueError: gradients through an offloaded component, a pipeline that reads what the scheduler does not have, or several prompts for one that takes
+            one.
     """
     if gradients:
         refuse_offloading(pipeline)
@@ -269,4 +271,4 @@ def drive(
             stack.enter_context(memory.installed(pipeline))
         stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(_explained(pipeline))
-        return calls.run(own_arguments(call))
+        return prompt_form.run(calls, call, begun=lambda: session.taken[0] > 0)

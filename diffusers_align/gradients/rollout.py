@@ -14,6 +14,7 @@ A step is a call of `scheduler.step`: a second-order solver takes two for one of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -152,6 +153,7 @@ def outputs_along(policy: Policy, rollout: DifferentiableRollout, *, reference: 
     context = policy.reference if reference else nullcontext
 
     def denoise(forward: Callable, *args: Any, **kwargs: Any):
+        @functools.wraps(forward)
         def of_model(*args: Any, **kwargs: Any):
             with context():  # again on the way back, when the caller's has ended
                 return forward(*args, **kwargs)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ..condition import positions
 from ..driving.scheduler_hook import Step
 from ..forward_process import ForwardProcess
 from ..schedulers import sde_twin
 from ..transition import GaussianTransition
+from .recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,7 @@ class Walk:
         if self.detach_input:
             args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         args, kwargs = _latents_kept(args, kwargs)
-        call = partial(forward, *args, **kwargs)
-        return checkpointed(call, use_reentrant=False) if self.checkpoint else call()
+        return recomputed(forward, *args, **kwargs) if self.checkpoint else forward(*args, **kwargs)
 
     def on_step(self, step: Step) -> Tensor | None:
         """A solver step, for the driver."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..checks.ranges import check_call
 from ..condition import Condition, is_embedding
-from ..driving.arguments import checked_prompts, unknown_prompts
+from ..driving.arguments import check_number, checked_prompts, unknown_prompts
 from ..driving.calls import Calls, calls_of
 from ..driving.driver import images_of
 from ..driving.parts import parts_of
@@ -34,6 +34,7 @@ from ..gradients.decoding import light_decoding
 from ..policy import Policy
 from ..rewards import load_reward
 from .judge import Judge
+from .rows import with_own_rows
 
 logger = logging.get_logger(__name__)
 Generators = torch.Generator | list[torch.Generator] | None
@@ -150,6 +151,7 @@ class WrappedPipeline(DiffusionPipeline):
         if unknown := sorted({*arguments, *own} - set(accepted)):
             raise ValueError(f"Neither {type(self).__name__} nor {type(self.pipeline).__name__} takes {', '.join(unknown)}.")
         check_call({**arguments, **own})
+        check_number({*arguments, *own}, accepted)
         rest = {name: arguments.pop(name) for name in ("generator", "output_type", "return_dict", "latents", *_PER_PROMPT) if name in arguments}
         if prompt is None and any(map(is_embedding, {**arguments, **own})):
             prompt = unknown_prompts(type(self.pipeline).__name__, accepted, arguments, own, None)
@@ -169,7 +171,7 @@ class WrappedPipeline(DiffusionPipeline):
         asked, rest = self.asked(prompt, arguments)
         if "generator" not in self.calls.parameters:
             raise ValueError(f"{type(self.pipeline).__name__}'s call takes no generator, so its samples have no seeds.")
-        copies = max(copies_asked(rest).values(), default=1)
+        asked, copies = with_own_rows(self, asked), max(copies_asked(rest).values(), default=1)
         rows = [i for i in range(len(asked)) for _ in range(copies)]
         generator, latents = rest.get("generator"), rest.get("latents")
         if isinstance(generator, list) and len(generator) != len(rows):

@@ -12,6 +12,7 @@ from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy
 from diffusers_align.pipelines import BestOfNPipeline, ParticleSteeringPipeline
+from tests.families.cases import CASES
 
 PROMPTS, SEEDS = ["a cat", "a dog"], [1, 2]
 
@@ -108,3 +109,12 @@ def test_a_cached_denoiser_starts_anew_after_a_call_that_raised():
     with pytest.raises(KeyboardInterrupt):
         policy.replay(trajectory, leave)
     assert torch.equal(policy.rollout(PROMPTS, seeds=SEEDS).actions, trajectory.actions)
+
+
+def test_attention_processors_are_put_back_where_a_pipeline_returns_before_it_does_so():
+    """It does for latents."""
+    case = CASES["StableDiffusionXLPAGInpaintPipeline"][0]
+    policy = Policy(case.build(), **case.call)
+    before = dict(policy.pipeline.unet.attn_processors)
+    policy.rollout(list(case.prompts), seeds=[1, 2], per_sample=case.per_sample)
+    assert policy.pipeline.unet.attn_processors == before

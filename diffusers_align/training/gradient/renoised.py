@@ -6,16 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ...algorithms.draft import renoised
 from ...algorithms.srpo import recovered_sample, semantic_relative_preference
 from ...forward_process import ForwardProcess
 from ...gradients.decoding import decode_latents
+from ...gradients.recompute import recomputed
 from ...gradients.rollout import DifferentiableRollout
 from ...policy import Policy, noise_seed
 
@@ -92,9 +91,5 @@ def relative_rewards(run, batch, images: Tensor, words: tuple[str, str], discoun
 
 def _predicted(policy: Policy, x: Tensor, t: Tensor, rollout: DifferentiableRollout, checkpoint: bool) -> Tensor:
     """The model's output at x (B, *D), guidance included."""
-    with policy.denoising(_recomputed) if checkpoint else nullcontext():
+    with policy.denoising(recomputed) if checkpoint else nullcontext():
         return policy.predict(x, t, rollout.condition, guidance=True)
-
-
-def _recomputed(forward, *args, **kwargs):
-    return checkpointed(partial(forward, *args, **kwargs), use_reentrant=False)

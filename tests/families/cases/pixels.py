@@ -10,8 +10,7 @@ import torch
 from ..case import Case
 from ..parts import LATENT_CHANNELS, TEXT_WIDTH, photograph, seeded, t5_parts, unet
 
-TWO = {"batch_size": 2}
-STEPS = {**TWO, "num_inference_steps": 4}
+STEPS = {"num_inference_steps": 4}
 
 
 def pixel_unet(channels: int = 3, size: int = 8, **config: Any) -> diffusers.UNet2DModel:
@@ -85,7 +84,7 @@ AGAIN = {"strength": 0.8, "num_inference_steps": 5}
 CASES: dict[str, list[Case]] = {
     "DDPMPipeline": [Case(lambda: unconditional(diffusers.DDPMPipeline, diffusers.DDPMScheduler()), STEPS, prompts=None)],
     "DDIMPipeline": [Case(lambda: unconditional(diffusers.DDIMPipeline, diffusers.DDIMScheduler()), STEPS, prompts=None)],
-    "PNDMPipeline": [Case(lambda: unconditional(diffusers.PNDMPipeline, diffusers.PNDMScheduler()), {**TWO, "num_inference_steps": 8}, prompts=None)],
+    "PNDMPipeline": [Case(lambda: unconditional(diffusers.PNDMPipeline, diffusers.PNDMScheduler()), {"num_inference_steps": 8}, prompts=None)],
     "RePaintPipeline": [
         Case(
             lambda: unconditional(diffusers.RePaintPipeline, diffusers.RePaintScheduler()),
@@ -98,7 +97,7 @@ CASES: dict[str, list[Case]] = {
     "KarrasVePipeline": [Case(lambda: unconditional(diffusers.KarrasVePipeline, diffusers.KarrasVeScheduler()), STEPS, prompts=None)],
     "LDMPipeline": [Case(latent_unconditional, STEPS, prompts=None)],
     "DanceDiffusionPipeline": [Case(dance_diffusion, {**STEPS, "audio_length_in_s": 0.032}, prompts=None)],
-    "ConsistencyModelPipeline": [Case(consistency, {**TWO, "num_inference_steps": None, "timesteps": [22, 0]}, prompts=None)],
+    "ConsistencyModelPipeline": [Case(consistency, {"num_inference_steps": None, "timesteps": [22, 0]}, prompts=None)],
     "IFPipeline": [Case(lambda: deepfloyd(diffusers.IFPipeline), FIRST)],
     "IFImg2ImgPipeline": [Case(lambda: deepfloyd(diffusers.IFImg2ImgPipeline), {**IF, **AGAIN}, {"image": pictures(16)})],
     "IFInpaintingPipeline": [Case(lambda: deepfloyd(diffusers.IFInpaintingPipeline), {**IF, **AGAIN}, {"image": pictures(16), "mask_image": MASKS})],

@@ -105,7 +105,14 @@ CASES: dict[str, list[Case]] = {
     "AnimateDiffPipeline": [Case(lambda: animated(diffusers.AnimateDiffPipeline), SHORT)],
     "AnimateDiffPAGPipeline": [Case(lambda: animated(diffusers.AnimateDiffPAGPipeline, pag_applied_layers=["mid.*attn1"]), {**SHORT, "pag_scale": 2.0})],
     "AnimateDiffSDXLPipeline": [Case(animated_xl, SHORT)],
-    "AnimateDiffControlNetPipeline": [Case(lambda: animated(diffusers.AnimateDiffControlNetPipeline, controlnet=control_net()), SHORT, CONTROL)],
+    "AnimateDiffControlNetPipeline": [
+        Case(
+            lambda: animated(diffusers.AnimateDiffControlNetPipeline, controlnet=control_net()),
+            {**SHORT, "conditioning_frames": pictures()},
+            one_sample=True,
+            remark="the frames that control are those of one video",
+        )
+    ],
     "AnimateDiffSparseControlNetPipeline": [
         Case(
             sparsely_controlled,

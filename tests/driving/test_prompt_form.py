@@ -1,0 +1,79 @@
+"""Pipelines that take one string and one generator get them; whatever else they refuse is said as they say it."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from tiny_pipelines import SMALL, stable_diffusion
+
+from diffusers_align import Policy
+from diffusers_align.driving import prompt_form
+
+
+class OneString(StableDiffusionPipeline):
+    """Refuses lists, as some pipelines of one video do."""
+
+    refusals = 0
+
+    @torch.no_grad()
+    def __call__(
+        self, prompt: str, *, height=None, width=None, num_inference_steps=4, guidance_scale=3.0, generator=None, negative_prompt=None, output_type="pil"
+    ):
+        if not isinstance(prompt, str) or not isinstance(negative_prompt, str | None) or isinstance(generator, list):
+            type(self).refusals += 1
+            raise TypeError('can only concatenate str (not "list") to str')
+        shared = {"height": height, "width": width, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        return StableDiffusionPipeline.__call__.__wrapped__(
+            self, ">" + prompt, negative_prompt=negative_prompt, generator=generator, output_type=output_type, **shared
+        )
+
+
+@pytest.fixture
+def policy():
+    OneString.refusals = 0
+    with patch.object(prompt_form, "_SINGLE", type(prompt_form._SINGLE)()):
+        yield Policy(stable_diffusion(OneString), **SMALL)
+
+
+def test_one_prompt_and_its_generator_are_given_as_such(policy):
+    expected = Policy(stable_diffusion(), **SMALL).rollout([">a cat"], seeds=[1], negative_prompt="grey").final
+    for _ in range(2):
+        assert torch.equal(policy.rollout(["a cat"], seeds=[1], per_sample={"negative_prompt": ["grey"]}).final, expected)
+    assert OneString.refusals == 1
+    assert policy.prompt_features(policy.condition(["a cat"])).shape[0] == 1
+
+
+def test_several_prompts_are_refused_in_words(policy):
+    with pytest.raises(ValueError, match="OneString takes one prompt a call, got 2"):
+        policy.rollout(["a cat", "a dog"], seeds=[1, 2])
+    policy.rollout(["a cat"], seeds=[1])
+    with pytest.raises(ValueError, match="OneString takes one prompt a call, got 2"):
+        policy.rollout(["a cat", "a dog"], seeds=[1, 2])
+
+
+def test_what_else_is_refused_is_said_as_the_pipeline_says_it(policy):
+    with pytest.raises(ValueError, match="divisible by 8"):
+        policy.rollout(["a cat"], seeds=[1], height=13)
+    with pytest.raises(ValueError, match="divisible by 8"):
+        Policy(stable_diffusion(), **SMALL).rollout(["a cat"], seeds=[1], height=13)
+
+
+@pytest.mark.parametrize("when", ["drawn", "begun"])
+def test_a_call_that_has_done_something_is_not_made_again(when):
+    calls = []
+
+    class Late(StableDiffusionPipeline):
+        @torch.no_grad()
+        def __call__(self, prompt, *, num_inference_steps=2, generator=None, output_type="pil"):
+            calls.append(prompt)
+            if when == "drawn":
+                torch.randn(1, generator=generator[0])
+            else:
+                self.scheduler.set_timesteps(2)
+                self.scheduler.step(torch.zeros(1, 4, 8, 8), self.scheduler.timesteps[0], torch.zeros(1, 4, 8, 8))
+            raise TypeError("a list")
+
+    with pytest.raises(TypeError, match="a list"):
+        Policy(stable_diffusion(Late)).rollout(["a cat"], seeds=[1], deterministic=True)
+    assert calls == [["a cat"]]
