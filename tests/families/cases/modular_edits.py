@@ -24,8 +24,12 @@ def modular_layered():
     return modular(diffusers.QwenImageLayeredModularPipeline, layered())
 
 
-def modular_21(cls: type):
+def modular_21(cls: type = diffusers.QwenImage21ModularPipeline):
     return modular(cls, qwen_image_21())
+
+
+def modular_21_turbo():
+    return modular_21(diffusers.QwenImage21TurboModularPipeline)
 
 
 def modular_flux_2():
@@ -41,6 +45,8 @@ CALL = {**SMALL, **NEGATIVE, "max_sequence_length": 64}
 PART = {"strength": 0.8, "num_inference_steps": 5}
 EDIT = {**NEGATIVE, "num_inference_steps": 4, "guidance_scale": 3.0}
 NEWER = {**EDIT, "height": 64, "width": 64}
+TURBO = {"height": 64, "width": 64, "num_inference_steps": 4}
+WITHOUT_CACHE = {"use_kv_cache": False}
 PLAIN = {name: value for name, value in FLUX_2.items() if name != "guidance_scale"}
 
 CASES: dict[str, list[Case]] = {
@@ -62,18 +68,17 @@ CASES: dict[str, list[Case]] = {
         Case(modular_layered, {**EDIT, "layers": 2, "resolution": 640, "image": pil_pictures()[0].convert("RGBA")}, one_sample=True)
     ],
     "QwenImage21ModularPipeline": [
-        Case(lambda: modular_21(diffusers.QwenImage21ModularPipeline), NEWER),
+        Case(modular_21, NEWER),
+        Case(modular_21, {**NEWER, **WITHOUT_CACHE}, variant="without cache"),
         Case(
-            lambda: modular_21(diffusers.QwenImage21ModularPipeline),
+            modular_21,
             {**NEWER, "image": pil_pictures(64)[:1], "output_resolution": 64},
             variant="edit",
         ),
     ],
     "QwenImage21TurboModularPipeline": [
-        Case(
-            lambda: modular_21(diffusers.QwenImage21TurboModularPipeline),
-            {"height": 64, "width": 64, "num_inference_steps": 4},
-        )
+        Case(modular_21_turbo, TURBO),
+        Case(modular_21_turbo, {**TURBO, **WITHOUT_CACHE}, variant="without cache"),
     ],
     "Flux2ModularPipeline": [
         Case(modular_flux_2, {**FLUX_2, "max_sequence_length": 640}),

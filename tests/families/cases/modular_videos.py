@@ -66,6 +66,7 @@ ANIMATED = {
     "height": 32, "width": 32, "segment_frame_length": 5, "num_inference_steps": 4, "max_sequence_length": 32, "image": picture(),
     "driving_video": clip_of_pictures(5, flipped=True),
 }  # fmt: skip
+FLEX: dict[str, Any] = {"one_sample": True, "remark": "its FlexAttention has no gradient on the CPU"}
 CHUNK = {**CALL, "num_latent_frames_per_chunk": 2}
 PYRAMID = {**CHUNK, "height": 32, "width": 32, "pyramid_num_inference_steps_list": [2, 2, 2]}
 
@@ -90,10 +91,8 @@ CASES: dict[str, list[Case]] = {
             one_sample=True,
         ),
     ],
-    "WanAnimate2ModularPipeline": [
-        Case(lambda: animate_2(diffusers.WanAnimate2ModularPipeline), {**ANIMATED, **NEGATIVE, "guidance_scale": 3.0}, one_sample=True)
-    ],
-    "WanAnimate2DistilledModularPipeline": [Case(lambda: animate_2(diffusers.WanAnimate2DistilledModularPipeline), ANIMATED, one_sample=True)],
+    "WanAnimate2ModularPipeline": [Case(lambda: animate_2(diffusers.WanAnimate2ModularPipeline), {**ANIMATED, **GUIDED}, **FLEX)],
+    "WanAnimate2DistilledModularPipeline": [Case(lambda: animate_2(diffusers.WanAnimate2DistilledModularPipeline), ANIMATED, **FLEX)],
     "HeliosModularPipeline": [Case(lambda: modular_helios(diffusers.HeliosModularPipeline, stage_range=[0, 1], stages=1), CHUNK)],
     "HeliosPyramidModularPipeline": [Case(lambda: modular_helios(diffusers.HeliosPyramidModularPipeline, gamma=0.33), PYRAMID)],
     "HeliosPyramidDistilledModularPipeline": [
