@@ -48,6 +48,7 @@ class Driver:
         calls: how a pipeline of this kind, classic or modular, is called.
         parameters: of the pipeline's call, by name, as `inspect.signature` has them.
         prompt_memory: what `encode_prompt` returned in earlier calls.
+        steps_apart: of kinds of calls, whether the graphs of their steps hang together (`driving.steps_apart`).
         lockstep: processes wait for each other at each denoiser call, as they do when it is sharded: the number of calls then depends
             on shapes alone.
 
@@ -70,6 +71,7 @@ class Driver:
         self.parameters = self.calls.parameters
         self.prompt_memory = PromptMemory()
         self._embeddings: Condition | None = None
+        self.steps_apart: dict[tuple, bool] = {}
         self._warned: set[str] = set()
         self._streams: list[torch.Generator] | None = None
 
