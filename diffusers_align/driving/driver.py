@@ -63,8 +63,7 @@ class Driver:
         if isinstance(inside := getattr(pipeline, "__dict__", {}).get("pipeline"), DiffusionPipeline):
             raise TypeError(f"{type(pipeline).__name__} is wrapped around a {type(inside).__name__}, which is the policy: Policy(pipe.pipeline).")
         self.calls = calls_of(pipeline)
-        if not self.calls.schedulers:
-            raise ValueError(f"{type(pipeline).__name__} has no scheduler, so that {self.calls.whats_missing}.")
+        self.calls.check_schedulers()
         self.pipeline, self.call_kwargs, self.lockstep = pipeline, call_kwargs or {}, False
         twins = sde_twins(self.calls.schedulers, scheduler)
         self.stock_schedulers = {name: put_in_place(pipeline, twin, name) for name, twin in twins.items()}

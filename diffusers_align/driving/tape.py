@@ -11,7 +11,7 @@ from torch import Tensor
 from ..condition import Condition
 from ..trajectory import Trajectory
 from ..transition import GaussianTransition
-from .scheduler_hook import Step
+from .scheduler_hook import NO_OWN_STEP, Step
 from .steps_apart import GraphOfSteps, Recalled, SharedGraph
 
 if TYPE_CHECKING:
@@ -37,13 +37,16 @@ class Tape:
         """What was recorded, the main scheduler's steps with those of the others as `children`.
 
         Raises:
-            ValueError: no step was taken, or the pipeline made another number of samples than the condition has prompts.
+            ValueError: no step was taken, or none of the pipeline's own scheduler, or the pipeline made another number of samples than the condition
+                has prompts.
         """
         if not self.rows:
             raise ValueError(
                 "The pipeline took no step of its scheduler, so that there is no trajectory: num_inference_steps or strength asks for none, or another "
                 "scheduler steps in its place (the parts of a combined pipeline hold their own)."
             )
+        if 0 not in self.rows:
+            raise ValueError(NO_OWN_STEP)
         if wrong := {len(row["state"]) for rows in self.rows.values() for row in rows} - {len(condition)}:
             raise ValueError(
                 f"The pipeline made {min(wrong)} samples for {len(condition)} prompts, so that rewards and log-probabilities would belong to others. Give it "

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..checks.ranges import check_call, check_value
 from ..condition import Condition, is_embedding
 from ..driving.arguments import checked_prompts, unknown_prompts
+from ..driving.calls import calls_of
 from ..driving.driver import images_of
 from ..driving.parts import parts_of
 from ..driving.prompt_memory import PromptMemory
@@ -33,6 +34,7 @@ from ..gradients.decoding import light_decoding
 from ..policy import Policy
 from ..rewards import load_reward
 from ..rewards.base import score_columns
+from .outputs import by_scheduler
 
 logger = logging.get_logger(__name__)
 Generators = torch.Generator | list[torch.Generator] | None
@@ -169,13 +171,12 @@ class WrappedPipeline(DiffusionPipeline):
     def drive(self, condition: Condition, generator: Generators, on_step, *, gradients: bool = False, needs_denoiser=None, global_seed=None, **overrides: Any):
         """Call the stock pipeline for the rows of `condition` and hand each scheduler step to `on_step` (`diffusers_align.driving.scheduler_hook`)."""
         call = {**condition.arguments(inspect.signature(type(self.pipeline).__call__).parameters), "generator": generator, **overrides}
-        options = {"needs_denoiser": needs_denoiser, "memory": self.prompt_memory, "global_seed": global_seed}
         with light_decoding(self.pipeline) if gradients else nullcontext():
-            return drive(self.pipeline, on_step, call, gradients=gradients, **options)
+            return drive(self.pipeline, on_step, call, gradients=gradients, needs_denoiser=needs_denoiser, memory=self.prompt_memory, global_seed=global_seed)
 
     @torch.no_grad()
     def sample(self, condition: Condition, generator: Generators, **overrides: Any) -> list[Tensor]:
-        """The stock pipeline's own samples: the final states (B, *D) of its scheduler and of the copies it makes."""
+        """The stock pipeline's own samples: the final states (B, *D) of its scheduler and of the copies it makes; (B, 0) of one that takes no step."""
         final: dict[int, Tensor] = {}
 
         def keep(step: Step) -> None:
@@ -183,7 +184,7 @@ class WrappedPipeline(DiffusionPipeline):
 
         # Open gates learn what a later call with closed ones must return.
         self.drive(condition, generator, keep, needs_denoiser=lambda k: True, output_type="latent", **overrides)
-        return [final[child] for child in sorted(final)]
+        return by_scheduler(final)
 
     def finish(self, final: list[Tensor], condition: Condition, generator: Generators, **overrides: Any):
         """The stock pipeline's output for the final states (B, *D), by its own tail; no denoiser is called.
@@ -210,7 +211,7 @@ class WrappedPipeline(DiffusionPipeline):
         """The pipeline inside as a `Policy`, for a while: its scheduler, gradient flags and training modes come back afterwards."""
         modules = [m for component in self.pipeline.components.values() if isinstance(component, nn.Module) for m in component.modules()]
         flags = {p: p.requires_grad for m in modules for p in m.parameters(recurse=False)}
-        modes, stock = {m: m.training for m in modules}, self.pipeline.scheduler
+        modes, stock = {m: m.training for m in modules}, calls_of(self.pipeline).main_scheduler
         try:
             yield Policy(self.pipeline, scheduler, **call_kwargs)
         finally:

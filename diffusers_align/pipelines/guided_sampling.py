@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..algorithms.guidance import Guidance, Level, clean_estimate, guide, output_change, renoised, step_weights
 from ..driving.initial_noise import prepared_latents
 from ..driving.prompt_memory import PromptMemory
-from ..driving.scheduler_hook import Step, denoisers, drive
+from ..driving.scheduler_hook import NO_OWN_STEP, Step, denoisers, drive
 from .base import copied
 from .noise_grid import NoiseGrid, check_scale, noise_grid
 from .recurrence import put_back, reads_state, restarted, run_time_state, whole_steps
@@ -81,6 +81,8 @@ def guided_sample(
         output = drive(
             pipeline, walk.on_step, call, gradients=through_denoiser, timesteps=timesteps, begin_index=None if timesteps is None else 0, memory=memory
         )  # fmt: skip
+    if walk.final is None:
+        raise GuidanceError(NO_OWN_STEP)
     if walk.values and not walk.moved:
         raise GuidanceError("The reward's gradient was exactly 0 at every guided step: it rounds, saturates, or does not look at the images.")
     return GuidedSample(output, walk.final, torch.stack(walk.values, 1) if walk.values else None)

@@ -17,6 +17,7 @@ from ..algorithms.guidance import Guidance, Level
 from ..algorithms.guidance import preset as find_preset
 from ..checks.ranges import Count, Probability, checked
 from ..condition import Condition
+from ..driving.calls import calls_of
 from ..driving.driver import images_of
 from ..driving.safety_checker import unchecked
 from ..driving.scheduler_hook import Step
@@ -102,7 +103,7 @@ class _Tail(WrappedPipeline):
     @classmethod
     def of(cls, guided: RewardGuidedPipeline, condition: Condition, generator: Generators) -> _Tail:
         pipeline = copy.copy(guided.pipeline)
-        pipeline.scheduler = copy.deepcopy(guided.pipeline.scheduler)
+        pipeline.scheduler = copy.deepcopy(calls_of(guided.pipeline).main_scheduler)
         tail, parameters = cls(pipeline), inspect.signature(type(pipeline).__call__).parameters
         fixed = "strength" in parameters or {"sigmas", "timesteps", "denoising_start", "denoising_end"} & set(condition.kwargs)
         few = {} if fixed or "num_inference_steps" not in parameters else {"num_inference_steps": 2}
