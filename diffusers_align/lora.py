@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -117,9 +118,15 @@ def _beside_others(name: str, module: nn.Module) -> Iterator[None]:
 
 
 def _has_loader(pipeline, name: str, module: nn.Module) -> bool:
-    """Whether the stock `load_lora_weights` of this pipeline reaches the denoiser, and finds there what it needs."""
-    reached = getattr(type(pipeline), "_lora_loadable_modules", ())
-    return name in reached and hasattr(type(pipeline), "save_lora_weights") and hasattr(module, "load_lora_adapter")
+    """Whether the stock `load_lora_weights` of this pipeline reaches the denoiser and finds there what it needs, and `save_lora_weights` takes its LoRA:
+    some pipelines inherit a loader that was made for other denoisers."""
+    cls = type(pipeline)
+    reached = name in getattr(cls, "_lora_loadable_modules", ()) and hasattr(cls, "save_lora_weights") and hasattr(module, "load_lora_adapter")
+    return reached and _argument(name) in inspect.signature(cls.save_lora_weights).parameters
+
+
+def _argument(name: str) -> str:
+    return f"{'transformer' if name.startswith('transformer') else name}_lora_layers"
 
 
 def save(pipeline, denoisers: dict[str, nn.Module], directory: str | Path) -> None:
@@ -142,10 +149,10 @@ def save(pipeline, denoisers: dict[str, nn.Module], directory: str | Path) -> No
             weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
             config = _plain(module.peft_config[ADAPTER])
         if _has_loader(pipeline, name, module):
-            part = "transformer" if name.startswith("transformer") else name
-            if name == "unet":
-                weights = convert_state_dict_to_diffusers(weights)
-            type(pipeline).save_lora_weights(folder, **{f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config})
+            # Older names, which other tools read. There are none for some layers (add_k_proj), and of a file in two formats a part would be loaded.
+            older, argument = convert_state_dict_to_diffusers(weights) if name == "unet" else weights, _argument(name)
+            weights = weights if any(".lora_A." in key for key in older) else older
+            type(pipeline).save_lora_weights(folder, **{argument: weights, argument.replace("_layers", "_adapter_metadata"): config})
             weight_files.settle(folder / WEIGHTS)
         else:
             logger.warning(
