@@ -27,6 +27,22 @@ class HalvesApart(StableDiffusionPipeline):
         return ImagePipelineOutput(latents if output_type == "latent" else self.vae.decode(latents, return_dict=False)[0].sigmoid())
 
 
+class CountsItsSteps(StableDiffusionPipeline):
+    """Looks the noise level up by the number of its step, as pipelines in EDM's coordinates do."""
+
+    @torch.no_grad()
+    def __call__(self, prompt, num_inference_steps=4, generator=None, output_type="pt", return_dict=True):
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        text = self.encode_prompt(prompt, self.device, 1, False)[0]
+        latents = self.prepare_latents(len(prompt), 4, 16, 16, text.dtype, self.device, generator)
+        self.scheduler.set_timesteps(num_inference_steps)
+        levels = torch.linspace(1, 0, num_inference_steps + 1)
+        for i, t in enumerate(self.scheduler.timesteps):
+            output = self.unet(latents, t, encoder_hidden_states=text).sample + 0 * levels[i]
+            latents = self.scheduler.step(output, t, latents, return_dict=False)[0]
+        return ImagePipelineOutput(latents if output_type == "latent" else self.vae.decode(latents, return_dict=False)[0].sigmoid())
+
+
 class NoScheduler(DiffusionPipeline):
     """Takes no steps, as an upsampler of latents."""
 
