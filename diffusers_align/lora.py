@@ -122,11 +122,11 @@ def _has_loader(pipeline, name: str, module: nn.Module) -> bool:
     some pipelines inherit a loader that was made for other denoisers."""
     cls = type(pipeline)
     reached = name in getattr(cls, "_lora_loadable_modules", ()) and hasattr(cls, "save_lora_weights") and hasattr(module, "load_lora_adapter")
-    return reached and _argument(name) in inspect.signature(cls.save_lora_weights).parameters
+    return reached and f"{_part(name)}_lora_layers" in inspect.signature(cls.save_lora_weights).parameters
 
 
-def _argument(name: str) -> str:
-    return f"{'transformer' if name.startswith('transformer') else name}_lora_layers"
+def _part(name: str) -> str:
+    return "transformer" if name.startswith("transformer") else name
 
 
 def save(pipeline, denoisers: dict[str, nn.Module], directory: str | Path) -> None:
@@ -150,9 +150,9 @@ def save(pipeline, denoisers: dict[str, nn.Module], directory: str | Path) -> No
             config = _plain(module.peft_config[ADAPTER])
         if _has_loader(pipeline, name, module):
             # Older names, which other tools read. There are none for some layers (add_k_proj), and of a file in two formats a part would be loaded.
-            older, argument = convert_state_dict_to_diffusers(weights) if name == "unet" else weights, _argument(name)
+            older, part = convert_state_dict_to_diffusers(weights) if name == "unet" else weights, _part(name)
             weights = weights if any(".lora_A." in key for key in older) else older
-            type(pipeline).save_lora_weights(folder, **{argument: weights, argument.replace("_layers", "_adapter_metadata"): config})
+            type(pipeline).save_lora_weights(folder, **{f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config})
             weight_files.settle(folder / WEIGHTS)
         else:
             logger.warning(
