@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.peft_utils import recurse_remove_peft_layers
@@ -118,15 +118,17 @@ def _beside_others(name: str, module: nn.Module) -> Iterator[None]:
 
 
 def _has_loader(pipeline, name: str, module: nn.Module) -> bool:
-    """Whether the stock `load_lora_weights` of this pipeline reaches the denoiser, and finds there what it needs."""
-    reached = getattr(type(pipeline), "_lora_loadable_modules", ())
+    """Whether the stock loader reaches the denoiser, finds there what it needs and can write its LoRA: some are inherited, and made for others."""
+    cls, modules = type(pipeline), getattr(type(pipeline), "_lora_loadable_modules", ())
     # A loader made for another pipeline reads text encoders that this one does not have.
-    if any(other.startswith("text_encoder") and not hasattr(pipeline, other) for other in reached):
+    if any(other.startswith("text_encoder") and not hasattr(pipeline, other) for other in modules):
         return False
-    saves = getattr(type(pipeline), "save_lora_weights", None)
-    # Some loaders have the base class' own, which is not implemented.
-    writes = saves is not None and saves.__func__ is not LoraBaseMixin.save_lora_weights.__func__
-    return name in reached and writes and hasattr(module, "load_lora_adapter")
+    reached = name in modules and hasattr(cls, "save_lora_weights") and hasattr(module, "load_lora_adapter")
+    return reached and f"{_part(name)}_lora_layers" in inspect.signature(cls.save_lora_weights).parameters
+
+
+def _part(name: str) -> str:
+    return "transformer" if name.startswith("transformer") else name
 
 
 def save(pipeline, denoisers: dict[str, nn.Module], directory: str | Path) -> None:
@@ -149,9 +151,9 @@ def save(pipeline, denoisers: dict[str, nn.Module], directory: str | Path) -> No
             weights = {key: value.detach().cpu().contiguous() for key, value in state.items()}
             config = _plain(module.peft_config[ADAPTER])
         if _has_loader(pipeline, name, module):
-            part = "transformer" if name.startswith("transformer") else name
-            if name == "unet":
-                weights = convert_state_dict_to_diffusers(weights)
+            # Older names, which other tools read. There are none for some layers (add_k_proj), and of a file in two formats a part would be loaded.
+            older, part = convert_state_dict_to_diffusers(weights) if name == "unet" else weights, _part(name)
+            weights = weights if any(".lora_A." in key for key in older) else older
             type(pipeline).save_lora_weights(folder, **{f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config})
             weight_files.settle(folder / WEIGHTS)
         else:

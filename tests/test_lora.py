@@ -8,6 +8,7 @@ import stat
 import pytest
 import torch
 from diffusers import WanPipeline
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from lora_tools import WEIGHTS, Sharded, compiled, drawn, moved, stock, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -182,6 +183,26 @@ def test_a_loader_that_reads_a_text_encoder_which_the_pipeline_lacks_is_none(tmp
     assert torch.equal(found, expected)
     with policy.reference():
         assert not torch.allclose(policy.rollout(list(case.prompts), **asked).final, expected, rtol=1e-2)
+
+
+def test_layers_without_an_older_name_reach_the_stock_loader_with_all_others(tmp_path):
+    """Of a file in two formats it would load a part, without a word: attention here, or the keys and values that pixel models add to it."""
+    expected = trained(FAMILIES["sd15"].build(), "sd15", tmp_path, target_modules=["to_k", "proj_in"])
+    fresh = FAMILIES["sd15"].build()
+    fresh.load_lora_weights(tmp_path)
+    assert torch.equal(drawn(fresh, "sd15"), expected) and not torch.equal(expected, drawn(FAMILIES["sd15"].build(), "sd15"))
+
+
+def test_a_pipeline_that_inherits_a_loader_for_another_denoiser_gets_a_file_of_its_own(tmp_path, caplog, monkeypatch):
+    pipeline = FAMILIES["sd3"].build()
+    stock_save = StableDiffusionLoraLoaderMixin.save_lora_weights  # of a unet
+    monkeypatch.setattr(type(pipeline), "save_lora_weights", classmethod(stock_save.__func__))
+    with caplog.at_level(logging.WARNING):
+        expected = trained(pipeline, "sd3", tmp_path)
+    assert "no LoRA loader for its transformer" in caplog.text
+    fresh = FAMILIES["sd3"].build()
+    load_lora(fresh, tmp_path)
+    assert torch.equal(drawn(fresh, "sd3"), expected)
 
 
 @pytest.mark.parametrize("targets, missing", [(["nope"], "'nope'"), (["to_q", "to_kk"], "'to_kk' for a LoRA. Did you mean 'to_k'")])

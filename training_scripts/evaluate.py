@@ -174,7 +174,7 @@ def compare(args, session, pipeline, scheduler, loras, prompts, rewards, embedde
         for name, (lora, scale) in loras.items():
             bar.set_description(name)
             with lora_loaded(pipeline, lora, name, scale):
-                policy = Policy(pipeline, scheduler, **call_arguments(args))  # a new one each time: it remembers encoded prompts
+                policy = Policy(pipeline, scheduler, **call_arguments(args, pipeline))  # a new one each time: it remembers encoded prompts
                 evaluation = evaluate(session, policy, rewards, prompts, args.num_samples, args.num_samples, bar.update)
                 kl = {}
                 if args.kl_samples:

@@ -261,7 +261,7 @@ def main(argv=None):
     pipeline = load_pipeline(args).to(accelerator.device)
     sde = {name: getattr(args, name) for name in STRENGTH if getattr(args, name) is not None}
     with lora_loaded(pipeline, lora, "preferences"):
-        sample(args, Policy(pipeline, sde_twin(pipeline.scheduler, **sde), **call_arguments(args)), accelerator, prompts, jobs, folder)
+        sample(args, Policy(pipeline, sde_twin(pipeline.scheduler, **sde), **call_arguments(args, pipeline)), accelerator, prompts, jobs, folder)
 
     # 2 score
     rewards = score(args, session, reward, prompts, jobs, folder)

@@ -91,7 +91,8 @@ def load_examples(args):
     examples = examples_of(rows, args.kind)
     if args.step_aware:
         accelerator = Accelerator(mixed_precision=args.mixed_precision)
-        policy = Policy(load_pipeline(args).to(accelerator.device), **call_arguments(args))
+        pipeline = load_pipeline(args).to(accelerator.device)
+        policy = Policy(pipeline, **call_arguments(args, pipeline))
         examples += noised_examples(args, accelerator, policy, rows, args.kind, args.num_noise_levels)
     if (reason := indifferent(rows, args.kind)) and not args.allow_no_signal:
         raise ValueError(f"{args.dataset_name}: {reason}, so there is nothing to learn. Give other data, or pass --allow_no_signal.")

@@ -50,10 +50,25 @@ class Calls(ABC):
     def schedulers(self) -> dict[str, Any]:
         """Those that a call may step, by component name, the main one first."""
 
+    def check_schedulers(self) -> None:
+        """Raise a ValueError if there is none."""
+        if not self.schedulers:
+            raise ValueError(f"{self.name} has no scheduler of its own: {self.whats_missing}.")
+
+    @property
+    def main_scheduler(self) -> Any:
+        """The first of `schedulers`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        self.check_schedulers()
+        return next(iter(self.schedulers.values()))
+
     @property
     @abstractmethod
     def whats_missing(self) -> str:
-        """Why a pipeline of this kind may have no scheduler, and what to do; an end of a sentence."""
+        """Why a pipeline of this kind may have no scheduler, or what to do; an end of a sentence."""
 
     @abstractmethod
     def run(self, call: dict[str, Any]) -> Any:

@@ -37,7 +37,12 @@ def _arrays_without_gradient(name: str) -> Iterator[None]:
 class ClassicCalls(Calls):
     """See `Calls`."""
 
-    whats_missing = "it takes no steps that could be a policy's"
+    @property
+    def whats_missing(self) -> str:
+        others = [name for name, component in self.pipeline.components.items() if hasattr(component, "step")]
+        if others:
+            return f"its parts take their steps by {', '.join(others)} one after the other, so that there is no one chain of states to learn on or to steer"
+        return "it takes no steps that could be a policy's, guided or searched over"
 
     @property
     def own_parameters(self) -> dict[str, inspect.Parameter]:

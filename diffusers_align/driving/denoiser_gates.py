@@ -41,12 +41,16 @@ def gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
                 output = forward(*args, **kwargs)
         if key not in known:
             # A denoiser that returns more than numbers (a cache of keys and values) is called for real every time.
-            plain = all(isinstance(leaf, (Tensor, int, float, bool, str, NoneType)) for leaf in pytree.tree_leaves(output))
-            known[key] = pytree.tree_map_only(Tensor, lambda x: _Zeros.like(x, inputs), output) if plain else None
+            known[key] = pytree.tree_map_only(Tensor, lambda x: _Zeros.like(x, inputs), output) if is_plain(output) else None
         return output
 
     with replaced(module, "forward", gate):
         yield
+
+
+def is_plain(output: Any) -> bool:
+    """Whether a denoiser's output is made of tensors and numbers alone."""
+    return all(isinstance(leaf, (Tensor, int, float, bool, str, NoneType)) for leaf in pytree.tree_leaves(output))
 
 
 _Place = tuple[int | str, int]

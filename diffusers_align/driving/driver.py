@@ -49,6 +49,7 @@ class Driver:
         calls: how a pipeline of this kind, classic or modular, is called.
         parameters: of the pipeline's call, by name, as `inspect.signature` has them.
         prompt_memory: what `encode_prompt` returned in earlier calls.
+        steps_apart: of kinds of calls, whether the graphs of their steps hang together (`driving.steps_apart`).
         lockstep: processes wait for each other at each denoiser call, as they do when it is sharded: the number of calls then depends
             on shapes alone.
 
@@ -63,14 +64,14 @@ class Driver:
         if isinstance(inside := getattr(pipeline, "__dict__", {}).get("pipeline"), (DiffusionPipeline, ModularPipeline)):
             raise TypeError(f"{type(pipeline).__name__} is wrapped around a {type(inside).__name__}, which is the policy: Policy(pipe.pipeline).")
         self.calls = calls_of(pipeline)
-        if not self.calls.schedulers:
-            raise ValueError(f"{type(pipeline).__name__} has no scheduler, so that {self.calls.whats_missing}.")
+        self.calls.check_schedulers()
         self.pipeline, self.call_kwargs, self.lockstep = pipeline, call_kwargs or {}, False
         twins = sde_twins(self.calls.schedulers, scheduler)
         self.stock_schedulers = {name: put_in_place(pipeline, twin, name) for name, twin in twins.items()}
         self.parameters = self.calls.parameters
         self.prompt_memory = PromptMemory()
         self._embeddings: Condition | None = None
+        self.steps_apart: dict[tuple, bool] = {}
         self._warned: set[str] = set()
         self._streams: list[torch.Generator] | None = None
 

@@ -31,6 +31,7 @@ class Prediction:
         self._guidance = GuidanceSwitch(driver)
         self._own_times: bool | None = None
         self._edits = False
+        self._reads_others: bool | None = None
 
     def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition, guidance: bool) -> Tensor:
         """(B, *D) at `latents` (B, *D) and `timesteps` (B,); see `Policy.predict`."""
@@ -56,14 +57,32 @@ class Prediction:
             raise ValueError(f"timesteps are numbers from {least:g} to {most:g}, in the scheduler's units, got {timesteps.tolist()}.")
 
     def _together(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
-        """Solver step 0 is gated and returns `latents`; step 1 evaluates them at `timesteps`; the rest is skipped."""
         if self._edits:
             return self._at_start(latents, timesteps, condition, overrides)
+        output, has_others = self._evaluated(latents, timesteps, condition, overrides)
+        if self._edits:
+            return self._at_start(latents, timesteps, condition, overrides)
+        if has_others and self._reads_others is None:
+            with torch.no_grad():
+                self._reads_others = not torch.equal(output, self._evaluated(latents, timesteps, condition, overrides, others=0.0)[0])
+        if has_others and self._reads_others:
+            raise ValueError(
+                f"{type(self.driver.pipeline).__name__} denoises with several schedulers, each of them a part of the sample (a video and its sound, say), and "
+                "its denoiser reads all parts at once: given one part alone, predict would be of another sample. Learn on replays, which have all parts."
+            )
+        return output
+
+    def _evaluated(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict, others: float = 1.0) -> tuple[Tensor, bool]:
+        """Solver step 0 is gated and returns `latents`; step 1 evaluates them at `timesteps`; the rest is skipped. The states of other schedulers stay
+        their initial ones, times `others`; the second value says whether there are any."""
         outputs: list[Tensor] = []
+        found: list[int] = []
 
         def capture(step: Step) -> Tensor:
+            if step.child:
+                found.append(step.child)
             if step.child or step.k > 1:
-                return step.sample
+                return others * step.sample
             given = step.like(latents)
             if step.k == 0 and step.sample.shape != given.shape:
                 raise ValueError(
@@ -78,7 +97,7 @@ class Prediction:
         self.driver.drive(condition, capture, timesteps=self._rows(timesteps, condition), needs_denoiser=lambda k: k == 1, **overrides)
         if not outputs:
             raise ValueError("The pipeline took fewer than two solver steps; raise num_inference_steps (or strength).")
-        return self._at_start(latents, timesteps, condition, overrides) if self._edits else outputs[0]
+        return outputs[0], bool(found)
 
     def _at_start(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
         """The same for a pipeline that edits its latents between steps, as inpainting puts back what it keeps: at solver step 0, which it

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..trajectory import Trajectory
 from .scheduler_hook import Step
-from .tape import force
+from .tape import force, kind_of_call
 
 if TYPE_CHECKING:
     from .driver import Driver
@@ -73,8 +73,7 @@ class CarriedState:
         if not wanted or set(wanted) == set(range(max(wanted) + 1)):
             return
         self.refuse_caches(f"solver steps {sorted(wanted)} by themselves")
-        condition = trajectory.condition
-        key = (trajectory.num_steps, *sorted((name, str(value)) for name, value in condition.kwargs.items() if not isinstance(value, Tensor)))
+        key = kind_of_call(trajectory)
         if key not in self._off:
             self._off[key] = self._measured(trajectory)
         if self._off[key] > _rounding(trajectory.states):

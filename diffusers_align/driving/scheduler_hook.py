@@ -30,6 +30,11 @@ from .pipeline_state import no_cast_weights_kept, refuse_offloading, restored_if
 from .prompt_memory import PromptMemory
 from .wrappers import unwrapped
 
+NO_OWN_STEP = (
+    "The pipeline's own scheduler takes no step: copies of it do, each for a part of the sample (a frame, say), so that there is no one chain of states to "
+    "learn on or to steer. Best-of-n needs none: BestOfNPipeline(pipe)."
+)
+
 
 def denoisers(pipeline) -> dict[str, ModelMixin]:
     """The pipeline's denoising networks by component name: its `unet*` or `transformer*` components, in diffusers' naming."""
@@ -195,9 +200,8 @@ def _asks_first(pipeline) -> bool:
 
 @contextmanager
 def _hooked(schedulers: Iterable, session: _Session) -> Iterator[None]:
-    """Context: the schedulers, the main one first, and all copies of them hand their steps to the session."""
+    """Context: the schedulers and all copies of them hand their steps to the session."""
     own = [(scheduler, type(scheduler)) for scheduler in schedulers]
-    session.adopt(own[0][0])
     for scheduler, cls in own:
         scheduler.__class__ = _hooked_class(cls, session)
     try:
@@ -251,13 +255,14 @@ def drive(
     Everything is restored when it returns or raises, and the pipeline gets copies of the call's lists, dicts and tensors.
 
     Raises:
-        ValueError: gradients through an offloaded component, a pipeline that reads what the scheduler does not have, or several prompts for one that takes
-            one.
+        ValueError: a pipeline without a scheduler, gradients through an offloaded component, a pipeline that reads what the scheduler does not have, or
+            several prompts for one that takes one.
     """
     if gradients:
         refuse_offloading(pipeline)
     calls, session = calls_of(pipeline), _Session(on_step, timesteps, begin_index, noise, call.get("generator"))
     session.asks_first = _asks_first(pipeline)
+    session.adopt(calls.main_scheduler)
     with ExitStack() as stack:
         stack.enter_context(restored_if_abandoned(pipeline))
         stack.enter_context(seeded_globally(global_seed, pipeline.device))

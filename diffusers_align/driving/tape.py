@@ -11,7 +11,8 @@ from torch import Tensor
 from ..condition import Condition
 from ..trajectory import Trajectory
 from ..transition import GaussianTransition
-from .scheduler_hook import Step
+from .scheduler_hook import NO_OWN_STEP, Step
+from .steps_apart import GraphOfSteps, Recalled, SharedGraph
 
 if TYPE_CHECKING:
     from .driver import Driver
@@ -36,13 +37,16 @@ class Tape:
         """What was recorded, the main scheduler's steps with those of the others as `children`.
 
         Raises:
-            ValueError: no step was taken, or the pipeline made another number of samples than the condition has prompts.
+            ValueError: no step was taken, or none of the pipeline's own scheduler, or the pipeline made another number of samples than the condition
+                has prompts.
         """
         if not self.rows:
             raise ValueError(
                 "The pipeline took no step of its scheduler, so that there is no trajectory: num_inference_steps or strength asks for none, or another "
                 "scheduler steps in its place (the parts of a combined pipeline hold their own)."
             )
+        if 0 not in self.rows:
+            raise ValueError(NO_OWN_STEP)
         if wrong := {len(row["state"]) for rows in self.rows.values() for row in rows} - {len(condition)}:
             raise ValueError(
                 f"The pipeline made {min(wrong)} samples for {len(condition)} prompts, so that rewards and log-probabilities would belong to others. Give it "
@@ -54,7 +58,7 @@ class Tape:
 
 def force(driver: Driver, trajectory: Trajectory, on_step: Callable[[int, GaussianTransition], None], wanted: Collection[int], condition: Condition) -> None:
     """One pass of the pipeline with the recorded actions forced; `on_step(k, kernel)` gets the kernels of the solver steps `wanted`, the only ones
-    for which the denoiser runs.
+    for which the denoiser runs. With gradients, and where the steps' graphs hang together, a pass for each of them (`driving.steps_apart`).
 
     Args:
         condition: the trajectory's own, or another of as many samples.
@@ -62,7 +66,36 @@ def force(driver: Driver, trajectory: Trajectory, on_step: Callable[[int, Gaussi
     Raises:
         ValueError: the pipeline arrives at another state than the recorded one.
     """
+    left, kind, graphs = sorted(wanted), kind_of_call(trajectory), GraphOfSteps()
 
+    def looked_at(k: int, kernel: GaussianTransition) -> None:
+        graphs.look(kernel.mean)
+        left.remove(k)
+        on_step(k, kernel)
+
+    apart = driver.steps_apart.get(kind) if torch.is_grad_enabled() else False
+    if not apart:
+        try:
+            _pass(driver, trajectory, on_step if apart is False else looked_at, wanted, condition, lambda k: k in wanted)
+            if graphs.known:
+                driver.steps_apart[kind] = False
+            return
+        except SharedGraph:
+            driver.steps_apart[kind] = True
+    recalled = Recalled()
+    for k in left:
+        recalled.begin(k)
+        with driver.denoising(recalled.call):
+            _pass(driver, trajectory, on_step, {k}, condition, recalled.needs_denoiser)
+
+
+def kind_of_call(trajectory: Trajectory) -> tuple:
+    """What decides what a pipeline carries from step to step, of a trajectory's call."""
+    kwargs = trajectory.condition.kwargs
+    return (trajectory.num_steps, *sorted((name, str(value)) for name, value in kwargs.items() if not isinstance(value, Tensor)))
+
+
+def _pass(driver: Driver, trajectory: Trajectory, on_step, wanted: Collection[int], condition: Condition, needs_denoiser: Callable[[int], bool]) -> None:
     def forced(step: Step) -> Tensor:
         tape = trajectory if step.child == 0 else trajectory.children[step.child - 1]
         action = step.like(tape.actions[:, step.k])
@@ -75,7 +108,7 @@ def force(driver: Driver, trajectory: Trajectory, on_step: Callable[[int, Gaussi
             on_step(step.k, GaussianTransition(output.prev_sample_mean, output.std))
         return action
 
-    driver.drive(condition, forced, needs_denoiser=lambda k: k in wanted)
+    driver.drive(condition, forced, needs_denoiser=needs_denoiser)
 
 
 def check_state(step: Step, recorded: Trajectory) -> None:

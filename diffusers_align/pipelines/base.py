@@ -34,6 +34,7 @@ from ..gradients.decoding import light_decoding
 from ..policy import Policy
 from ..rewards import load_reward
 from .judge import Judge
+from .outputs import by_scheduler
 from .rows import with_own_rows
 
 logger = logging.get_logger(__name__)
@@ -182,13 +183,12 @@ class WrappedPipeline(DiffusionPipeline):
     def drive(self, condition: Condition, generator: Generators, on_step, *, gradients: bool = False, needs_denoiser=None, global_seed=None, **overrides: Any):
         """Call the stock pipeline for the rows of `condition` and hand each scheduler step to `on_step` (`diffusers_align.driving.scheduler_hook`)."""
         call = {**condition.arguments(self.calls.parameters), "generator": generator, **overrides}
-        options = {"needs_denoiser": needs_denoiser, "memory": self.prompt_memory, "global_seed": global_seed}
         with light_decoding(self.pipeline) if gradients else nullcontext():
-            return drive(self.pipeline, on_step, call, gradients=gradients, **options)
+            return drive(self.pipeline, on_step, call, gradients=gradients, needs_denoiser=needs_denoiser, memory=self.prompt_memory, global_seed=global_seed)
 
     @torch.no_grad()
     def sample(self, condition: Condition, generator: Generators, **overrides: Any) -> list[Tensor]:
-        """The stock pipeline's own samples: the final states (B, *D) of its scheduler and of the copies it makes."""
+        """The stock pipeline's own samples: the final states (B, *D) of its scheduler and of the copies it makes; (B, 0) of one that takes no step."""
         final: dict[int, Tensor] = {}
 
         def keep(step: Step) -> None:
@@ -196,7 +196,7 @@ class WrappedPipeline(DiffusionPipeline):
 
         # Open gates learn what a later call with closed ones must return.
         self.drive(condition, generator, keep, needs_denoiser=lambda k: True, output_type="latent", **overrides)
-        return [final[child] for child in sorted(final)]
+        return by_scheduler(final)
 
     def finish(self, final: list[Tensor], condition: Condition, generator: Generators, **overrides: Any):
         """The stock pipeline's output for the final states (B, *D), by its own tail; no denoiser is called.

@@ -8,6 +8,7 @@ then pulled back through the denoiser by one vector-Jacobian product.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 from ..algorithms.guidance import Guidance, Level, clean_estimate, guide, output_change, renoised, step_weights
 from ..driving.initial_noise import prepared_latents
 from ..driving.prompt_memory import PromptMemory
-from ..driving.scheduler_hook import Step, denoisers, drive
+from ..driving.scheduler_hook import NO_OWN_STEP, Step, denoisers, drive
 from .base import copied
 from .noise_grid import NoiseGrid, check_scale, noise_grid
-from .recurrence import put_back, reads_state, restarted, run_time_state, whole_steps
+from .recurrence import put_back, raised_in, reads_state, restarted, run_time_state, whole_steps
 
 # A state without signal says nothing of its clean sample: h_t is constant there, and the conversions divide by alpha.
 NO_SIGNAL = 1e-3
@@ -78,9 +79,18 @@ def guided_sample(
         timesteps = walk.repeat(pipeline, call, memory) if guidance.recurrence > 1 and scale != 0 else None
         if through_denoiser:
             stack.enter_context(_differentiable_start(pipeline))
-        output = drive(
-            pipeline, walk.on_step, call, gradients=through_denoiser, timesteps=timesteps, begin_index=None if timesteps is None else 0, memory=memory
-        )  # fmt: skip
+        begin = {} if timesteps is None else {"timesteps": timesteps, "begin_index": 0}
+        try:
+            output = drive(pipeline, walk.on_step, call, gradients=through_denoiser, memory=memory, **begin)
+        except IndexError as error:
+            if timesteps is None or raised_in(error) is not inspect.unwrap(type(pipeline).__call__).__code__:
+                raise
+            raise GuidanceError(
+                f"{type(pipeline).__name__} looks something up by the number of its step ({error}), so that no step can be repeated: set recurrence=1, or "
+                "use a preset without it."
+            ) from error
+    if walk.final is None:
+        raise GuidanceError(NO_OWN_STEP)
     if walk.values and not walk.moved:
         raise GuidanceError("The reward's gradient was exactly 0 at every guided step: it rounds, saturates, or does not look at the images.")
     return GuidedSample(output, walk.final, torch.stack(walk.values, 1) if walk.values else None)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..condition import Condition
 from ..driving.noise import noise_seed, step_streams
 from ..driving.reproducibility import caches
-from ..driving.scheduler_hook import Step, denoisers
+from ..driving.scheduler_hook import NO_OWN_STEP, Step, denoisers
 from ..transition import GaussianTransition
 from .base import Generators, WrappedPipeline
 
@@ -109,6 +109,8 @@ class Walk:
 
         with torch.no_grad():
             self._drive([0], self.fresh([0]), look, needs_denoiser=lambda k: False)
+        if not found:
+            raise ValueError(NO_OWN_STEP)
         return found
 
     def advance(self, rows: list[int], start: Particles | None, stop: int | None, *, drawn: Tensor | None = None, gradients: bool = False) -> Particles:

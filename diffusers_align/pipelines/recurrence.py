@@ -8,6 +8,7 @@ steps are repeated in the units that it completes them in: a step that lowers no
 
 from __future__ import annotations
 
+from types import CodeType
 from typing import Any
 
 import torch
@@ -46,6 +47,14 @@ def restarted(first: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """The state of a solver that starts where it is `now`, given its state before its `first` step; one without an index counts its steps by what
     it remembers, and keeps that."""
     return {**first, "_step_index": now["_step_index"]} if "_step_index" in now else now
+
+
+def raised_in(error: BaseException) -> CodeType:
+    """The code that raised it."""
+    place = error.__traceback__
+    while place.tb_next is not None:
+        place = place.tb_next
+    return place.tb_frame.f_code
 
 
 def reads_state(step: Step, state: Tensor, output: Tensor, slope: float) -> bool:

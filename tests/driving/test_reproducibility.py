@@ -7,10 +7,12 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
 from policies_again import changed, errors_of_replay, policy_of
+from several_schedulers import HalvesApart
 from tiny_pipelines import FAMILIES
+from wrapping import brightness
 
 from diffusers_align import Policy
-from diffusers_align.pipelines import ParticleSteeringPipeline
+from diffusers_align.pipelines import BestOfNPipeline, ParticleSteeringPipeline, RewardGuidedPipeline
 
 PROMPTS, SEEDS = ["a cat", "a dog"], [1, 2]
 
@@ -114,6 +116,22 @@ def test_a_call_without_a_step_is_refused():
     changed(policy.pipeline, "prepare_extra_step_kwargs", lambda stock, *args: policy.pipeline.__dict__.update(scheduler=elsewhere) or {})
     with pytest.raises(ValueError, match="took no step of its scheduler"):
         policy.rollout(PROMPTS, seeds=SEEDS)
+
+
+def test_copies_that_step_in_the_place_of_the_scheduler_are_searched_over_and_else_refused():
+    pipeline = HalvesApart(**FAMILIES["sd15"].build().components)
+    found = BestOfNPipeline(pipeline, brightness)("a cat", num_candidates=3, output_type="latent")
+    assert found[0].shape == (1, 4, 8, 8) and int(found["chosen"][0]) == int(found["rewards"][0].argmax())
+    own = pipeline("a cat", generator=torch.Generator().manual_seed(3), output_type="latent")[0]
+    first = BestOfNPipeline(pipeline, brightness)("a cat", num_candidates=1, output_type="latent", generator=torch.Generator().manual_seed(3))
+    assert torch.equal(first[0], own)
+    for refused in (
+        lambda: RewardGuidedPipeline(pipeline, brightness)("a cat"),
+        lambda: ParticleSteeringPipeline(pipeline, brightness)("a cat"),
+        lambda: Policy(pipeline).rollout(PROMPTS, seeds=SEEDS),
+    ):
+        with pytest.raises(ValueError, match="own scheduler takes no step: copies of it do, each for a part of the sample"):
+            refused()
 
 
 def test_a_pipeline_that_reads_what_the_twin_lacks_is_named():

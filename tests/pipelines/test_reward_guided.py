@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from guided import SOLVERS, redness, rounding, seeds, without_gradient
+from several_schedulers import CountsItsSteps
 from tiny_pipelines import FAMILIES
 
 from diffusers_align import embedded
@@ -152,6 +153,19 @@ def test_recurrence_makes_each_guided_step_again(models, solver):
     guided = range(2, 5) if solver == "heun" else range(1, 3)
     assert found == pytest.approx([float(scheduler.timesteps[k]) for k in order])
     assert output.guided_values.shape == (1, sum(k in guided for k in order))
+
+
+def test_a_pipeline_that_counts_its_own_steps_cannot_repeat_them():
+    guided = RewardGuidedPipeline(CountsItsSteps(**FAMILIES["sd15"].build().components), reward=redness)
+    with pytest.raises(GuidanceError, match="CountsItsSteps looks something up by the number of its step .* set recurrence=1"):
+        guided("a fox", preset="mpgd", recurrence=3, start=0.25, stop=0.75, generator=seeds(0))
+    assert guided("a fox", preset="mpgd", generator=seeds(0)).images.shape == (1, 3, 16, 16)
+
+    def broken(images, prompts):
+        return [][0]
+
+    with pytest.raises(IndexError):  # the reward's own
+        guided("a fox", preset="mpgd", reward=broken, recurrence=3, start=0.25, stop=0.75, generator=seeds(0))
 
 
 class _OfAGaussian(torch.nn.Module):

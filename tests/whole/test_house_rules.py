@@ -247,7 +247,6 @@ TESTED_WITH = {
     "algorithms/reinforce": "algorithms/test_algorithms",
     "checks/given_names": "training/run/test_model_loading",
     "driving/arguments": "driving/test_driver",
-    "driving/calls": "driving/test_modular",
     "driving/replacements": "whole/test_patches",
     "driving/scheduler_hook": "driving/test_driver",
     "driving/tape": "whole/test_precision",

@@ -201,7 +201,7 @@ def evaluate(
     processes, rows = accelerator.num_processes, []
     mine = batches_by_size([prompt for _, prompt, _ in jobs], args.train_batch_size, accelerator.process_index, processes)
     call = {"num_inference_steps": args.eval_num_inference_steps, "guidance_scale": args.eval_guidance_scale}
-    call = {name: value for name, value in call.items() if value is not None}
+    call = {name: value for name, value in call.items() if value is not None and name in policy.parameters}
     scorers = {name: Scorer(reward, on_nan="mask", on_failure=args.invalid_rewards, timeout=args.reward_timeout) for name, reward in rewards.items()}
     for batch in mine:
         part = [jobs[i] for i in batch]

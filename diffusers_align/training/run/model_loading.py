@@ -11,9 +11,9 @@ from diffusers import DiffusionPipeline, ModularPipeline
 
 from ... import embedded
 from ...checks.given_names import did_you_mean, hub_reason, is_hub_error, is_repository, nearest_path
+from ...driving.calls import calls_of
 from ...schedulers import sde_twin
 from ...schedulers.twin import SDE_FIELDS, own_noise_twin
-from .inputs import call_parameters
 from .modular_loading import INDEX as MODULAR_INDEX
 from .modular_loading import is_modular, load_modular
 from .single_file import SUFFIXES, load_single_file
@@ -112,11 +112,15 @@ def training_scheduler(pipeline, **sde_fields: Any):
         raise ValueError(f"This script's noise is not of this model's kind. {type(pipeline).__name__} here is {ELSEWHERE[name]}. ({error})") from error
 
 
-def call_arguments(args) -> dict[str, Any]:
-    """What every call of the pipeline gets, from the flags that are given."""
+def call_arguments(args, pipeline) -> dict[str, Any]:
+    """What every call of the pipeline gets, from the flags that are given. What its call does not take is left out, with a warning: scripts have
+    defaults for it."""
     given = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if getattr(args, "input_columns", None) and (accepted := call_parameters(args)) is not None:
-        # pipelines without a size of their own take that of their pictures, which are resized to it
-        given = {name: value for name, value in given.items() if name in accepted or name not in ("height", "width")}
-    return given | args.call_kwargs
+    given, accepted = {name: value for name, value in given.items() if value is not None}, calls_of(pipeline).parameters
+    if "kwargs" in accepted:
+        return given | args.call_kwargs
+    # Pipelines without a size of their own take that of their pictures, which are resized to it.
+    sized = ("height", "width") if getattr(args, "input_columns", None) else ()
+    if without := [f"--{name}" for name in given if name not in accepted and name not in sized]:
+        logger.warning("The call of %s takes no such argument, so %s has no effect.", type(pipeline).__name__, ", ".join(without))
+    return {name: value for name, value in given.items() if name in accepted} | args.call_kwargs

@@ -109,7 +109,7 @@ class Run:
         if self.sharded:
             sharding.shard(denoisers(pipeline).values(), self.accelerator.device)
         pipeline.to(self.accelerator.device)
-        policy = Policy(pipeline, training_scheduler(pipeline, **sde_fields), **call_arguments(args))
+        policy = Policy(pipeline, training_scheduler(pipeline, **sde_fields), **call_arguments(args, pipeline))
         policy.lockstep = self.sharded
         config = {"target_modules": args.lora_layers.split(",")} if args.lora_layers else {}
         policy.add_lora(args.rank, args.lora_alpha, **config)

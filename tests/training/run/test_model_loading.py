@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tiny_pipelines import FAMILIES
 
 from diffusers_align import embedded
-from diffusers_align.training.run.model_loading import load_pipeline, training_scheduler
+from diffusers_align.training.run.model_loading import call_arguments, load_pipeline, training_scheduler
 
 
 def load(name, **flags):
@@ -129,3 +129,17 @@ def test_a_script_of_the_other_kind_names_scripts_of_this_one():
 
     named = {word.rstrip(",") for text in ELSEWHERE.values() for word in text.split() if word.rstrip(",").endswith(".py")}
     assert len(named) == 6 and all((scripts / name).is_file() for name in named)
+
+
+def test_flags_that_the_call_does_not_take_are_left_out_and_said(caplog):
+    class OwnGuidance(StableDiffusionPipeline):
+        def __call__(self, prompt, num_inference_steps=4, max_guidance_scale=3.0, height=None, width=None):
+            """As the pipeline of Stable Video Diffusion has it."""
+
+    args = Namespace(num_inference_steps=3, guidance_scale=5.0, height=16, width=None, input_columns=None, call_kwargs={"max_guidance_scale": 2.0})
+    pipeline = FAMILIES["sd15"].build()
+    assert call_arguments(args, pipeline) == {"num_inference_steps": 3, "guidance_scale": 5.0, "height": 16, "max_guidance_scale": 2.0}
+    assert caplog.messages == []
+    own = OwnGuidance(**pipeline.components)
+    assert call_arguments(args, own) == {"num_inference_steps": 3, "height": 16, "max_guidance_scale": 2.0}
+    assert caplog.messages[-1] == "The call of OwnGuidance takes no such argument, so --guidance_scale has no effect."

@@ -1,0 +1,88 @@
+"""Steps whose graphs hang together are walked apart: the record's log-probabilities, each step's own gradient, one denoiser call a step."""
+
+import pytest
+import torch
+from policies_again import changed, policy_of
+from torch import nn
+
+from diffusers_align import Policy
+
+PROMPTS, SEEDS = ["a cat", "a dog"], [1, 2]
+
+
+def with_momentum(policy: Policy, cut: bool = False) -> None:
+    """What the loop makes of the denoiser's output adds up over the steps of a call, with its graph unless that is `cut`."""
+    memory = {}
+
+    def add_up(module, arguments, output):
+        total = output[0] * (1 + 0.5 * memory.get("sum", torch.zeros(())).sin())  # the sine keeps its input for the gradient
+        memory["sum"] = total.detach() if cut else total
+        return (total,)
+
+    policy.pipeline.unet.register_forward_hook(add_up)
+    changed(policy.pipeline, "prepare_latents", lambda stock, *args, **kwargs: memory.clear() or stock(*args, **kwargs))
+
+
+def with_an_embedding(policy: Policy, cut: bool = False) -> None:
+    """All steps add what a parameter that is made in the call, as normalizers do when they are moved, gave before the first of them."""
+    memory = {}
+
+    def prepared(stock, *args, **kwargs):
+        made = nn.Parameter(torch.ones(())).sin()
+        memory["added"] = made.detach() if cut else made
+        return stock(*args, **kwargs)
+
+    policy.pipeline.unet.register_forward_hook(lambda module, arguments, output: (output[0] + memory["added"],))
+    changed(policy.pipeline, "prepare_latents", prepared)
+
+
+def replayed(policy: Policy, trajectory) -> tuple[list[float], torch.Tensor, int]:
+    """The errors of the log-probabilities, the gradient of their sum by a `backward` at each step, and the denoiser calls that it took."""
+    errors, calls = [], []
+    parameters = policy.trainable_parameters()
+    for parameter in parameters:
+        parameter.grad = None
+
+    def on_step(k, kernel):
+        log_prob = kernel.log_prob(trajectory.actions[:, k])
+        errors.append(float((log_prob - trajectory.log_probs[:, k]).abs().max()))
+        log_prob.sum().backward()
+
+    forward = policy.pipeline.unet.forward
+    policy.pipeline.unet.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    policy.replay(trajectory, on_step)
+    del policy.pipeline.unet.forward
+    return errors, torch.cat([p.grad.flatten() for p in parameters]), len(calls)
+
+
+@pytest.mark.parametrize("carry", [with_momentum, with_an_embedding])
+def test_each_step_has_its_own_gradient(carry):
+    found = {}
+    for cut in (False, True):
+        policy = policy_of()
+        policy.add_lora(4)
+        with torch.no_grad():
+            for parameter in policy.trainable_parameters():
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        carry(policy, cut)
+        trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
+        found[cut] = [replayed(policy, trajectory) for _ in range(2)]
+    steps = len(trajectory.noisy_steps)
+    for errors, gradient, _ in found[False]:
+        assert errors == [0.0] * steps
+        torch.testing.assert_close(gradient, found[True][0][1], rtol=1e-4, atol=1e-5)
+    assert found[True][0][1].abs().max() > 0
+    assert [calls for *_, calls in found[True]] == [steps, steps]  # nothing to walk apart
+    assert found[False][1][2] == steps  # each step's call serves the walks after it
+
+
+def test_steps_apart_are_remembered_by_the_kind_of_call():
+    policy = policy_of()
+    policy.add_lora(4)
+    with_momentum(policy)
+    trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
+    with torch.no_grad():
+        policy.replay(trajectory, lambda k, kernel: None)
+    assert policy.steps_apart == {}
+    replayed(policy, trajectory)
+    assert list(policy.steps_apart.values()) == [True]
