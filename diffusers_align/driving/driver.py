@@ -259,7 +259,8 @@ def images_of(output) -> Tensor:
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images)
         return images.movedim(-1, -3) if images.ndim > 3 else images
-    return torch.stack(list(images)) if isinstance(images, (list, tuple)) else images
+    tensors = isinstance(images, (list, tuple)) and all(isinstance(image, Tensor) for image in images)
+    return torch.stack(list(images)) if tensors else images
 
 
 def _global_seed(condition: Condition) -> int | None:

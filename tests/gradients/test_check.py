@@ -74,11 +74,12 @@ def test_a_decoder_without_gradient_is_found(sd3):
     refused(sd3, "latents have a graph, the images have none: vae runs its layers under torch.no_grad")
 
 
-def test_pipelines_that_return_pil_are_found(sd3):
+@pytest.mark.parametrize("form, reason", [("pil", "returned list instead of tensors"), ("np", "the images have none: the decoder detaches them")])
+def test_pipelines_that_return_pil_or_arrays_are_found(sd3, form, reason):
     processor = sd3.policy.pipeline.image_processor
     postprocess = processor.postprocess
-    processor.postprocess = lambda image, output_type: postprocess(image.detach(), output_type="np")
-    refused(sd3, "returned ndarray instead of tensors")
+    processor.postprocess = lambda image, output_type: postprocess(image.detach(), output_type=form)
+    refused(sd3, reason)
 
 
 def test_saturated_pixels_are_found(sd3):
