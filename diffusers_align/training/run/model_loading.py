@@ -117,8 +117,6 @@ def call_arguments(args, pipeline) -> dict[str, Any]:
     defaults for it."""
     given = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "height", "width")}
     given, accepted = {name: value for name, value in given.items() if value is not None}, calls_of(pipeline).parameters
-    if "kwargs" in accepted:
-        return given | args.call_kwargs
     # Pipelines without a size of their own take that of their pictures, which are resized to it.
     sized = ("height", "width") if getattr(args, "input_columns", None) else ()
     if without := [f"--{name}" for name in given if name not in accepted and name not in sized]:
