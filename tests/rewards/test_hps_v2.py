@@ -93,7 +93,7 @@ def test_hps_v2_is_open_clips_cosine(hps):
     assert ids[1].argmax() == 15 and ids[0].argmax() == 5
     expected = (model.images(normalised(images)) * model.texts(ids)).sum(-1)
     torch.testing.assert_close(score(reward, images, prompts)["reward"], expected, atol=1e-5, rtol=0)
-    assert (expected[0] - expected[1]).abs() > 1e-3
+    assert (expected[0] - expected[1]).abs() > 1e-4
     torch.testing.assert_close(reward.clip.images(images), model.images(normalised(images)), atol=1e-5, rtol=0)
 
 

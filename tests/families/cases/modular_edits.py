@@ -24,12 +24,13 @@ def modular_layered():
     return modular(diffusers.QwenImageLayeredModularPipeline, layered())
 
 
-def modular_21(cls: type = diffusers.QwenImage21ModularPipeline):
-    return modular(cls, qwen_image_21())
+# classes that are newer than the oldest diffusers are read when a case is built
+def modular_21():
+    return modular(diffusers.QwenImage21ModularPipeline, qwen_image_21())
 
 
 def modular_21_turbo():
-    return modular_21(diffusers.QwenImage21TurboModularPipeline)
+    return modular(diffusers.QwenImage21TurboModularPipeline, qwen_image_21())
 
 
 def modular_flux_2():
