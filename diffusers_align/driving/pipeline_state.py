@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from accelerate.hooks import CpuOffload
-from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .calls import calls_of
+from .module_tree import ModuleTree
 from .replacements import held
 
 
@@ -46,25 +45,23 @@ def _generators_of(device: torch.device) -> list[torch.Generator]:
 
 
 @contextmanager
-def restored_if_abandoned(pipeline) -> Iterator[None]:
+def restored_if_abandoned(pipeline, tree: ModuleTree) -> Iterator[None]:
     """Context: if the call within raises, what pipelines change while they run is put back, and the pipeline's own clean-up runs: attributes of the
     pipeline and its diffusers models, attention processors, hooks and scales of LoRAs at any depth. Calls that end have cleaned up themselves, but
     for attention processors: some pipelines return latents before they put those back.
 
     Other libraries' models are left alone: what a first call leaves on a text encoder (transformers' hooks that capture hidden states) is meant
     to stay, and half of it would change what it returns."""
-    components = [c for c in pipeline.components.values() if isinstance(c, ModelMixin)]
-    attributes = [(own, _attributes(own)) for own in (pipeline, *components)]
-    parts = _Parts.of(components)
+    attributes = [(own, _attributes(own)) for own in (pipeline, *tree.models)]
     try:
         yield
     except BaseException:
         for own, before in attributes:
             _put_back(own, before)
-        parts.put_back(components)
+        tree.put_back()
         calls_of(pipeline).clean_up()
         raise
-    parts.put_processors_back()
+    tree.put_processors_back()
 
 
 def _attributes(own) -> tuple[dict[str, Any], dict[str, nn.Module]]:
@@ -79,54 +76,6 @@ def _put_back(own, attributes: tuple[dict[str, Any], dict[str, nn.Module]]) -> N
     if isinstance(own, nn.Module) and own._modules != modules:
         own._modules.clear()
         own._modules.update(modules)
-
-
-class _Parts(NamedTuple):
-    """What calls change deep inside a model. Models have thousands of parts and few that matter here: only those are kept, at each call.
-
-    Attributes:
-        processors: of attention layers.
-        hooks: torch's and diffusers' own, by the module's attribute, of modules that have any.
-        scales: of LoRAs, which some models change for the time of a forward pass.
-    """
-
-    processors: list[tuple[nn.Module, Any]]
-    hooks: dict[nn.Module, dict[str, Any]]
-    scales: list[tuple[dict[str, float], dict[str, float]]]
-
-    @classmethod
-    def of(cls, components: list[nn.Module]) -> _Parts:
-        found = cls([], {}, [])
-        for module in (m for component in components for m in component.modules()):
-            own = module.__dict__
-            if hasattr(type(module), "set_processor"):
-                found.processors.append((module, module.processor))
-            if "scaling" in own and isinstance(own["scaling"], dict):
-                found.scales.append((own["scaling"], dict(own["scaling"])))
-            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_diffusers_hook" in own:
-                found.hooks[module] = {name: dict(own[name]) if name in _TORCH_HOOKS else own[name] for name in (*_TORCH_HOOKS, *_OWN_HOOKS) if name in own}
-        return found
-
-    def put_processors_back(self) -> None:
-        for module, processor in self.processors:
-            if module.processor is not processor:
-                module.set_processor(processor)
-
-    def put_back(self, components: list[nn.Module]) -> None:
-        self.put_processors_back()
-        for scales, before in self.scales:
-            scales.update(before)
-        for module in (m for component in components for m in component.modules()):
-            own, before = module.__dict__, self.hooks.get(module, {})
-            for name in _TORCH_HOOKS:
-                for key in set(own[name]) - set(before.get(name, ())):
-                    del own[name][key]
-            for name in _OWN_HOOKS:
-                own.pop(name, None)
-                own.update({name: before[name]} if name in before else {})
-
-
-_TORCH_HOOKS, _OWN_HOOKS = ("_forward_hooks", "_forward_pre_hooks"), ("forward", "_diffusers_hook")
 
 
 @contextmanager
@@ -147,19 +96,3 @@ def quiet(pipeline) -> Iterator[None]:
     before = getattr(pipeline, "_progress_bar_config", {})
     with held(pipeline, "_progress_bar_config", {**before, "disable": True}):
         yield
-
-
-def refuse_offloading(pipeline) -> None:
-    """Weights that move from device to device, as one module after another is called, are not there on the way back.
-
-    Raises:
-        ValueError: a component is offloaded.
-    """
-    for name, component in pipeline.components.items():
-        for module in component.modules() if isinstance(component, nn.Module) else ():
-            hook = getattr(module, "_hf_hook", None)
-            if any(isinstance(h, CpuOffload) or getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
-                raise ValueError(
-                    f"The pipeline's {name} is offloaded, and its weights would be elsewhere when a gradient comes back. Gradients need them in place: "
-                    "load the pipeline without offloading and move it, pipe.to(device); where none is wanted, call under torch.no_grad()."
-                )

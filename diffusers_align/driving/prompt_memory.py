@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from . import prompt_form
 from .calls import calls_of
+from .module_tree import ModuleTree
 from .pipeline_state import restored_if_abandoned
 
 # Two prompts by which a pipeline shows how it joins rows: of different meaning, and one token each in any vocabulary.
@@ -127,7 +128,7 @@ def encoded_prompt(pipeline, call: dict[str, Any]) -> Any:
         raise _Encoded(encode(*args, **kwargs))
 
     try:
-        with restored_if_abandoned(pipeline), calls.encoding(encode_and_leave), torch.no_grad():
+        with restored_if_abandoned(pipeline, ModuleTree.of(pipeline)), calls.encoding(encode_and_leave), torch.no_grad():
             prompt_form.run(calls, call)
     except _Encoded as encoded:
         return encoded.args[0]

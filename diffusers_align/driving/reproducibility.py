@@ -10,6 +10,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..trajectory import Trajectory
+from .module_tree import modules_of
 from .scheduler_hook import Step
 from .tape import force, kind_of_call
 
@@ -106,8 +107,8 @@ class CarriedState:
 def caches(module: nn.Module) -> list[str]:
     """Names of diffusers' caches in a denoiser whose outputs depend on earlier calls."""
     config = getattr(module, "_cache_config", None)
-    hooks = [hook for part in module.modules() for hook in getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).values()]
-    names = {type(hook).__name__ for hook in hooks if getattr(hook, "_is_stateful", False)}
+    registries = [own["_diffusers_hook"] for own in map(vars, modules_of(module)) if "_diffusers_hook" in own]
+    names = {type(hook).__name__ for registry in registries for hook in registry.hooks.values() if getattr(hook, "_is_stateful", False)}
     return [type(config).__name__.removesuffix("Config")] if config is not None else sorted(names)
 
 

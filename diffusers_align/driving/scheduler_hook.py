@@ -25,8 +25,9 @@ from ..schedulers.sigma_space import implied_output
 from . import prompt_form
 from .calls import calls_of
 from .denoiser_gates import gated
+from .module_tree import ModuleTree, walks_spared
 from .parts import parts_follow
-from .pipeline_state import no_cast_weights_kept, refuse_offloading, restored_if_abandoned, seeded_globally
+from .pipeline_state import no_cast_weights_kept, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
 from .wrappers import unwrapped
 
@@ -258,13 +259,15 @@ def drive(
         ValueError: a pipeline without a scheduler, gradients through an offloaded component, a pipeline that reads what the scheduler does not have, or
             several prompts for one that takes one.
     """
+    tree = ModuleTree.of(pipeline)
     if gradients:
-        refuse_offloading(pipeline)
+        tree.refuse_offloading()
     calls, session = calls_of(pipeline), _Session(on_step, timesteps, begin_index, noise, call.get("generator"))
     session.asks_first = _asks_first(pipeline)
     session.adopt(calls.main_scheduler)
     with ExitStack() as stack:
-        stack.enter_context(restored_if_abandoned(pipeline))
+        stack.enter_context(restored_if_abandoned(pipeline, tree))
+        stack.enter_context(walks_spared(pipeline, tree))
         stack.enter_context(seeded_globally(global_seed, pipeline.device))
         stack.enter_context(_hooked(calls.schedulers.values(), session))
         stack.enter_context(parts_follow(pipeline))

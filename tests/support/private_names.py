@@ -42,6 +42,8 @@ UPSTREAM = {
     "_supports_gradient_checkpointing": "diffusers: of a model",
     "_lora_loadable_modules": "diffusers: which models a pipeline's LoRA loader reaches",
     "_hf_peft_config_loaded": "diffusers: whether a model has adapters",
+    "_disable_adapters": "peft: whether a layer's adapters are off",
+    "_active_adapter": "peft: which of a layer's adapters are on",
     "_lora_layers": "diffusers: end of the names of arguments",
     "_lora_adapter_metadata": "diffusers: end of the names of arguments",
 }

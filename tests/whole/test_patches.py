@@ -4,6 +4,7 @@ A failure here after an upgrade says which row of docs/patches.md to look at.
 """
 
 import ast
+import builtins
 import copy
 import inspect
 import re
@@ -14,6 +15,8 @@ import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.hooks import HookRegistry
+from peft import LoraConfig, inject_adapter_in_model
 from private_names import CODE, ROOT, UPSTREAM
 from torch import nn
 
@@ -275,7 +278,7 @@ def test_wrappers_keep_the_module_where_we_look():
 
 def test_hooks_are_where_we_look():
     from accelerate.hooks import AlignDevicesHook, CpuOffload, add_hook_to_module
-    from diffusers.hooks import HookRegistry, ModelHook
+    from diffusers.hooks import ModelHook
     from diffusers.models.cache_utils import CacheMixin
 
     module = nn.Linear(1, 1)
@@ -287,6 +290,24 @@ def test_hooks_are_where_we_look():
     holds(inspect.isclass(CpuOffload), "_hf_hook", "accelerate has no CpuOffload any more.")
     for name in ("_execution_device", "maybe_free_model_hooks"):
         holds(hasattr(DiffusionPipeline, name), name, f"DiffusionPipeline has no {name} any more.")
+
+
+def test_what_is_spared_is_nothing_without_hooks():
+    row, names = "device", {"components", "_all_hooks", "enable_model_cpu_offload", "_reset_stateful_cache", "_offload_device", "get_device"}
+    read = {name for name in DiffusionPipeline.maybe_free_model_hooks.__code__.co_names if not hasattr(builtins, name)}
+    holds(read - {"values"} <= names, row, f"DiffusionPipeline.maybe_free_model_hooks reads {sorted(read - names)} now.")
+    modules = inspect.getsource(HookRegistry.reset_stateful_hooks)
+    holds("_is_stateful" in modules, row, "HookRegistry.reset_stateful_hooks resets other hooks than those with a state.")
+
+
+def test_a_lora_layer_reads_its_switches():
+    model = inject_adapter_in_model(LoraConfig(r=1, target_modules=["0"], init_lora_weights=False), nn.Sequential(nn.Linear(1, 1, bias=False)), "own")
+    layer, x = model[0], torch.ones(1, 1)
+    bare = layer.base_layer(x)
+    holds(not torch.equal(model(x), bare), "_disable_adapters", "A LoRA without init has no effect.")
+    for name, value in (("_disable_adapters", True), ("_active_adapter", [])):
+        with held(layer, name, value):
+            holds(torch.equal(model(x), bare), name, f"peft's layers do not read {name} in their forward pass any more.")
 
 
 def test_the_progress_bar_reads_what_we_hold():

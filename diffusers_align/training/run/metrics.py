@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 from accelerate.utils import gather_object
@@ -46,9 +47,20 @@ def _worst(errors: list[float]) -> float:
     return max(errors, key=lambda error: (math.isnan(error), error))
 
 
+# Seconds of a run between two drawings of its curve: one takes a tenth of a second, more with a longer history, and epochs of small models little more.
+CURVE_EVERY = 30.0
+
+
 def write_history(run) -> None:
-    """The whole history to `metrics.jsonl`, and its curve. A picture that cannot be drawn ends no run."""
+    """The whole history to `metrics.jsonl`; its curve, where the last one is older than `CURVE_EVERY`."""
     write_atomically(run.output_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in run.history))
+    if run.curve_drawn is None or time.monotonic() - run.curve_drawn > CURVE_EVERY:
+        draw_curve(run)
+
+
+def draw_curve(run) -> None:
+    """`reward_curve.png` of the whole history. A picture that cannot be drawn ends no run."""
+    run.curve_drawn = time.monotonic()
     try:
         reward_curve(run.history, run.output_dir / "reward_curve.png")
     except Exception as error:

@@ -27,7 +27,7 @@ from ..report import hub
 from . import costs, endings, failures, sharding
 from .division import Division, divide
 from .health import Health
-from .metrics import epoch_metrics, write_history
+from .metrics import draw_curve, epoch_metrics, write_history
 from .model_loading import call_arguments, load_pipeline, training_scheduler
 from .weight_copies import Averaged, CheckpointedWeights
 
@@ -36,7 +36,8 @@ class Run:
     """State and services of one run. Everything that a resumed run needs is saved by `checkpoint`.
 
     Attributes:
-        history: one dict of metrics an epoch, also written to `metrics.jsonl` and drawn in `reward_curve.png`.
+        history: one dict of metrics an epoch, also written to `metrics.jsonl` and, every half minute and at checkpoints, drawn in `reward_curve.png`.
+        curve_drawn: when it was drawn last, by `time.monotonic`.
         epoch: the next epoch to train.
         meter: counts what the run costs, for `costs.json`.
         registered: what checkpoints hold, by name.
@@ -67,6 +68,7 @@ class Run:
         set_seed(args.seed)
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
         self.history: list[dict[str, float]] = []
+        self.curve_drawn: float | None = None
         self.epoch, self.ema, self.optimizer_steps, self.num_batches = 0, None, 0, 0
         self.division: Division | None = None
         self.skipped_steps, self.step_skipped, self.rates = 0, False, []
@@ -243,6 +245,8 @@ class Run:
                 latest, shown = (self.history or [{}])[-1], ("reward", "accuracy", "loss", "ratio_error", "kl")
                 bar.set_postfix({name: f"{latest[name]:.3g}" for name in shown if name in latest})
                 if self.epoch % args.checkpointing_epochs == 0 or self.epoch == args.num_epochs or self.stopped:
+                    if self.is_main and self.history:
+                        draw_curve(self)
                     self.checkpoint()
         self.doing = "after training, before the results were complete"
 
@@ -267,7 +271,7 @@ class Run:
         return epoch_metrics(self, samples, diagnostics, norms, others)
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Add an epoch's metrics to the history, `metrics.jsonl`, the curve and the trackers."""
+        """Add an epoch's metrics to the history, `metrics.jsonl` and the trackers."""
         row = {"epoch": self.epoch, **{name: float(value) for name, value in metrics.items()}}
         self.history.append(row)
         self.accelerator.log(row, step=self.epoch)

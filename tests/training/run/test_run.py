@@ -285,6 +285,20 @@ def test_log_writes_the_whole_history(run):
     assert not list(run.output_dir.glob(".*.partial")) and (run.output_dir / "reward_curve.png").stat().st_size > 1000
 
 
+def test_the_curve_is_drawn_every_half_minute_and_at_checkpoints(run, monkeypatch):
+    drawn, now = [], [100.0]
+    monkeypatch.setattr("diffusers_align.training.run.metrics.reward_curve", lambda history, path: drawn.append(len(history)))
+    monkeypatch.setattr("diffusers_align.training.run.metrics.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(run, "checkpoint", lambda: None)
+    run.args.num_epochs, run.args.checkpointing_epochs, run.history, run.curve_drawn = 7, 3, [], None
+    run.epoch = 0
+    for epoch in run.epochs():
+        run.log({"reward": float(epoch)})
+        now[0] += 20.0
+    # epochs of 20 seconds: at once, 40 seconds later, at the first checkpoint, 40 seconds later, at the second, and at the end
+    assert drawn == [1, 3, 3, 6, 6, 7]
+
+
 def test_checkpoints_of_an_earlier_run_are_set_aside(run):
     for epoch in (3, 7):
         (run.output_dir / f"checkpoint-{epoch}").mkdir(exist_ok=True)

@@ -1,0 +1,164 @@
+"""What lies deep in a pipeline's models and matters to a call. Models have thousands of modules: they are walked once a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from accelerate.hooks import CpuOffload
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+
+from .parts import parts_of
+from .replacements import held
+
+_TORCH_HOOKS, _OWN_HOOKS = ("_forward_hooks", "_forward_pre_hooks"), ("forward", "_diffusers_hook")
+
+
+def modules_of(module: nn.Module) -> list[nn.Module]:
+    """`list(module.modules())` in a quarter of the time."""
+    found, ahead, seen = [], [module], set()
+    while ahead:
+        module = ahead.pop()
+        if module is not None and module not in seen:
+            seen.add(module)
+            found.append(module)
+            if children := module.__dict__["_modules"]:
+                ahead.extend(reversed(children.values()))
+    return found
+
+
+class ModuleTree(NamedTuple):
+    """The modules that matter, of all of a pipeline's models.
+
+    Attributes:
+        models: those whose parts a call may change: diffusers' own.
+        processors: of attention layers.
+        scales: of LoRAs, which some models change for the time of a forward pass.
+        hooks: torch's and diffusers' own, by the module's attribute, of modules that have any.
+        moving: (component, hook of accelerate or registry of diffusers) of modules whose weights may move during a call.
+    """
+
+    models: list[nn.Module]
+    processors: list[tuple[nn.Module, Any]]
+    scales: list[tuple[dict[str, float], dict[str, float]]]
+    hooks: dict[nn.Module, dict[str, Any]]
+    moving: list[tuple[str, Any]]
+
+    @classmethod
+    def of(cls, pipeline) -> ModuleTree:
+        found, attends = cls([], [], [], {}, []), {}
+        for name, component in pipeline.components.items():
+            if not isinstance(component, nn.Module):
+                continue
+            if own_model := isinstance(component, ModelMixin):
+                found.models.append(component)
+            for module in modules_of(component):
+                own, kind = module.__dict__, type(module)
+                if "_hf_hook" in own:
+                    found.moving.append((name, own["_hf_hook"]))
+                if "_diffusers_hook" in own and own["_diffusers_hook"].hooks:
+                    found.moving.append((name, own["_diffusers_hook"]))
+                if not own_model:
+                    continue
+                if kind not in attends:
+                    attends[kind] = hasattr(kind, "set_processor")
+                if attends[kind]:
+                    found.processors.append((module, module.processor))
+                if "scaling" in own and isinstance(own["scaling"], dict):
+                    found.scales.append((own["scaling"], dict(own["scaling"])))
+                if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own or "_diffusers_hook" in own:
+                    found.hooks[module] = {hook: dict(own[hook]) if hook in _TORCH_HOOKS else own[hook] for hook in _TORCH_HOOKS + _OWN_HOOKS if hook in own}
+        return found
+
+    def put_processors_back(self) -> None:
+        for module, processor in self.processors:
+            if module.processor is not processor:
+                module.set_processor(processor)
+
+    def put_back(self) -> None:
+        """Processors, scales and hooks are again as they were found."""
+        self.put_processors_back()
+        for scales, before in self.scales:
+            scales.update(before)
+        for module in (m for model in self.models for m in modules_of(model)):
+            own, before = module.__dict__, self.hooks.get(module, {})
+            for name in _TORCH_HOOKS:
+                for key in set(own[name]) - set(before.get(name, ())):
+                    del own[name][key]
+            for name in _OWN_HOOKS:
+                own.pop(name, None)
+                own.update({name: before[name]} if name in before else {})
+
+    def refuse_offloading(self) -> None:
+        """Weights that move from device to device, as one module after another is called, are not there on the way back.
+
+        Raises:
+            ValueError: a component is offloaded.
+        """
+        for name, hook in self.moving:
+            if any(isinstance(h, CpuOffload) or getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
+                raise ValueError(
+                    f"The pipeline's {name} is offloaded, and its weights would be elsewhere when a gradient comes back. Gradients need them in place: "
+                    "load the pipeline without offloading and move it, pipe.to(device); where none is wanted, call under torch.no_grad()."
+                )
+
+
+# --- diffusers' own walks ----------------------------------------------------------------------------------------------
+
+# Of each pipeline: where its models were, and what its `device` and `_execution_device` were then.
+_DEVICES: WeakKeyDictionary[Any, tuple[list[torch.device | None], dict[str, torch.device]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def walks_spared(pipeline, tree: ModuleTree) -> Iterator[None]:
+    """Context: diffusers walks no modules to find what is known.
+
+    `pipeline.device` and `pipeline._execution_device`, which calls read several times, are looked up at most once, and not again while the models stay
+    where they are; and no caches are looked for at the end, where no model has any. Pipelines with hooks, whose weights may move during a call, are left as
+    they are.
+    """
+    with ExitStack() as stack:
+        for own in () if tree.moving else (pipeline, *parts_of(pipeline)):
+            stack.enter_context(held(own, "_devices", _devices(own)))
+            stack.enter_context(_of_class(own, _settled(type(own))))
+            if getattr(type(own), "maybe_free_model_hooks", None) is DiffusionPipeline.maybe_free_model_hooks:
+                stack.enter_context(held(own, "maybe_free_model_hooks", lambda: None))
+        yield
+
+
+def _devices(pipeline) -> dict[str, torch.device]:
+    places = [_place(component) for component in pipeline.components.values() if isinstance(component, nn.Module)]
+    if (known := _DEVICES.get(pipeline)) is None or known[0] != places:
+        _DEVICES[pipeline] = known = places, {name: getattr(pipeline, name) for name in _LOOK_UPS if hasattr(pipeline, name)}
+    return known[1]
+
+
+def _place(model: nn.Module) -> torch.device | None:
+    tensor = next(model.parameters(), None)
+    tensor = next(model.buffers(), None) if tensor is None else tensor
+    return None if tensor is None else tensor.device
+
+
+_LOOK_UPS = ("device", "_execution_device")
+
+
+@lru_cache(maxsize=256)
+def _settled(cls: type) -> type:
+    """A subclass of a pipeline's class, of the same name, that knows its devices."""
+    known = {name: property(lambda self, name=name: self.__dict__["_devices"][name]) for name in _LOOK_UPS if hasattr(cls, name)}
+    return type(cls.__name__, (cls,), {**known, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+@contextmanager
+def _of_class(pipeline, cls: type) -> Iterator[None]:
+    before = type(pipeline)
+    pipeline.__class__ = cls
+    try:
+        yield
+    finally:
+        pipeline.__class__ = before
