@@ -85,9 +85,7 @@ class DecodingArguments(Arguments):
     """model"""
 
     vae_slicing: bool = option(False, "decode the samples of a batch one after the other, where the autoencoder can", advanced=True, resume="takes effect")
-    vae_tiling: bool = option(
-        False, "decode in tiles, of long videos some frames at a time, where the autoencoder can: seams may show", advanced=True, resume="takes effect"
-    )
+    vae_tiling: bool = option(False, "decode in tiles, some autoencoders also in some frames at a time: seams may show", advanced=True, resume="takes effect")
 
 
 class ModelArguments(EvalSchedulerArguments, PipelineArguments, DecodingArguments, CallArguments):

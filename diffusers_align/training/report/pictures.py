@@ -152,9 +152,9 @@ def _sheet(width: int, height: int, captions: list[str]) -> Image.Image:
 
 
 def _paste(sheet: Image.Image, image: Tensor, x: int, y: int, width: int, height: int) -> None:
-    """In the middle of its cell, as large as it fits."""
-    picture = to_pil(picture_of(image))
-    scale = min(width / picture.width, height / picture.height)
+    """In the middle of its cell, as large as it fits; spectrograms, which have no borders of their own, with some white around them."""
+    picture, line = to_pil(picture_of(image)), 2 * MARGIN if image.ndim == 2 else 0
+    scale = min((width - line) / picture.width, (height - line / 2) / picture.height)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     picture = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
     left, top = x + (width - size[0]) // 2, y + (height - size[1]) // 2

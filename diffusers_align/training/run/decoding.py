@@ -11,11 +11,13 @@ from torch import nn
 
 logger = logging.getLogger(__name__)
 
-# By flag: diffusers' method, what it sets, and what else of the kind autoencoders of videos have, without a method of its own everywhere.
+# By flag: diffusers' method, what it sets, and the same for tiles in time, which have no method.
 PARTS = {
     "vae_slicing": ("enable_slicing", "use_slicing", None),
     "vae_tiling": ("enable_tiling", "use_tiling", "use_framewise_decoding"),
 }
+# What autoencoders have whose frames are decoded in tiles that overlap. Where frames go one after the other through caches, the result is another one.
+OVERLAPPING = "tile_sample_stride_num_frames"
 
 
 def decode_in_parts(pipeline: Any, *flags: str) -> None:
@@ -31,7 +33,7 @@ def decode_in_parts(pipeline: Any, *flags: str) -> None:
         method, setting, further = PARTS[flag]
         can = {name for name, part in parts.items() if _obeys(part, setting) and hasattr(part, method)}
         cannot = [f"{name} ({type(part).__name__})" for name, part in parts.items() if name not in can]
-        in_frames = {name for name, part in parts.items() if further and _obeys(part, further)}
+        in_frames = {name for name, part in parts.items() if further and hasattr(part, OVERLAPPING) and _obeys(part, further)}
         if not can | in_frames:
             raise ValueError(
                 f"--{flag}: {' and '.join(cannot) or 'this pipeline has no autoencoder, and'} of this {type(pipeline).__name__} "

@@ -86,7 +86,8 @@ def test_an_evaluations_sounds_are_files_and_captions(tmp_path):
     assert captions_of(heard) == ["a bell (1 s, up to 8 kHz)", "a drum (1 s, up to 8 kHz)"] and noun(heard) == "sounds"
     sheet = grid(heard.images, captions_of(heard), cell=128)
     boxes = json.loads(sheet.info["cells"])
-    assert [(box[2] - box[0], box[3] - box[1]) for box in boxes] == [(COLUMNS, ROWS)] * 2
+    assert [(box[2] - box[0], box[3] - box[1]) for box in boxes] == [(COLUMNS - 4, ROWS - 2)] * 2
+    assert sheet.getpixel((COLUMNS, 10)) == (255, 255, 255), "white between two"
     for box, frequency in zip(boxes, (1000, 2000)):
         rows = np.asarray(sheet.crop(box).convert("L"), float)[:, COLUMNS // 4 : -COLUMNS // 4].mean(1)
         assert abs(rows.argmax() + 0.5 - row_of(frequency)) <= 1.5

@@ -14,6 +14,7 @@ from diffusers_align.gradients.decoding import decode_latents
 from diffusers_align.training.run.decoding import decode_in_parts
 from diffusers_align.training.run.model_loading import load_pipeline
 from tests.families.cases import audio, ltx2
+from tests.families.cases.ltx import ltx_vae
 from tests.families.parts import seeded
 
 torch.set_num_threads(1)
@@ -76,6 +77,21 @@ def test_tiles_of_a_picture_are_the_whole_but_for_their_seams():
 
 @torch.no_grad()
 def test_long_videos_are_decoded_some_frames_at_a_time():
+    vae, latents = ltx_vae(), torch.randn(1, 8, 12, 4, 4, generator=torch.Generator().manual_seed(0))
+    whole, ratio = vae.decode(latents).sample, vae.temporal_compression_ratio
+    vae.tile_sample_min_num_frames, vae.tile_sample_stride_num_frames = 6 * ratio, 4 * ratio
+    decode_in_parts(Namespace(components={"vae": vae}), "vae_tiling")
+    decoder = calls_of(vae.decoder)
+    tiled = vae.decode(latents).sample
+    assert len(decoder) == 3 and max(shape[2] for shape in decoder) == 7, "with one latent before each tile"
+    assert tiled.shape == whole.shape
+    torch.testing.assert_close(tiled[:, :, : 2 * ratio], whole[:, :, : 2 * ratio], rtol=0, atol=1e-5)
+    assert (tiled - whole).abs().mean() < 0.5 * whole.std(), "seams of random weights"
+
+
+@torch.no_grad()
+def test_frames_that_would_come_out_otherwise_are_left_together():
+    """Mochi's frame-wise decoding hands caches on, and makes another video on random weights."""
     vae = seeded(
         diffusers.AutoencoderKLMochi, latent_channels=4, out_channels=3, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4,
         layers_per_block=(1, 1, 1, 1, 1), latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
@@ -83,9 +99,9 @@ def test_long_videos_are_decoded_some_frames_at_a_time():
     latents = torch.randn(1, 4, 6, 4, 4, generator=torch.Generator().manual_seed(0))
     whole = vae.decode(latents).sample
     decode_in_parts(Namespace(components={"vae": vae}), "vae_tiling")
-    decoder = calls_of(vae.decoder)
-    torch.testing.assert_close(vae.decode(latents).sample, whole, rtol=0, atol=1e-4)
-    assert [shape[2] for shape in decoder] == [vae.num_latent_frames_batch_size] * (6 // vae.num_latent_frames_batch_size)
+    assert vae.use_tiling and torch.equal(vae.decode(latents).sample, whole), "too small for tiles"
+    vae.use_framewise_decoding = True
+    assert not torch.allclose(vae.decode(latents).sample, whole, atol=0.1)
 
 
 def test_who_cannot_is_named(caplog):
