@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from . import lora
 from .checks.ranges import CountOrNone, Range, check_value, checked
 from .condition import Condition
-from .driving.driver import Driver, images_of, seeded
+from .driving.driver import Driver, seeded
 from .driving.latent_layout import LatentLayout
 from .driving.noise import noise_seed
+from .driving.outcome import Outcome, images_of, outcome, sampling_rate_of
 from .driving.prediction import Prediction
 from .driving.reproducibility import CarriedState, check_first_steps
 from .driving.scheduler_hook import Step
@@ -207,16 +208,48 @@ class Policy(Driver):
     # --- pixels ----------------------------------------------------------------------------------------------------
 
     def decode(self, latents: Tensor, condition: Condition | None = None) -> Tensor:
-        """Latents in the pipeline's layout to images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], by the pipeline's own
-        tail. Differentiable if autograd is on (values beyond [0, 1] are clamped and pass no gradient); `gradients.decoding.decode_latents` is so
-        also where the pipeline casts its autoencoder to another precision for the decoding."""
-        condition = _of_samples(condition or self.any_condition(len(latents)), len(latents), "latents")
+        """Latents in the pipeline's layout to images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], or sounds (B, C, T) in [-1, 1], by the
+        pipeline's own tail. Differentiable if autograd is on (values beyond these ranges are clamped and pass no gradient);
+        `gradients.decoding.decode_latents` is so also where the pipeline casts its autoencoder to another precision for the decoding."""
+        return images_of(self._decoded([latents], condition)[0])
+
+    def outcome(self, samples: Trajectory | Tensor, condition: Condition | None = None) -> Outcome:
+        """What `decode` gives, with what rewards may hear: the sampling rate of a sound, and the sound that a video has.
+
+        Args:
+            samples: a trajectory, of which all parts are decoded; or latents (B, *D) of the main part alone. Where another scheduler makes the
+                sound of a video, latents do not have it: `audio` is None.
+            condition: of latents; a trajectory has its own.
+
+        Raises:
+            ValueError: there is sound, and nothing says at which rate it is sampled.
+        """
+        final = [samples.final, *(child.final for child in samples.children)] if isinstance(samples, Trajectory) else [samples]
+        output, whole = self._decoded(final, samples.condition if isinstance(samples, Trajectory) else condition)
+        return outcome(self.pipeline, output) if whole else Outcome(images_of(output))
+
+    def _decoded(self, final: list[Tensor], condition: Condition | None) -> tuple[Any, bool]:
+        """The pipeline's output for the final states (B, *D) of its schedulers, and whether those are all that it steps."""
+        condition = _of_samples(condition or self.any_condition(len(final[0])), len(final[0]), "latents")
+        missing: set[int] = set()
 
         def put(step: Step) -> Tensor:
             step.skip()
-            return step.like(latents if step.child == 0 else step.sample)
+            if step.child >= len(final):
+                missing.add(step.child)
+                return step.sample
+            return step.like(final[step.child])
 
-        return images_of(self.drive(condition, put, needs_denoiser=lambda k: False, output_type="pt"))
+        return self.drive(condition, put, needs_denoiser=lambda k: False, output_type="pt"), not missing
+
+    @property
+    def sampling_rate(self) -> int:
+        """Values a second of the sound that the pipeline makes (`driving.outcome.sampling_rate_of`).
+
+        Raises:
+            ValueError: nothing of the pipeline says.
+        """
+        return sampling_rate_of(self.pipeline)
 
     def encode(self, images: Tensor, condition: Condition | None = None) -> Tensor:
         """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] to clean latents in the pipeline's own layout: `decode`'s

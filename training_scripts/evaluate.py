@@ -4,7 +4,7 @@
         --lora runs/a runs/b --prompts likes_blue_heldout --reward background_color scene_score --output_dir eval
 
 Rewards, paired gains, win rates, diversity, the path KL and, with `--eval_dataset_name`, the implicit accuracy on held-out preferences
-go to `evaluation.md` and `evaluation.json`, samples to `evaluation.png`.
+go to `evaluation.md` and `evaluation.json`, samples to `evaluation.png`, of sounds also to `sounds/`.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ from pydantic import model_validator
 from diffusers_align.training.flags.common import PlaceArguments, SeedArguments
 from diffusers_align.training.flags.data import HeldOutArguments
 from diffusers_align.training.flags.methods import StrengthArguments
-from diffusers_align.training.flags.model import CallArguments, EvalSchedulerArguments, PipelineArguments, PrecisionArguments
+from diffusers_align.training.flags.model import CallArguments, DecodingArguments, EvalSchedulerArguments, PipelineArguments, PrecisionArguments
 from diffusers_align.training.flags.options import Count, option, parse, required
 from diffusers_align.training.flags.task import InvalidRewardArguments, PromptArguments, RetryArguments
 
@@ -24,7 +24,7 @@ BASE = "base"
 SAMPLED, STRENGTH = {"kl_samples": True}, ("sde_type", "noise_level", "eta")
 
 
-class ComparisonArguments(EvalSchedulerArguments, PipelineArguments, CallArguments, PrecisionArguments, SeedArguments):
+class ComparisonArguments(EvalSchedulerArguments, PipelineArguments, DecodingArguments, CallArguments, PrecisionArguments, SeedArguments):
     """comparison"""
 
     lora: list[str] = required("folders of runs or checkpoints, .safetensors files, or Hub names; each is compared with the base")
@@ -110,6 +110,7 @@ from diffusers_align.training.online.sampling import described_solver, evaluate
 from diffusers_align.training.report.comparison import describe, table, without_nan
 from diffusers_align.training.report.evaluation import Session, diversities, find_lora, load_rewards, lora_loaded, sampled_kl
 from diffusers_align.training.report.pictures import comparison, save
+from diffusers_align.training.report.sounds import captions_of, noun, write_sounds
 from diffusers_align.training.run.costs import Cost
 from diffusers_align.training.run.inputs import check_one_size, inputs_of
 from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
@@ -144,7 +145,7 @@ def no_kl(number):
     return {"nats": torch.zeros(number), "nats_per_dimension": torch.zeros(number)}
 
 
-def page(args, solver, noise, numbers):
+def page(args, base, noise, numbers):
     """The table with what is needed to read it."""
     kl = (
         f"KL: mean of {args.kl_samples} trajectories with noise ({', '.join(f'{k} {v}' for k, v in noise.items() if v is not None)})."
@@ -158,7 +159,8 @@ def page(args, solver, noise, numbers):
     )
     return f"""# {args.pretrained_model_name_or_path} and LoRAs of it
 
-{args.num_samples} images a model for the prompts of `{args.prompts}`, at equal seeds (from {args.seed}), by {solver}. Mean ± standard error.
+{args.num_samples} {noun(base)} a model for the prompts of `{args.prompts}`, at equal seeds (from {args.seed}),
+by {described_solver(args, base.solver)}. Mean ± standard error.
 Gain: paired, over the base. Win rate: over the base, ties half, with Wilson's 95 % interval. {kl}{pairs}
 
 {numbers}
@@ -185,7 +187,7 @@ def compare(args, session, pipeline, scheduler, loras, prompts, rewards, embedde
             preferred = margins(errors[name], errors[BASE]) if pairs and lora else None
             models[name] = describe(evaluation, evaluations.get(BASE), spread, kl, Cost.read(lora) if lora else None, preferred)
             evaluations[name] = evaluation
-            del evaluation.images[args.num_grid_images :]
+            evaluation.keep(args.num_grid_images)
     return evaluations, models
 
 
@@ -216,9 +218,10 @@ def main(argv=None):
         noise = {name: scheduler.config[name] for name in SDE_FIELDS[type(scheduler).__name__]}
         content = {"settings": vars(args), "solver": base.solver, "kl_noise": noise, "prompts": base.prompts, "seeds": base.seeds, "models": models}
         (out / "evaluation.json").write_text(json.dumps(without_nan(content), indent=1) + "\n")
-        (out / "evaluation.md").write_text(page(args, described_solver(args, base.solver), noise, table(models, list(rewards))), encoding="utf-8")
-        captions = base.prompts[: len(base.images)]
-        save(comparison({name: e.images for name, e in evaluations.items()}, captions, args.num_grid_images), out / "evaluation.png")
+        (out / "evaluation.md").write_text(page(args, base, noise, table(models, list(rewards))), encoding="utf-8")
+        save(comparison({name: e.images for name, e in evaluations.items()}, captions_of(base), args.num_grid_images), out / "evaluation.png")
+        for name, evaluation in evaluations.items():
+            write_sounds(out / "sounds" / name.replace("/", "_"), evaluation)
         print(table(models, list(rewards)))
         print(f"Table, numbers and picture: {out}")
     session.accelerator.end_training()

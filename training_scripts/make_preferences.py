@@ -15,7 +15,7 @@ from pydantic import model_validator
 
 from diffusers_align.training.flags.common import PlaceArguments, SeedArguments, SignalArguments
 from diffusers_align.training.flags.methods import StrengthArguments
-from diffusers_align.training.flags.model import CallArguments, PipelineArguments, PrecisionArguments
+from diffusers_align.training.flags.model import CallArguments, DecodingArguments, PipelineArguments, PrecisionArguments
 from diffusers_align.training.flags.options import Count, NonNegative, Probability, Real, option, parse
 from diffusers_align.training.flags.task import InvalidRewardArguments, OneRewardArguments, PromptArguments
 
@@ -24,6 +24,7 @@ NOISY, STRENGTH = {"deterministic": False}, ("sde_type", "noise_level", "eta")
 
 class DrawingArguments(
     PipelineArguments,
+    DecodingArguments,
     CallArguments,
     PrecisionArguments,
     StrengthArguments,
@@ -171,6 +172,9 @@ def sample(args, policy, accelerator, prompts, jobs, folder):
             with accelerator.autocast(), torch.no_grad():
                 trajectory = policy.rollout(condition)
                 images = policy.decode(trajectory.final, trajectory.condition)
+        if images.ndim == 3:
+            name = type(policy.pipeline).__name__
+            raise ValueError(f"{name} makes sounds, and a preference data set holds pictures: train it by a reward of sounds (docs/guides/sound.md).")
         if not images.isfinite().all():
             names = ", ".join(file_name(job) for job in part)
             raise FloatingPointError(f"Among the images {names} are some that are not finite: sample with another --mixed_precision, bf16 or no.")

@@ -118,7 +118,7 @@ def main(argv=None):
         for chunk in run.chunks(num_batches, batches_a_step):
             for b in chunk:
                 # 2 the reward's gradient and lean adjoints
-                trajectory, reward = samples.batches[b], bound_reward(report.reward, [samples.asked[i] for i in samples.index[b].tolist()], args)
+                trajectory, reward = samples.batches[b], bound_reward(report.reward, [samples.asked[i] for i in samples.index[b].tolist()], args, policy)
                 condition = replace(trajectory.condition, kwargs=trajectory.condition.kwargs | unguided)
                 noisy, draw = noisy_steps(policy.scheduler, trajectory, args.min_std), random.Random(f"{args.seed}/{epoch}/{run.division.block(b)}/steps")
                 steps = matched_steps(noisy, args.last_steps, args.random_steps, draw)

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.utils import logging
@@ -237,7 +236,7 @@ class Driver:
             overrides: arguments of the call in the place of the condition's, such as `output_type="pt"`.
 
         Returns:
-            The pipeline's output. Its first entry has the final latents, or what `output_type` asks for: see `images_of`.
+            The pipeline's output. Its first entry has the final latents, or what `output_type` asks for: see `outcome.images_of`.
 
         Raises:
             ValueError: gradients through an offloaded component, a pipeline that reads what the scheduler does not have. What the pipeline or
@@ -248,19 +247,6 @@ class Driver:
                 self.pipeline, on_step, self.call(condition, **overrides), gradients=torch.is_grad_enabled(), timesteps=timesteps,
                 needs_denoiser=needs_denoiser, memory=self.prompt_memory, noise=self._streams, global_seed=_global_seed(condition),
             )  # fmt: skip
-
-
-def images_of(output) -> Tensor:
-    """The images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] of a pipeline's output for `output_type="pt"`, or its latents (B, *D).
-
-    Some pipelines know no "pt" and give arrays (B, H, W, 3), without a gradient.
-    """
-    images = output[0]
-    if isinstance(images, np.ndarray):
-        images = torch.from_numpy(images)
-        return images.movedim(-1, -3) if images.ndim > 3 else images
-    tensors = isinstance(images, (list, tuple)) and all(isinstance(image, Tensor) for image in images)
-    return torch.stack(list(images)) if tensors else images
 
 
 def _global_seed(condition: Condition) -> int | None:

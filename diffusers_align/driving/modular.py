@@ -24,9 +24,15 @@ from .replacements import held, reads_global, with_globals
 
 
 class Output(PipelineState):
-    """A modular pipeline's state after a call, whose entry 0 is what the call was for: images, videos or sounds, or final latents."""
+    """A modular pipeline's state after a call, whose entry 0 is what the call was for: images, videos or sounds, or final latents.
+
+    Attributes:
+        main: the name of entry 0.
+        made: what the blocks hand out; other values are what they were given, or hand on to each other.
+    """
 
     main: str | None = None
+    made: tuple[str, ...] = ()
 
     def __getitem__(self, index: int | str) -> Any:
         if isinstance(index, str):
@@ -85,6 +91,7 @@ class ModularCalls(Calls):
             state = undecorated(type(self.pipeline).__call__)(self.pipeline, **given)
         output = Output(state.values, state.kwargs_mapping)
         output.main = "latents" if wants_latents else self._main_output(state)
+        output.made = tuple(own.name for own in self.blocks.outputs)
         return output if call.get("return_dict", True) else (output[0],)
 
     def _without_tail(self) -> ModularPipelineBlocks:

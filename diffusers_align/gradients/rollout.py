@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from ..condition import Condition
-from ..driving.driver import images_of
 from ..driving.initial_noise import initial_noise
+from ..driving.outcome import images_of
 from ..driving.scheduler_hook import Step
 from ..driving.stock import stock_solver
 from ..policy import Policy

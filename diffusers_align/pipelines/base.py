@@ -25,7 +25,7 @@ from ..checks.ranges import check_call
 from ..condition import Condition, is_embedding
 from ..driving.arguments import check_number, checked_prompts, unknown_prompts
 from ..driving.calls import Calls, calls_of
-from ..driving.driver import images_of
+from ..driving.outcome import Outcome, outcome
 from ..driving.parts import parts_of
 from ..driving.prompt_memory import PromptMemory
 from ..driving.safety_checker import unchecked
@@ -213,10 +213,10 @@ class WrappedPipeline(DiffusionPipeline):
         quiet = {name: None for name in ("callback_on_step_end", "callback") if name in condition.kwargs}
         return self.drive(condition, generator, put, gradients=torch.is_grad_enabled(), needs_denoiser=lambda k: False, **quiet, **overrides)
 
-    def decode(self, final: list[Tensor], condition: Condition, generator: Generators) -> Tensor:
-        """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] that no safety checker has seen; differentiable if autograd is on."""
+    def decode(self, final: list[Tensor], condition: Condition, generator: Generators) -> Outcome:
+        """What rewards judge, which no safety checker has seen; differentiable if autograd is on."""
         with unchecked(self.pipeline):  # what is handed out comes from `finish`, and passes it
-            return images_of(self.finish(final, condition, generator, output_type="pt"))
+            return outcome(self.pipeline, self.finish(final, condition, generator, output_type="pt"))
 
     @contextmanager
     def as_policy(self, scheduler=None, **call_kwargs: Any) -> Iterator[Policy]:
@@ -257,7 +257,7 @@ class WrappedPipeline(DiffusionPipeline):
         Raises:
             ValueError: there is no reward, or a column of another length.
         """
-        return Judge.of(self.reward_of_call(reward), condition, columns, on_invalid)
+        return Judge.of(self.reward_of_call(reward), condition, columns, on_invalid, self.pipeline)
 
     @staticmethod
     def extended(output, **extra: Any):

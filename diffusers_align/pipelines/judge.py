@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..checks.ranges import check_value
 from ..condition import Condition
+from ..driving.outcome import Outcome, sampling_rate_of
 from ..rewards.base import score_columns
 
 
@@ -19,16 +20,18 @@ class Judge:
     Attributes:
         columns: other arguments of the reward, a list for each with an entry for each output.
         on_invalid: where the reward is NaN: "error", or "mask" to let it be.
+        pipeline: that makes what is judged, for the sampling rate of its sound.
     """
 
     reward: Any
     condition: Condition
     columns: dict[str, list]
     on_invalid: str
+    pipeline: Any = None
 
     @classmethod
-    def of(cls, reward, condition: Condition, columns: dict[str, list] | None = None, on_invalid: str = "error") -> Judge:
-        """A judge of this call.
+    def of(cls, reward, condition: Condition, columns: dict[str, list] | None = None, on_invalid: str = "error", pipeline: Any = None) -> Judge:
+        """A judge of this call of the pipeline.
 
         Args:
             reward: a callable (images, prompts, **columns) -> (B,).
@@ -47,9 +50,12 @@ class Judge:
             if len(values) == 0 or len(condition) % len(values):
                 raise ValueError(f"The column {name!r} has {len(values)} entries, which do not go with {len(condition)} outputs: give one per prompt.")
             rows[name] = [value for value in values for _ in range(len(condition) // len(values))]
-        return cls(reward, condition, rows, on_invalid)
+        return cls(reward, condition, rows, on_invalid, pipeline)
 
-    def __call__(self, images: Tensor, rows: list[int]) -> Tensor:
-        """(b,) float32 rewards of images (b, 3, H, W) or (b, F, 3, H, W) in [0, 1] that are of these rows of the call's outputs."""
-        columns = {name: [values[i] for i in rows] for name, values in self.columns.items()}
-        return score_columns(self.reward, images.float(), self.condition.select(rows).prompts, columns, self.on_invalid)["reward"]
+    def __call__(self, made: Tensor | Outcome, rows: list[int]) -> Tensor:
+        """(b,) float32 rewards of images (b, 3, H, W) or (b, F, 3, H, W) in [0, 1], or sounds (b, C, T), that are of these rows of the call's
+        outputs. Rewards hear the sound of videos in an outcome."""
+        if isinstance(made, Tensor):
+            made = Outcome(made, sampling_rate=sampling_rate_of(self.pipeline) if made.ndim == 3 and self.pipeline is not None else None)
+        columns = made.beside({name: [values[i] for i in rows] for name, values in self.columns.items()})
+        return score_columns(self.reward, made.images.float(), self.condition.select(rows).prompts, columns, self.on_invalid)["reward"]

@@ -29,7 +29,7 @@ from ..algorithms.guidance import Guidance
 from ..algorithms.guidance import preset as find_preset
 from ..condition import Condition
 from ..driving.calls import calls_of
-from ..driving.driver import images_of
+from ..driving.outcome import WAVES, images_of, waveforms
 from ..rewards import load_reward
 from .base import copied
 from .guided_sampling import guided_sample
@@ -38,7 +38,7 @@ from .reward_guided import noise_seeds
 
 _REWARD = InputParam("reward", description="a name of diffusers_align.rewards, or a callable (images, prompts, **columns) -> (B,)")
 _COLUMNS = InputParam("columns", type_hint=dict, description="other arguments of the reward, a list for each with an entry per prompt")
-_OUTPUTS = ("images", "videos")
+_OUTPUTS = ("images", "videos", *WAVES)
 
 
 class RewardGuidedStep(SequentialPipelineBlocks):
@@ -142,7 +142,8 @@ class BestOfNStep(ModularPipelineBlocks):
         if name is None:
             raise ValueError(f"No block before this one has left {' or '.join(_OUTPUTS)}: put it behind the one that decodes.")
         found, number = state.get(name), len(_prompts(state))
-        rewards = _judge(components, state, len(found))(_pixels(found), list(range(len(found)))).reshape(number, -1)
+        images = waveforms(torch.as_tensor(found)) if name in WAVES else _pixels(found)
+        rewards = _judge(components, state, len(found))(images, list(range(len(found)))).reshape(number, -1)
         chosen = best(rewards)
         rows = (chosen.cpu() + rewards.shape[1] * torch.arange(number)).tolist()
         state.set(name, [found[row] for row in rows] if isinstance(found, list) else found[rows])
@@ -183,7 +184,8 @@ def _decoder(components: ModularPipeline, state: PipelineState):
     def decode(latents: Tensor) -> Tensor:
         call = {name: value for name, value in {**_call(tail, state), "latents": latents, "output_type": "pt"}.items() if name in calls.parameters}
         output = calls.run(call)
-        return images_of([next(output[name] for name in _OUTPUTS if output.get(name) is not None)])
+        name = next(name for name in _OUTPUTS if output.get(name) is not None)
+        return waveforms(output[name]) if name in WAVES else images_of([output[name]])
 
     return decode
 
@@ -201,7 +203,7 @@ def _judge(components: ModularPipeline, state: PipelineState, size: int) -> Judg
     if size % len(prompts):
         raise ValueError(f"{size} outputs do not go with {len(prompts)} prompts: each must have as many.")
     rows = [prompt for prompt in prompts for _ in range(size // len(prompts))]
-    return Judge.of(load_reward(state.get("reward"), device=components.device), Condition(rows, {}), state.get("columns"))
+    return Judge.of(load_reward(state.get("reward"), device=components.device), Condition(rows, {}), state.get("columns"), pipeline=components)
 
 
 def _pixels(found: Any) -> Tensor:

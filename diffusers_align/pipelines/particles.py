@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..condition import Condition
 from ..driving.noise import noise_seed, step_streams
+from ..driving.outcome import Outcome
 from ..driving.reproducibility import caches
 from ..driving.scheduler_hook import NO_OWN_STEP, Step, denoisers
 from ..transition import GaussianTransition
@@ -153,9 +154,10 @@ class Walk:
         graph = torch.is_grad_enabled()
         self.wrapped.drive(self.condition.select(rows), generator, on_step, gradients=graph, global_seed=seed, output_type="latent", **options)
 
-    def decode(self, particles: Particles, rows: list[int]) -> Tensor:
-        """Images of the predicted clean samples, (B, 3, H, W) or (B, F, 3, H, W) in [0, 1]."""
-        return self.wrapped.decode([particles.clean, *particles.states[1:]], self.condition.select(rows), self.fresh(rows))
+    def decode(self, particles: Particles, rows: list[int]) -> Outcome:
+        """What the predicted clean samples are like. The sound of a video is none on the way: another scheduler's state is noisy there."""
+        made = self.wrapped.decode([particles.clean, *particles.states[1:]], self.condition.select(rows), self.fresh(rows))
+        return made if particles.k is None or len(particles.states) == 1 else Outcome(made.images)
 
 
 def _arrived(k: int, found: dict[int, tuple]) -> Particles:

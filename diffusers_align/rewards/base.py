@@ -1,7 +1,8 @@
 """What a reward is, how one is called, added up and found by name.
 
 A reward is any callable. It gets images (B, 3, H, W), or videos (B, F, 3, H, W), in [0, 1], the prompts, and the other fields
-of the data set by keyword. It returns (B,) numbers, higher is better, NaN where it could not score; or a dict of such
+of the data set by keyword. One that declares `sampling_rate` gets sounds (B, C, T) in [-1, 1] with their rate; one that declares `audio`, the sound of
+videos. It returns (B,) numbers, higher is better, NaN where it could not score; or a dict of such
 tensors, of which `reward` is the one to optimise and the others are logged. `calling.py` says what else is understood.
 
 >>> def brightness(images, prompts, **columns):
@@ -27,7 +28,7 @@ class Reward(Protocol):
     """Any callable with this signature; a class, a function or a method."""
 
     def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor | dict[str, Tensor]:
-        """images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1]. Returns (B,), or a dict of (B,) with the key `reward`."""
+        """images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1], or (B, C, T) in [-1, 1]. Returns (B,), or a dict of (B,) with the key `reward`."""
         ...
 
 
@@ -41,10 +42,10 @@ def score(reward: Reward, images: Tensor, prompts: list[str], /, *, on_invalid: 
     """Call a reward and check its answer.
 
     Args:
-        images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1]. The reward gets a copy, float32 and outside autocast.
+        images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1], or sounds (B, C, T) in [-1, 1]. The reward gets a copy, float32 and outside autocast.
         prompts: B of them.
         on_invalid: what to do where `reward` is NaN or infinite: raise, or put NaN for the caller to leave out.
-        columns: the data set's other fields, passed on.
+        columns: the data set's other fields, passed on. `sampling_rate` (a whole number) and `audio` (B, C, T) go to rewards that declare them.
 
     Returns:
         (B,) float32 tensors on the images' device, with the graph if the reward keeps it; the one to optimise is `reward`.
@@ -112,9 +113,10 @@ class WeightedSum:
         self.rewards = [move(reward, device) for reward in self.rewards]
         return self
 
-    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> dict[str, Tensor]:
+    def __call__(self, images: Tensor, prompts: list[str], sampling_rate: int | None = None, audio: Tensor | None = None, **columns: Any) -> dict[str, Tensor]:
         """Returns `reward`, `<component>`, and `<component>/<entry>` for what a component returned beside its reward."""
         total, parts = 0.0, {}
+        columns |= {name: value for name, value in (("sampling_rate", sampling_rate), ("audio", audio)) if value is not None}
         for reward, weight, name in zip(self.rewards, self.weights, self.names):
             scores = call(reward, images, prompts, columns)
             parts[name] = scores.pop("reward")

@@ -20,6 +20,8 @@ from .registry import reward_name
 
 # Arguments by which ddpo-pytorch's and TRL's reward functions, (images, prompts, metadata) -> (scores, info), get the rest of the data set.
 METADATA = ("metadata", "prompt_metadata")
+# Arguments by which rewards get what is heard; those that do not declare them are not given them.
+SOUND = ("sampling_rate", "audio")
 
 
 class InvalidReward(ValueError):
@@ -62,28 +64,65 @@ def call(reward: Callable, images: Tensor, prompts: list[str], columns: Mapping[
     """Call a reward and give its answer one form.
 
     Args:
-        images: (B, 3, H, W) or (B, F, 3, H, W), floats in [0, 1].
+        images: (B, 3, H, W) or (B, F, 3, H, W), floats in [0, 1]; or sounds (B, C, T), floats in [-1, 1].
         prompts: B of them.
         columns: the data set's other fields, B entries each. A function with an argument `metadata` or `prompt_metadata`, and no such column,
-            gets a dict of the columns for each image there, as in ddpo-pytorch and TRL.
+            gets a dict of the columns for each image there, as in ddpo-pytorch and TRL. `sampling_rate`, a whole number, and `audio`, the sound
+            (B, C, T) of videos, are for functions that declare arguments of these names.
 
     Returns:
         (B,) float32 tensors on the images' device, one of them called `reward`.
 
     Raises:
-        InvalidReward: the reward takes other arguments, or returned no such numbers.
+        InvalidReward: the reward takes other arguments, judges the other of pictures and sounds, or returned no such numbers.
         RewardError: it called `sys.exit`. What else it raises comes up as it is.
         ValueError: the images are no floats, or no batch.
     """
-    if images.ndim not in (4, 5):
-        raise ValueError(f"Images are (B, 3, H, W), videos (B, F, 3, H, W), got the shape {tuple(images.shape)}.")
+    if images.ndim not in (3, 4, 5):
+        raise ValueError(f"Images are (B, 3, H, W), videos (B, F, 3, H, W), sounds (B, C, T), got the shape {tuple(images.shape)}.")
     if not images.is_floating_point():
         raise ValueError(f"Images are floats in [0, 1], got {images.dtype}: `images.float() / 255` of 8-bit ones.")
+    check_kind(reward, images, columns)
     arguments = arguments_of(reward, prompts, columns)
     # Their own copy, with the graph; half precision is widened.
-    own = images.to(torch.promote_types(images.dtype, torch.float32), copy=True)
     with full_precision(images.device), exits_are_errors(f"Reward {reward_name(reward)!r}"):
-        return as_scores(reward, reward(own, list(prompts), **arguments), images)
+        return as_scores(reward, reward(_own(images), list(prompts), **arguments), images)
+
+
+def parameters_of(reward: Callable) -> Mapping[str, inspect.Parameter]:
+    """The arguments that a reward declares, by name; none of one that is written in C."""
+    try:
+        return inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def check_kind(reward: Callable, images: Tensor, columns: Mapping[str, Any]) -> None:
+    """Rewards of sounds declare an argument `sampling_rate`: one that does not is given no sounds; one that cannot do without is given no pictures.
+
+    Raises:
+        InvalidReward: it would be.
+    """
+    declared, name, shape = parameters_of(reward), f"Reward {reward_name(reward)!r}", tuple(images.shape)
+    if images.ndim == 3 and "sampling_rate" not in declared:
+        raise InvalidReward(
+            f"{name} judges pictures, and these are sounds (B, C, T) = {shape}: use a reward of sounds, such as spectral_centroid. One of your own is a "
+            "reward of sounds if it declares an argument `sampling_rate`, which it is given."
+        )
+    needs = {key for key in SOUND if key in declared and declared[key].default is inspect.Parameter.empty}
+    if images.ndim != 3 and "sampling_rate" in needs and "audio" not in declared:
+        raise InvalidReward(
+            f"{name} judges sounds (B, C, T) by their `sampling_rate`, and these are {'videos' if images.ndim == 5 else 'pictures'} {shape}: use a reward of "
+            "pictures, or a pipeline that makes sound. A reward hears the sound of videos in an argument `audio`; `sampling_rate=None` is for both kinds."
+        )
+    if "sampling_rate" in needs and columns.get("sampling_rate") is None and images.ndim == 3:
+        raise InvalidReward(f"{name} needs the sampling rate of the sounds: give it as `sampling_rate`, values a second.")
+    if "audio" in needs and columns.get("audio") is None:
+        what = "these are sounds themselves, its first argument" if images.ndim == 3 else "there is none with these"
+        raise InvalidReward(
+            f"{name} judges the sound of videos, its argument `audio`, and {what}. Only whole samples of pipelines that make both have it: not "
+            "pictures, and neither a reward's gradient nor states on the way, of which the video alone is decoded. `audio=None` goes without."
+        )
 
 
 def arguments_of(reward: Callable, prompts: list[str], columns: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,7 +131,9 @@ def arguments_of(reward: Callable, prompts: list[str], columns: Mapping[str, Any
     Raises:
         InvalidReward: it does not take them.
     """
-    arguments = copied(dict(columns))
+    heard = {name: columns[name] for name in SOUND if name in columns and not isinstance(columns[name], (list, tuple))}
+    columns = {name: values for name, values in columns.items() if name not in heard}
+    arguments = copied(columns)
     try:
         signature = inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward)
     except (TypeError, ValueError):  # written in C
@@ -103,6 +144,7 @@ def arguments_of(reward: Callable, prompts: list[str], columns: Mapping[str, Any
             rows = tuple({key: values[i] for key, values in arguments.items()} for i in range(len(prompts)))
             others = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
             arguments = {key: values for key, values in arguments.items() if others or key in signature.parameters} | {name: rows}
+    arguments |= {name: _own(value) for name, value in heard.items() if name in signature.parameters}
     try:
         if "self" in arguments:
             raise TypeError("multiple values for argument 'self'")
@@ -115,6 +157,11 @@ def arguments_of(reward: Callable, prompts: list[str], columns: Mapping[str, Any
             "and rename a column that is called like one of the first two arguments."
         ) from error
     return arguments
+
+
+def _own(value: Any) -> Any:
+    """A copy of a tensor, float32 or wider, with its graph."""
+    return value.to(torch.promote_types(value.dtype, torch.float32), copy=True) if isinstance(value, Tensor) else value
 
 
 def copied(value: Any) -> Any:

@@ -29,6 +29,7 @@ BUILT_INS = {
     "ocr": "diffusers_align.rewards.ocr:OCRScore",
     "pick_score": "diffusers_align.rewards.pick_score:PickScore",
     "scene_score": "diffusers_align.rewards.scene:SceneScore",
+    "spectral_centroid": "diffusers_align.rewards.spectral_centroid:spectral_centroid",
     "vlm_judge": "diffusers_align.rewards.vlm_judge:VLMJudge",
 }
 

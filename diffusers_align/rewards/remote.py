@@ -52,14 +52,15 @@ class RemoteReward:
         except (ValueError, KeyError, TypeError) as error:
             raise RewardError(f"What answers at {self.address}/health is no reward server. {advice}") from error
 
-    def __call__(self, images: Tensor, prompts: list[str], **columns: Any) -> dict[str, Tensor]:
-        """images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1]. Returns what the server's reward returns, (B,) each.
+    def __call__(self, images: Tensor, prompts: list[str], sampling_rate: int | None = None, audio: Tensor | None = None, **columns: Any) -> dict[str, Tensor]:
+        """images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1], or sounds (B, C, T) in [-1, 1]. Returns what the server's reward returns, (B,) each. That
+        one is given the sound if it declares it.
 
         Raises:
             RewardError: the server's reward failed, or its answer makes no sense.
             ConnectionError: no answer after the last attempt; the message says how to be more patient.
         """
-        body = encode_request(images, prompts, columns, self.format)
+        body = encode_request(images, prompts, columns, self.format, sampling_rate, audio)
         try:
             scores = decode_scores(web.request(f"{self.address}/score", body, **self.patience))
         except web.RequestRefused as error:

@@ -154,8 +154,9 @@ class RewardServer(ThreadingHTTPServer):
             raise Busy
         try:
             with self.turns.take(large, until), torch.no_grad():
-                images = request.images().to(self.device)
-                return encode_scores(score_columns(self.reward, images, request.prompts, request.columns, "mask"))
+                images, columns = request.unpacked()
+                columns = {name: value.to(self.device) if isinstance(value, torch.Tensor) else value for name, value in columns.items()}
+                return encode_scores(score_columns(self.reward, images.to(self.device), request.prompts, columns, "mask"))
         finally:
             self.places[large].release()
 

@@ -1,8 +1,9 @@
 """Images, prompts and scores as JSON: what a remote reward and its server say to each other. Nothing is ever unpickled.
 
-A request: `{"format", "images", "frames", "prompts", "columns"}`. In the format `safetensors`, images are one base64 string, a
-safetensors file whose tensor `images` is float32, (B, 3, H, W) or (B, F, 3, H, W): exact. In the format `png`, they are a list of
-B (or B F) base64 strings, PNG files: about ten times smaller, rounded to 8 bits. `frames` is F of PNG videos, else null.
+A request: `{"format", "images", "frames", "prompts", "columns", "sampling_rate"}`. In the format `safetensors`, images are one base64 string, a
+safetensors file whose tensor `images` is float32, (B, 3, H, W), (B, F, 3, H, W), or (B, C, T) of sounds: exact. The sound of videos is another of its
+tensors, `audio`, and `sampling_rate` belongs to either, else null. In the format `png`, they are a list of B (or B F) base64 strings, PNG files: about ten
+times smaller, rounded to 8 bits, without sound. `frames` is F of PNG videos, else null.
 
 An answer: `{"scores": {"reward": [0.5, null], ...}}`, null where the reward could not score (NaN or infinite); an error: `{"error": "..."}`.
 """
@@ -48,23 +49,29 @@ def to_png(images: Tensor) -> list[str]:
     return files
 
 
-def encode_request(images: Tensor, prompts: list[str], columns: dict[str, Any], format: str) -> bytes:
+def encode_request(
+    images: Tensor, prompts: list[str], columns: dict[str, Any], format: str, sampling_rate: int | None = None, audio: Tensor | None = None
+) -> bytes:
     """A request's body.
 
     Raises:
-        ValueError: a column holds something that JSON has no word for, or a pixel of a PNG would be NaN.
+        ValueError: a column holds something that JSON has no word for, a pixel of a PNG would be NaN, or sound goes into one.
     """
     frames = None
     if format == "png":
+        if images.ndim == 3 or audio is not None:
+            raise ValueError("PNG files hold no sound: send it in the format 'safetensors', which is used without `?format=png`.")
         if not images.isfinite().all():
             raise ValueError("PNG files have no NaN: send such images in the format 'safetensors'.")
         frames, packed = (images.shape[1] if images.ndim == 5 else None), to_png(flatten_frames(images))
     else:
         from safetensors.torch import save
 
-        packed = base64.b64encode(save({"images": images.detach().float().cpu().contiguous()})).decode()
+        tensors = {"images": images} if audio is None else {"images": images, "audio": audio}
+        packed = base64.b64encode(save({name: x.detach().float().cpu().contiguous() for name, x in tensors.items()})).decode()
     try:
-        return json.dumps({"format": format, "images": packed, "frames": frames, "prompts": list(prompts), "columns": columns}).encode()
+        request = {"format": format, "images": packed, "frames": frames, "prompts": list(prompts), "columns": columns, "sampling_rate": sampling_rate}
+        return json.dumps(request).encode()
     except TypeError as error:
         raise ValueError(f"A remote reward gets the data set's columns as JSON: {error}.") from error
 
@@ -77,6 +84,7 @@ class ScoreRequest:
         files: one safetensors file, or PNG files.
         frames: of PNG videos, else None.
         values: the pixel values that the files unpack to, known from their headers.
+        sampling_rate: of the sound; None without.
     """
 
     prompts: list[str]
@@ -85,17 +93,19 @@ class ScoreRequest:
     files: list[bytes]
     frames: int | None
     values: int
+    sampling_rate: int | None = None
 
-    def images(self) -> Tensor:
-        """Images (B, 3, H, W) or (B, F, 3, H, W), float32: four bytes a value.
+    def unpacked(self) -> tuple[Tensor, dict[str, Any]]:
+        """Images (B, 3, H, W) or (B, F, 3, H, W), or sounds (B, C, T), float32: four bytes a value; and the columns, with what there is of a sound.
 
         Raises:
             ValueError: the files hold something else, or not as many images as there are prompts.
         """
-        images = _from_png(self.files, self.frames) if self.format == "png" else _from_safetensors(self.files[0])
+        tensors = {"images": _from_png(self.files, self.frames)} if self.format == "png" else _from_safetensors(self.files[0])
+        images = tensors.pop("images")
         if len(images) != len(self.prompts):
             raise ValueError(f"As many prompts as images are needed: got {len(images)} images and {len(self.prompts)} prompts.")
-        return images
+        return images, {**self.columns, **tensors, **({} if self.sampling_rate is None else {"sampling_rate": self.sampling_rate})}
 
 
 def read_request(body: bytes) -> ScoreRequest:
@@ -120,17 +130,21 @@ def read_request(body: bytes) -> ScoreRequest:
     values = _png_values(files) if format == "png" else len(files[0]) // 4
     if values > MAX_VALUES:
         raise ValueError(f"Images of {values} values are too many, {MAX_VALUES} are allowed: send fewer at a time.")
-    return ScoreRequest(prompts, columns, format, files, frames, values)
+    rate = request.get("sampling_rate")
+    if rate is not None and (not isinstance(rate, int) or isinstance(rate, bool) or rate < 1):
+        raise ValueError(f"'sampling_rate' must be a whole number of 1 or more, or null, got {rate!r:.100}.")
+    return ScoreRequest(prompts, columns, format, files, frames, values, rate)
 
 
 def decode_request(body: bytes) -> tuple[Tensor, list[str], dict[str, Any]]:
-    """Images (B, 3, H, W) or (B, F, 3, H, W) float32, prompts and columns.
+    """Images (B, 3, H, W) or (B, F, 3, H, W), or sounds (B, C, T), float32, prompts and columns, with what there is of a sound.
 
     Raises:
         ValueError: the body is no such request.
     """
     request = read_request(body)
-    return request.images(), request.prompts, request.columns
+    images, columns = request.unpacked()
+    return images, request.prompts, columns
 
 
 def encode_scores(scores: dict[str, Tensor]) -> bytes:
@@ -178,7 +192,7 @@ def _bytes(text: Any) -> bytes:
         raise ValueError(f"'images' is no base64: {error}.") from error
 
 
-def _from_safetensors(file: bytes) -> Tensor:
+def _from_safetensors(file: bytes) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -186,10 +200,12 @@ def _from_safetensors(file: bytes) -> Tensor:
         tensors = load(file)
     except SafetensorError as error:
         raise ValueError(f"'images' is no safetensors file: {error}.") from error
-    images = tensors.get("images")
-    if images is None or images.dtype != torch.float32 or images.ndim not in (4, 5) or images.shape[-3] != 3:
-        raise ValueError("the safetensors file must hold a float32 tensor 'images', (B, 3, H, W) or (B, F, 3, H, W).")
-    return images
+    images, audio = tensors.get("images"), tensors.get("audio")
+    if images is None or images.dtype != torch.float32 or not (images.ndim == 3 or (images.ndim in (4, 5) and images.shape[-3] == 3)):
+        raise ValueError("the safetensors file must hold a float32 tensor 'images', (B, 3, H, W) or (B, F, 3, H, W), or (B, C, T) of sounds.")
+    if audio is not None and (audio.dtype != torch.float32 or audio.ndim != 3 or len(audio) != len(images)):
+        raise ValueError("the safetensors file's tensor 'audio' must be float32, (B, C, T), of as many sounds as images.")
+    return {"images": images} if audio is None else {"images": images, "audio": audio}
 
 
 @contextmanager

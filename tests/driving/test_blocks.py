@@ -12,8 +12,8 @@ from torch import nn
 
 from diffusers_align import Policy
 from diffusers_align.driving.blocks import leaves, own_blocks, undecorated
-from diffusers_align.driving.driver import images_of
 from diffusers_align.driving.initial_noise import initial_noise
+from diffusers_align.driving.outcome import images_of
 
 
 class Denoiser(ModelMixin, ConfigMixin):

@@ -15,7 +15,8 @@ from diffusers import (
 )
 from tiny_pipelines import FAMILIES
 
-from diffusers_align.driving.driver import Driver, images_of
+from diffusers_align.driving.driver import Driver
+from diffusers_align.driving.outcome import images_of
 from diffusers_align.driving.prompt_memory import PromptMemory
 from diffusers_align.driving.scheduler_hook import denoisers, drive
 from diffusers_align.driving.stock import stock_images

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffusers_align.data.prompts import Prompt, load_prompts
+from diffusers_align.driving.outcome import Outcome
 from diffusers_align.rewards import InvalidReward, RewardError, WeightedSum, load_reward, score
 from diffusers_align.rewards.base import score_columns
 from diffusers_align.training.gradient.bound_rewards import BoundReward
@@ -278,3 +279,83 @@ def test_ctrl_c_while_a_reward_runs_is_no_error_of_the_reward(way_out, options):
     with Scorer(interrupted, on_nan="mask", on_failure="mask", **options) as scorer, pytest.raises((KeyboardInterrupt, Interrupted)):
         scorer.submit([0], torch.rand(1, 3, 4, 4), [Prompt("a cat")])
         scorer.finish()
+
+
+# --- sounds --------------------------------------------------------------------------------------------------------------
+
+PICTURES, VIDEOS, SOUNDS = torch.rand(2, 3, 8, 8), torch.rand(2, 5, 3, 8, 8), torch.rand(2, 1, 100)
+
+
+def rate_of(sounds, prompts, sampling_rate, **columns):
+    assert not columns, "what is heard is no column of the data set"
+    return sounds.flatten(1).mean(1) + sampling_rate
+
+
+def either(images, prompts, sampling_rate=None):
+    return images.flatten(1).mean(1) + (sampling_rate or 0)
+
+
+def loudness(videos, prompts, audio, sampling_rate):
+    assert audio.dtype == torch.float32
+    return audio.abs().flatten(1).mean(1) * sampling_rate
+
+
+def test_a_reward_that_declares_the_sampling_rate_gets_sounds_with_it():
+    torch.testing.assert_close(score(rate_of, SOUNDS, PROMPTS, sampling_rate=16000)["reward"], SOUNDS.flatten(1).mean(1) + 16000)
+    summed = score(WeightedSum([(rate_of, 1.0), (either, 0.5)]), SOUNDS, PROMPTS, sampling_rate=10)
+    torch.testing.assert_close(summed["reward"], 1.5 * (SOUNDS.flatten(1).mean(1) + 10))
+    made = Outcome(SOUNDS, sampling_rate=16000)
+    assert [row["reward"] for row in Scorer(rate_of)(made, [Prompt("a"), Prompt("b")])] == score(rate_of, SOUNDS, PROMPTS, sampling_rate=16000)[
+        "reward"
+    ].tolist()
+    bound = BoundReward(rate_of, [Prompt("a"), Prompt("b")], rate=lambda: 16000)
+    assert torch.equal(bound(SOUNDS), score(rate_of, SOUNDS, PROMPTS, sampling_rate=16000)["reward"])
+
+
+def test_rewards_that_do_not_declare_what_is_heard_are_not_given_it():
+    def with_metadata(images, prompts, metadata):
+        assert metadata == ({"wish": "a"}, {"wish": "b"})
+        return images.flatten(1).mean(1)
+
+    def all_columns(images, prompts, **columns):
+        assert list(columns) == ["wish"]
+        return images.flatten(1).mean(1)
+
+    for reward in (with_metadata, all_columns):
+        score_columns(reward, VIDEOS, PROMPTS, {"wish": ["a", "b"], "audio": SOUNDS, "sampling_rate": 16000})
+
+
+def test_the_sound_of_videos_goes_to_rewards_that_declare_it():
+    columns = {"audio": SOUNDS.half(), "sampling_rate": 2}
+    expected = SOUNDS.half().float().abs().flatten(1).mean(1) * 2
+    assert torch.equal(score_columns(loudness, VIDEOS, PROMPTS, columns)["reward"], expected)
+    assert [row["reward"] for row in Scorer(loudness)(Outcome(VIDEOS, SOUNDS.half(), 2), [Prompt("a"), Prompt("b")])] == expected.tolist()
+    with pytest.raises(ValueError, match="'audio' has 1 entries for 2 images"):
+        score_columns(loudness, VIDEOS, PROMPTS, columns | {"audio": SOUNDS[:1]})
+
+
+@pytest.mark.parametrize(
+    "reward, images, message",
+    [
+        (means, SOUNDS, r"'means' judges pictures, and these are sounds \(B, C, T\) = \(2, 1, 100\): use a reward of sounds, such as spectral_centroid"),
+        ("jpeg_compressibility", SOUNDS, "'jpeg_compressibility' judges pictures"),
+        (WeightedSum([(either, 1.0), (means, 1.0)]), SOUNDS, "'means' judges pictures"),
+        (rate_of, PICTURES, r"'rate_of' judges sounds \(B, C, T\) by their `sampling_rate`, and these are pictures \(2, 3, 8, 8\): use a reward of pictures"),
+        ("spectral_centroid", VIDEOS, "'spectral_centroid' judges sounds .* and these are videos"),
+        (rate_of, SOUNDS, "'rate_of' needs the sampling rate of the sounds: give it as `sampling_rate`"),
+        (loudness, VIDEOS, "'loudness' judges the sound of videos, its argument `audio`, and there is none with these"),
+    ],
+)
+def test_rewards_of_the_other_kind_are_refused_with_what_to_do(reward, images, message):
+    reward = load_reward(reward)
+    with pytest.raises(InvalidReward, match=message):
+        score(reward, images, PROMPTS)
+    with pytest.raises(InvalidReward, match=message):
+        Scorer(reward, on_nan="mask", on_failure="mask")(images, [Prompt("a"), Prompt("b")])
+
+
+def test_a_column_that_is_called_like_what_is_heard_is_refused():
+    asked = [Prompt("a", {"audio": "a.wav"}), Prompt("b", {"audio": "b.wav"})]
+    with pytest.raises(ValueError, match="column 'audio' is called like what rewards get of the pipeline's sound: rename"):
+        Scorer(loudness)(Outcome(VIDEOS, SOUNDS, 2), asked)
+    assert Scorer(lambda images, prompts, audio: [len(name) for name in audio])(PICTURES, asked), "without sound it is a column like any other"

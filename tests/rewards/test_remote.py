@@ -174,3 +174,21 @@ def test_reward_retries_reach_the_client_and_mean_something(capsys, tmp_path):
             parse(TrainingArguments, [*argv, "--reward", reward, "--reward_retries", retries])
         err = capsys.readouterr().err
         assert "--reward_retries" in err and message in err
+
+
+def test_a_server_hears():
+    sounds = torch.rand(2, 1, 400) * 2 - 1
+    with serving(RewardServer(load_reward("spectral_centroid"))) as running:
+        remote = load_reward(running.url)
+        assert torch.equal(
+            score(remote, sounds, PROMPTS, sampling_rate=8000)["reward"], score(load_reward("spectral_centroid"), sounds, PROMPTS, sampling_rate=8000)["reward"]
+        )
+        with pytest.raises(RewardError, match="judges sounds .* and these are pictures"):
+            score(remote, torch.rand(2, 3, 8, 8), PROMPTS)
+
+    def volume(videos, prompts, audio, sampling_rate):
+        return audio.abs().mean((1, 2)) * sampling_rate
+
+    with serving(RewardServer(volume)) as running:
+        got = score_columns(load_reward(running.url), torch.rand(2, 3, 3, 4, 4), PROMPTS, {"audio": sounds, "sampling_rate": 8000})["reward"]
+        torch.testing.assert_close(got, sounds.abs().mean((1, 2)) * 8000)

@@ -89,9 +89,34 @@ def test_what_a_request_unpacks_to_is_known_before_it_is_unpacked(monkeypatch):
     with pytest.raises(ValueError, match="2 images of 3000 x 3000 are too many"):
         read_request(ask([bomb(3000)] * 2))
     exact = read_request(encode_request(torch.rand(1, 3, 4, 5), ["a"], {}, "safetensors"))
-    assert 60 <= exact.values < 200 and exact.images().shape == (1, 3, 4, 5)
+    assert 60 <= exact.values < 200 and exact.unpacked()[0].shape == (1, 3, 4, 5)
     with pytest.raises(ValueError, match="are too many, 1000 are allowed"):
         read_request(encode_request(torch.rand(1, 3, 40, 50), ["a"], {}, "safetensors"))
     with pytest.raises(ValueError, match="brackets and commas"):
         monkeypatch.setattr(wire, "MAX_PARTS", 1000)
         read_request(b'{"prompts": [' + b"[]," * 1000 + b"[]]}")
+
+
+def test_sounds_and_the_sound_of_videos_survive():
+    sounds, videos = torch.rand(2, 2, 50) * 2 - 1, torch.rand(2, 3, 3, 4, 4)
+    back, _, columns = decode_request(encode_request(sounds, PROMPTS, {"weight": [1, 2]}, "safetensors", 16000))
+    assert torch.equal(back, sounds) and columns == {"weight": [1, 2], "sampling_rate": 16000}
+    back, _, columns = decode_request(encode_request(videos, PROMPTS, {}, "safetensors", 8000, sounds))
+    assert torch.equal(back, videos) and torch.equal(columns["audio"], sounds) and columns["sampling_rate"] == 8000
+    for images, audio in ((sounds, None), (videos, sounds)):
+        with pytest.raises(ValueError, match="PNG files hold no sound"):
+            encode_request(images, PROMPTS, {}, "png", 8000, audio)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"sampling_rate": "fast"}, "'sampling_rate' must be a whole number"),
+        ({"sampling_rate": 0}, "'sampling_rate' must be a whole number"),
+        ({"images": base64.b64encode(save({"images": torch.zeros(2, 3, 4, 4), "audio": torch.zeros(1, 1, 5)})).decode()}, "'audio' must be float32"),
+        ({"images": base64.b64encode(save({"images": torch.zeros(2, 5)})).decode()}, r"or \(B, C, T\) of sounds"),
+    ],
+)
+def test_sounds_that_make_no_sense_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        decode_request(request_body(**changes))

@@ -24,7 +24,7 @@ from .state_files import read_state, write_state
 MANIFEST, RANDOM, LOGS = "manifest.json", "random_states", "logs"
 LORA = "pytorch_lora_weights.safetensors"
 # What a run leaves beside its checkpoints, and a preference flow.
-RESULTS = ("metrics.jsonl", "reward_curve.png", "before_after.png", "samples", costs.FILE, "README.md", LORA, "model_index.json", "vector_field")
+RESULTS = ("metrics.jsonl", "reward_curve.png", "before_after.png", "samples", "sounds", costs.FILE, "README.md", LORA, "model_index.json", "vector_field")
 
 
 def found(folder: Path) -> list[Path]:

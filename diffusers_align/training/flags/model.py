@@ -81,7 +81,14 @@ class EvalSchedulerArguments(Arguments):
     eval_scheduler: EvalScheduler = option("stock", "evaluate with the pipeline's own solver, or along the SDE twin's ODE", advanced=True, resume="measured")
 
 
-class ModelArguments(EvalSchedulerArguments, PipelineArguments, CallArguments):
+class DecodingArguments(Arguments):
+    """model"""
+
+    vae_slicing: bool = option(False, "decode the samples of a batch one after the other, where the autoencoder can", advanced=True, resume="takes effect")
+    vae_tiling: bool = option(False, "decode in tiles, some autoencoders also in some frames at a time: seams may show", advanced=True, resume="takes effect")
+
+
+class ModelArguments(EvalSchedulerArguments, PipelineArguments, DecodingArguments, CallArguments):
     """model"""
 
     shard_denoiser: bool = option(False, "spread the frozen denoiser over the processes (FSDP2); the LoRA stays whole", advanced=True, resume="free")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ...data.prompts import Prompt, fields_of
+from ...driving.outcome import Outcome
+from ...policy import Policy
 from ...rewards import InvalidReward, Reward, RewardError, RewardTimeout
 from ...rewards.base import listed, score_columns
 from ...rewards.patience import OverTime, within
@@ -21,7 +23,8 @@ LEAVES_THE_GRAPH = "requires grad"
 
 @dataclass(frozen=True)
 class BoundReward:
-    """The reward of the images of some prompts: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1] to (B,) float32, NaN where it is masked.
+    """The reward of the images of some prompts: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1], or sounds (B, C, T), to (B,) float32, NaN where it is
+    masked. Of videos with sound it sees the video alone.
 
     Of a masked sample nothing goes back into its image: behind a NaN that was computed (0/0, a model that overflows) even a gradient of 0
     is NaN.
@@ -33,6 +36,7 @@ class BoundReward:
             one by one, so that only the samples at fault are lost.
         timeout: seconds for a batch.
         failures: what failed and was masked, in words.
+        rate: tells the sampling rate of sounds.
 
     Raises (a call):
         InvalidReward: an answer of a wrong shape; NaN, unless masked.
@@ -44,6 +48,7 @@ class BoundReward:
     on_invalid: Literal["error", "mask"] = "error"
     timeout: float | None = None
     failures: list[str] = field(default_factory=list)
+    rate: Callable[[], int] | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         seen = images.view_as(images)
@@ -72,7 +77,9 @@ class BoundReward:
     def _scores(self, images: Tensor, with_graph: bool) -> Callable[[], Tensor]:
         def scores() -> Tensor:
             with torch.set_grad_enabled(with_graph):  # a thread has a gradient mode of its own
-                return score_columns(self.reward, images, [prompt.text for prompt in self.asked], fields_of(self.asked), self.on_invalid)["reward"]
+                made = Outcome(images, sampling_rate=self.rate() if images.ndim == 3 and self.rate is not None else None)
+                texts, columns = [prompt.text for prompt in self.asked], made.beside(fields_of(self.asked))
+                return score_columns(self.reward, images, texts, columns, self.on_invalid)["reward"]
 
         return scores
 
@@ -80,6 +87,6 @@ class BoundReward:
         return f"Reward {reward_name(self.reward)!r} {what}, for {len(self.asked)} images of the prompts {listed([prompt.text for prompt in self.asked])}."
 
 
-def bound_reward(reward, asked: list[Prompt], args) -> BoundReward:
-    """The `BoundReward` of `--invalid_rewards` and `--reward_timeout`."""
-    return BoundReward(reward, asked, args.invalid_rewards, args.reward_timeout)
+def bound_reward(reward, asked: list[Prompt], args, policy: Policy) -> BoundReward:
+    """The `BoundReward` of `--invalid_rewards` and `--reward_timeout`, for what the policy makes."""
+    return BoundReward(reward, asked, args.invalid_rewards, args.reward_timeout, rate=lambda: policy.sampling_rate)

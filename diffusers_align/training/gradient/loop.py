@@ -85,7 +85,7 @@ def updates_of_epoch(run, policy: Policy, report, epoch: int) -> Iterator[Update
         places = parts[b]
         asked = [report.prompts[chosen[i]] for i in places]
         condition = condition_of(policy, asked, seeds=[noise_seed(args.seed, epoch, i, chosen[i]) for i in places])
-        return Batch(condition, asked, bound_reward(report.reward, asked, args))
+        return Batch(condition, asked, bound_reward(report.reward, asked, args, policy))
 
     for number, (chunk, weight) in enumerate(epoch_batches(run)):
         generator = torch.Generator().manual_seed(noise_seed(args.seed, epoch, "update", number))

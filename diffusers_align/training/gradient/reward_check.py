@@ -26,7 +26,7 @@ def check_on_prompts(run, policy: Policy, report, *, stochastic: bool, **options
     for prompt in first:
         condition = condition_of(policy, [prompt], seeds=[noise_seed(run.args.seed, "check")])
         steps = count_steps(policy, condition, stochastic=stochastic)
-        reward = bound_reward(report.reward, [prompt], run.args)
+        reward = bound_reward(report.reward, [prompt], run.args, policy)
         with contextlib.suppress(UnscoredError), run.accelerator.autocast():
             check_gradient(policy, condition, reward, grad_steps=[steps - 1], stochastic=stochastic, **options)
             return steps

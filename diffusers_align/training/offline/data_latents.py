@@ -10,7 +10,7 @@ from torch import Tensor
 from ...condition import Condition
 from ...data import LazyImage, Prompt, TensorCache, key_of
 from ...data.augment import Augmentation, draw_augmentations, to_tensor
-from ...driving.driver import images_of
+from ...driving.outcome import images_of
 from ...driving.scheduler_hook import Step
 from ...policy import Policy
 from ..run.inputs import condition_of
@@ -47,11 +47,17 @@ class LatentImages:
 
     Args:
         like: what the pipeline is asked for to learn the size of its images.
+
+    Raises:
+        ValueError: the pipeline makes sounds.
     """
 
     def __init__(self, run, policy: Policy, like: Prompt | str = ""):
         self.args, self.policy = run.args, policy
         self.shape = image_shape(policy, condition_of(policy, [like], seeds=[0]))
+        if len(self.shape) == 2:
+            name = type(policy.pipeline).__name__
+            raise ValueError(f"{name} makes sounds, and data sets hold pictures: train it by a reward of sounds (docs/guides/sound.md).")
         self.cache = disk_cache(self.args, policy, "latents", str(tuple(self.shape)))
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...condition import Condition
 from ...data.files import read_rows
 from ...data.prompts import Prompt
+from ...driving.outcome import Outcome
 from ...policy import Policy
 from ...rewards.registry import load_callable
 from ...trajectory import Trajectory
@@ -75,13 +76,13 @@ def _check(captions: list[str], prompt: str, number: int, source: str) -> list[s
 
 
 @torch.no_grad()
-def decoded(run, policy: Policy, samples: Samples) -> list[Tensor]:
-    """The images of this process's batches, on the CPU."""
+def decoded(run, policy: Policy, samples: Samples) -> list[Outcome]:
+    """What was made in this process's batches, on the CPU."""
     with run.accelerator.autocast():
-        return [policy.decode(trajectory.final, trajectory.condition).float().cpu() for trajectory in samples.batches]
+        return [policy.outcome(trajectory).to(torch.float32).to("cpu") for trajectory in samples.batches]
 
 
-def write_views(run, writer: Writer, samples: Samples, images: list[Tensor], epoch: int) -> list[list[str]]:
+def write_views(run, writer: Writer, samples: Samples, images: list[Outcome], epoch: int) -> list[list[str]]:
     """1 + K captions of each sample, as 1 + K lists of N: the prompts, then `--num_views` drawn for each group.
 
     Each process writes for its share of the groups. A posterior captioner (`--posterior_views`) gets all images of a group, so
@@ -90,7 +91,7 @@ def write_views(run, writer: Writer, samples: Samples, images: list[Tensor], epo
     args, accelerator = run.args, run.accelerator
     pictures = {}
     if args.posterior_views:
-        pictures = dict(gather_object([(i, image) for index, batch in zip(samples.index, images) for i, image in zip(index.tolist(), batch)]))
+        pictures = dict(gather_object([(i, image) for index, batch in zip(samples.index, images) for i, image in zip(index.tolist(), batch.images)]))
     written = []
     for group in samples.groups.unique().tolist()[accelerator.process_index :: accelerator.num_processes]:
         members = (samples.groups == group).nonzero().flatten().tolist()
@@ -102,7 +103,7 @@ def write_views(run, writer: Writer, samples: Samples, images: list[Tensor], epo
     return [samples.prompts, *([drawn[group][k] for group in samples.groups.tolist()] for k in range(args.num_views))]
 
 
-def view_rewards(run, reward, samples: Samples, images: list[Tensor], captions: list[list[str]]) -> Tensor:
+def view_rewards(run, reward, samples: Samples, images: list[Outcome], captions: list[list[str]]) -> Tensor:
     """Rewards of the same images under each view, (N, 1 + K) on all processes; column 0 is the samples' own."""
     device = run.accelerator.device
     others = [score_again(run, reward, samples, lambda b: images[b].to(device), view) for view in captions[1:]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ...condition import Condition
 from ...data.prompts import Prompt, prompts_of_epoch
-from ...driving.stock import stock_images
+from ...driving.outcome import Outcome
+from ...driving.stock import stock_outcome
 from ...policy import Policy, noise_seed
 from ...rewards import InvalidReward
 from ...trajectory import Trajectory
@@ -112,8 +113,8 @@ def sample_epoch(
             batches.append(trajectory)
             index.append(torch.tensor(part))
             with torch.no_grad():
-                images = policy.decode(trajectory.final, trajectory.condition).float()
-            scorer.submit(part, images, [asked[i] for i in part])
+                made = policy.outcome(trajectory).to(torch.float32)
+            scorer.submit(part, made, [asked[i] for i in part])
         components = gather_scores(run, scorer, asked)
     groups = torch.tensor(groups if group_size else [0] * len(asked))
     return Samples(batches, index, [p.text for p in asked], groups, components["reward"], components, asked)
@@ -141,17 +142,17 @@ def describe_walk(policy: Policy, trajectory: Trajectory) -> list[str]:
     return [f"Training samples with {type(own).__name__} at the timesteps {times}{more}: the pipeline's own {name} has no log-probabilities."]
 
 
-def score_again(run, reward, samples: Samples, images_of: Callable[[int], Tensor], captions: list[str] | None = None) -> Tensor:
+def score_again(run, reward, samples: Samples, outcome_of: Callable[[int], Outcome], captions: list[str] | None = None) -> Tensor:
     """Rewards (N,), on all processes, of other images of the same samples, or of their images under other captions.
 
     Args:
-        images_of: of the number of a batch of `samples`, images (B, 3, H, W) or (B, F, 3, H, W) in [0, 1].
+        outcome_of: of the number of a batch of `samples`, what is scored.
         captions: N in the place of the prompts; rewards get the data set's other fields all the same.
     """
     asked = samples.asked if captions is None else [replace(prompt, text=text) for prompt, text in zip(samples.asked, captions)]
     with Scorer.of_run(reward, run.args) as scorer:
         for b, index in enumerate(samples.index):
-            scorer.submit(index.tolist(), images_of(b), [asked[i] for i in index.tolist()])
+            scorer.submit(index.tolist(), outcome_of(b), [asked[i] for i in index.tolist()])
         return gather_scores(run, scorer, asked)["reward"]
 
 
@@ -160,7 +161,10 @@ class Evaluation:
     """Samples at fixed prompts and seeds, with their rewards by name, (N,) each, NaN where there is no score.
 
     Attributes:
+        images: of the first samples: pictures (3, H, W), videos (F, 3, H, W) or sounds (C, T).
         solver: the class of the scheduler that they were drawn with.
+        audio: what is heard with the videos, (C, T) each; empty where nothing is.
+        sampling_rate: of the sound; None without.
     """
 
     prompts: list[str]
@@ -168,6 +172,12 @@ class Evaluation:
     images: list[Tensor]
     rewards: dict[str, Tensor]
     solver: str = ""
+    audio: list[Tensor] = field(default_factory=list)
+    sampling_rate: int | None = None
+
+    def keep(self, number: int) -> None:
+        """Forget what is not of the first samples, but for its rewards."""
+        del self.images[number:], self.audio[number:]
 
     def check_scored(self, names: Iterable[str], shown: dict[str, str] | None = None) -> None:
         """Raise an InvalidReward if one of the rewards `names` scored not one image: a number that was asked for must not be missing unsaid.
@@ -206,18 +216,20 @@ def evaluate(
     for batch in mine:
         part = [jobs[i] for i in batch]
         condition = condition_of(policy, [p for _, p, _ in part], seeds=[seed for _, _, seed in part], **call)
-        images = evaluation_images(run, policy, condition).float().cpu()
-        scored = {name: scorer(images.to(accelerator.device), [p for _, p, _ in part]) for name, scorer in scorers.items()}
+        made = evaluation_outcome(run, policy, condition).to(torch.float32).to("cpu")
+        scored = {name: scorer(made.to(accelerator.device), [p for _, p, _ in part]) for name, scorer in scorers.items()}
         for j, (i, _, _) in enumerate(part):
             flat = {f"{name}/{key}" if key != "reward" else name: value for name in rewards for key, value in scored[name][j].items()}
-            rows.append((i, images[j] if i < keep_images else None, flat))
+            rows.append((i, made[[j]] if i < keep_images else None, flat))
         on_images(len(part) * processes)
     rows = sorted({row[0]: row for row in gather_object(rows)}.values(), key=lambda row: row[0])
     for failure in [failure for scorer in scorers.values() for failure in scorer.failures]:
         run.print(f"Left out of the evaluation: {failure}")
     texts, seeds = [prompt.text for _, prompt, _ in jobs], [seed for _, _, seed in jobs]
-    images, columns = [image for _, image, _ in rows[:keep_images]], columns_of([row for _, _, row in rows])
-    return Evaluation(texts, seeds, images, columns, type(evaluation_scheduler(args, policy)).__name__)
+    kept, columns = [made for _, made, _ in rows[:keep_images]], columns_of([row for _, _, row in rows])
+    images, audio = [made.images[0] for made in kept], [made.audio[0] for made in kept if made.audio is not None]
+    rate = next((made.sampling_rate for made in kept), None)
+    return Evaluation(texts, seeds, images, columns, type(evaluation_scheduler(args, policy)).__name__, audio, rate)
 
 
 def evaluation_scheduler(args, policy: Policy):
@@ -230,14 +242,14 @@ def described_solver(args, name: str) -> str:
     return f"the pipeline's own {name}" if args.eval_scheduler == "stock" else f"the ODE of {name}"
 
 
-def evaluation_images(run, policy: Policy, condition: Condition) -> Tensor:
-    """Images of a condition with seeds, by the solver that `--eval_scheduler` asks for."""
+def evaluation_outcome(run, policy: Policy, condition: Condition) -> Outcome:
+    """What is made of a condition with seeds, by the solver that `--eval_scheduler` asks for."""
     if run.args.eval_scheduler == "stock":
-        return stock_images(policy, condition)
+        return stock_outcome(policy, condition)
     with run.accelerator.autocast():
         trajectory = policy.rollout(condition, deterministic=True)
     with torch.no_grad():
-        return policy.decode(trajectory.final, trajectory.condition)
+        return policy.outcome(trajectory)
 
 
 def paired_gain(before: Tensor, after: Tensor) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ...data.prompts import Prompt, fields_of
+from ...driving.outcome import Outcome
 from ...rewards import InvalidReward, Reward, RewardError, RewardTimeout, load_reward
 from ...rewards.base import listed, score_columns
 from ...rewards.patience import OverTime, within
@@ -76,7 +77,7 @@ class Scorer:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def submit(self, keys: list[int], images: Tensor, prompts: list[Prompt]) -> None:
+    def submit(self, keys: list[int], images: Tensor | Outcome, prompts: list[Prompt]) -> None:
         """Score a batch, now or in the background; its rows will go by `keys`. An earlier batch's exception may come up here."""
         if self._thread is None:
             self._scored += zip(keys, self(images, prompts))
@@ -95,8 +96,8 @@ class Scorer:
         keys, future = self._pending.popleft()
         self._scored += zip(keys, future.result())
 
-    def __call__(self, images: Tensor, prompts: list[Prompt]) -> list[Row]:
-        """Score a batch now.
+    def __call__(self, images: Tensor | Outcome, prompts: list[Prompt]) -> list[Row]:
+        """Score a batch now: images, or an outcome, of which rewards may hear the sound.
 
         Raises:
             InvalidReward: an answer of a wrong shape; NaN, unless masked.
@@ -112,8 +113,9 @@ class Scorer:
             self.failures.append(str(error))
             return [{"reward": float("nan")} for _ in prompts]
 
-    def _rows(self, images: Tensor, prompts: list[Prompt]) -> list[Row]:
-        texts, columns = [p.text for p in prompts], fields_of(prompts)
+    def _rows(self, made: Tensor | Outcome, prompts: list[Prompt]) -> list[Row]:
+        made = made if isinstance(made, Outcome) else Outcome(made)
+        images, texts, columns = made.images, [p.text for p in prompts], made.beside(fields_of(prompts))
 
         def scores() -> dict[str, list[float]]:
             # Threads have their own gradient mode and CUDA device.

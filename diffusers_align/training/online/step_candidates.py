@@ -139,7 +139,7 @@ def sample_pairs(run, policy: Policy, reward, prompts, epoch: int, number: int) 
             steps = [k for k in trajectory.noisy_steps if k >= args.divert_start_step]
             _score_candidates(args, policy, scorer, candidates, steps, part, asked)
             with torch.no_grad():
-                final.submit(part, policy.decode(trajectory.final, trajectory.condition).float(), [asked[i] for i in part])
+                final.submit(part, policy.outcome(trajectory).to(torch.float32), [asked[i] for i in part])
             found.append((trajectory, candidates.drawn[:, steps]))
             index.append(torch.tensor(part))
         width = len(steps) * args.num_candidates
@@ -160,8 +160,8 @@ def _score_candidates(args, policy: Policy, scorer: Scorer, candidates: Candidat
         asked_here = [Prompt(asked[i].text, {**asked[i].columns, "noise_level": levels[k]}) for i in part]
         for j in range(number):
             with torch.no_grad():
-                images = policy.decode(candidates.clean[:, k, j], condition).float()
-            scorer.submit([(i * len(steps) + place) * number + j for i in part], images, asked_here)
+                made = policy.outcome(candidates.clean[:, k, j], condition).to(torch.float32)
+            scorer.submit([(i * len(steps) + place) * number + j for i in part], made, asked_here)
 
 
 def noise_levels(scheduler, trajectory: Trajectory) -> list[float]:

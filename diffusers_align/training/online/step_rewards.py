@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ...algorithms.dense_grpo import calibrate, step_gains
 from ...data.prompts import Prompt
+from ...driving.outcome import Outcome
 from ...policy import Policy
 from .sampling import Samples, sample_epoch, score_again
 
@@ -33,12 +34,12 @@ def completion_rewards(run, policy: Policy, reward, samples: Samples, steps: lis
 
 
 @torch.no_grad()
-def _completed(run, policy: Policy, samples: Samples, i: int, b: int) -> Tensor:
-    """The images (B, 3, H, W) to which the ODE leads from state i of batch b."""
+def _completed(run, policy: Policy, samples: Samples, i: int, b: int) -> Outcome:
+    """What the ODE leads to from state i of batch b."""
     trajectory = samples.batches[b]
     with run.accelerator.autocast():
         latents = policy.complete(trajectory, i)
-    return policy.decode(latents, trajectory.condition).float()
+    return policy.outcome(latents, trajectory.condition).to(torch.float32)
 
 
 class NoiseLevels:

@@ -18,7 +18,7 @@ from .statistics import mean_and_error, win_rate
 
 Entry = dict[str, Any]
 NOTHING = "–"
-DIVERSITY = {"pixel_rms": "diversity, RMS of pixels", "clip": "diversity, 1 - cosine of CLIP features"}
+DIVERSITY = {"pixel_rms": "diversity, RMS of pixels, or of a sound's values", "clip": "diversity, 1 - cosine of CLIP features"}
 COSTS = {
     "images": "training: images generated",
     "denoiser_evaluations": "training: denoiser rows",

@@ -14,19 +14,23 @@ IGNORED = ["checkpoint-*", ".*", "logs/**"]
 
 
 def write_model_card(
-    run, results: dict[str, tuple[float, float]], pictures: list[str], note: str = "", judged_on: str = "held-out prompts", samples=()
+    run, results: dict[str, tuple[float, float]], pictures: list[str], note: str = "", judged_on: str = "held-out prompts", samples=(), sampling_rate=None
 ) -> Path:
     """Write `README.md`, the card of a LoRA (`diffusers_align.training.report.model_card`).
 
     Args:
         results: (mean, s.e.) on what was judged, by name.
         note: on the training.
-        samples: (prompt, image) of some for the Hub to show.
+        samples: (prompt, image) of some for the Hub to show or to play.
+        sampling_rate: of the samples' sound, if they have any.
     """
     prompts, images = [prompt for prompt, _ in samples], [image for _, image in samples]
-    widgets = model_card.write_widgets(run.output_dir, prompts, images)
+    widgets, sound = model_card.write_widgets(run.output_dir, prompts, images, sampling_rate), any(image.ndim == 2 for image in images)
+    if sampling_rate is not None:
+        heard = f"{'The pictures are spectrograms. ' if sound else ''}The sounds, before and after, are WAV files in `sounds/`."
+        note = f"{heard} {note}".strip()
     path = run.output_dir / "README.md"
-    path.write_text(model_card.lora_card(run, results, pictures, note, judged_on, widgets), encoding="utf-8")
+    path.write_text(model_card.lora_card(run, results, pictures, note, judged_on, widgets, sound), encoding="utf-8")
     return path
 
 

@@ -17,7 +17,8 @@ from ...data.inputs import parse_input_columns
 from ...driving.calls import calls_of
 from ...files.paths import folder as shipped
 from ..checkpoints import allowed_changes
-from .pictures import to_pil
+from .pictures import film_strip, to_pil
+from .sounds import write_wav
 from .statistics import in_words
 
 HIDDEN = ("hub_token", "config", "trackers", "command")
@@ -91,22 +92,27 @@ def front_matter(base: str | None, tags: list[str], pipeline_tag: str, widgets: 
     return f"---\n{yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).strip()}\n---"
 
 
-def pipeline_tag(pipeline, given: Iterable[str] = ()) -> str:
-    """The Hub's name for what a pipeline does, by the arguments of its call; `given` are those that a call has beside its prompt."""
+def pipeline_tag(pipeline, given: Iterable[str] = (), sound: bool = False) -> str:
+    """The Hub's name for what a pipeline does, by the arguments of its call; `given` are those that a call has beside its prompt, and `sound` whether
+    it was heard to make sound."""
     parameters = calls_of(pipeline).of_a_call({"prompt": "", **dict.fromkeys(given, "")})
     source = "image" if "image" in parameters else "text"
-    if "audio_length_in_s" in parameters or "audio_end_in_s" in parameters:
+    if sound or "audio_length_in_s" in parameters or "audio_end_in_s" in parameters:
         return "text-to-audio"
     return f"{source}-to-{'video' if 'num_frames' in parameters else 'image'}"
 
 
-def write_widgets(output_dir: Path, prompts: list[str], images: list) -> list[dict]:
-    """Some samples as files of their own, with their prompts: what the Hub shows beside a LoRA. Of a video, the middle frame."""
+def write_widgets(output_dir: Path, prompts: list[str], images: list, sampling_rate: int | None = None) -> list[dict]:
+    """Some samples as files of their own, with their prompts: what the Hub shows or plays beside a LoRA. Of a video, a film strip."""
     found = []
     for number, (prompt, image) in enumerate(zip(prompts, images[:NUM_WIDGETS]), 1):
         (output_dir / "widget").mkdir(exist_ok=True)
-        to_pil(image).save(output_dir / "widget" / f"{number}.png")
-        found.append({"text": prompt or "-", "output": {"url": f"widget/{number}.png"}})
+        file = output_dir / "widget" / f"{number}.{'wav' if image.ndim == 2 else 'png'}"
+        if image.ndim == 2:
+            write_wav(file, image, sampling_rate)
+        else:
+            to_pil(film_strip(image) if image.ndim == 4 else image).save(file)
+        found.append({"text": prompt or "-", "output": {"url": f"widget/{file.name}"}})
     return found
 
 
@@ -146,17 +152,17 @@ def page(run, front: str, title: str, text: str, code: str, caption: str, result
 """
 
 
-def lora_card(run, results: dict[str, tuple[float, float]], pictures: list[str], note: str, judged_on: str, widgets: list[dict]) -> str:
+def lora_card(run, results: dict[str, tuple[float, float]], pictures: list[str], note: str, judged_on: str, widgets: list[dict], sound: bool = False) -> str:
     """The card of a LoRA, with results as (mean, s.e.): see `page`."""
     args, policy, given = run.args, run.policy, run.args.pretrained_model_name_or_path
     pushed, where, data = bool(args.push_to_hub), published_as(run), getattr(args, "dataset_name", None)
     input_names = parse_input_columns(args.input_columns) if getattr(args, "input_columns", None) else ()
     tags = ["lora", "template:sd-lora", re.sub(r"[^a-z0-9]+", "-", run.algorithm.lower()).strip("-")]
-    front = front_matter(given, tags, pipeline_tag(policy.pipeline, input_names), widgets, data)
+    front = front_matter(given, tags, pipeline_tag(policy.pipeline, input_names, sound), widgets, data)
     aim = f"the preferences of `{public(data)}`" if data else f"the reward `{public(args.reward)}`"
     text = f"A LoRA that aligns `{public(given)}` with {aim}, trained by {run.algorithm} with diffusers-align {__version__}."
     measured = f"; the reward, which only measures, is `{public(args.reward)}`" if data and args.reward else ""
-    caption = f"Results on {judged_on} at equal seeds (mean ± standard error, {args.num_eval_samples} images{measured}):"
+    caption = f"Results on {judged_on} at equal seeds (mean ± standard error, {args.num_eval_samples} {'sounds' if sound else 'images'}{measured}):"
     worded = {name: in_words(mean, error) for name, (mean, error) in results.items()}
     title = where if pushed else run.output_dir.name
     return page(run, front, title, text, loading_lines(policy, given, where, pushed), caption, worded, pictures, note)

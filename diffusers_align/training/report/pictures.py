@@ -1,4 +1,4 @@
-"""Pictures that tell how training goes: grids of samples, before and after, the reward curve."""
+"""Pictures that tell how training goes: grids of samples, before and after, the reward curve. Videos are strips of frames there, sounds spectrograms."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from torch import Tensor
 
 from .lettering import LINE, width_of, wrapped, write
+from .sounds import COLUMNS, ROWS, spectrogram
 
 MOST_LINES = 4
 MARGIN = 2
+FRAMES = 4
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] to a PIL image; of a video (F, 3, H, W) the middle frame. What is not finite comes out magenta: no picture has it by chance."""
+    """(3, H, W) in [0, 1] to a PIL image; of a video (F, 3, H, W) the middle frame. What is not finite comes out magenta: no picture has it by chance.
+
+    Raises:
+        ValueError: a sound (C, T).
+    """
+    if image.ndim == 2:
+        raise ValueError(f"A sound (C, T) = {tuple(image.shape)} is no picture: report.sounds.spectrogram makes one of it.")
     if image.ndim == 4:
         image = image[len(image) // 2]
     pixels = image.detach().float().cpu()
@@ -27,17 +35,31 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels.mul(255).round().byte().permute(1, 2, 0).numpy())
 
 
+def film_strip(video: Tensor, frames: int = FRAMES) -> Tensor:
+    """(3, H, W') of a video (F, 3, H, W): so many of its frames, or all of a shorter one, at equal distances from the first to the last, side by side with
+    a white line between two."""
+    chosen = torch.linspace(0, len(video) - 1, min(frames, len(video))).round().long().tolist()
+    line = torch.ones_like(video[0, :, :, : max(1, video.shape[-1] // 32)])
+    return torch.cat([part for i in chosen for part in (line, video[i])][1:], -1)
+
+
+def picture_of(image: Tensor) -> Tensor:
+    """(3, H, W) of what a pipeline made: a picture as it is, a video's film strip, a sound's spectrogram."""
+    return film_strip(image) if image.ndim == 4 else spectrogram(image) if image.ndim == 2 else image
+
+
 def grid(images: list[Tensor], captions: list[str], columns: int = 8, cell: int = 128) -> Image.Image:
     """Images in rows, each above its caption. The whole captions are in the picture's metadata (`save`).
 
     Args:
-        columns: at most; fewer where there are fewer images.
-        cell: width of a column, pixels. Images keep their proportions.
+        columns: at most; fewer where there are fewer images, or wider ones.
+        cell: width of a column, pixels; of a frame of a film strip, and of half a spectrogram. Images keep their proportions.
 
     Raises:
         ValueError: no image, or not a caption for each.
     """
     _check(len(images), len(captions))
+    columns, cell = _wide(images, columns, cell)
     columns = _columns(len(images), columns)
     lines = [wrapped(caption, cell - 2 * MARGIN, MOST_LINES) for caption in captions]
     height, label = _height(images, cell), _label(lines)
@@ -65,6 +87,7 @@ def comparison(models: dict[str, list[Tensor]], captions: list[str], columns: in
     """
     for images in models.values():
         _check(len(images), len(captions))
+    columns, cell = _wide([image for images in models.values() for image in images], columns, cell)
     columns = _columns(len(captions), columns)
     names = {name: wrapped(name, cell - 2 * MARGIN, MOST_LINES) for name in models}
     left = math.ceil(max(width_of(line) for lines in names.values() for line in lines)) + 3 * MARGIN
@@ -102,13 +125,24 @@ def _columns(number: int, most: int) -> int:
     return math.ceil(number / math.ceil(number / most))
 
 
+def _wide(images: list[Tensor], columns: int, cell: int) -> tuple[int, int]:
+    """Fewer and wider columns for film strips and spectrograms."""
+    width = max(min(FRAMES, len(image)) if image.ndim == 4 else COLUMNS // ROWS if image.ndim == 2 else 1 for image in images)
+    return max(1, columns // width), cell * width
+
+
 def _label(lines: list[list[str]]) -> int:
     return max(map(len, lines)) * LINE + MARGIN
 
 
 def _height(images: list[Tensor], cell: int) -> int:
     """Of a cell that holds the tallest of the images, at most twice as high as wide."""
-    return min(2 * cell, max(round(cell * image.shape[-2] / image.shape[-1]) for image in images))
+    return min(2 * cell, max(round(cell * height / width) for height, width in map(_size, images)))
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    """Height and width of its picture."""
+    return (ROWS, COLUMNS) if image.ndim == 2 else tuple(film_strip(image).shape[1:]) if image.ndim == 4 else tuple(image.shape[1:])
 
 
 def _sheet(width: int, height: int, captions: list[str]) -> Image.Image:
@@ -118,9 +152,9 @@ def _sheet(width: int, height: int, captions: list[str]) -> Image.Image:
 
 
 def _paste(sheet: Image.Image, image: Tensor, x: int, y: int, width: int, height: int) -> None:
-    """In the middle of its cell, as large as it fits."""
-    picture = to_pil(image)
-    scale = min(width / picture.width, height / picture.height)
+    """In the middle of its cell, as large as it fits; spectrograms, which have no borders of their own, with some white around them."""
+    picture, line = to_pil(picture_of(image)), 2 * MARGIN if image.ndim == 2 else 0
+    scale = min((width - line) / picture.width, (height - line / 2) / picture.height)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     picture = picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
     left, top = x + (width - size[0]) // 2, y + (height - size[1]) // 2

@@ -17,6 +17,7 @@ from ..run.early_stop import EarlyStop
 from ..run.inputs import check_one_size, inputs_of, prompts_of_rows
 from . import hub
 from .pictures import before_and_after, grid, save
+from .sounds import captions_of, noun, write_sounds
 from .statistics import in_words, mean_and_error, win_rate
 
 
@@ -69,7 +70,7 @@ class Report:
             found = evaluate(self.run, self.run.policy, self.rewards, self.judged, args.num_eval_samples, keep, bar.update)
         if look is not None:
             self.early_stop.look(look, found)
-        del found.images[args.num_validation_images :]
+        found.keep(args.num_validation_images)
         return found
 
     def start(self) -> None:
@@ -80,7 +81,7 @@ class Report:
             self.before = self._evaluate(look=0 if first else None)
             self.reference_errors = self.pairs.errors(self.run.policy) if self.pairs else None
         if self.rewards:
-            self.run.print(f"Evaluation: {args.num_eval_samples} images of {self.judged_on}, by {described_solver(args, self.before.solver)}.")
+            self.run.print(f"Evaluation: {args.num_eval_samples} {noun(self.before)} of {self.judged_on}, by {described_solver(args, self.before.solver)}.")
             self.run.print(f"before: {_summary(self.before, args.reward, self.rewards)}")
         if args.invalid_rewards == "error":
             self.before.check_scored(self.rewards, {"reward": args.reward})
@@ -97,7 +98,8 @@ class Report:
         return {"implicit_accuracy": rate.rate, "implicit_margin": margin}
 
     def validate(self, epoch: int) -> None:
-        """Every `--validation_epochs`: a grid of the first validation prompts at their fixed seeds, their mean reward, and what held-out pairs say.
+        """Every `--validation_epochs`: a grid of the first validation prompts at their fixed seeds (and WAV files of sounds), their mean reward, and what
+        held-out pairs say.
         An early stop looks at as many images as the evaluation has."""
         args, run = self.run.args, self.run
         if (epoch + 1) % args.validation_epochs:
@@ -114,10 +116,11 @@ class Report:
         run.accelerator.log({f"validation/{name}": value for name, value in found.items()}, step=epoch)
         if run.is_main and now.images:
             folder = run.output_dir / "samples"
-            picture = grid(now.images, now.prompts[: len(now.images)])
+            picture = grid(now.images, captions_of(now))
             with failures.resumable(run):
                 folder.mkdir(exist_ok=True)
                 save(picture, folder / f"epoch-{epoch + 1:04d}.png")
+                write_sounds(folder / f"epoch-{epoch + 1:04d}", now)
             self._track(picture, epoch)
 
     def _track(self, picture, step: int) -> None:
@@ -157,12 +160,13 @@ class Report:
         if run.is_main:
             with failures.resumable(run):
                 if after.images:
-                    captions = after.prompts[: len(after.images)]
-                    save(before_and_after(self.before.images, after.images, captions), run.output_dir / "before_after.png")
+                    save(before_and_after(self.before.images, after.images, captions_of(after)), run.output_dir / "before_after.png")
+                    for name, evaluation in (("before", self.before), ("after", after)):
+                        write_sounds(run.output_dir / "sounds" / name, evaluation)
                 pictures = [name for name in ("before_after.png", "reward_curve.png") if (run.output_dir / name).is_file()]
                 note = self.early_stop.summary() if self.early_stop is not None else ""
                 judged_on = f"{self.judged_on}, by {described_solver(args, after.solver)},"
-                hub.write_model_card(run, results, pictures, note, judged_on, list(zip(after.prompts, after.images)))
+                hub.write_model_card(run, results, pictures, note, judged_on, list(zip(after.prompts, after.images)), after.sampling_rate)
         if self.early_stop is not None:
             run.print(self.early_stop.summary())
         if self.rewards:

@@ -14,6 +14,7 @@ from ...checks.given_names import did_you_mean, hub_reason, is_hub_error, is_rep
 from ...driving.calls import calls_of
 from ...schedulers import sde_twin
 from ...schedulers.twin import SDE_FIELDS, own_noise_twin
+from .decoding import PARTS, decode_in_parts
 from .modular_loading import INDEX as MODULAR_INDEX
 from .modular_loading import is_modular, load_modular
 from .single_file import SUFFIXES, load_single_file
@@ -33,12 +34,19 @@ ELSEWHERE = {
 
 
 def load_pipeline(args) -> DiffusionPipeline | ModularPipeline:
-    """The pipeline of the model flags: embedded, in a folder, in a single file, or on the Hub. It is modular where there is no classic one.
+    """The pipeline of the model flags: embedded, in a folder, in a single file, or on the Hub. It is modular where there is no classic one. With
+    `--vae_slicing` and `--vae_tiling` its autoencoder decodes in parts.
 
     Raises:
         FileNotFoundError: there is none of that name; the message says where it was looked for.
-        ValueError: what is there is no pipeline.
+        ValueError: what is there is no pipeline, or its autoencoder cannot decode in such parts.
     """
+    pipeline = _loaded(args)
+    decode_in_parts(pipeline, *(flag for flag in PARTS if getattr(args, flag, False)))
+    return pipeline
+
+
+def _loaded(args) -> DiffusionPipeline | ModularPipeline:
     name, dtype = args.pretrained_model_name_or_path, DTYPES[args.mixed_precision]
     if Path(name).suffix in SUFFIXES and Path(name).is_file():
         return load_single_file(name, getattr(args, "single_file_config", None), dtype)

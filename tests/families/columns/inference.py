@@ -15,7 +15,8 @@ from ..column import Column
 from ..subject import Subject
 
 
-def brightness(images: Tensor, prompts: list[str], **columns: Any) -> Tensor:
+def brightness(images: Tensor, prompts: list[str], sampling_rate: int | None = None, **columns: Any) -> Tensor:
+    """Of pictures, and of sounds their mean."""
     return images.flatten(1).mean(1)
 
 

@@ -35,6 +35,7 @@ def decode(subject: Subject) -> str | None:
     require(bool(images.isfinite().all()), "The pictures are not finite.")
     if is_sound(images.shape):
         require(images.ndim == 3, f"Waveforms are {tuple(images.shape)}, not (B, C, T).")
+        require(images.abs().max() <= 1, f"Values up to {images.abs().max():.3g}, not in [-1, 1].")
         return "audio (B, C, T)"
     require(images.ndim in (4, 5) and images.shape[-3] == 3, f"Shape {tuple(images.shape)}, not (B, [F,] 3, H, W).")
     require(images.min() >= 0 and images.max() <= 1, f"Values from {images.min():.3g} to {images.max():.3g}, not in [0, 1].")
@@ -93,12 +94,18 @@ def encode(subject: Subject) -> str | None:
     return f"the condition holds {share:.0%} of what is decoded" if share else None
 
 
+def as_made(expected: Tensor, own: Tensor) -> Tensor:
+    """The stock call's output in the form of the policy's: sounds have channels there, and end at full scale."""
+    expected = expected.clamp(-1, 1) if own.ndim == 3 else expected
+    return expected.reshape(own.shape) if own.numel() == expected.numel() else expected
+
+
 @torch.no_grad()
 def solver(subject: Subject) -> str:
     """The stock solver walked by the policy: the pictures of the stock call, whatever the twin."""
     policy, condition = subject.policy, subject.trajectory.condition
     own, expected = tensor_of((stock_images(policy, condition),)), subject.stock_images
-    error = relative_error(own, expected.reshape(own.shape) if own.numel() == expected.numel() else expected)
+    error = relative_error(own, as_made(expected, own))
     require(error <= SAME, f"Off by {error:.1e} from the stock call (shapes {tuple(own.shape)}, {tuple(expected.shape)}).")
     return "bit for bit" if error == 0 else ""
 
@@ -121,7 +128,7 @@ def deterministic(subject: Subject) -> str:
     if error <= SAME:
         return "bit for bit" if error == 0 else ""
     images = policy.decode(trajectory.final, trajectory.condition)
-    of_images = relative_error(images, subject.stock_images)
+    of_images = relative_error(images, as_made(subject.stock_images, images))
     if of_images <= SAME:
         return "compared as pictures: the call's latents have another form"
     form = "none" if latents is None else f"{error:.1e} as latents"
@@ -140,7 +147,7 @@ def pixel_gradient(subject: Subject) -> None:
 
 
 COLUMNS = (
-    Column("decode", "dec", "`decode` gives (B, [F,] 3, H, W) in [0, 1], audio as (B, C, T)", decode, ("rollout",)),
+    Column("decode", "dec", "`decode` gives (B, [F,] 3, H, W) in [0, 1], audio as (B, C, T) in [-1, 1]", decode, ("rollout",)),
     Column("encode", "enc", "`encode` is `decode`'s inverse as far as the autoencoder allows", encode, ("rollout", "decode")),
     Column("solver", "sol", "the stock solver, walked by the policy, makes the stock call's output", solver, ("rollout",)),
     Column("deterministic", "ode", "the deterministic roll-out is the stock call, where the solver is the same", deterministic, ("rollout",)),

@@ -122,7 +122,7 @@ def test_a_posterior_captioner_sees_the_images_of_its_group(policy, run, samples
     run.args.posterior_views, run.args.num_views = True, 2
     images = decoded(run, policy, samples)
     captions = write_views(run, load_views(f"{run.output_dir / 'captioner.py'}:by_brightness", PROMPTS, 2), samples, images, 0)
-    by_sample = {i: image for index, batch in zip(samples.index, images) for i, image in zip(index.tolist(), batch)}
+    by_sample = {i: image for index, batch in zip(samples.index, images) for i, image in zip(index.tolist(), batch.images)}
     for i, prompt in enumerate(samples.prompts):
         mean = torch.stack([by_sample[j] for j in range(4) if samples.groups[j] == samples.groups[i]]).mean()
         assert {captions[1][i], captions[2][i]} == {f"{prompt} 2 {mean:.3f}", f"{prompt} at the top"}

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from diffusers_align.training.report.lettering import width_of
-from diffusers_align.training.report.pictures import before_and_after, comparison, grid, reward_curve, to_pil
+from diffusers_align.training.report.pictures import before_and_after, comparison, film_strip, grid, reward_curve, to_pil
 
 
 def shades(number, size=(8, 8), start=10):
@@ -95,6 +95,34 @@ def test_a_comparison_names_its_models_on_the_left_and_not_in_the_captions():
 def test_images_keep_their_proportions(size, shown):
     cell = cells_of(grid(shades(1, size), ["x"], cell=32))[0]
     assert cell.size == shown and middle(cell) == 10
+
+
+def video(shades):
+    return torch.stack([torch.full((3, 8, 8), shade / 255) for shade in shades])
+
+
+@pytest.mark.parametrize("number, shown", [(1, [10]), (2, [10, 11]), (4, [10, 11, 12, 13]), (10, [10, 13, 16, 19])])
+def test_a_video_is_a_film_strip_from_its_first_to_its_last_frame(number, shown):
+    strip = to_pil(film_strip(video(range(10, 10 + number))))
+    assert strip.size == (len(shown) * 8 + len(shown) - 1, 8)
+    assert [strip.getpixel((9 * i + 4, 4))[0] for i in range(len(shown))] == shown
+    assert all(strip.getpixel((9 * i - 1, 4)) == (255, 255, 255) for i in range(1, len(shown)))
+
+
+def test_sheets_show_videos_as_strips_in_wider_columns():
+    videos = [video(range(start, start + 7)) for start in (10, 50, 90)]
+    sheet = grid(videos, ["x", "y", "z"], columns=8, cell=32)
+    assert sheet.width == 2 * 4 * 32, "two columns where eight pictures would be"
+    for cell, start in zip(cells_of(sheet), (10, 50, 90)):
+        assert 4 * 32 - 1 <= cell.width <= 4 * 32
+        assert [cell.getpixel((16 + 32 * i, cell.height // 2))[0] for i in range(4)] == [start, start + 2, start + 4, start + 6]
+    compared = comparison({"base": videos, "mine": videos[::-1]}, ["x", "y", "z"], columns=8, cell=32)
+    assert [cell.getpixel((16, cell.height // 2))[0] for cell in cells_of(compared)] == [10, 90, 50, 50, 90, 10]
+
+
+def test_a_sound_is_no_picture():
+    with pytest.raises(ValueError, match=r"A sound \(C, T\) = \(2, 50\) is no picture"):
+        to_pil(torch.rand(2, 50))
 
 
 # --- curve -----------------------------------------------------------------------------------------------------------------
