@@ -109,7 +109,7 @@ from diffusers_align.training.offline.held_out_pairs import HeldOutPairs, margin
 from diffusers_align.training.online.sampling import described_solver, evaluate
 from diffusers_align.training.report.comparison import describe, table, without_nan
 from diffusers_align.training.report.evaluation import Session, diversities, find_lora, load_rewards, lora_loaded, sampled_kl
-from diffusers_align.training.report.pictures import comparison, save
+from diffusers_align.training.report.pictures import comparison, given_pictures, save
 from diffusers_align.training.run.costs import Cost
 from diffusers_align.training.run.inputs import check_one_size, inputs_of
 from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
@@ -218,7 +218,8 @@ def main(argv=None):
         (out / "evaluation.json").write_text(json.dumps(without_nan(content), indent=1) + "\n")
         (out / "evaluation.md").write_text(page(args, described_solver(args, base.solver), noise, table(models, list(rewards))), encoding="utf-8")
         captions = base.prompts[: len(base.images)]
-        save(comparison({name: e.images for name, e in evaluations.items()}, captions, args.num_grid_images), out / "evaluation.png")
+        rows = given_pictures(prompts, len(captions)) | {name: e.images for name, e in evaluations.items()}
+        save(comparison(rows, captions, args.num_grid_images), out / "evaluation.png")
         print(table(models, list(rewards)))
         print(f"Table, numbers and picture: {out}")
     session.accelerator.end_training()

@@ -16,7 +16,7 @@ from ..run import failures
 from ..run.early_stop import EarlyStop
 from ..run.inputs import check_one_size, inputs_of, prompts_of_rows
 from . import hub
-from .pictures import before_and_after, grid, save
+from .pictures import before_and_after, given_pictures, samples, save
 from .statistics import in_words, mean_and_error, win_rate
 
 
@@ -114,7 +114,7 @@ class Report:
         run.accelerator.log({f"validation/{name}": value for name, value in found.items()}, step=epoch)
         if run.is_main and now.images:
             folder = run.output_dir / "samples"
-            picture = grid(now.images, now.prompts[: len(now.images)])
+            picture = samples(now.images, now.prompts[: len(now.images)], given_pictures(self.judged, len(now.images)))
             with failures.resumable(run):
                 folder.mkdir(exist_ok=True)
                 save(picture, folder / f"epoch-{epoch + 1:04d}.png")
@@ -157,8 +157,8 @@ class Report:
         if run.is_main:
             with failures.resumable(run):
                 if after.images:
-                    captions = after.prompts[: len(after.images)]
-                    save(before_and_after(self.before.images, after.images, captions), run.output_dir / "before_after.png")
+                    captions, given = after.prompts[: len(after.images)], given_pictures(self.judged, len(after.images))
+                    save(before_and_after(self.before.images, after.images, captions, given=given), run.output_dir / "before_after.png")
                 pictures = [name for name in ("before_after.png", "reward_curve.png") if (run.output_dir / name).is_file()]
                 note = self.early_stop.summary() if self.early_stop is not None else ""
                 judged_on = f"{self.judged_on}, by {described_solver(args, after.solver)},"
