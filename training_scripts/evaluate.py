@@ -109,7 +109,7 @@ from diffusers_align.training.offline.held_out_pairs import HeldOutPairs, margin
 from diffusers_align.training.online.sampling import described_solver, evaluate
 from diffusers_align.training.report.comparison import describe, table, without_nan
 from diffusers_align.training.report.evaluation import Session, diversities, find_lora, load_rewards, lora_loaded, sampled_kl
-from diffusers_align.training.report.pictures import comparison, save
+from diffusers_align.training.report.pictures import comparison, given_pictures, save
 from diffusers_align.training.report.sounds import captions_of, noun, write_sounds
 from diffusers_align.training.run.costs import Cost
 from diffusers_align.training.run.inputs import check_one_size, inputs_of
@@ -219,7 +219,8 @@ def main(argv=None):
         content = {"settings": vars(args), "solver": base.solver, "kl_noise": noise, "prompts": base.prompts, "seeds": base.seeds, "models": models}
         (out / "evaluation.json").write_text(json.dumps(without_nan(content), indent=1) + "\n")
         (out / "evaluation.md").write_text(page(args, base, noise, table(models, list(rewards))), encoding="utf-8")
-        save(comparison({name: e.images for name, e in evaluations.items()}, captions_of(base), args.num_grid_images), out / "evaluation.png")
+        rows = given_pictures(prompts, len(base.images)) | {name: e.images for name, e in evaluations.items()}
+        save(comparison(rows, captions_of(base), args.num_grid_images), out / "evaluation.png")
         for name, evaluation in evaluations.items():
             write_sounds(out / "sounds" / name.replace("/", "_"), evaluation)
         print(table(models, list(rewards)))

@@ -79,6 +79,7 @@ if __name__ == "__main__":
 
 import json
 import os
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -97,7 +98,7 @@ from diffusers_align.training.flags import common
 from diffusers_align.training.offline.made_preferences import data_sets, describe_signal, equal_images, file_name, scored_groups
 from diffusers_align.training.online.scoring import Scorer, gather_scores, reward_of_flags
 from diffusers_align.training.report.evaluation import Session, find_lora, lora_loaded
-from diffusers_align.training.report.pictures import grid, save, to_pil
+from diffusers_align.training.report.pictures import given_pictures, grid, save, to_pil
 from diffusers_align.training.run.inputs import batches_by_size, condition_of, inputs_of
 from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
 
@@ -207,11 +208,15 @@ def read(path):
 
 
 def contact_sheet(args, prompts, jobs, rewards, folder):
-    """A row per prompt, its best image first."""
+    """A row per prompt: the pictures that it came with, then its images, the best first."""
     order = sorted(zip(jobs, rewards.tolist()), key=lambda item: (item[0][0], item[1] != item[1], -item[1]))
     order = order[: args.num_sheet_prompts * args.num_images_per_prompt]
-    images = [read(folder / "images" / f"{file_name(job)}.png") for job, _ in order]
-    return grid(images, [f"{reward:.3f} {prompts[job[0]].text}" for job, reward in order], columns=args.num_images_per_prompt)
+    cells, rows = [], groupby(order, key=lambda item: item[0][0])
+    for prompt, row in rows:
+        given = given_pictures([prompts[prompt]], 1)
+        cells += [(picture, name) for name, (picture,) in given.items()]
+        cells += [(read(folder / "images" / f"{file_name(job)}.png"), f"{reward:.3f} {prompts[prompt].text}") for job, reward in row]
+    return grid(*map(list, zip(*cells)), columns=args.num_images_per_prompt + len(given))
 
 
 def write(args, prompts, jobs, rewards, folder):

@@ -1,4 +1,5 @@
-"""Columns that are arguments of the pipeline's call, one value per sample: pictures, masks, control images, frames, texts, numbers."""
+"""Columns that are more than plain values: arguments of the pipeline's call, one per sample (pictures, masks, frames, texts, numbers), and pictures that
+rewards alone look at."""
 
 from __future__ import annotations
 
@@ -43,22 +44,25 @@ class Inputs:
         columns: {argument: column}.
         words: the arguments that take text. The others' strings are files.
         size: (height, width) that pictures are resized to when they are opened, as a data set's are; None leaves theirs.
+        pictures: further columns that hold pictures, which rewards alone get.
     """
 
     columns: dict[str, str]
     words: frozenset[str] = frozenset()
     size: tuple[int, int] | None = None
+    pictures: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.columns)
+        return bool(self.columns or self.pictures)
 
     def __str__(self) -> str:
-        return ", ".join(self.columns.values())
+        return ", ".join([*self.columns.values(), *self.pictures])
 
     def check_columns(self, there: Iterable[str], source: Any) -> None:
         """Raises ValueError where the data lack one of the columns."""
-        if missing := [column for column in self.columns.values() if column not in there]:
-            raise ValueError(f"{source} has no column {', '.join(map(repr, missing))} for --input_columns. It has {', '.join(map(repr, there))}.")
+        for flag, columns in (("--input_columns", self.columns.values()), ("--picture_columns", self.pictures)):
+            if missing := [column for column in columns if column not in there]:
+                raise ValueError(f"{source} has no column {', '.join(map(repr, missing))} for {flag}. It has {', '.join(map(repr, there))}.")
 
     def of_row(self, row: dict, root: Path, changes: Counter, again: Callable[[], dict] | None = None) -> dict[str, Any]:
         """{argument: value}; pictures as `LazyImage`, each decoded once; what is done about them is counted in `changes`.
@@ -76,6 +80,15 @@ class Inputs:
                 value = replace(value, source=lambda column=column: again()[column])
             found[argument] = value
         return found
+
+    def pictures_of_row(self, row: dict, root: Path, changes: Counter) -> dict[str, Any]:
+        """{column: value} of what rewards alone get, as `of_row` reads it; None where a row has none.
+
+        Raises:
+            BadRow: a picture cannot be read.
+        """
+        there = {column: row.get(column) for column in self.pictures}
+        return {column: None if value in (None, "") else self._value(column, column, value, root, changes) for column, value in there.items()}
 
     def _value(self, argument: str, column: str, value: Any, root: Path, changes: Counter) -> Any:
         if value is None or isinstance(value, str) and not value.strip() and argument not in self.words:

@@ -50,7 +50,8 @@ def load_prompts(source: str, column: str = "prompt", inputs: Inputs | None = No
     """Read prompts from a `.txt` file (one per line), a `.jsonl`, `.json`, `.csv` or `.tsv` file (field `column`), or a set of the package.
 
     Args:
-        inputs: which fields are arguments of the pipeline's call. Pictures are files, relative to the prompt file; each is decoded once.
+        inputs: which fields are arguments of the pipeline's call, and which hold pictures for rewards. Pictures are files, relative to the prompt
+            file; each is decoded once.
         say: is told what is worth knowing about the file: repeated prompts, columns that rewards do not get, pictures that are converted. A
             warning if absent.
 
@@ -60,7 +61,8 @@ def load_prompts(source: str, column: str = "prompt", inputs: Inputs | None = No
     path, changes = _file_of(source), Counter()
     if path.suffix.lower() == ".txt":
         if inputs:
-            raise ValueError(f"{path} has no columns, so none for --input_columns: write the prompts as .jsonl or .csv, with {inputs} beside them.")
+            flag = "--input_columns" if inputs.columns else "--picture_columns"
+            raise ValueError(f"{path} has no columns, so none for {flag}: write the prompts as .jsonl or .csv, with {inputs} beside them.")
         found = list(lines_of(read_text(path)))
         rows, lines = [{column: line} for _, line in found], [number for number, _ in found]
         blank = len(found) and lines[-1] - len(found)
@@ -109,8 +111,9 @@ def _prompt(row: Any, column: str, inputs: Inputs | None, root: Path, changes: C
     if text is None or isinstance(text, str) and not text.strip():
         raise BadRow(f"no {column!r}, the field is empty. Fill it in or leave the row out, or name another with --prompt_column")
     given = inputs.of_row(row, root, changes) if inputs else {}
-    fields = row | {inputs.columns[argument]: value for argument, value in given.items()} if inputs else row
-    return Prompt(text_of(text), {name: value for name, value in fields.items() if name != column and name not in RESERVED}, given)
+    if inputs:
+        row = row | {inputs.columns[argument]: value for argument, value in given.items()} | inputs.pictures_of_row(row, root, changes)
+    return Prompt(text_of(text), {name: value for name, value in row.items() if name != column and name not in RESERVED}, given)
 
 
 def _notes(prompts: list[Prompt], columns: list[str], changes: Counter, blank: int) -> Iterator[str]:

@@ -168,7 +168,8 @@ def load_preferences(
         verify: decode each image now (`full`), read its header (`header`: finds missing files and no-images, not truncated ones), or `none`.
         image_root: folder of relative image paths; the one of the file if absent.
         weighting: weights of pairs as they are (`row`), or summing to 1 for each prompt (`prompt`).
-        inputs: columns that are arguments of the pipeline's call: rows have them under `inputs`, by the argument's name.
+        inputs: columns that are arguments of the pipeline's call: rows have them under `inputs`, by the argument's name. Rewards' own pictures
+            (`Inputs.pictures`) are read from prompt files alone.
 
     Raises:
         ValueError: an unknown source, split, option or layout; a bad row with `bad_rows="error"`; or no rows left.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -147,16 +148,32 @@ def render(scene: Scene, rng: random.Random, size: int = 32, boxes: list[tuple[i
 
     `boxes` are the objects' places as `place` returns them; drawn at random if absent.
     """
-    background = tuple(min(255, max(0, v + rng.randint(-10, 10))) for v in COLORS[scene.color])
-    image = Image.new("RGB", (size, size), background)
+    image = Image.new("RGB", (size, size), _background(scene, rng))
+    for sprite, corner in _placed(scene, rng, size, boxes):
+        image.paste(sprite, corner, sprite)
+    return image
+
+
+def silhouette(scene: Scene, rng: random.Random, size: int = 32, boxes: list[tuple[int, int, int]] | None = None) -> Image.Image:
+    """Where `render` puts the objects with the same draws: a grey image, white (255) where they hide the background, black where it shows."""
+    image, _ = Image.new("L", (size, size)), _background(scene, rng)
+    for sprite, corner in _placed(scene, rng, size, boxes):
+        image.paste(255, (*corner, corner[0] + sprite.width, corner[1] + sprite.height), sprite.getchannel("A"))
+    return image
+
+
+def _background(scene: Scene, rng: random.Random) -> tuple[int, ...]:
+    return tuple(min(255, max(0, v + rng.randint(-10, 10))) for v in COLORS[scene.color])
+
+
+def _placed(scene: Scene, rng: random.Random, size: int, boxes: list[tuple[int, int, int]] | None) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+    """The objects' pictures, RGBA, each with its upper left corner."""
     for x, y, side in boxes or place(scene, size, rng):
         sprite = sprites()[scene.object]
         if rng.random() < 0.5:
             sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         sprite = sprite.rotate(rng.uniform(-15, 15), resample=Image.Resampling.BICUBIC)
-        sprite = sprite.resize((side, side), Image.Resampling.LANCZOS)
-        image.paste(sprite, (x, y), sprite)
-    return image
+        yield sprite.resize((side, side), Image.Resampling.LANCZOS), (x, y)
 
 
 def draw_sprite_sheet(font_path: str) -> Image.Image:

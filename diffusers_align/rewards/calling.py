@@ -153,8 +153,8 @@ def arguments_of(reward: Callable, prompts: list[str], columns: Mapping[str, Any
         having = f"with the columns {', '.join(map(repr, columns))}" if columns else "without columns"
         raise InvalidReward(
             f"Reward {reward_name(reward)!r} cannot be called as reward(images, prompts, **columns) {having}: {error}. Columns are the prompt file's other "
-            "fields and come by keyword. Let the reward end its arguments with `**columns`, have no other ones without a default than columns that are there, "
-            "and rename a column that is called like one of the first two arguments."
+            "fields (`columns=` of a pipeline's call) and come by keyword. Let the reward end its arguments with `**columns`, have no other "
+            "ones without a default than columns that are there, and rename a column that is called like one of the first two arguments."
         ) from error
     return arguments
 

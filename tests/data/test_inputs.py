@@ -7,6 +7,7 @@ from PIL import Image
 
 from diffusers_align.data import load_prompts
 from diffusers_align.data.inputs import Inputs, parse_input_columns
+from diffusers_align.data.prompts import fields_of
 
 
 def write(path, rows):
@@ -51,6 +52,23 @@ def test_numbers_texts_and_lists_of_pictures_are_inputs_too(tmp_path):
     ]  # fmt: skip
     (prompt,) = load_prompts(write(tmp_path / "p.jsonl", [{"prompt": "x", "image": ["0.png", "1.png"]}]), inputs=Inputs({"image": "image"}))
     assert [picture.open().size for picture in prompt.inputs["image"]] == [(8, 8), (8, 8)]
+
+
+def test_pictures_for_rewards_alone_are_read_beside_their_file_and_may_be_missing(tmp_path):
+    Image.new("L", (8, 8), 255).save(tmp_path / "0.png")
+    rows = [{"prompt": "x", "mask": "0.png"}, {"prompt": "y", "mask": None}, {"prompt": "z"}]
+    inputs = Inputs({}, size=(4, 4), pictures=("mask",))
+    prompts = load_prompts(write(tmp_path / "p.jsonl", rows), inputs=inputs)
+    assert [p.inputs for p in prompts] == [{}] * 3, "the pipeline does not get them"
+    first, *others = fields_of(prompts)["mask"]
+    assert first.size == (4, 4) and first.getpixel((0, 0)) == (255,) * 3 and others == [None, None]
+    with pytest.raises(ValueError, match=r"row 1: 'mask': no file .*gone.png"):
+        load_prompts(write(tmp_path / "q.jsonl", [{"prompt": "x", "mask": "gone.png"}]), inputs=inputs)
+    with pytest.raises(ValueError, match="no column 'shape' for --picture_columns. It has 'prompt', 'mask'"):
+        load_prompts(str(tmp_path / "p.jsonl"), inputs=Inputs({}, pictures=("shape",)))
+    (tmp_path / "p.txt").write_text("a cat\n")
+    with pytest.raises(ValueError, match="has no columns, so none for --picture_columns"):
+        load_prompts(str(tmp_path / "p.txt"), inputs=inputs)
 
 
 @pytest.mark.parametrize("words, message", [(["=a"], "neither COLUMN nor"), (["a="], "neither COLUMN nor"), (["a", "a=b"], "names 'a' twice")])

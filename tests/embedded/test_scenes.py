@@ -2,6 +2,8 @@
 
 import random
 
+import numpy as np
+
 from diffusers_align.data.prompts import load_prompts
 from diffusers_align.embedded import scenes
 from diffusers_align.embedded.scenes import adjacent_captions, parse
@@ -15,6 +17,14 @@ def test_captions_say_what_scenes_show():
         shown = {"object": scene.object, "count": scene.count, "color": scene.color, "position": scene.position}
         assert all(shown[name] == value for name, value in asked.items()) and {"object", "count"} <= set(asked)
     assert scenes.parse("a mountain at dawn") == {}
+
+
+def test_a_silhouette_is_where_the_picture_is_no_background():
+    for i in range(20):
+        scene = scenes.sample_scene(random.Random(i))
+        picture, shape = np.asarray(scenes.render(scene, random.Random(i))), np.asarray(scenes.silhouette(scene, random.Random(i)))
+        (background,) = np.unique(picture[shape == 0], axis=0)
+        assert (shape == 255).any() and (shape[(picture != background).any(-1)] > 0).all()
 
 
 def test_adjacent_captions_keep_the_object_and_the_colour():

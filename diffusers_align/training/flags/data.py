@@ -90,6 +90,15 @@ class DataArguments(SourceArguments, HeldOutArguments, NoisedImageArguments, Tra
         None, "for the evaluation: built-in, module:function, file.py:function, http://host:port, or a sum such as clip_score*1+scene_score*0.5"
     )
 
+    @model_validator(mode="after")
+    def _check_picture_columns(self):
+        if self.picture_columns and not (self.prompts or self.eval_prompts):
+            raise ValueError(
+                "--picture_columns are read from prompt files, and there is none: of the data set's rows rewards get the columns of --input_columns alone. "
+                "Give --prompts or --eval_prompts, or leave it out"
+            )
+        return self
+
 
 class PairArguments(Arguments):
     """pairs"""

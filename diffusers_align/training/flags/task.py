@@ -64,13 +64,18 @@ class PromptArguments(Arguments):
         "columns that the pipeline's call takes one of a sample, COLUMN or ARGUMENT=COLUMN: image mask_image=mask; strings are files, if not texts",
         advanced=True,
     )
+    picture_columns: list[str] | None = option(
+        None, "further columns that hold pictures, for rewards alone, such as mask: files, relative to the prompt file", advanced=True
+    )
 
     @model_validator(mode="after")
     def _check_input_columns(self):
         if self.input_columns is not None:
             from ...data.inputs import parse_input_columns
 
-            parse_input_columns(self.input_columns)
+            handed = parse_input_columns(self.input_columns).values()
+            if twice := sorted(set(handed) & set(self.picture_columns or ())):
+                raise ValueError(f"--picture_columns names {', '.join(twice)}, which rewards get by --input_columns already: leave it out there")
         return self
 
 

@@ -109,7 +109,7 @@ def sample_epoch(
                 condition = condition_of(policy, [asked[i] for i in part], **noise, **call_kwargs)
                 trajectory = policy.rollout(condition, deterministic=deterministic)
                 policy.check_reproducible(trajectory)
-            run.explain_once(*describe_walk(policy, trajectory))
+            run.explain_once(*describe_walk(policy, trajectory), *describe_window(policy, trajectory))
             batches.append(trajectory)
             index.append(torch.tensor(part))
             with torch.no_grad():
@@ -140,6 +140,19 @@ def describe_walk(policy: Policy, trajectory: Trajectory) -> list[str]:
     times, name = ", ".join(f"{t:g}" for t in trajectory.timesteps.tolist()[:12]), type(stock).__name__
     more = ", ..." if trajectory.num_steps > 12 else ""
     return [f"Training samples with {type(own).__name__} at the timesteps {times}{more}: the pipeline's own {name} has no log-probabilities."]
+
+
+def describe_window(policy: Policy, trajectory: Trajectory) -> list[str]:
+    """Where a window of noise lies in calls that begin late in their schedule, in words: what a strength below 1 leaves out counts."""
+    window, taken = policy.scheduler.config.get("sde_window"), trajectory.num_steps
+    first = len(policy.scheduler.timesteps) - taken
+    if window is None or first <= 0:
+        return []
+    noisy = ", ".join(str(first + k) for k in trajectory.noisy_steps) or "none"
+    return [
+        f"The calls take solver steps {first} to {first + taken - 1} alone (strength below 1), counted from 0, as --sde_window {window[0]} {window[1]} is: "
+        f"steps with noise: {noisy}."
+    ]
 
 
 def score_again(run, reward, samples: Samples, outcome_of: Callable[[int], Outcome], captions: list[str] | None = None) -> Tensor:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, PngImagePlugin
 from torch import Tensor
 
+from ...data.augment import to_tensor
+from ...data.images import LazyImage
+from ...data.prompts import Prompt
 from .lettering import LINE, width_of, wrapped, write
 from .sounds import COLUMNS, ROWS, spectrogram
 
@@ -72,9 +77,33 @@ def grid(images: list[Tensor], captions: list[str], columns: int = 8, cell: int 
     return sheet
 
 
-def before_and_after(before: list[Tensor], after: list[Tensor], captions: list[str], columns: int = 8, cell: int = 128) -> Image.Image:
-    """Pairs of rows at equal prompts and seeds: the pretrained model above, the aligned one below."""
-    return comparison({"before": before, "after": after}, captions, columns, cell)
+def before_and_after(
+    before: list[Tensor], after: list[Tensor], captions: list[str], columns: int = 8, cell: int = 128, given: dict[str, list[Tensor]] | None = None
+) -> Image.Image:
+    """Rows at equal prompts and seeds: the pretrained model above, the aligned one below, and over both the `given_pictures`."""
+    return comparison({**(given or {}), "before": before, "after": after}, captions, columns, cell)
+
+
+def samples(images: list[Tensor], captions: list[str], given: dict[str, list[Tensor]] | None = None) -> Image.Image:
+    """A `grid`; where there are `given_pictures`, a `comparison` with these above the images."""
+    return comparison({**given, "sample": images}, captions) if given else grid(images, captions)
+
+
+def given_pictures(prompts: Sequence[Prompt], number: int) -> dict[str, list[Tensor]]:
+    """The pictures that the pipeline gets for `number` samples, prompt after prompt in turn, by the row's name in a `comparison`; several
+    pictures of one argument stand side by side. Empty where it gets none."""
+    found: dict[str, list[Tensor]] = {}
+    for i in range(number):
+        for name, value in prompts[i % len(prompts)].inputs.items():
+            if pictures := _opened(value):
+                found.setdefault(f"{name}, given", []).append(torch.cat(pictures, -1))
+    return {name: pictures for name, pictures in found.items() if len(pictures) == number}
+
+
+def _opened(value: Any) -> list[Tensor]:
+    """The pictures of an input, (3, H, W) each, as high as the first; of what holds no pictures none."""
+    pictures = [entry.open() for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, LazyImage)]
+    return [to_tensor(picture, pictures[0].height, max(1, round(picture.width * pictures[0].height / picture.height))) for picture in pictures]
 
 
 def comparison(models: dict[str, list[Tensor]], captions: list[str], columns: int = 8, cell: int = 128) -> Image.Image:

@@ -16,7 +16,7 @@ from ..run import failures
 from ..run.early_stop import EarlyStop
 from ..run.inputs import check_one_size, inputs_of, prompts_of_rows
 from . import hub
-from .pictures import before_and_after, grid, save
+from .pictures import before_and_after, given_pictures, samples, save
 from .sounds import captions_of, noun, write_sounds
 from .statistics import in_words, mean_and_error, win_rate
 
@@ -116,7 +116,7 @@ class Report:
         run.accelerator.log({f"validation/{name}": value for name, value in found.items()}, step=epoch)
         if run.is_main and now.images:
             folder = run.output_dir / "samples"
-            picture = grid(now.images, captions_of(now))
+            picture = samples(now.images, captions_of(now), given_pictures(self.judged, len(now.images)))
             with failures.resumable(run):
                 folder.mkdir(exist_ok=True)
                 save(picture, folder / f"epoch-{epoch + 1:04d}.png")
@@ -160,7 +160,8 @@ class Report:
         if run.is_main:
             with failures.resumable(run):
                 if after.images:
-                    save(before_and_after(self.before.images, after.images, captions_of(after)), run.output_dir / "before_after.png")
+                    given = given_pictures(self.judged, len(after.images))
+                    save(before_and_after(self.before.images, after.images, captions_of(after), given=given), run.output_dir / "before_after.png")
                     for name, evaluation in (("before", self.before), ("after", after)):
                         write_sounds(run.output_dir / "sounds" / name, evaluation)
                 pictures = [name for name in ("before_after.png", "reward_curve.png") if (run.output_dir / name).is_file()]

@@ -20,13 +20,14 @@ from .modular_loading import is_modular, modular_parameters
 
 
 def inputs_of(args) -> Inputs | None:
-    """What `--input_columns` asks for; None where it is absent. The model is not loaded for it.
+    """What `--input_columns` and `--picture_columns` ask for; None where both are absent. The model is not loaded for it.
 
     Raises:
         ValueError: the call of the model's pipeline has no such argument.
     """
+    size, pictures = (args.height, args.width) if args.height and args.width else None, tuple(getattr(args, "picture_columns", None) or ())
     if not getattr(args, "input_columns", None):
-        return None
+        return Inputs({}, size=size, pictures=pictures) if pictures else None
     columns, accepted = parse_input_columns(args.input_columns), call_parameters(args)
     if accepted is not None and (unknown := [name for name in columns if name not in accepted]):
         raise ValueError(
@@ -34,8 +35,7 @@ def inputs_of(args) -> Inputs | None:
             "a pipeline whose call has: diffusers' class for the task, saved once with its save_pretrained, as --pretrained_model_name_or_path."
         )
     words = frozenset(name for name in columns if (_takes_text(name, accepted[name]) if accepted is not None else "prompt" in name))
-    size = (args.height, args.width) if args.height and args.width else None
-    return Inputs(columns, words, size)
+    return Inputs(columns, words, size, pictures)
 
 
 def call_parameters(args) -> Mapping[str, inspect.Parameter] | None:

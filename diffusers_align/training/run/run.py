@@ -183,7 +183,9 @@ class Run:
             ValueError: there is no step to train.
         """
         if num_steps == 0:
-            raise ValueError("No step with noise is left to train: raise the noise or the timestep fraction, or move the SDE window to earlier steps.")
+            raise ValueError(
+                "No step with noise is left to train: raise the noise or the timestep fraction, or move the SDE window to steps that are taken and trained."
+            )
         return 1 / (num_steps * sum(len(samples.batches[b]) for b in chunk) * self.accelerator.num_processes)
 
     def optimizer_step(self, max_norm: float | None = None) -> float:

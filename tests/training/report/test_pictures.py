@@ -6,8 +6,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from diffusers_align.data import LazyImage, Prompt
 from diffusers_align.training.report.lettering import width_of
-from diffusers_align.training.report.pictures import before_and_after, comparison, film_strip, grid, reward_curve, to_pil
+from diffusers_align.training.report.pictures import before_and_after, comparison, film_strip, given_pictures, grid, reward_curve, samples, to_pil
 
 
 def shades(number, size=(8, 8), start=10):
@@ -89,6 +90,24 @@ def test_a_comparison_names_its_models_on_the_left_and_not_in_the_captions():
     left = json.loads(sheet.info["cells"])[0][0]
     margin = sheet.crop((0, 0, left, sheet.height)).convert("L").getextrema()
     assert left >= width_of("base") and margin[0] < 128, "the names are written there"
+
+
+def lazy(shade, size=(8, 8)):
+    return LazyImage(Image.new("RGB", size, (shade,) * 3))
+
+
+def test_what_the_pipeline_was_given_stands_above_what_it_made():
+    prompts = [Prompt("x", {}, {"image": lazy(30 + i), "strength": 0.5, "negative_prompt": "dull"}) for i in range(2)]
+    given = given_pictures(prompts, 3)
+    sheet = before_and_after(shades(3), shades(3, start=100), list("xyz"), cell=32, given=given)
+    assert [middle(cell) for cell in cells_of(sheet)] == [30, 10, 100, 31, 11, 101, 30, 12, 102], "prompt after prompt in turn"
+    assert [middle(cell) for cell in cells_of(samples(shades(3), list("xyz"), given))] == [30, 10, 31, 11, 30, 12]
+    assert given_pictures([Prompt("x")], 3) == {} and [middle(cell) for cell in cells_of(samples(shades(1), ["x"], {}))] == [10]
+
+
+def test_several_pictures_of_one_argument_stand_side_by_side():
+    (picture,) = given_pictures([Prompt("x", {}, {"image": [lazy(30), lazy(60, (16, 16))]})], 1)["image, given"]
+    assert (picture.shape, [round(float(picture[0, 4, x]) * 255) for x in (4, 12)]) == ((3, 8, 16), [30, 60]), "as high as the first"
 
 
 @pytest.mark.parametrize("size, shown", [((8, 16), (32, 16)), ((16, 8), (32, 64)), ((8, 8), (32, 32)), ((8, 64), (32, 4)), ((64, 8), (8, 64))])
