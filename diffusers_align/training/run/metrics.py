@@ -59,7 +59,9 @@ def write_history(run) -> None:
 
 
 def draw_curve(run) -> None:
-    """`reward_curve.png` of the whole history. A picture that cannot be drawn ends no run."""
+    """`reward_curve.png` of the whole history, by the main process. A picture that cannot be drawn ends no run."""
+    if not run.is_main or not run.history:
+        return
     run.curve_drawn = time.monotonic()
     try:
         reward_curve(run.history, run.output_dir / "reward_curve.png")

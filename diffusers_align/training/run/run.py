@@ -36,8 +36,7 @@ class Run:
     """State and services of one run. Everything that a resumed run needs is saved by `checkpoint`.
 
     Attributes:
-        history: one dict of metrics an epoch, also written to `metrics.jsonl` and, every half minute and at checkpoints, drawn in `reward_curve.png`.
-        curve_drawn: when it was drawn last, by `time.monotonic`.
+        history: one dict of metrics an epoch, also in `metrics.jsonl`, and drawn in `reward_curve.png`, last at `curve_drawn` (`time.monotonic`).
         epoch: the next epoch to train.
         meter: counts what the run costs, for `costs.json`.
         registered: what checkpoints hold, by name.
@@ -247,8 +246,7 @@ class Run:
                 latest, shown = (self.history or [{}])[-1], ("reward", "accuracy", "loss", "ratio_error", "kl")
                 bar.set_postfix({name: f"{latest[name]:.3g}" for name in shown if name in latest})
                 if self.epoch % args.checkpointing_epochs == 0 or self.epoch == args.num_epochs or self.stopped:
-                    if self.is_main and self.history:
-                        draw_curve(self)
+                    draw_curve(self)
                     self.checkpoint()
         self.doing = "after training, before the results were complete"
 
