@@ -129,3 +129,13 @@ def test_data_sets_of_pictures_are_refused(task):
     policy = Policy(DiffusionPipeline.from_pretrained(task / "model"), num_inference_steps=2, audio_length_in_s=0.032)
     with pytest.raises(ValueError, match="AudioLDM2Pipeline makes sounds, and data sets hold pictures"):
         LatentImages(SimpleNamespace(args=Namespace(cache_dir=None)), policy, "a bell")
+
+
+def test_the_gradient_of_a_reward_comes_through_a_sound(task, tmp_path):
+    given = {
+        "pretrained_model_name_or_path": task / "model", "prompts": task / "prompts.txt", "reward": "spectral_centroid", "output_dir": tmp_path / "out",
+        "num_samples_per_epoch": 2, "train_batch_size": 2, "num_epochs": 1, "rank": 2, "num_eval_samples": 2, "num_validation_images": 1, "learning_rate": 0.01,
+    }  # fmt: skip
+    script("train_draft").main([*(word for name, value in given.items() for word in (f"--{name}", str(value))), *MODEL])
+    lora = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert any(name.endswith(("lora_B.weight", "lora.up.weight")) and value.abs().max() > 0 for name, value in lora.items())
