@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Small models on two cores lose more to threads waiting for each other than they gain.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo demo-ddpo test test-fast test-long families versions versions-oldest versions-newest style docs
+.PHONY: demo demo-ddpo test test-fast test-long verify verify-record families versions versions-oldest versions-newest style docs
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,15 @@ test-long: $(VENV)/installed
 
 test-fast: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not long"
+
+# The mini recipes again, minutes each, compared with benchmarks/curves/; goes on where it was stopped. RECIPES='draft_mini_sd3 nft_mini_sd3' runs these alone.
+RECIPES ?=
+
+verify: $(VENV)/installed
+	$(BIN)/python -m benchmarks.verify $(RECIPES)
+
+verify-record: $(VENV)/installed
+	$(BIN)/python -m benchmarks.verify --record $(RECIPES)
 
 # What a policy can do with every pipeline that diffusers exports, into docs/families.md; goes on where it was stopped.
 families: $(VENV)/installed

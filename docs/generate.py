@@ -1,4 +1,4 @@
-"""Writes docs/algorithms/*.md, one page per algorithm, from what the repository says of it already.
+"""Writes docs/algorithms/*.md, one page per algorithm, from what the repository says of it already, and the table of docs/recipes.md.
 
     python docs/generate.py
 
@@ -16,10 +16,13 @@ from pathlib import Path
 
 import yaml
 
+from diffusers_align.files.levels import LEVELS, level, made_by, script_of
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 MODULES = ROOT / "diffusers_align" / "algorithms"
 RECIPES = ROOT / "training_scripts" / "recipes"
+MARK = "<!-- The table is written by docs/generate.py. -->"
 
 ONLINE = ("online_rl_mini_sd3.png", "the pretrained model and what each online method makes of it, at equal prompts and seeds")
 PREFERENCES = ("preferences_mini_sd3.png", "the pretrained model and what each preference method makes of it, at equal prompts and seeds")
@@ -180,15 +183,9 @@ def comment_of(recipe: str) -> list[str]:
     return [line[2:] for line in lines[:12] if line.startswith("# ")]
 
 
-def made_by(recipe: str) -> list[str]:
-    """The command that makes a recipe's data, where its comment has one."""
-    lines = comment_of(recipe)
-    start = next((i for i, line in enumerate(lines) if line.startswith("Made by: ")), None)
-    if start is None:
-        return []
-    end = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith("  ")), len(lines))
-    command = [lines[start].removeprefix("Made by: "), *(line.strip() for line in lines[start + 1 : end])]
-    return [" \\\n    ".join(command)]
+def commands_for(recipe: str) -> list[str]:
+    """The commands that make a recipe's data, where its comment has some."""
+    return [" \\\n    ".join(command) for command in made_by(recipe)]
 
 
 def run_section(page: Page) -> str:
@@ -200,13 +197,16 @@ def run_section(page: Page) -> str:
     command = f"accelerate launch training_scripts/{page.script}.py --config training_scripts/recipes/{recipe}.yaml"
     if page.flags:
         command += f" \\\n    {page.flags} --output_dir runs/{page.script.removeprefix('train_')}_variant"
-    commands = "\n".join([*made_by(recipe), command])
-    table = ["| recipe | model | what it is |", "|---|---|---|"]
+    commands = "\n".join([*commands_for(recipe), command])
+    table = ["| recipe | model | [level](../recipes.md) | what it is |", "|---|---|---|---|"]
     for name in page.recipes:
-        model = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))["pretrained_model_name_or_path"]
-        table.append(f"| [`{name}`](../../training_scripts/recipes/{name}.yaml) | `{model}` | {first_sentence(name)} |")
+        table.append(f"| [`{name}`](../../training_scripts/recipes/{name}.yaml) | `{model_of(name)}` | {level(name)} | {first_sentence(name)} |")
     script = f"Script: [`training_scripts/{page.script}.py`](../../training_scripts/{page.script}.py); `--help` explains its flags."
     return f"## Run it\n\n```bash\n{commands}\n```\n\n{script}\n\n" + "\n".join(table) + "\n\n"
+
+
+def model_of(recipe: str) -> str:
+    return yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8"))["pretrained_model_name_or_path"]
 
 
 def first_sentence(recipe: str) -> str:
@@ -275,10 +275,26 @@ def page_of(name: str) -> str:
     return "".join(parts).rstrip() + "\n"
 
 
+# all recipes
+
+
+def page_of_recipes() -> str:
+    """docs/recipes.md: its own words up to the mark, then every recipe with its level."""
+    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    found = {recipe.stem: level(recipe.stem) for recipe in sorted(RECIPES.glob("*.yaml"))}
+    counts = ", ".join(f"{list(found.values()).count(wanted)} {wanted}" for wanted in LEVELS)
+    rows = [f"Of {len(found)} recipes: {counts}.", "", "| recipe | level | model | script |", "|---|---|---|---|"]
+    for name in sorted(found, key=lambda name: (LEVELS.index(found[name]), name)):
+        script, link = script_of(name), f"[`{name}`](../training_scripts/recipes/{name}.yaml)"
+        rows.append(f"| {link} | {found[name]} | `{model_of(name)}` | [`{script}.py`](../training_scripts/{script}.py) |")
+    return page[: page.index(MARK) + len(MARK)] + "\n\n" + "\n".join(rows) + "\n"
+
+
 def main() -> None:
     for name in PAGES:
         (DOCS / "algorithms" / f"{name}.md").write_text(page_of(name), encoding="utf-8")
-    print(f"{len(PAGES)} pages in {(DOCS / 'algorithms').relative_to(ROOT)}")
+    (DOCS / "recipes.md").write_text(page_of_recipes(), encoding="utf-8")
+    print(f"{len(PAGES)} pages in {(DOCS / 'algorithms').relative_to(ROOT)}, and the table of docs/recipes.md")
 
 
 if __name__ == "__main__":

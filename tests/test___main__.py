@@ -7,7 +7,7 @@ import pytest
 
 from diffusers_align import __version__
 from diffusers_align.__main__ import main
-from diffusers_align.files.paths import front_door
+from diffusers_align.files.paths import front_door, names
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,9 +18,11 @@ def test_the_command_line_lists_and_finds(capsys):
     assert "train_ddpo" in printed and "flow_grpo_fast" in printed
     main(["path", "train_flow_grpo"])
     assert Path(capsys.readouterr().out.strip()) == front_door("training_scripts", "train_flow_grpo")
-    assert "ddpo_mini_sd" in printed.split("recipes: ")[1] and "recipes" not in printed.split("training_scripts: ")[1].splitlines()[0]
+    assert "recipes" not in printed.split("training_scripts: ")[1].splitlines()[0]
     main(["list", "recipes"])
-    assert capsys.readouterr().out.startswith("recipes: ")
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert list(lines) == ["recipes, verified", "recipes, runs", "recipes, parsed"] and "ddpo_sd15" in lines["recipes, parsed"]
+    assert sorted(name for line in lines.values() for name in line.split(", ") if name != "none") == names("recipes")
     for name in ("ddpo_mini_sd", "ddpo_mini_sd.yaml"):
         main(["path", name])
         assert Path(capsys.readouterr().out.strip()) == ROOT / "training_scripts" / "recipes" / "ddpo_mini_sd.yaml"

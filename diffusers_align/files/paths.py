@@ -10,11 +10,11 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def folder(kind: str) -> Path:
-    """The folder of `pipelines`, `schedulers`, `training_scripts` or the scripts' `recipes`."""
+    """The folder of `pipelines`, `schedulers`, `training_scripts`, the scripts' `recipes`, or the `curves` of recipes that were run."""
     if kind == "recipes":
         return folder("training_scripts") / kind
     bundled = _PACKAGE / "shipped" / kind
-    return bundled if bundled.is_dir() else _PACKAGE.parent / kind
+    return bundled if bundled.is_dir() else _PACKAGE.parent / ("benchmarks/curves" if kind == "curves" else kind)
 
 
 def names(kind: str) -> list[str]:

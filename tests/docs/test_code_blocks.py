@@ -49,6 +49,8 @@ def block(text: str) -> Block:
         ("```bash\npython benchmarks/overhead.py --nonsense\n```", "nonsense"),
         ('```bash\npip install ".[nonsense]"\n```', "no extra"),
         ("```bash\nmake nonsense\n```", "no target"),
+        ("```bash\nmake verify NONSENSE=1\n```", "no variable"),
+        ("```bash\npython -m benchmarks.verify --nonsense\n```", "nonsense"),
         ("```bash\nfrobnicate\n```", "no way to check"),
         ("```yaml\nnonsense: 1\n```", "no script takes"),
         ("```json\n{1: 2}\n```", "Expecting"),

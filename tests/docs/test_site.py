@@ -26,6 +26,11 @@ def test_the_page_of_each_algorithm_is_up_to_date(name):
     assert (DOCS / "algorithms" / f"{name}.md").read_text(encoding="utf-8") == generate.page_of(name), "run python docs/generate.py"
 
 
+def test_the_table_of_recipes_is_up_to_date():
+    assert (DOCS / "recipes.md").read_text(encoding="utf-8") == generate.page_of_recipes(), "run python docs/generate.py"
+    assert generate.page_of_recipes().count("](../training_scripts/recipes/") == len(list(generate.RECIPES.glob("*.yaml")))
+
+
 def test_there_are_no_other_pages():
     assert {path.stem for path in (DOCS / "algorithms").glob("*.md")} == {*ALGORITHMS, "index"} == {*generate.PAGES, "index"}
 

@@ -207,8 +207,10 @@ def read_accelerate(words: list[str]) -> None:
 def read_python(words: list[str]) -> None:
     if words[0] != "-m":
         read_script(words[0], words[1:])
-    elif words[1].startswith("diffusers_align."):
-        by_main(importlib.import_module(words[1]), words[2:])
+    elif words[1].startswith(("diffusers_align.", "benchmarks.")):
+        package = importlib.util.find_spec(words[1])
+        assert package, f"no module {words[1]}"
+        by_main(importlib.import_module(f"{words[1]}.__main__" if package.submodule_search_locations else words[1]), words[2:])
     else:
         assert importlib.util.find_spec(words[1]), f"no module {words[1]}"
 
@@ -253,8 +255,12 @@ def read_pip(words: list[str]) -> None:
 
 
 def read_make(words: list[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for word in words:
-        assert re.search(rf"^{re.escape(word)}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), f"no target {word}"
+        if variable := re.match(r"(\w+)=", word):
+            assert re.search(rf"^{variable[1]} \?=", makefile, re.MULTILINE), f"no variable {variable[1]}"
+        else:
+            assert re.search(rf"^{re.escape(word)}:", makefile, re.MULTILINE), f"no target {word}"
 
 
 def read_tool(name: str) -> Callable[[list[str]], None]:

@@ -239,8 +239,8 @@ def test_the_mathematics_has_users():
 # tests lie where what they test lies
 
 TESTS = ROOT / "tests"
-# Rooms of tests that mirror no module: what spans rooms, and the documentation.
-NOT_MIRRORED = {"docs", "support", "whole"}
+# Rooms of tests that mirror no module of the package: what spans rooms, the documentation, the benchmarks.
+NOT_MIRRORED = {"benchmarks", "docs", "support", "whole"}
 # Modules without a test file of their own: thin pieces, and pieces that only make sense with a neighbour. Module -> the file that tests it.
 TESTED_WITH = {
     "algorithms/ddpo": "algorithms/test_algorithms",
@@ -373,7 +373,7 @@ def test_a_module_of_one_script_says_why(path):
 # sizes
 
 
-READ = [*MODULES, *(ROOT / "training_scripts" / f"{name}.py" for name in SCRIPTS)]
+READ = [*MODULES, *(ROOT / "training_scripts" / f"{name}.py" for name in SCRIPTS), *(ROOT / "benchmarks").rglob("*.py")]
 
 
 def lines_of(function: ast.FunctionDef) -> int:

@@ -47,6 +47,8 @@ def test_wheel_and_sdist_hold_everything(built):
     assert "diffusers_align/py.typed" in inside and "diffusers_align/embedded/mini-sd3/model_index.json" in inside
     for path in FRONT_DOORS:
         assert f"diffusers_align/shipped/{path}" in inside
+    for curve in (ROOT / "benchmarks" / "curves").glob("*.json"):
+        assert f"diffusers_align/shipped/curves/{curve.name}" in inside, "the levels of recipes are read off it"
     packed = {name.split("/", 1)[1] for name in tarfile.open(sdist).getnames() if "/" in name}
     assert {*FRONT_DOORS, "LICENSE", "README.md", "Makefile", "tests/whole/test_packaging.py", "diffusers_align/py.typed"} <= packed
 

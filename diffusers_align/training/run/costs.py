@@ -28,12 +28,14 @@ class Cost:
             which return zeros, count nothing.
         denoiser_evaluations_with_gradients: those among them that built a graph; gradient checkpointing computes them once more.
         seconds: wall time of the epochs, rewards and checkpoints included.
+        processor_seconds: of the CPUs in that time, all processes together: on a machine with other work, what compares.
     """
 
     images: int = 0
     denoiser_evaluations: int = 0
     denoiser_evaluations_with_gradients: int = 0
     seconds: float = 0.0
+    processor_seconds: float = 0.0
 
     @classmethod
     def read(cls, folder: str | Path) -> Cost | None:
@@ -55,7 +57,7 @@ class Meter:
     def __init__(self):
         self.before = Cost()
         self._images, self._rows = 0, {False: 0, True: 0}
-        self._seconds, self._since = 0.0, None
+        self._seconds, self._processor_seconds, self._since = 0.0, 0.0, None
 
     def watch(self, denoisers: Iterable[nn.Module]) -> None:
         """Count the rows through these from now on; not through copies of them."""
@@ -76,7 +78,7 @@ class Meter:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Context: count."""
-        self._since = time.perf_counter()
+        self._since = self._now()
         try:
             yield
         finally:
@@ -90,27 +92,34 @@ class Meter:
         try:
             yield
         finally:
-            self._since = time.perf_counter() if was_running else None
+            self._since = self._now() if was_running else None
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        """Of the wall, and of this process's CPUs."""
+        return time.perf_counter(), time.process_time()
 
     def _stop(self) -> None:
-        self._seconds += self._elapsed()
-        self._since = None
+        wall, processor = self._elapsed()
+        self._seconds, self._processor_seconds, self._since = self._seconds + wall, self._processor_seconds + processor, None
 
-    def _elapsed(self) -> float:
-        return 0.0 if self._since is None else time.perf_counter() - self._since
+    def _elapsed(self) -> tuple[float, float]:
+        return (0.0, 0.0) if self._since is None else tuple(now - then for now, then in zip(self._now(), self._since))
 
     def total(self) -> Cost:
         """The whole run's costs; all processes must ask together."""
-        counts = gather_object([(self._images, sum(self._rows.values()), self._rows[True])])
-        images, rows, with_gradients = (sum(column) for column in zip(*counts))
+        wall, processor = self._elapsed()
+        counts = gather_object([(self._images, sum(self._rows.values()), self._rows[True], self._processor_seconds + processor)])
+        images, rows, with_gradients, processors = (sum(column) for column in zip(*counts))
         return Cost(
             self.before.images + images,
             self.before.denoiser_evaluations + rows,
             self.before.denoiser_evaluations_with_gradients + with_gradients,
-            self.before.seconds + self._seconds + self._elapsed(),
+            self.before.seconds + self._seconds + wall,
+            self.before.processor_seconds + processors,
         )
 
     def resume(self, spent: Cost | None) -> None:
         """Go on from what has been spent before, if anything."""
         self.before = spent or Cost()
-        self._images, self._rows, self._seconds = 0, {False: 0, True: 0}, 0.0
+        self._images, self._rows, self._seconds, self._processor_seconds = 0, {False: 0, True: 0}, 0.0, 0.0

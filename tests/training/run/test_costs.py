@@ -51,5 +51,16 @@ def test_the_meter_excludes_pauses_from_its_seconds(monkeypatch):
     assert meter.total().seconds == 3.0 + 5.0
 
 
+def test_the_meter_counts_the_processors_time_beside_the_walls(monkeypatch):
+    now = iter([10.0, 11.0, 20.0, 20.5])
+    monkeypatch.setattr("diffusers_align.training.run.costs.time.process_time", lambda: next(now))
+    meter = Meter()
+    meter.resume(Cost(processor_seconds=100.0))
+    with meter.running():
+        with meter.paused():
+            pass
+    assert meter.total().processor_seconds == 100.0 + 1.0 + 0.5
+
+
 def test_a_folder_without_costs_has_none(tmp_path):
     assert Cost.read(tmp_path) is None
