@@ -188,7 +188,8 @@ class Policy(Driver):
         Args:
             guidance: classifier-free guidance as the condition's call asks for; otherwise off, one denoiser row per sample.
 
-        Pipelines that cannot take a time for each sample are found by a comparison at the first call and evaluated time by time.
+        Pipelines that cannot take a time for each sample are found by a comparison at the first call and evaluated time by time. A model that is also told
+        the time that a step leads to (a flow map) gets the same time twice: the output is its velocity there.
 
         Raises:
             ValueError: latents that are not shaped as the pipeline's own, times that the model does not have, or not one of each a sample.
@@ -209,14 +210,24 @@ class Policy(Driver):
     def decode(self, latents: Tensor, condition: Condition | None = None) -> Tensor:
         """Latents in the pipeline's layout to images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], by the pipeline's own
         tail. Differentiable if autograd is on (values beyond [0, 1] are clamped and pass no gradient); `gradients.decoding.decode_latents` is so
-        also where the pipeline casts its autoencoder to another precision for the decoding."""
+        also where the pipeline casts its autoencoder to another precision for the decoding. Sounds are (B, C, T).
+
+        Raises:
+            ValueError: the pipeline makes no pictures or sounds, but what another one starts from (a prior).
+        """
         condition = _of_samples(condition or self.any_condition(len(latents)), len(latents), "latents")
 
         def put(step: Step) -> Tensor:
             step.skip()
             return step.like(latents if step.child == 0 else step.sample)
 
-        return images_of(self.drive(condition, put, needs_denoiser=lambda k: False, output_type="pt"))
+        images = images_of(self.drive(condition, put, needs_denoiser=lambda k: False, output_type="pt"))
+        if isinstance(images, Tensor) and (images.ndim < 3 or (images.ndim > 3 and images.shape[-3] not in (1, 3))):
+            raise ValueError(
+                f"{type(self.pipeline).__name__} makes no pictures, but {tuple(images.shape)} from which another pipeline makes some: take trajectory.final "
+                "for it, and give rewards what that one decodes."
+            )
+        return images
 
     def encode(self, images: Tensor, condition: Condition | None = None) -> Tensor:
         """Images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] to clean latents in the pipeline's own layout: `decode`'s

@@ -55,7 +55,7 @@ class Driver:
 
     Raises:
         TypeError: a scheduler that returns no log-probabilities, or a pipeline that is wrapped around another.
-        ValueError: a pipeline without scheduler, or whose scheduler has no SDE twin.
+        ValueError: a pipeline without scheduler, whose scheduler has no SDE twin, or that hands its scheduler the noise of each step.
     """
 
     def __init__(self, pipeline, scheduler: SDESchedulerMixin | None = None, call_kwargs: dict[str, Any] | None = None):
@@ -65,6 +65,7 @@ class Driver:
             raise TypeError(f"{type(pipeline).__name__} is wrapped around a {type(inside).__name__}, which is the policy: Policy(pipe.pipeline).")
         self.calls = calls_of(pipeline)
         self.calls.check_schedulers()
+        scheduler_hook.check_draws(self.calls)
         self.pipeline, self.call_kwargs, self.lockstep = pipeline, call_kwargs or {}, False
         twins = sde_twins(self.calls.schedulers, scheduler)
         self.stock_schedulers = {name: put_in_place(pipeline, twin, name) for name, twin in twins.items()}
@@ -251,16 +252,23 @@ class Driver:
 
 
 def images_of(output) -> Tensor:
-    """The images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] of a pipeline's output for `output_type="pt"`, or its latents (B, *D).
+    """The images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1] of a pipeline's output for `output_type="pt"`; what is transparent lies on white.
 
     Some pipelines know no "pt" and give arrays (B, H, W, 3), without a gradient.
     """
     images = output[0]
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images)
-        return images.movedim(-1, -3) if images.ndim > 3 else images
-    tensors = isinstance(images, (list, tuple)) and all(isinstance(image, Tensor) for image in images)
-    return torch.stack(list(images)) if tensors else images
+        images = images.movedim(-1, -3) if images.ndim > 3 else images
+    elif isinstance(images, (list, tuple)) and all(isinstance(image, Tensor) for image in images):
+        images = torch.stack(list(images))
+    return on_white(images) if isinstance(images, Tensor) and images.ndim > 3 and images.shape[-3] == 4 else images
+
+
+def on_white(images: Tensor) -> Tensor:
+    """Pictures (..., 4, H, W) whose fourth channel says how opaque they are, as (..., 3, H, W) on white."""
+    colours, opaque = images.split([3, 1], -3)
+    return colours * opaque + (1 - opaque)
 
 
 def _global_seed(condition: Condition) -> int | None:
