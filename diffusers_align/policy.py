@@ -19,7 +19,7 @@ from .condition import Condition
 from .driving.driver import Driver, seeded
 from .driving.latent_layout import LatentLayout
 from .driving.noise import noise_seed
-from .driving.outcome import Outcome, images_of, outcome, sampling_rate_of
+from .driving.outcome import Outcome, check_seen, images_of, outcome, sampling_rate_of
 from .driving.prediction import Prediction
 from .driving.reproducibility import CarriedState, check_first_steps
 from .driving.scheduler_hook import Step
@@ -189,7 +189,8 @@ class Policy(Driver):
         Args:
             guidance: classifier-free guidance as the condition's call asks for; otherwise off, one denoiser row per sample.
 
-        Pipelines that cannot take a time for each sample are found by a comparison at the first call and evaluated time by time.
+        Pipelines that cannot take a time for each sample are found by a comparison at the first call and evaluated time by time. A model that is also told
+        the time that a step leads to (a flow map) gets the same time twice: the output is its velocity there.
 
         Raises:
             ValueError: latents that are not shaped as the pipeline's own, times that the model does not have, or not one of each a sample.
@@ -210,8 +211,13 @@ class Policy(Driver):
     def decode(self, latents: Tensor, condition: Condition | None = None) -> Tensor:
         """Latents in the pipeline's layout to images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], or sounds (B, C, T) in [-1, 1], by the
         pipeline's own tail. Differentiable if autograd is on (values beyond these ranges are clamped and pass no gradient);
-        `gradients.decoding.decode_latents` is so also where the pipeline casts its autoencoder to another precision for the decoding."""
-        return images_of(self._decoded([latents], condition)[0])
+        `gradients.decoding.decode_latents` is so also where the pipeline casts its autoencoder to another precision for the decoding.
+
+        Raises:
+            ValueError: the pipeline makes no pictures or sounds, but what another one starts from (a prior).
+        """
+        output, _ = self._decoded([latents], condition)
+        return check_seen(self.pipeline, images_of(output))
 
     def outcome(self, samples: Trajectory | Tensor, condition: Condition | None = None) -> Outcome:
         """What `decode` gives, with what rewards may hear: the sampling rate of a sound, and the sound that a video has.
@@ -222,11 +228,13 @@ class Policy(Driver):
             condition: of latents; a trajectory has its own.
 
         Raises:
-            ValueError: there is sound, and nothing says at which rate it is sampled.
+            ValueError: what `decode` raises; there is sound, and nothing says at which rate it is sampled.
         """
         final = [samples.final, *(child.final for child in samples.children)] if isinstance(samples, Trajectory) else [samples]
         output, whole = self._decoded(final, samples.condition if isinstance(samples, Trajectory) else condition)
-        return outcome(self.pipeline, output) if whole else Outcome(images_of(output))
+        found = outcome(self.pipeline, output) if whole else Outcome(images_of(output))
+        check_seen(self.pipeline, found.images)
+        return found
 
     def _decoded(self, final: list[Tensor], condition: Condition | None) -> tuple[Any, bool]:
         """The pipeline's output for the final states (B, *D) of its schedulers, and whether those are all that it steps."""

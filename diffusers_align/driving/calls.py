@@ -11,6 +11,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import FunctionType
 from typing import Any
 
 from diffusers import ModularPipeline
@@ -44,6 +45,11 @@ class Calls(ABC):
     @abstractmethod
     def of_a_call(self, arguments: dict[str, Any]) -> set[str]:
         """The names that a call with these arguments reads: a modular pipeline chooses among its blocks by them."""
+
+    @property
+    @abstractmethod
+    def functions(self) -> list[FunctionType]:
+        """The undecorated functions that a call runs, the pipeline's own or its blocks': what they hand on to a scheduler is in their code."""
 
     @property
     @abstractmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +51,10 @@ class ClassicCalls(Calls):
 
     def of_a_call(self, arguments: dict[str, Any]) -> set[str]:
         return set(self.own_parameters)
+
+    @property
+    def functions(self) -> list[FunctionType]:
+        return [inspect.unwrap(type(self.pipeline).__call__)]
 
     @property
     def schedulers(self) -> dict[str, Any]:

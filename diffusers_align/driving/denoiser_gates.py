@@ -3,6 +3,9 @@
 So a pipeline's own loop reaches any of its steps, with everything that depends on the step's index in place. What a denoiser returns is
 learned from a real call. Which calls have the same kind of output must not depend on a process's prompts: sharded weights are
 gathered in step, so each process makes the same number of real calls.
+
+A call that does more than return numbers cannot be left out. One that hands out or fills a cache of keys and values, which later calls read, is made for
+real, with its graph; so are, without, those of a denoiser into which the pipeline looks by hooks.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from .replacements import replaced
 
@@ -26,31 +30,73 @@ _OUTPUTS: WeakKeyDictionary[nn.Module, dict[tuple, Any]] = WeakKeyDictionary()
 @contextmanager
 def gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
     """Context: while `is_open()` is False, calls of the module return zeros shaped like its real output for such a call (learned by one real
-    call without gradient if there was none)."""
+    call, if there was none, which is handed out without its graph)."""
     known = _OUTPUTS.setdefault(module, {})
+    first_hook, found = RemovableHandle.next_id, []
+
+    def is_looked_into() -> bool:
+        """Whether the pipeline has hooks inside the module since this context began: it reads there what gated calls do not compute (its attention)."""
+        if not found:
+            found.append(RemovableHandle.next_id > first_hook and any(key >= first_hook for part in module.modules() for key in part._forward_hooks))
+        return found[0]
 
     def gate(forward: Callable, *args: Any, **kwargs: Any):
         inputs = _tensors(args, kwargs)
         key = _kind_of_call(args, kwargs, inputs)
-        if is_open():
-            output = forward(*args, **kwargs)
-        elif known.get(key) is not None:
+        if not is_open() and known.get(key) is not None:
+            if is_looked_into():
+                with torch.no_grad():
+                    return forward(*args, **kwargs)
             return pytree.tree_map(lambda leaf: leaf.zeros(inputs) if type(leaf) is _Zeros else leaf, known[key], is_leaf=lambda x: type(x) is _Zeros)
-        else:
-            with torch.no_grad():
-                output = forward(*args, **kwargs)
-        if key not in known:
-            # A denoiser that returns more than numbers (a cache of keys and values) is called for real every time.
-            known[key] = pytree.tree_map_only(Tensor, lambda x: _Zeros.like(x, inputs), output) if is_plain(output) else None
-        return output
+        given = Given(args, kwargs) if key not in known else None
+        output = forward(*args, **kwargs)
+        if given is not None:
+            known[key] = None if carries(output, given) else pytree.tree_map_only(Tensor, lambda x: _Zeros.like(x, inputs), output)
+        return output if is_open() or known[key] is None else pytree.tree_map_only(Tensor, Tensor.detach, output)
 
     with replaced(module, "forward", gate):
         yield
 
 
-def is_plain(output: Any) -> bool:
-    """Whether a denoiser's output is made of tensors and numbers alone."""
-    return all(isinstance(leaf, (Tensor, int, float, bool, str, NoneType)) for leaf in pytree.tree_leaves(output))
+_NUMBERS = (Tensor, int, float, complex, str, NoneType, torch.dtype, torch.device, torch.Size)
+
+
+class Given:
+    """What a denoiser is handed beside tensors and numbers, such as a cache of keys and values, and what is in it before the call.
+
+    Attributes:
+        objects: the arguments that may be written into.
+    """
+
+    def __init__(self, args: tuple, kwargs: dict[str, Any]):
+        self.objects = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if not isinstance(leaf, _NUMBERS) and hasattr(leaf, "__dict__")]
+        self._before = _contents(self.objects)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether something else is in it now."""
+        now = _contents(self.objects)
+        return len(now) != len(self._before) or any(new is not old or version != was for (new, version), (old, was) in zip(now, self._before))
+
+
+def carries(output: Any, given: Given) -> bool:
+    """Whether a denoiser's call did more than return numbers: it handed out something else, or wrote into what it was given."""
+    return given.is_changed or not all(isinstance(leaf, _NUMBERS) for leaf in pytree.tree_leaves(output))
+
+
+def _contents(objects: list[Any]) -> list[tuple[Any, int]]:
+    """All that hangs below some objects, and how often each tensor was written to. Holding them keeps their identities apart."""
+    found, left, seen = [], list(objects), set()
+    while left:
+        item = left.pop()
+        found.append((item, item._version if isinstance(item, Tensor) and not item.is_inference() else 0))
+        if isinstance(item, _NUMBERS) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        left.extend(
+            item.values() if isinstance(item, dict) else item if isinstance(item, (list, tuple)) else vars(item).values() if hasattr(item, "__dict__") else ()
+        )
+    return found
 
 
 _Place = tuple[int | str, int]

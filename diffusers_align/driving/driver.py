@@ -54,7 +54,7 @@ class Driver:
 
     Raises:
         TypeError: a scheduler that returns no log-probabilities, or a pipeline that is wrapped around another.
-        ValueError: a pipeline without scheduler, or whose scheduler has no SDE twin.
+        ValueError: a pipeline without scheduler, whose scheduler has no SDE twin, or that hands its scheduler the noise of each step.
     """
 
     def __init__(self, pipeline, scheduler: SDESchedulerMixin | None = None, call_kwargs: dict[str, Any] | None = None):
@@ -64,6 +64,7 @@ class Driver:
             raise TypeError(f"{type(pipeline).__name__} is wrapped around a {type(inside).__name__}, which is the policy: Policy(pipe.pipeline).")
         self.calls = calls_of(pipeline)
         self.calls.check_schedulers()
+        scheduler_hook.check_draws(self.calls)
         self.pipeline, self.call_kwargs, self.lockstep = pipeline, call_kwargs or {}, False
         twins = sde_twins(self.calls.schedulers, scheduler)
         self.stock_schedulers = {name: put_in_place(pipeline, twin, name) for name, twin in twins.items()}

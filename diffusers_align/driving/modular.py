@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -55,6 +56,10 @@ class ModularCalls(Calls):
     @property
     def blocks(self) -> ModularPipelineBlocks:
         return self.pipeline._blocks
+
+    @property
+    def functions(self) -> list[FunctionType]:
+        return [inspect.unwrap(type(block).__call__) for block in leaves(self.blocks)]
 
     @property
     def schedulers(self) -> dict[str, Any]:

@@ -71,11 +71,31 @@ def images_of(output: Any) -> Tensor:
     """The pictures (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], or the sounds (B, C, T) in [-1, 1], of a pipeline's output for
     `output_type="pt"`.
 
-    Some pipelines know no "pt" and give arrays (B, H, W, 3), without a gradient. Sound of one channel that comes as (B, T) gets its channel, and
-    what an autoencoder makes beyond [-1, 1] is clamped, as files do; it passes no gradient.
+    What is transparent lies on white. Some pipelines know no "pt" and give arrays (B, H, W, 3), without a gradient. Sound of one channel that
+    comes as (B, T) gets its channel, and what an autoencoder makes beyond [-1, 1] is clamped, as files do; it passes no gradient.
     """
     images = _tensor(output[0])
     return waveforms(images) if _main(output) in WAVES else images
+
+
+def check_seen(pipeline: Any, images: Tensor) -> Tensor:
+    """The images.
+
+    Raises:
+        ValueError: they are none, nor sounds.
+    """
+    if isinstance(images, Tensor) and (images.ndim < 3 or (images.ndim > 3 and images.shape[-3] not in (1, 3))):
+        raise ValueError(
+            f"{type(pipeline).__name__} makes no pictures, but {tuple(images.shape)} from which another pipeline makes some: take trajectory.final "
+            "for it, and give rewards what that one decodes."
+        )
+    return images
+
+
+def on_white(images: Tensor) -> Tensor:
+    """Pictures (..., 4, H, W) whose fourth channel says how opaque they are, as (..., 3, H, W) on white."""
+    colours, opaque = images.split([3, 1], -3)
+    return colours * opaque + (1 - opaque)
 
 
 def waveforms(sound: Tensor) -> Tensor:
@@ -130,6 +150,7 @@ def _beside(output: Any, main: str | None, number: int) -> Tensor | None:
 def _tensor(images: Any) -> Any:
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images)
-        return images.movedim(-1, -3) if images.ndim > 3 else images
-    tensors = isinstance(images, (list, tuple)) and all(isinstance(image, Tensor) for image in images)
-    return torch.stack(list(images)) if tensors else images
+        images = images.movedim(-1, -3) if images.ndim > 3 else images
+    elif isinstance(images, (list, tuple)) and all(isinstance(image, Tensor) for image in images):
+        images = torch.stack(list(images))
+    return on_white(images) if isinstance(images, Tensor) and images.ndim > 3 and images.shape[-3] == 4 else images

@@ -1,8 +1,8 @@
 """What older pipelines return in another form than they are asked for, in the form that is needed.
 
 Some have no latents to return, and are asked for pictures. Some bring pictures to [0, 1] only on the way to arrays, of which they make PIL images: their
-tensors are as the autoencoder made them, or arrays. Those are asked for arrays, and the tensors are handed out that the arrays were made of, with their
-graph.
+tensors are as the autoencoder, or a denoiser of pixels, made them, or arrays. Those are asked for arrays, and the tensors are handed out that the arrays
+were made of, with their graph.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ def returns_latents(pipeline) -> bool:
 
 
 def makes_arrays(pipeline) -> bool:
-    """Whether a pipeline, or one that it calls, makes arrays of its pictures itself, in the place of an image processor."""
+    """Whether a pipeline, or one that it calls, makes arrays of its pictures itself, in the place of an image processor; or has pictures in [0, 1] as arrays
+    alone, since it takes "pt" for "latent"."""
+    if any(isinstance(names, tuple) and set(names) == {"latent", "pt"} for names in _code(pipeline).co_consts) and getattr(pipeline, "vae", None) is None:
+        return True
     return any(_makes_arrays(own) for own in (pipeline, *parts_of(pipeline)))
 
 

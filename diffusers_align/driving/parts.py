@@ -19,15 +19,21 @@ def parts_of(pipeline) -> list[DiffusionPipeline]:
     return [value for value in vars(pipeline).values() if isinstance(value, DiffusionPipeline)]
 
 
+def parts_apart(pipeline) -> list[DiffusionPipeline]:
+    """Those whose scheduler is another component of the pipeline: what they sample is no part of the main scheduler's chain."""
+    parts = parts_of(pipeline)
+    others = {id(component) for name, component in pipeline.components.items() if name != "scheduler"} if parts else set()
+    return [part for part in parts if id(part.components.get("scheduler")) in others]
+
+
 @contextmanager
 def parts_follow(pipeline) -> Iterator[None]:
     """Context: each part has the pipeline's own scheduler, unless it has another of the pipeline's components; its calls run undecorated, in autograd's
     own mode, and show no progress."""
-    parts = parts_of(pipeline)
-    others = {id(component) for name, component in pipeline.components.items() if name != "scheduler"} if parts else set()
+    apart = parts_apart(pipeline)
     with ExitStack() as stack:
-        for part in parts:
-            if id(part.components.get("scheduler")) not in others:
+        for part in parts_of(pipeline):
+            if not any(part is other for other in apart):
                 stack.enter_context(held(part, "scheduler", pipeline.scheduler))
             stack.enter_context(held(part, "_progress_bar_config", {**getattr(part, "_progress_bar_config", {}), "disable": True}))
             stack.enter_context(_undecorated(part))

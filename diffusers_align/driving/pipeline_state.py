@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -88,6 +88,16 @@ def no_cast_weights_kept() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
+
+
+@contextmanager
+def checkpointing_switches(pipeline) -> Iterator[None]:
+    """Context: models that can recompute activations say whether they do. One reads `gradient_checkpointing` wherever autograd is on, and never sets it."""
+    with ExitStack() as stack:
+        for component in pipeline.components.values():
+            if getattr(component, "_supports_gradient_checkpointing", False) and not hasattr(component, "gradient_checkpointing"):
+                stack.enter_context(held(component, "gradient_checkpointing", False))
+        yield
 
 
 @contextmanager

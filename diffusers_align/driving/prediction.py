@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..condition import Condition
 from .guidance import GuidanceSwitch, of_the_device
+from .initial_noise import prepared_latents
 from .scheduler_hook import Step
 
 if TYPE_CHECKING:
@@ -100,34 +101,31 @@ class Prediction:
         return outputs[0], bool(found)
 
     def _at_start(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
-        """The same for a pipeline that edits its latents between steps, as inpainting puts back what it keeps: at solver step 0, which it
-        reaches from `latents` as the call's own argument, unedited.
+        """The same for a pipeline that edits its latents between steps, as inpainting puts back what it keeps: at solver step 0, where it starts from
+        `latents` in the place of those that it has prepared, unedited.
 
         Raises:
-            ValueError: it arrives at step 0 with others, fails, or takes none.
+            ValueError: it arrives at step 0 with others.
         """
-        name, outputs = type(self.driver.pipeline).__name__, []
-        if "latents" not in self.driver.parameters:
-            raise ValueError(f"{name} edits its latents between steps and takes none to start from, so that predict has no meaning there.")
+        outputs: list[Tensor] = []
 
         def capture(step: Step) -> Tensor:
             if step.child or step.k:
                 return step.sample
             given = step.like(latents)
-            # Pipelines scale what they are given by the scheduler's initial noise level.
             if step.sample.shape != given.shape or not torch.allclose(step.sample, given, rtol=1e-6, atol=0):
-                raise ValueError("they arrive there as others, so that predict has no meaning.")
+                raise ValueError(
+                    f"{type(self.driver.pipeline).__name__} edits its latents between steps, and those that it should start from arrive at the first one as "
+                    "others, so that predict has no meaning there."
+                )
             outputs.append(self.driver.scheduler.denoising_output(step.model_output, step.sample))
             return step.sample
 
-        start = latents / float(self.driver.scheduler.init_noise_sigma)
-        times = self._rows(timesteps, condition)
-        try:
-            self.driver.drive(condition, capture, timesteps=times, needs_denoiser=lambda k: k == 0, **{**overrides, "latents": start})
-        except (RuntimeError, ValueError, TypeError) as error:
-            if outputs or of_the_device(error):
-                raise
-            raise ValueError(f"{name} edits its latents between steps, and fails with those that it is given before the first: {error}") from error
+        def put(prepared: Tensor) -> Tensor:
+            return latents.to(prepared) if prepared.shape == latents.shape else prepared
+
+        with prepared_latents(self.driver.pipeline, put):
+            self.driver.drive(condition, capture, timesteps=self._rows(timesteps, condition), needs_denoiser=lambda k: k == 0, **overrides)
         return outputs[0]
 
     def _rows(self, timesteps: Tensor, condition: Condition) -> Tensor:

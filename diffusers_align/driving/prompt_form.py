@@ -1,4 +1,4 @@
-"""Pipelines that make one sample a call, and take its prompt as a string and its generator as such. Others take lists, also of one."""
+"""Pipelines that make one sample a call, and take its prompt as a string. Others take lists, also of one. One generator is handed to all as such."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ def run(calls: Calls, call: dict[str, Any], begun: Callable[[], bool] = lambda: 
     Raises:
         ValueError: several prompts for a pipeline that takes one. What the pipeline raises comes through.
     """
+    # The draws are the same. Some pipelines take a list of generators for one of frames.
+    call = {name: value[0] if name == "generator" and isinstance(value, list) and len(value) == 1 else value for name, value in call.items()}
     prompts, known = call.get("prompt"), type(calls.pipeline) in _SINGLE
     if not isinstance(prompts, list):
         return calls.run(own_arguments(call))

@@ -20,15 +20,16 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..schedulers.own_noise import first_time
-from ..schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork
+from ..schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork, returned
 from ..schedulers.sigma_space import implied_output
 from . import prompt_form
-from .calls import calls_of
+from .calls import Calls, calls_of
 from .denoiser_gates import gated
 from .module_tree import ModuleTree, walks_spared
-from .parts import parts_follow
-from .pipeline_state import no_cast_weights_kept, restored_if_abandoned, seeded_globally
+from .parts import parts_apart, parts_follow
+from .pipeline_state import checkpointing_switches, no_cast_weights_kept, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
+from .replacements import has_constant
 from .wrappers import unwrapped
 
 NO_OWN_STEP = (
@@ -38,10 +39,12 @@ NO_OWN_STEP = (
 
 
 def denoisers(pipeline) -> dict[str, ModelMixin]:
-    """The pipeline's denoising networks by component name: its `unet*` or `transformer*` components, in diffusers' naming."""
+    """The pipeline's denoising networks by component name: its `unet*` or `transformer*` components, in diffusers' naming, or else all models that decode
+    nothing and that no part of it (`driving.parts`) has for a scheduler of its own."""
     models = {name: m for name, m in pipeline.components.items() if isinstance(m, nn.Module) and name.startswith(("unet", "transformer"))}
     if not models:
-        models = {name: m for name, m in pipeline.components.items() if _is_model(m) and not hasattr(m, "decode")}
+        others = {id(component) for part in parts_apart(pipeline) for component in part.components.values()}
+        models = {name: m for name, m in pipeline.components.items() if _is_model(m) and not hasattr(m, "decode") and id(m) not in others}
     if not models:
         raise ValueError(f"{type(pipeline).__name__} has no denoiser: none of its components {sorted(pipeline.components)} is a diffusers model.")
     return models
@@ -82,10 +85,10 @@ class Step:
         return self._arguments.get("generator")
 
     def like(self, x: Tensor) -> Tensor:
-        """A copy of `x` (B, *D) to hand to the pipeline in the place of its own state: in that one's dtype, on its device and, where the
+        """A copy of `x` (B, *D) to hand to the pipeline as its next state: in the dtype that the step gives it, on the state's device and, where the
         shapes are equal, in its memory layout. Kernels round by all of them, and a pipeline may write into what it gets."""
-        x = x.clone()
-        return as_state(x, self.sample) if x.shape == self.sample.shape else x.to(self.sample)
+        x, state = x.clone(), returned(self.sample, self.model_output)
+        return as_state(x, state) if x.shape == state.shape else x.to(state)
 
     def run(self, **overrides):
         """The scheduler's own step, with any of its arguments replaced; its output as a dataclass."""
@@ -107,6 +110,7 @@ class Step:
         """What the pipeline gets: the step's own output, or `prev_sample` in its place, in the form that it asked for."""
         if self.output is None and prev_sample is None:
             self.run()
+        prev_sample = None if prev_sample is None else returned(prev_sample, self.model_output)
         values = list(self.output.to_tuple()) if self.output is not None else [prev_sample, prev_sample]
         if prev_sample is not None:
             # The last step of a consistency sampler returns the clean sample twice, as the state and beside it, where pipelines take it from.
@@ -171,7 +175,7 @@ def _hooked_class(cls: type, session: _Session) -> type:
         cls.set_timesteps(self, *args, **kwargs)
         if session.timesteps is not None:
             # In the schedule's own dtype: some pipelines index their noise table with it.
-            if hasattr(self, "stand_in"):
+            if hasattr(self, "stand_in") and session.begin_index is None:
                 self.stand_in(session.timesteps)
             else:
                 self.timesteps = session.timesteps.to(self.timesteps)
@@ -192,11 +196,24 @@ def _hooked_class(cls: type, session: _Session) -> type:
     return type(cls.__name__, (cls,), own)
 
 
-def _asks_first(pipeline) -> bool:
+def _hands_on(calls: Calls, name: str) -> bool:
+    """Whether a call gives something an argument of this name: it is a constant of its code then, or in a tuple of them."""
+    return any(has_constant(function.__code__, name) for function in calls.functions)
+
+
+def _asks_first(calls: Calls) -> bool:
     """Whether the pipeline guides clean samples: it has a step of the scheduler tell them, takes that step back, and hands the guided ones to the step
-    that counts, as `pred_original_sample`. The name stands in the code of its call then."""
-    code = inspect.unwrap(type(pipeline).__call__).__code__
-    return any(isinstance(names, tuple) and "pred_original_sample" in names for names in code.co_consts)
+    that counts, as `pred_original_sample`."""
+    return _hands_on(calls, "pred_original_sample")
+
+
+def check_draws(calls: Calls) -> None:
+    """Raise a ValueError if the pipeline hands the scheduler the noise of each step (`variance_noise`), which an inversion of a picture has found."""
+    if _hands_on(calls, "variance_noise"):
+        raise ValueError(
+            f"{calls.name} hands each step the noise that it found for a picture, so that nothing is drawn: no step has a density to learn on or to steer by. "
+            "Use a pipeline that starts from the picture (image to image), or follow a reward's gradient: RewardGuidedPipeline(pipe)."
+        )
 
 
 @contextmanager
@@ -214,9 +231,16 @@ def _hooked(schedulers: Iterable, session: _Session) -> Iterator[None]:
 
 @contextmanager
 def _explained(pipeline) -> Iterator[None]:
-    """Context: what the scheduler lacks is said in words."""
+    """Context: what the scheduler lacks is said in words, and what has no gradient on a device."""
     try:
         yield
+    except NotImplementedError as error:
+        if not torch.is_grad_enabled() or "backward" not in str(error):
+            raise
+        raise ValueError(
+            f"{type(pipeline).__name__} has a layer without a gradient on this device ({error}): move the pipeline to a GPU, or use what needs no gradients, "
+            "under torch.no_grad()."
+        ) from error
     except AttributeError as error:
         name = type(pipeline.scheduler).__name__
         if lacks := re.fullmatch(rf"'({name}|FrozenDict)' object has no attribute '(\w+)'", str(error)):
@@ -263,7 +287,7 @@ def drive(
     if gradients:
         tree.refuse_offloading()
     calls, session = calls_of(pipeline), _Session(on_step, timesteps, begin_index, noise, call.get("generator"))
-    session.asks_first = _asks_first(pipeline)
+    session.asks_first = _asks_first(calls)
     session.adopt(calls.main_scheduler)
     with ExitStack() as stack:
         stack.enter_context(restored_if_abandoned(pipeline, tree))
@@ -272,6 +296,7 @@ def drive(
         stack.enter_context(_hooked(calls.schedulers.values(), session))
         stack.enter_context(parts_follow(pipeline))
         stack.enter_context(no_cast_weights_kept())
+        stack.enter_context(checkpointing_switches(pipeline))
         if needs_denoiser is not None:
             for module in denoisers(pipeline).values():
                 stack.enter_context(gated(module, lambda: needs_denoiser(session.taken[0])))

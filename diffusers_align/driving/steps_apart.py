@@ -3,7 +3,7 @@ made before the first step) may have a graph, and `backward` at one step then fr
 
 Such pipelines are found by the graphs of the first two steps, and walked once for each step: the denoiser's outputs before that step come from the
 walks before, without a graph. So the denoiser is called as often as in one walk, memory stays one step's, and what the pipeline carries has its value
-but no gradient.
+but no gradient. What the denoiser itself carries (a call that hands out or fills a cache) is made anew in each walk, with its graph.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .denoiser_gates import is_plain
+from .denoiser_gates import Given, carries
 
 
 class SharedGraph(BaseException):
@@ -81,12 +81,13 @@ class Recalled:
         self._number += 1
         if self.step < self.wanted and number < len(outputs) and outputs[number] is not None:
             return _copied(outputs[number])
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.step == self.wanted):
+        given, first = Given(args, kwargs), number == len(outputs)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.step <= self.wanted):
             output = forward(*args, **kwargs)
-        if self.step <= self.wanted and number == len(outputs):
-            # More than numbers (a cache of keys and values) is made anew in each walk.
-            outputs.append(_copied(output) if is_plain(output) else None)
-        return output
+        if self.step > self.wanted or not first:
+            return output
+        outputs.append(None if carries(output, given) else _copied(output))
+        return output if self.step == self.wanted or outputs[-1] is None else _copied(output)
 
 
 def _copied(output: Any) -> Any:

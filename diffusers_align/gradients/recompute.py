@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from ..driving.denoiser_gates import Given
 from ..driving.replacements import held
 
 # What pipelines set on parts of their denoisers for the time of a call.
@@ -21,7 +22,10 @@ _SET_BY_PIPELINES = ("processor", "enabled")
 
 
 def recomputed(forward: Callable, *args: Any, **kwargs: Any):
-    """`forward(*args, **kwargs)` of a denoiser without its activations; with gradients, it runs again when one comes back."""
+    """`forward(*args, **kwargs)` of a denoiser without its activations; with gradients, it runs again when one comes back. Not where it is handed a cache of
+    keys and values, say: pipelines empty those at their end."""
+    if Given(args, kwargs).objects:
+        return forward(*args, **kwargs)
     settings: list[tuple[nn.Module, str, Any]] = []
     first = [True]
 

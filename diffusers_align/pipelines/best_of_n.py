@@ -107,6 +107,10 @@ class BestOfNPipeline(WrappedPipeline):
         chosen = condition.select(rows)
         with self._near(None if pivot is None else pivot[rows], cosine) as noise:
             states = self.sample(chosen, _seeded(seeds))
+        if all(torch.equal(x[i], own[row]) for x, own in zip(states, found.states) for i, row in enumerate(rows)):
+            raise ValueError(
+                f"{self.calls.name} makes the same samples with other seeds (it draws nothing: an inversion's noise, say): there is none to choose."
+            )
         rewards = judge(self.decode(states, chosen, _seeded(seeds)), rows)
         for i, (j, row) in enumerate(pairs):
             found.add(j, row, [x[i] for x in states], noise[0][i] if noise else None, rewards[i], seeds[i])

@@ -19,15 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithms.guidance import Guidance, Level, clean_estimate, guide, output_change, renoised, step_weights
+from ..driving.calls import calls_of
 from ..driving.initial_noise import prepared_latents
 from ..driving.prompt_memory import PromptMemory
 from ..driving.scheduler_hook import NO_OWN_STEP, Step, denoisers, drive
 from .base import copied
 from .noise_grid import NoiseGrid, check_scale, noise_grid
-from .recurrence import put_back, raised_in, reads_state, restarted, run_time_state, whole_steps
+from .recurrence import put_back, raised_in, reads_levels_by_number, reads_state, restarted, run_time_state, whole_steps
 
 # A state without signal says nothing of its clean sample: h_t is constant there, and the conversions divide by alpha.
 NO_SIGNAL = 1e-3
+
+_BY_NUMBER = "{} looks {} up by the number of its step, so that no step can be repeated: set recurrence=1, or use a preset without it."
 
 Objective = Callable[[Tensor, list[int], Level], Tensor]
 
@@ -74,9 +77,12 @@ def guided_sample(
     """
     walk = _Walk(objective, guidance, scale, seeds, micro_batch_size, on_progress)
     through_denoiser = bool(guidance.variance) and scale != 0
+    repeats = guidance.recurrence > 1 and scale != 0
+    if repeats and reads_levels_by_number(calls_of(pipeline).functions):
+        raise GuidanceError(_BY_NUMBER.format(type(pipeline).__name__, "its noise level"))
     with ExitStack() as stack:
         stack.enter_context(_frozen(pipeline, gradient_checkpointing))
-        timesteps = walk.repeat(pipeline, call, memory) if guidance.recurrence > 1 and scale != 0 else None
+        timesteps = walk.repeat(pipeline, call, memory) if repeats else None
         if through_denoiser:
             stack.enter_context(_differentiable_start(pipeline))
         begin = {} if timesteps is None else {"timesteps": timesteps, "begin_index": 0}
@@ -85,10 +91,7 @@ def guided_sample(
         except IndexError as error:
             if timesteps is None or raised_in(error) is not inspect.unwrap(type(pipeline).__call__).__code__:
                 raise
-            raise GuidanceError(
-                f"{type(pipeline).__name__} looks something up by the number of its step ({error}), so that no step can be repeated: set recurrence=1, or "
-                "use a preset without it."
-            ) from error
+            raise GuidanceError(_BY_NUMBER.format(type(pipeline).__name__, f"something ({error})")) from error
     if walk.final is None:
         raise GuidanceError(NO_OWN_STEP)
     if walk.values and not walk.moved:

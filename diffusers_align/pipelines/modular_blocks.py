@@ -171,7 +171,7 @@ def _call(blocks: ModularPipelineBlocks, state: PipelineState) -> dict[str, Any]
 
 
 def _decoder(components: ModularPipeline, state: PipelineState):
-    """From latents (B, *D) in the middle of a call to pixels, by the blocks that come after the last one that steps a scheduler."""
+    """From latents (B, *D) in the middle of a call to pictures or sounds, by the blocks that come after the last one that steps a scheduler."""
     given = {name: value for name, value in state.values.items() if value is not None}
     whole = components._blocks.get_execution_blocks(**given)
     parts = list(whole.sub_blocks.items())
@@ -183,9 +183,7 @@ def _decoder(components: ModularPipeline, state: PipelineState):
 
     def decode(latents: Tensor) -> Tensor:
         call = {name: value for name, value in {**_call(tail, state), "latents": latents, "output_type": "pt"}.items() if name in calls.parameters}
-        output = calls.run(call)
-        name = next(name for name in _OUTPUTS if output.get(name) is not None)
-        return waveforms(output[name]) if name in WAVES else images_of([output[name]])
+        return images_of(calls.run(call))
 
     return decode
 

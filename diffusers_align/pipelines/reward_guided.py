@@ -117,15 +117,23 @@ class _Tail(WrappedPipeline):
         """Of latents (b, *D) for these rows of the batch: (b, 3, H, W) or (b, F, 3, H, W) in [0, 1], or sounds (b, C, T), with the graph if autograd
         is on. The sound of a video is another scheduler's part, and has none."""
         condition, generator, overrides = self.given
-        own = torch.Generator().manual_seed(0) if generator is None else copied(_rows(generator, rows))
+        own, begun = torch.Generator().manual_seed(0) if generator is None else copied(_rows(generator, rows)), []
 
         def put(step: Step) -> Tensor:
+            begun.append(True)
             step.skip()
             return latents.to(step.sample.dtype) if step.child == 0 else step.sample
 
         graph = torch.is_grad_enabled()
-        with unchecked(self.pipeline):  # what is handed out passes the original's
-            return images_of(self.drive(condition.select(rows), own, put, gradients=graph, needs_denoiser=lambda k: False, **overrides))
+        try:
+            with unchecked(self.pipeline):  # what is handed out passes the original's
+                return images_of(self.drive(condition.select(rows), own, put, gradients=graph, needs_denoiser=lambda k: False, **overrides))
+        except ValueError:
+            if begun or "num_inference_steps" not in overrides:
+                raise
+        # Distilled models may know one number of steps.
+        self.given = condition, generator, {name: value for name, value in overrides.items() if name != "num_inference_steps"}
+        return self.images(latents, rows)
 
 
 def _chosen(preset: str | Guidance, overrides: dict[str, Any]) -> Guidance:

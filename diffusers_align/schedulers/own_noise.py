@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..transition import GaussianTransition
-from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput
+from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, returned
 
 
 class Draw(NamedTuple):
@@ -111,9 +111,9 @@ class OwnNoiseMixin(SDESchedulerMixin):
         mean, std, clean = self._draw(model_output.float(), k, sample.float(), timestep)
         if noisy and not self.deterministic:
             self.skip_step(timestep)
-            return self._score(GaussianTransition(mean, std), sample, clean, generator, prev_sample)
+            return self._score(GaussianTransition(mean, std), returned(sample, model_output), clean, generator, prev_sample)
         stock = self._stock_step(model_output, timestep, sample, generator)
-        output = self._deterministic_output(stock, sample, prev_sample, clean)
+        output = self._deterministic_output(stock, returned(sample, model_output), prev_sample, clean)
         if self.ends_clean and not noisy:
             output.pred_original_sample = output.prev_sample
         return output

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks.ranges import Probability, check_value
 from ..transition import GaussianTransition
-from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, as_state, build_source
+from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, as_state, build_source, returned
 
 
 class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
@@ -136,7 +136,7 @@ class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
         t = int(timestep)
         if self._noise_scale() == 0 or float(self._get_variance(t, self._previous(t))) <= 0:
             stock = self._stock_step(model_output, timestep, sample, eta=0.0)
-            output = self._deterministic_output(stock, sample, prev_sample, stock.pred_original_sample)
+            output = self._deterministic_output(stock, returned(sample, model_output), prev_sample, stock.pred_original_sample)
         else:
             output = self._stochastic_step(model_output, timestep, sample, generator, variance_noise, prev_sample)
         return output if return_dict else (output.prev_sample, output.pred_original_sample)
@@ -144,5 +144,5 @@ class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
     def _stochastic_step(self, model_output, timestep, sample, generator, variance_noise, prev_sample) -> SDESchedulerOutput:
         transition, pred_original_sample = self._kernel(model_output, timestep, sample)
         if prev_sample is None and variance_noise is not None:
-            prev_sample = as_state(transition.mean + transition.std * variance_noise, sample)
-        return self._score(transition, sample, pred_original_sample, generator, prev_sample)
+            prev_sample = as_state(transition.mean + transition.std * variance_noise, returned(sample, model_output))
+        return self._score(transition, returned(sample, model_output), pred_original_sample, generator, prev_sample)

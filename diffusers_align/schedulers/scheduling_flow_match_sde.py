@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..checks.ranges import CountOrNone, NonNegative, Probability, check_value
 from ..transition import GaussianTransition
 from .kernels import KERNELS, Kernel
-from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, build_source
+from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, build_source, returned
 
 
 def _check_window(window: tuple[int, int] | list[int]) -> None:
@@ -123,6 +124,16 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
         if max(self._sigma_list) > 1 + 1e-4:
             raise ValueError(f"Noise levels up to {max(self._sigma_list):.4g} are none of flow matching, where 1 is pure noise: there is no kernel here.")
 
+    def stand_in(self, timesteps: Tensor) -> None:
+        """Also the noise levels where all samples share a row's time: some pipelines tell them to the denoiser. Of a time of the schedule it is the level as
+        it is there, bit for bit."""
+        if timesteps.ndim == 1:
+            most = float(self.config.num_train_timesteps)
+            known = dict(sorted({0.0: 0.0, most: 1.0, **dict(zip(self.timesteps.tolist(), self._sigma_list))}.items()))
+            levels = np.interp(timesteps.tolist(), list(known), list(known.values()))
+            self.sigmas = torch.tensor([*levels, self._sigma_list[-1]]).to(self.sigmas)
+        super().stand_in(timesteps)
+
     def _noise_at(self, k: int) -> float:
         level, window = self.config.noise_level, self.config.sde_window
         if self.deterministic or (window is not None and not window[0] <= k < window[1]):
@@ -196,13 +207,13 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
         if self.kernel(k).std == 0 or (per_token_timesteps is not None and not bool(self._drawn(k, per_token_timesteps).any())):
             stock = FlowMatchEulerDiscreteScheduler.step(self, model_output, timestep, sample, generator=generator, per_token_timesteps=per_token_timesteps)
             clean = self._clean(k, model_output, sample) if per_token_timesteps is None else None
-            output = self._deterministic_output(stock, sample, prev_sample, clean)
+            output = self._deterministic_output(stock, returned(sample, model_output), prev_sample, clean)
         else:
             if per_token_timesteps is None:
                 transition, clean = self._transition(k, model_output, sample), self._clean(k, model_output, sample)
             else:
                 transition, clean = self._per_token(k, model_output, sample, per_token_timesteps)
-            output = self._score(transition, sample, clean, generator, prev_sample)
+            output = self._score(transition, returned(sample, model_output), clean, generator, prev_sample)
             self._step_index += 1
         return output if return_dict else (output.prev_sample,)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checks.ranges import Probability, check_value
 from ..transition import GaussianTransition
-from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, build_source
+from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, build_source, returned
 from .sigma_space import SigmaSpace, ancestral_step, columns
 
 # The schedulers whose own step is Euler's: it is taken where there is no noise. The others' is of another order; Euler's takes its place.
@@ -241,18 +241,18 @@ class SigmaSDEScheduler(SDESchedulerMixin, EulerDiscreteScheduler):
         """
         if self.step_index is None:
             self._init_step_index(timestep)
-        k = self.step_index
+        k, back = self.step_index, returned(sample, model_output)
         given = {} if pred_original_sample is None else {"pred_original_sample": pred_original_sample}
         if self.kernel(k)[2] == 0 and self._walks_euler:
             stock = self._synchronised().step(model_output, timestep, sample, **given)
             clean = getattr(stock, "pred_original_sample", None)
-            output = self._deterministic_output(stock, sample, prev_sample, self.clean_sample(k, model_output, sample) if clean is None else clean)
+            output = self._deterministic_output(stock, back, prev_sample, self.clean_sample(k, model_output, sample) if clean is None else clean)
         else:
             clean = self.clean_sample(k, model_output, sample) if pred_original_sample is None else pred_original_sample
             transition = self._transition(k, clean, sample)
             if self.kernel(k)[2] > 0:
-                output = self._score(transition, sample, clean, generator, prev_sample)
+                output = self._score(transition, back, clean, generator, prev_sample)
             else:
-                output = self._deterministic_output(SDESchedulerOutput(transition.mean), sample, prev_sample, clean)
+                output = self._deterministic_output(SDESchedulerOutput(transition.mean), back, prev_sample, clean)
         self._step_index = k + 1
         return output if return_dict else (output.prev_sample, output.pred_original_sample)

@@ -19,7 +19,8 @@ class SDESchedulerOutput(BaseOutput):
     """The output of `step`: diffusers' fields first, then what a policy needs.
 
     Attributes:
-        prev_sample: (B, *D), the next state x_{t-1}, in the dtype and the memory layout of the state before it.
+        prev_sample: (B, *D), the next state x_{t-1}, in the dtype and the memory layout of the state before it; in that of the model's output where
+            that is the wider one.
         pred_original_sample: (B, *D), the clean sample that the model predicts, in the same dtype.
         log_prob: (B,) nats, of `prev_sample` as returned (after rounding); None at deterministic steps.
         prev_sample_mean: (B, *D), the kernel's mean, float32; at deterministic steps the stock step's result.
@@ -126,6 +127,12 @@ def as_state(x: Tensor, state: Tensor) -> Tensor:
     to the pipeline again must have what the pipeline's own had."""
     alike = x.dtype == state.dtype and x.device == state.device and x.stride() == state.stride()
     return x if alike else torch.empty_like(state).copy_(x)
+
+
+def returned(sample: Tensor, model_output: Tensor) -> Tensor:
+    """`sample` (B, *D) in the precision of what a step from it returns: that of the model's output where that is the wider one, as in stock schedulers.
+    Some pipelines begin in half precision and go on in float32."""
+    return sample.to(torch.promote_types(sample.dtype, model_output.dtype))
 
 
 def fork(generator: Generator) -> Generator:

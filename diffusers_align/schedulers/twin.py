@@ -47,6 +47,7 @@ NO_KERNEL = {
     "DPMSolverMultistepInverse": "it walks from data to noise",
     "HeliosDMD": "each stage re-noises with one and the same noise, that of its start, so that no step draws",
     "Helios": "its velocities lead from stage to stage, each with end points of its own, which are no noise levels",
+    "MiniMaxH3": "its pipeline hands it one sample's tokens as rows, without an axis of samples, so that no density would be a sample's",
     "RePaint": "it jumps back and forth in time",
     "VQDiffusion": "its states are discrete",
     "Amused": "its states are discrete",

@@ -87,3 +87,38 @@ def test_open_gates_call_and_learn():
     with gated(module, lambda: True):
         assert torch.equal(module(x)["video"], module.layer(x))
     assert module.calls == 1 and not closed(module, x)["video"].any() and module.calls == 1
+
+
+class Cache:
+    def __init__(self):
+        self.layers = [None]
+
+
+class Caching(Two):
+    """Keeps what it computes in a cache that it is handed, and reads it afterwards, as transformers do with keys and values."""
+
+    def forward(self, video, cache=None, mode="fill"):
+        self.calls += 1
+        if mode == "fill":
+            cache.layers[0] = self.layer(video)
+        return (video + cache.layers[0],)
+
+
+def test_a_call_that_fills_a_cache_is_made_with_its_graph_and_one_that_reads_it_is_not():
+    module, x = Caching(), torch.ones(2, 3)
+    for calls in (2, 3):  # the second kind of call is learned once
+        cache = Cache()
+        closed(module, x, cache=cache)
+        closed(module, x, cache=cache, mode="read")
+        assert torch.equal(cache.layers[0], module.layer(x)) and cache.layers[0].requires_grad and module.calls == calls
+    assert not closed(module, x, cache=cache, mode="read")[0].any() and module.calls == 3
+
+
+def test_a_denoiser_that_is_looked_into_is_called_without_its_graph():
+    module, x, seen = Two(), torch.ones(2, 3), []
+    module.layer.register_forward_hook(lambda layer, args, output: None)  # the user's own, from before
+    closed(module, x)
+    assert not closed(module, x)["video"].any() and module.calls == 1
+    with gated(module, lambda: False), module.layer.register_forward_hook(lambda layer, args, output: seen.append(output)):
+        output = module(x)["video"]
+    assert torch.equal(output, module.layer(x)) and not output.requires_grad and len(seen) == 1 and module.calls == 2

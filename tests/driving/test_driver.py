@@ -15,12 +15,14 @@ from diffusers import (
 )
 from tiny_pipelines import FAMILIES
 
+from diffusers_align import Policy
 from diffusers_align.driving.driver import Driver
-from diffusers_align.driving.outcome import images_of
+from diffusers_align.driving.outcome import images_of, on_white
 from diffusers_align.driving.prompt_memory import PromptMemory
 from diffusers_align.driving.scheduler_hook import denoisers, drive
 from diffusers_align.driving.stock import stock_images
 from diffusers_align.schedulers import sde_twin
+from tests.families.cases import CASES
 
 CALL = {"prompt": ["a cat"], "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent", "height": 16, "width": 16}
 
@@ -249,3 +251,32 @@ def test_arrays_are_pictures_too():
     assert torch.equal(images_of((pictures.permute(0, 2, 3, 1).numpy(),)), pictures)
     assert torch.equal(images_of((pictures[None].permute(0, 1, 3, 4, 2).numpy(),)), pictures[None])
     assert torch.equal(images_of((pictures[0].numpy(),)), pictures[0])
+
+
+def test_transparent_pictures_lie_on_white():
+    pictures = torch.zeros(1, 4, 1, 3)
+    pictures[0, 0], pictures[0, 3] = 0.5, torch.tensor([0.0, 0.5, 1.0])
+    expected = torch.tensor([[[[1.0, 0.75, 0.5]], [[1.0, 0.5, 0.0]], [[1.0, 0.5, 0.0]]]])
+    assert torch.equal(on_white(pictures), expected) and torch.equal(images_of((pictures,)), expected)
+    assert torch.equal(images_of((pictures.movedim(1, -1).numpy(),)), expected)
+    assert torch.equal(images_of((pictures[:, :3],)), pictures[:, :3])
+
+
+@pytest.mark.parametrize("name", ["LEditsPPPipelineStableDiffusion", "CycleDiffusionPipeline"])
+def test_a_pipeline_that_hands_over_the_noise_of_its_steps_is_no_policy(name):
+    with pytest.raises(ValueError, match="hands each step the noise that it found for a picture, so that nothing is drawn"):
+        Policy(CASES[name][0].build())
+
+
+def test_a_state_gets_the_precision_of_the_models_output():
+    """The first state of this pipeline is in half precision, its outputs are in float32, and so are all states after it: the pipeline checks it."""
+    case = CASES["ZImageImg2ImgPipeline"][0]
+    policy = Policy(case.build().to(torch.bfloat16), **case.call)
+    seen = []
+    condition = policy.condition(list(case.prompts), seeds=[1, 2], per_sample=case.per_sample)
+    with torch.no_grad(), policy.noise(condition, False):
+        policy.drive(condition, lambda step: seen.append((step.sample.dtype, step.model_output.dtype)))
+    assert seen[0] == (torch.bfloat16, torch.float32) and set(seen[1:]) == {(torch.float32, torch.float32)}
+    trajectory = policy.rollout(condition)
+    log_probs = [kernel.log_prob(trajectory.actions[:, k]) for k, kernel in sorted(policy.transitions(trajectory).items())]
+    assert torch.equal(torch.stack(log_probs, 1), trajectory.log_probs[:, trajectory.noisy_steps])

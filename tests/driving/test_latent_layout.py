@@ -105,3 +105,15 @@ def test_an_autoencoder_without_a_distribution_encodes():
     )
     images = some_images(3, 16, 16)
     torch.testing.assert_close(policy.encode(images), vae.encode(images * 2 - 1).latents * vae.config.scaling_factor, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_pictures_of_an_autoencoder_with_an_alpha_channel_are_opaque():
+    case = CASES["QwenImage21Pipeline"][0]
+    policy = Policy(case.build(), **case.call)
+    condition = policy.condition(list(case.prompts), seeds=[1, 2], per_sample=case.per_sample)
+    images = torch.rand(2, 3, 1, 1).expand(2, 3, 64, 64)
+    actual = policy.decode(policy.encode(images, condition), condition)
+    vae, pixels = policy.pipeline.vae, torch.cat([images * 2 - 1, torch.ones(2, 1, 64, 64)], 1)[:, :, None]
+    decoded = (vae.decode(vae.encode(pixels).latent_dist.mode()).sample[:, :, 0] / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(actual, decoded[:, :3] * decoded[:, 3:] + 1 - decoded[:, 3:], rtol=1e-4, atol=1e-4)

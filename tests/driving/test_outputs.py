@@ -75,3 +75,20 @@ def test_a_call_without_latents_is_made_once(monkeypatch):
 def test_it_is_read_from_the_pipelines_code(name, latents, arrays):
     pipeline = object.__new__(getattr(diffusers, name))
     assert (returns_latents(pipeline), makes_arrays(pipeline)) == (latents, arrays)
+
+
+def test_a_pipeline_of_pixels_that_takes_pt_for_latents_gives_pictures_in_0_to_1():
+    pipeline, case = built("PRXPixelPipeline")
+    policy = Policy(pipeline, **case.call)
+    latents = torch.tensor([-3.0, -1.0, 0.0, 0.5, 1.0, 2.0])[torch.arange(3 * 16 * 16).reshape(1, 3, 16, 16) % 6].requires_grad_()
+    with torch.enable_grad():
+        images = policy.decode(latents, policy.condition([case.prompts[0]], seeds=[1]))
+    torch.testing.assert_close(images, (latents.detach() / 2 + 0.5).clamp(0, 1))
+    images.sum().backward()
+    assert torch.equal(latents.grad, 0.5 * (latents.detach().abs() <= 1))
+
+
+def test_what_a_prior_makes_is_no_picture():
+    policy, trajectory = rollout("WuerstchenPriorPipeline")
+    with pytest.raises(ValueError, match="WuerstchenPriorPipeline makes no pictures"):
+        policy.decode(trajectory.final, trajectory.condition)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffusers_align import Policy
-from diffusers_align.driving.parts import parts_of
+from diffusers_align.driving.parts import parts_apart, parts_of
 from diffusers_align.driving.stock import stock_images
 from diffusers_align.gradients.rollout import differentiable_rollout
 from diffusers_align.pipelines import BestOfNPipeline
@@ -73,3 +73,14 @@ def test_a_progress_bar_around_a_combined_pipeline():
     best = BestOfNPipeline(pipeline, reward=lambda images, prompts: images.flatten(1).mean(1))
     output = best(PROMPTS, num_candidates=2, generator=torch.Generator().manual_seed(0), output_type="pt", **CASE.call)
     assert output.images.shape == (2, 3, 16, 16)
+
+
+def test_a_part_with_a_scheduler_of_its_own_is_no_denoiser_of_the_policy():
+    """What it samples is what the policy's steps start from: it is asked for real whatever step is wanted."""
+    case = CASES["WuerstchenCombinedPipeline"][0]
+    policy = Policy(case.build(), **case.call)
+    assert [type(part).__name__ for part in parts_apart(policy.pipeline)] == ["WuerstchenPriorPipeline"]
+    assert list(policy.denoisers) == ["decoder"]
+    trajectory = policy.rollout([case.prompts[0]], seeds=[1])
+    whole = policy.transitions(trajectory)
+    assert torch.equal(policy.transition(trajectory, 1).mean, whole[1].mean)

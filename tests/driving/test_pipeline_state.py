@@ -118,3 +118,15 @@ def test_attention_processors_are_put_back_where_a_pipeline_returns_before_it_do
     before = dict(policy.pipeline.unet.attn_processors)
     policy.rollout(list(case.prompts), seeds=[1, 2], per_sample=case.per_sample)
     assert policy.pipeline.unet.attn_processors == before
+
+
+def test_a_model_without_its_switch_has_gradients():
+    """Z-Image's control net reads `gradient_checkpointing` wherever autograd is on, and never sets it."""
+    case = CASES["ZImageControlNetPipeline"][0]
+    policy = Policy(case.build(), **case.call)
+    trajectory = policy.rollout(list(case.prompts), seeds=SEEDS, per_sample=case.per_sample)
+    policy.add_lora(2)
+    assert errors_of_replay(policy, trajectory) == [0.0] * len(trajectory.noisy_steps)
+    policy.transition(trajectory, 1).mean.sum().backward()
+    assert any(bool(p.grad.any()) for p in policy.trainable_parameters() if p.grad is not None)
+    assert not hasattr(policy.pipeline.controlnet, "gradient_checkpointing")

@@ -4,6 +4,9 @@ import pytest
 import torch
 from policies import make
 
+from diffusers_align import Policy
+from tests.families.cases import CASES
+
 
 def test_a_pipeline_that_takes_one_time_a_batch_is_said_once_and_a_broken_device_is_not_taken_for_one(caplog, monkeypatch):
     policy, trajectory, _ = make("sd15_img2img")
@@ -44,3 +47,15 @@ def test_a_batch_that_is_evaluated_at_one_time_is_found_also_where_the_asked_tim
         alone = torch.cat([policy.predict(trajectory.final[[i]], apart[[i]], trajectory.condition.select([i])) for i in range(4)])
     assert "its batch is evaluated at one of them" in caplog.text
     torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_pipeline_that_tells_its_denoiser_the_schedulers_noise_level_is_evaluated_at_the_time_that_is_given():
+    case = CASES["Cosmos2_5_PredictBasePipeline"][0]
+    policy, told = Policy(case.build(), **case.call), []
+    trajectory = policy.rollout(list(case.prompts), seeds=[1, 2])
+    with policy.denoising(lambda forward, *args, **kwargs: told.append(kwargs["timestep"].flatten()) or forward(*args, **kwargs)):
+        policy.predict(trajectory.states[:1, 1], trajectory.timesteps[-1:], trajectory.condition.select([0]))
+    asked = next(levels for levels in reversed(told) if len(levels))
+    torch.testing.assert_close(asked[0], trajectory.sigmas[-1].to(asked), rtol=0, atol=1e-6)
+    assert abs(float(trajectory.sigmas[1] - trajectory.sigmas[-1])) > 0.1

@@ -68,7 +68,7 @@ def test_a_call_that_has_done_something_is_not_made_again(when):
         def __call__(self, prompt, *, num_inference_steps=2, generator=None, output_type="pil"):
             calls.append(prompt)
             if when == "drawn":
-                torch.randn(1, generator=generator[0])
+                torch.randn(1, generator=generator)
             else:
                 self.scheduler.set_timesteps(2)
                 self.scheduler.step(torch.zeros(1, 4, 8, 8), self.scheduler.timesteps[0], torch.zeros(1, 4, 8, 8))

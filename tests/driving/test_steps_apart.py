@@ -6,6 +6,7 @@ from policies_again import changed, policy_of
 from torch import nn
 
 from diffusers_align import Policy
+from tests.families.cases import CASES
 
 PROMPTS, SEEDS = ["a cat", "a dog"], [1, 2]
 
@@ -86,3 +87,26 @@ def test_steps_apart_are_remembered_by_the_kind_of_call():
     assert policy.steps_apart == {}
     replayed(policy, trajectory)
     assert list(policy.steps_apart.values()) == [True]
+
+
+def test_a_cache_that_the_denoiser_fills_has_its_gradient():
+    """Keys and values of the prompt are the same ones at each step, whether they are kept from the first on or computed anew."""
+    case, found = CASES["QwenImage21Pipeline"][0], []
+    for kept in (True, False):
+        policy = Policy(case.build(), **{**case.call, "use_kv_cache": kept})
+        trajectory = policy.rollout(list(case.prompts), seeds=SEEDS, per_sample=case.per_sample)
+        policy.add_lora(4, init_lora_weights=False)
+        for i, parameter in enumerate(policy.trainable_parameters()):
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(i))
+        gradients = []
+        policy.replay(trajectory, lambda k, kernel: gradients.append(gradient_of(policy, kernel.mean.square().mean())))  # noqa: B023
+        k = trajectory.noisy_steps[-1]
+        alone = gradient_of(policy, policy.transition(trajectory, k).mean.square().mean())
+        torch.testing.assert_close(alone, gradients[-1], rtol=1e-4, atol=1e-7)
+        found.append(torch.stack(gradients))
+    assert found[0][-1].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-6)
+
+
+def gradient_of(policy: Policy, value: torch.Tensor) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, policy.trainable_parameters(), materialize_grads=True)])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_align import Policy, Trajectory
 from diffusers_align.condition import Condition, belongs_to_samples
+from diffusers_align.driving.outcome import on_white
 from diffusers_align.driving.scheduler_hook import denoisers
 
 from .case import Case
@@ -112,8 +113,11 @@ class Subject:
     # --- the stock call --------------------------------------------------------------------------------------------
 
     def stock_call(self, output_type: str, pipeline: Any = None) -> Any:
-        """The output of the stock pipeline's own call."""
+        """The output of the stock pipeline's own call, with frozen weights: of others kernels may round otherwise, and some samplers make much of that."""
         pipeline = self.build() if pipeline is None else pipeline
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
         if hasattr(pipeline, "blocks"):
             return pipeline(**self._modular_call(pipeline, generators, output_type))
@@ -154,9 +158,9 @@ class Subject:
                     raise
                 output = self.stock_call("np", pipeline)  # some know no tensors
         images = tensor_of(output)
-        if images.ndim > 3 and images.min() < 0:  # some leave tensors as the autoencoder made them
+        if images.ndim > 3 and images.shape[-3] == 3 and images.min() < 0:  # some leave tensors as the autoencoder made them
             images = tensor_of(self.stock_call("np"))
-        return images
+        return on_white(images) if images.ndim > 3 and images.shape[-3] == 4 else images
 
     @cached_property
     def stock_latents(self) -> Tensor:

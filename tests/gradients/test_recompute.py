@@ -50,3 +50,17 @@ def test_lists_that_a_denoiser_uses_up_are_whole_again_and_the_callers_untouched
     output = recomputed(module.forward, x, residuals=residuals)
     assert torch.equal(torch.autograd.grad(output.sum(), module.layer.weight)[0], expected)
     assert len(residuals) == 2
+
+
+def test_a_call_that_reads_a_cache_is_not_computed_again():
+    """Pipelines empty their caches at their end, before a gradient comes back."""
+
+    class Cache:
+        kept = torch.ones(3, requires_grad=True)
+
+    x, cache, calls = torch.ones(3, requires_grad=True), Cache(), []
+    output = recomputed(lambda x, cache: calls.append(1) or (x * cache.kept).sin(), x, cache=cache)
+    cache.kept = None
+    output.sum().backward()
+    assert len(calls) == 1
+    torch.testing.assert_close(x.grad, torch.ones(3).cos())

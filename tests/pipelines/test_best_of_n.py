@@ -10,6 +10,7 @@ from wrapping import brightness, g, stacked
 from diffusers_align import embedded
 from diffusers_align.pipelines import BestOfNPipeline
 from diffusers_align.rewards import InvalidReward
+from tests.families.cases import CASES
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux", "wan", "sd15_img2img"])
@@ -143,3 +144,11 @@ def test_noise_has_no_neighbours_where_an_image_is_in_it(pipes):
     pipe, call = pipes("sd15_img2img")
     with pytest.raises(ValueError, match="does not start from noise alone"):
         BestOfNPipeline(pipe, brightness)("a", search="zero_order", rounds=2, **call)
+
+
+def test_candidates_that_are_one_are_refused():
+    """The pipeline starts from what an inversion has left, and draws nothing."""
+    case = CASES["LEditsPPPipelineStableDiffusion"][0]
+    pipeline = BestOfNPipeline(case.build(), reward=brightness)
+    with pytest.raises(ValueError, match="makes the same samples with other seeds"):
+        pipeline(["", ""], generator=[g(1), g(2)], num_candidates=2, output_type="pt", **case.call)

@@ -315,3 +315,28 @@ def test_a_step_that_holds_all_tokens_is_the_stock_step():
 def test_flow_refuses_nonsense(config, message):
     with pytest.raises(ValueError, match=message):
         FlowMatchSDEScheduler(**config)
+
+
+def test_noise_levels_stand_in_with_their_times():
+    """Some pipelines tell the denoiser `scheduler.sigmas[i]`, not the time: those of the schedule as they are there, others between them."""
+    scheduler = FlowMatchSDEScheduler(shift=3.0)
+    scheduler.set_timesteps(4)
+    times, sigmas = scheduler.timesteps.clone(), scheduler.sigmas.clone()
+    scheduler.stand_in(times[1].expand(3))
+    assert torch.equal(scheduler.timesteps, times[1].expand(3)) and torch.equal(scheduler.sigmas[:-1], sigmas[1].expand(3)) and len(scheduler.sigmas) == 4
+    scheduler.set_timesteps(4)
+    scheduler.stand_in(torch.tensor([0.0, 500.0, 1000.0]))
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor([0.0, 0.5, 1.0, 0.0]))
+    scheduler.set_timesteps(4)
+    scheduler.stand_in(torch.full((4, 2), 300.0))  # one of each sample is for pipelines that read the times
+    assert torch.equal(scheduler.sigmas, sigmas)
+
+
+def test_a_state_in_half_precision_goes_on_in_that_of_the_models_output():
+    scheduler = FlowMatchSDEScheduler()
+    scheduler.set_timesteps(3)
+    state, output = torch.ones(1, 4, dtype=torch.bfloat16), torch.full((1, 4), 0.3)
+    drawn = scheduler.step(output, scheduler.timesteps[0], state, generator=torch.Generator().manual_seed(0))
+    assert drawn.prev_sample.dtype == torch.float32 and not torch.equal(drawn.prev_sample, drawn.prev_sample.bfloat16().float())
+    stepped = scheduler.step(output.bfloat16(), scheduler.timesteps[1], torch.ones(1, 4))
+    assert stepped.prev_sample.dtype == torch.float32

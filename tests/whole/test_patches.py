@@ -21,6 +21,7 @@ from private_names import CODE, ROOT, UPSTREAM
 from torch import nn
 
 from diffusers_align.driving.blocks import leaves
+from diffusers_align.driving.calls import calls_of
 from diffusers_align.driving.replacements import InPlace, held, reads_global, replaced, with_globals
 from diffusers_align.driving.scheduler_hook import _asks_first
 from diffusers_align.pipelines.base import WrappedPipeline
@@ -342,7 +343,7 @@ def test_schedulers_keep_their_position_where_we_look():
 
 
 def test_pipelines_that_ask_for_clean_samples_are_found():
-    asks = {cls.__name__ for cls in (diffusers.CosmosTextToWorldPipeline, diffusers.StableVideoDiffusionPipeline) if _asks_first(object.__new__(cls))}
+    asks = {cls.__name__ for cls in (diffusers.CosmosTextToWorldPipeline, diffusers.StableVideoDiffusionPipeline) if _asks_first(calls_of(object.__new__(cls)))}
     holds(asks == {"CosmosTextToWorldPipeline"}, "co_consts", f"Of Cosmos 1 and Stable Video Diffusion, {asks or 'none'} ask for clean samples first.")
     code = inspect.getsource(inspect.unwrap(diffusers.CosmosTextToWorldPipeline.__call__))
     holds("self.scheduler._step_index -= 1" in code, "co_consts", "Cosmos 1 takes the step that asks back in another way.")

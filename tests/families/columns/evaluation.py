@@ -33,7 +33,7 @@ def predict(subject: Subject) -> str | None:
 
 @torch.no_grad()
 def guided(subject: Subject) -> None:
-    policy, trajectory, seen = subject.policy, subject.trajectory, []
+    policy, trajectory, seen, told = subject.policy, subject.trajectory, [], {}
     k = min(1, trajectory.num_steps - 1)
 
     def keep(step) -> Tensor | None:
@@ -43,12 +43,20 @@ def guided(subject: Subject) -> None:
             seen.append((step.timestep, step.sample.clone(), (step.model_output.chunk(2, 1)[0] if learned else step.model_output).clone()))
         return None
 
-    with policy.noise(trajectory.condition, False):
+    def ask(forward, *args, **kwargs):
+        told.update({name: x.clone() for name, x in kwargs.items() if isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 1 and not seen})
+        return forward(*args, **kwargs)
+
+    with policy.noise(trajectory.condition, False), policy.denoising(ask):
         policy.drive(trajectory.condition, keep)
-    timestep, state, expected = seen[0]
-    times = torch.as_tensor(timestep).flatten()[:1].expand(len(state))
-    output = policy.predict(state, times, trajectory.condition, guidance=True)
+    timestep, state, expected = seen.pop()
+    times, before = torch.as_tensor(timestep).flatten()[:1].expand(len(state)), dict(told)
+    with policy.denoising(ask):
+        output = policy.predict(state, times, trajectory.condition, guidance=True)
     error = relative_error(output, expected)
+    others = [name for name in before if name in told and not torch.equal(before[name], told[name])]
+    if error > 1e-4 and others and not {"timestep", "timesteps", "t"} & set(others):
+        raise DoesNotApply(f"The denoiser is also told where a step leads to ({', '.join(others)}); `predict` is of one time, and asks for the velocity there.")
     require(error <= 1e-4, f"Off by {error:.1e} from what the roll-out saw.")
 
 
