@@ -16,7 +16,7 @@ from ...schedulers import sde_twin
 from ...schedulers.twin import SDE_FIELDS, own_noise_twin
 from .modular_loading import INDEX as MODULAR_INDEX
 from .modular_loading import is_modular, load_modular
-from .single_file import SUFFIXES, load_single_file
+from .single_file import SUFFIXES, is_single_file, load_single_file
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def load_pipeline(args) -> DiffusionPipeline | ModularPipeline:
         ValueError: what is there is no pipeline.
     """
     name, dtype = args.pretrained_model_name_or_path, DTYPES[args.mixed_precision]
-    if Path(name).suffix in SUFFIXES and Path(name).is_file():
+    if is_single_file(name):
         return load_single_file(name, getattr(args, "single_file_config", None), dtype)
     source = model_source(name)
     try:
@@ -100,11 +100,12 @@ def training_scheduler(pipeline, **sde_fields: Any):
     Raises:
         ValueError: it has none, or not one with these fields; then the message names scripts for such models.
     """
-    if (own := own_noise_twin(pipeline.scheduler)) is not None and (unused := sorted(set(sde_fields) - set(SDE_FIELDS[own.__name__]))):
-        logger.warning("%s has noise of its own, so %s has no effect.", type(pipeline.scheduler).__name__, ", ".join(f"--{name}" for name in unused))
+    stock = calls_of(pipeline).main_scheduler
+    if (own := own_noise_twin(stock)) is not None and (unused := sorted(set(sde_fields) - set(SDE_FIELDS[own.__name__]))):
+        logger.warning("%s has noise of its own, so %s has no effect.", type(stock).__name__, ", ".join(f"--{name}" for name in unused))
         sde_fields = {name: value for name, value in sde_fields.items() if name not in unused}
     try:
-        return sde_twin(pipeline.scheduler, **sde_fields)
+        return sde_twin(stock, **sde_fields)
     except ValueError as error:
         name = str(error).split(" ", 1)[0]
         if name not in ELSEWHERE:
