@@ -99,6 +99,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from diffusers_align.data import load_prompts
+from diffusers_align.driving.calls import calls_of
 from diffusers_align.policy import Policy
 from diffusers_align.rewards.clip_embedder import CLIPEmbedder
 from diffusers_align.rewards.registry import model_option
@@ -207,7 +208,7 @@ def main(argv=None):
     embedder = CLIPEmbedder(**model_option(args.diversity_model)).to(device) if args.diversity and args.diversity_model else None
     pipeline = load_pipeline(args).to(device)
     sde = {name: getattr(args, name) for name in STRENGTH if getattr(args, name) is not None}
-    scheduler = sde_twin(pipeline.scheduler, **sde)
+    scheduler = sde_twin(calls_of(pipeline).main_scheduler, **sde)
 
     # 2 the base and each LoRA at equal prompts and seeds
     evaluations, models = compare(args, session, pipeline, scheduler, loras, prompts, rewards, embedder, pairs)

@@ -90,6 +90,7 @@ from tqdm.auto import tqdm
 from diffusers_align.data import load_prompts
 from diffusers_align.data.augment import to_tensor
 from diffusers_align.data.inputs import key_of, sizes_of
+from diffusers_align.driving.calls import calls_of
 from diffusers_align.driving.stock import stock_images
 from diffusers_align.files import lora_finder
 from diffusers_align.policy import Policy, noise_seed
@@ -270,7 +271,7 @@ def main(argv=None):
     pipeline = load_pipeline(args).to(accelerator.device)
     sde = {name: getattr(args, name) for name in STRENGTH if getattr(args, name) is not None}
     with lora_loaded(pipeline, lora, "preferences"):
-        sample(args, Policy(pipeline, sde_twin(pipeline.scheduler, **sde), **call_arguments(args, pipeline)), accelerator, prompts, jobs, folder)
+        sample(args, Policy(pipeline, sde_twin(calls_of(pipeline).main_scheduler, **sde), **call_arguments(args, pipeline)), accelerator, prompts, jobs, folder)
 
     # 2 score
     rewards = score(args, session, reward, prompts, jobs, folder)

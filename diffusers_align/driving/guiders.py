@@ -54,16 +54,22 @@ def guided(pipeline, settings: dict[str, Any]) -> Iterator[None]:
     conditional prediction, and the pipeline encodes what it always does: with `enabled=False` some have no negative prompt where they need one.
 
     A guider that compares a prediction with itself is reported, once for a pipeline.
+
+    Raises:
+        ValueError: a setting that the guider does not take for a call, or a `guidance` that is no switch.
     """
+    switch = settings.get("guidance")
+    if not isinstance(switch, bool | None):
+        raise ValueError(f"guidance=False switches the guiders off, True leaves them on, got {switch!r}; how strong they are is guidance_scale.")
     with ExitStack() as stack:
         for component, guider in guiders(pipeline).items():
             own = _copied(guider)
             given = {field: settings[name] for field in guider.config for name in (field, _own_name(component, field)) if settings.get(name) is not None}
-            for field, value in ({"enabled": True} | given if given else {}).items():
-                _set(own, field, value)
-            for method in _PREPARE if settings.get("guidance") is not False else ():
+            if given:
+                _set(own, {"enabled": True} | given)
+            for method in _PREPARE if switch is not False else ():
                 stack.enter_context(replaced(own, method, partial(_watched, pipeline, component)))
-            if settings.get("guidance") is False:
+            if switch is False:
                 own.__class__ = _conditional(type(own))
             stack.enter_context(held(pipeline, component, own))
         yield
@@ -71,7 +77,10 @@ def guided(pipeline, settings: dict[str, Any]) -> Iterator[None]:
 
 def state_of(pipeline) -> dict[str, list]:
     """The settings of the guiders in plain values: what a text encoder may look at to know whether a negative prompt is needed."""
-    return {component: [type(guider).__name__, *(repr(_value(guider, name)) for name in guider.config)] for component, guider in guiders(pipeline).items()}
+    return {
+        component: [type(guider).__name__, *(repr(_value(guider, name)) for name in guider.config if not name.startswith("_"))]
+        for component, guider in guiders(pipeline).items()
+    }
 
 
 def _own_name(component: str, field: str) -> str:
@@ -85,13 +94,19 @@ def _attribute(guider: BaseGuidance, field: str) -> str:
 
 
 def _value(guider: BaseGuidance, field: str) -> Any:
-    return getattr(guider, _attribute(guider, field), guider.config[field])
+    return guider.__dict__.get(_attribute(guider, field), guider.config[field])
 
 
-def _set(guider: BaseGuidance, field: str, value: Any) -> None:
-    if (name := _attribute(guider, field)) not in guider.__dict__:
-        raise ValueError(f"{type(guider).__name__} keeps no {field!r} for a call: give the pipeline a guider that has it, guider.new({field}=...).")
-    guider.__dict__[name] = value
+def _set(guider: BaseGuidance, given: dict[str, Any]) -> None:
+    """Give the guider the attributes that one built with these settings has: some settings only say how others are made (which layers, what dropout)."""
+    before, after = guider.new().__dict__, guider.new(**given).__dict__
+    made = {name: value for name, value in after.items() if name != "_internal_dict" and before.get(name) != value}
+    for field, value in given.items():
+        if (name := _attribute(guider, field)) in guider.__dict__:
+            made.setdefault(name, value)
+        elif not made and value != guider.config[field]:
+            raise ValueError(f"{type(guider).__name__} keeps no {field!r} for a call: give the pipeline a guider that has it, guider.new({field}=...).")
+    guider.__dict__.update(made)
 
 
 def _copied(guider: BaseGuidance) -> BaseGuidance:

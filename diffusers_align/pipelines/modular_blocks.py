@@ -27,6 +27,7 @@ from torch import Tensor
 from ..algorithms.best_of_n import best
 from ..algorithms.guidance import Guidance
 from ..algorithms.guidance import preset as find_preset
+from ..checks.ranges import check_value
 from ..condition import Condition
 from ..driving.calls import calls_of
 from ..driving.outcome import WAVES, images_of, waveforms
@@ -87,7 +88,12 @@ class RewardGuidedStep(SequentialPipelineBlocks):
 
     def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         inside, scale = self.sub_blocks["denoise"], state.get("reward_scale", 1.0)
-        if state.get("reward") is None or scale == 0:
+        check_value("reward_scale", scale, float)
+        if not _rewarded(state):
+            if scale not in (0, 1):
+                raise ValueError(f"reward_scale={scale:g} is the weight of a reward, and the call has none: give it as well, or leave reward_scale out.")
+            return inside(components, state)
+        if scale == 0:
             return inside(components, state)
         preset = state.get("preset") or "dps"
         guidance = preset if isinstance(preset, Guidance) else find_preset(preset)
@@ -137,8 +143,10 @@ class BestOfNStep(ModularPipelineBlocks):
 
     def __call__(self, components: ModularPipeline, state: PipelineState) -> tuple[ModularPipeline, PipelineState]:
         name = next((name for name in _OUTPUTS if state.get(name) is not None), None)
-        if state.get("reward") is None or state.get("output_type") == "latent":
+        if not _rewarded(state):
             return components, state
+        if state.get("output_type") == "latent":
+            raise ValueError("Latents cannot be judged: leave output_type out, or the reward.")
         if name is None:
             raise ValueError(f"No block before this one has left {' or '.join(_OUTPUTS)}: put it behind the one that decodes.")
         found, number = state.get(name), len(_prompts(state))
@@ -146,10 +154,24 @@ class BestOfNStep(ModularPipelineBlocks):
         rewards = _judge(components, state, len(found))(images, list(range(len(found)))).reshape(number, -1)
         chosen = best(rewards)
         rows = (chosen.cpu() + rewards.shape[1] * torch.arange(number)).tolist()
-        state.set(name, [found[row] for row in rows] if isinstance(found, list) else found[rows])
+        for output in _OUTPUTS:
+            values = state.get(output)
+            if values is not None and len(values) == len(found):
+                state.set(output, [values[row] for row in rows] if isinstance(values, list) else values[rows])
         state.set("rewards", rewards)
         state.set("chosen", chosen)
         return components, state
+
+
+def _rewarded(state: PipelineState) -> bool:
+    """Whether the call has a reward.
+
+    Raises:
+        ValueError: it has none, but columns for one.
+    """
+    if state.get("reward") is None and state.get("columns") is not None:
+        raise ValueError("columns are a reward's other arguments, and the call has no reward: give it as well, or leave them out.")
+    return state.get("reward") is not None
 
 
 def _steps(block: ModularPipelineBlocks) -> bool:

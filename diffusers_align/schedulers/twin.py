@@ -84,7 +84,8 @@ def sde_twin(scheduler, **sde_fields):
     """
     cls = _twin_class(scheduler)
     if unknown := sorted(set(sde_fields) - set(SDE_FIELDS[cls.__name__])):
-        raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; its fields are {', '.join(SDE_FIELDS[cls.__name__])}.")
+        fields = f"its fields are {', '.join(SDE_FIELDS[cls.__name__])}" if SDE_FIELDS[cls.__name__] else "its noise is the sampler's own, and has none to set"
+        raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; {fields}.")
     if isinstance(scheduler, SDESchedulerMixin):
         return cls.from_config(scheduler.config, **sde_fields)
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from diffusers import AdaptiveProjectedGuidance, ClassifierFreeGuidance, SkipLayerGuidance
+from diffusers import AdaptiveProjectedGuidance, AutoGuidance, ClassifierFreeGuidance, PerturbedAttentionGuidance, SkipLayerGuidance
 from modular_pipelines import build
 
 from diffusers_align import Policy
@@ -40,6 +40,33 @@ def test_a_guider_that_is_off_is_switched_on_by_a_setting():
         assert pipeline.guider.num_conditions == 2
     with guided(pipeline, {"guidance_scale": 2.0, "enabled": False}):
         assert pipeline.guider.num_conditions == 1
+
+
+def test_settings_that_say_how_others_are_made_have_their_effect():
+    guider = AutoGuidance(auto_guidance_layers=[0], dropout=0.5)
+    pipeline = Pipeline(guider=guider)
+    with guided(pipeline, {"dropout": 0.9, "guidance_scale": 2.0}):
+        assert [layers.dropout for layers in pipeline.guider.auto_guidance_config] == [0.9]
+        assert pipeline.guider.guidance_scale == 2.0
+    assert [layers.dropout for layers in guider.auto_guidance_config] == [0.5]
+    pipeline = Pipeline(guider=PerturbedAttentionGuidance(perturbed_guidance_layers=[0], perturbed_guidance_scale=2.0))
+    with guided(pipeline, {"perturbed_guidance_scale": 4.0}):
+        assert pipeline.guider.skip_layer_guidance_scale == 4.0
+
+
+def test_what_was_set_at_a_guider_stays_beside_a_calls_settings():
+    pipeline = Pipeline(guider=ClassifierFreeGuidance(3.0, guidance_rescale=0.5))
+    pipeline.guider.guidance_rescale = 0.7
+    pipeline.guider.disable()
+    with guided(pipeline, {"guidance_scale": 3.0}):
+        assert (pipeline.guider.guidance_rescale, pipeline.guider.guidance_scale, pipeline.guider._enabled) == (0.7, 3.0, True)
+    assert not pipeline.guider._enabled
+
+
+@pytest.mark.parametrize("value", [0, 7.5, "off"])
+def test_a_switch_is_no_number(value):
+    with pytest.raises(ValueError, match="guidance=False switches the guiders off"), guided(Pipeline(guider=ClassifierFreeGuidance(3.0)), {"guidance": value}):
+        pass
 
 
 def policy_with(guider=None, **call):

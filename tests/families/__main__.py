@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from shlex import quote
 
+from diffusers_align.checks.given_names import did_you_mean
+
 from . import expected, pool, worker
 from .cell import ROOT, STATUSES, Cell
 from .exported import Row
@@ -44,6 +46,48 @@ def parser() -> argparse.ArgumentParser:
     return own
 
 
+def checked(arguments: list[str] | None) -> argparse.Namespace:
+    """The options.
+
+    Raises:
+        SystemExit: one that would have no effect beside the others, or a number that makes no sense.
+    """
+    own = parser()
+    options = own.parse_args(arguments)
+    part = bool(options.names or options.column or options.dtype)
+    for name in ("report", "accept"):
+        if part and getattr(options, name):
+            own.error(f"--{name} writes what holds for all classes and columns: leave out the names, --column and --dtype.")
+    looks = [f"--{name}" for name in ("fresh", "changed", "traceback", "accept") if getattr(options, name)]
+    for name in ("report", "list"):
+        if getattr(options, name) and (idle := [flag for flag in looks if not (name == "report" and flag == "--accept")]):
+            own.error(f"--{name} looks at nothing, so that {' and '.join(idle)} would have no effect.")
+    if options.jobs < 1 or not options.time_limit > 0:
+        own.error(f"--jobs is at least 1 and --time-limit above 0, got {options.jobs} and {options.time_limit:g}.")
+    return options
+
+
+def asked(options: argparse.Namespace) -> dict[str, set[str] | None]:
+    """The columns that are asked for, by precision; None for all of them.
+
+    Raises:
+        SystemExit: a name that is no column's, or none that is looked at in this precision.
+    """
+    dtypes = [options.dtype] if options.dtype else DTYPES
+    if not options.column:
+        return dict.fromkeys(dtypes)
+    from .columns import COLUMNS
+
+    half = {column.name: column.half for column in COLUMNS}
+    for name in options.column:
+        if name not in half:
+            raise SystemExit(f"--column {name}: there is no such column.{did_you_mean(name, half)} There are {', '.join(half)}.")
+    wanted = {dtype: {name for name in options.column if half[name] or dtype == "float32"} for dtype in dtypes}
+    if not any(wanted.values()):
+        raise SystemExit(f"--column {' '.join(options.column)}: not looked at in {options.dtype}; leave out --dtype.")
+    return {dtype: names for dtype, names in wanted.items() if names}
+
+
 def chosen(rows: list[Row], names: list[str]) -> list[Row]:
     """The rows that one of the names or patterns matches, with or without the variant.
 
@@ -60,14 +104,15 @@ def chosen(rows: list[Row], names: list[str]) -> list[Row]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    options = checked(arguments)
+    columns = asked(options)
     source = pool.context(["tests.families.preload"])
     rows, left_out, strange, versions, state = _survey(source)
     picked = chosen(rows, options.names)
     if options.list:
         return _listed(picked, left_out, strange)
     results = Results(options.results, versions)
-    found = _look(picked, options, results, source, state)
+    found = _look(picked, options, results, source, state, columns)
     if not (options.names or options.column or options.dtype):
         _written(rows, found, left_out, versions, options.accept)
     return told(picked, found, expected.read()[0])
@@ -96,18 +141,16 @@ def _listed(rows: list[Row], left_out: dict[str, str], strange: list[str]) -> in
     return int(any(row.lacks_case for row in rows))
 
 
-def _look(rows: list[Row], options, results: Results, source, state: str) -> list[Result]:
-    """The results of the rows: those that are there, and new ones."""
-    dtypes = [options.dtype] if options.dtype else DTYPES
+def _look(rows: list[Row], options, results: Results, source, state: str, columns: dict[str, set[str] | None]) -> list[Result]:
+    """The results of the rows in the `columns` of each precision: those that are there, and new ones."""
     again = options.fresh or options.traceback or bool(options.column)
     known, tasks = [], []
     for row in rows:
-        for dtype in dtypes if row.index is not None else ():
+        for dtype, wanted in columns.items() if row.index is not None else ():
             result = None if again else results.get(row.name, dtype)
             if result is not None and (options.report or not (options.changed and result.source != state)):
                 known.append(result)
             elif not options.report:
-                wanted = set(options.column) if options.column else None
                 tasks.append(pool.Task((row, dtype), worker.look_at, (row.cls, row.index, dtype, wanted, options.traceback)))
     number, spent = len(tasks), 0.0
     try:

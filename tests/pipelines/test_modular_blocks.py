@@ -1,10 +1,12 @@
 """Reward guidance and best-of-n as blocks: what the pipelines of these names give, in a user's own modular pipeline."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import ModularPipelineBlocks
+from diffusers.modular_pipelines import PipelineState
 from diffusers.utils import dynamic_modules_utils
 from guided import redness
 from modular_pipelines import build
@@ -56,11 +58,11 @@ def test_the_guided_step_samples_as_the_pipeline_of_that_name(name, preset):
     assert (redness(expected.images, None) > redness(pipe(generator=seeds(), **call).get("images"), None)).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"reward": redness, "reward_scale": 0.0}])
+@pytest.mark.parametrize("options", [{}, {"reward_scale": 0.0}, {"reward": redness, "reward_scale": 0.0}])
 def test_where_nothing_is_asked_for_it_is_the_plain_pipeline_bit_for_bit(options):
     pipe, call = own()
     pipeline = with_blocks(pipe, RewardGuidedStep(), BestOfNStep())
-    found = pipeline(generator=seeds(), **call, **({} if not options else {"reward_scale": 0.0}))
+    found = pipeline(generator=seeds(), **call, **options)
     assert torch.equal(found.get("images"), pipe(generator=seeds(), **call).get("images"))
 
 
@@ -77,6 +79,15 @@ def test_the_best_of_each_prompts_outputs_is_kept(output_type):
         assert torch.equal(found.get("images"), everything[[0, 1, 2, 3, 4, 5]].reshape(2, 3, *everything.shape[1:])[[0, 1], rewards.argmax(1)])
     if output_type == "pil":
         assert all(isinstance(image, Image.Image) for image in found.get("images"))
+
+
+def test_the_sound_of_the_best_is_kept_with_its_pictures():
+    state, videos = PipelineState(), torch.rand(4, 2, 3, 8, 8)
+    for name, value in {"prompt": PROMPTS, "reward": brightness, "videos": videos, "audio": torch.arange(8.0).reshape(4, 1, 2)}.items():
+        state.set(name, value)
+    BestOfNStep()(SimpleNamespace(device=torch.device("cpu")), state)
+    rows = state.get("chosen") + torch.tensor([0, 2])
+    assert torch.equal(state.get("videos"), videos[rows]) and torch.equal(state.get("audio")[:, 0, 0], 2.0 * rows)
 
 
 def test_both_go_together_and_a_reward_gets_its_columns():
@@ -100,6 +111,21 @@ def test_diffusers_loads_the_blocks_from_their_folders(name, kind):
     pipe, call = own()
     found = with_blocks(pipe, block)(reward=redness, generator=seeds(), **call)
     assert found.get("guided_values" if kind is RewardGuidedStep else "rewards") is not None
+
+
+@pytest.mark.parametrize(
+    "step, options, message",
+    [
+        (BestOfNStep(), {"reward": redness, "output_type": "latent"}, "Latents cannot be judged"),
+        (BestOfNStep(), {"columns": {"wish": [1, 2]}}, "the call has no reward"),
+        (RewardGuidedStep(), {"reward_scale": 3.0}, "reward_scale=3 is the weight of a reward"),
+        (RewardGuidedStep(), {"reward": redness, "reward_scale": float("nan")}, "reward_scale must be a finite number"),
+    ],
+)
+def test_arguments_without_effect_are_refused(step, options, message):
+    pipe, call = own()
+    with pytest.raises(ValueError, match=message):
+        with_blocks(pipe, step)(**{**call, **options})
 
 
 def test_what_cannot_work_says_why():

@@ -13,6 +13,7 @@ from tests.families import expected, exported, page, pool
 from tests.families.case import Case
 from tests.families.cell import Cell, DoesNotApply, Fault, looked_at
 from tests.families.column import Column, look
+from tests.families.columns import COLUMNS
 from tests.families.exported import NO_CASE, Row
 from tests.families.results import Result, Results
 
@@ -122,19 +123,52 @@ def test_what_was_looked_at_is_not_looked_at_again(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(pool, "run", fake)
     options = command.parser().parse_args([])
     with pytest.raises(SystemExit):
-        command._look(rows, options, results, None, "source")
+        command._look(rows, options, results, None, "source", command.asked(options))
     assert "goes on from here" in capsys.readouterr().out
     again = Results(tmp_path / "families.jsonl", VERSIONS)
-    assert len(command._look(rows, options, again, None, "source")) == 4
+    assert len(command._look(rows, options, again, None, "source", command.asked(options))) == 4
     assert ran == [("APipeline", "float32"), ("APipeline", "bfloat16"), ("BPipeline", "float32"), ("BPipeline", "float32"), ("BPipeline", "bfloat16")]
     for arguments, number in ((["--fresh"], 4), (["--changed"], 0), (["--changed", "--dtype", "float32"], 0), (["--fresh", "--dtype", "float32"], 2)):
         before = len(ran)
         ran[:0] = [None] * 10  # no interruption
-        command._look(rows, command.parser().parse_args(arguments), again, None, "source")
+        options = command.checked(arguments)
+        command._look(rows, options, again, None, "source", command.asked(options))
         assert len(ran) - before - 10 == number
     before = len(ran)
-    command._look(rows, command.parser().parse_args(["--changed"]), again, None, "another source")
+    options = command.checked(["--changed"])
+    command._look(rows, options, again, None, "another source", command.asked(options))
     assert len(ran) - before == 4
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--accept", "APipeline"], "--accept writes what holds for all"),
+        (["--report", "--dtype", "float32"], "--report writes what holds for all"),
+        (["--accept", "--column", "replay"], "--accept writes what holds for all"),
+        (["--report", "--changed"], "--report looks at nothing, so that --changed would"),
+        (["--list", "--fresh", "--accept"], "--list looks at nothing, so that --fresh and --accept would"),
+        (["--jobs", "0"], "--jobs is at least 1"),
+        (["--time-limit", "nan"], "--time-limit above 0"),
+    ],
+)
+def test_options_without_effect_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        command.checked(arguments)
+    assert message in capsys.readouterr().err
+    assert command.checked(["--report", "--accept"]).accept
+
+
+def test_columns_are_checked_and_looked_at_where_they_are():
+    assert command.asked(command.checked([])) == {"float32": None, "bfloat16": None}
+    half = [column.name for column in COLUMNS if column.half]
+    whole = [column.name for column in COLUMNS if not column.half]
+    assert command.asked(command.checked(["--column", half[0], "--column", whole[0]])) == {"float32": {half[0], whole[0]}, "bfloat16": {half[0]}}
+    assert command.asked(command.checked(["--column", whole[0]])) == {"float32": {whole[0]}}
+    with pytest.raises(SystemExit, match="--column repaly: there is no such column. Did you mean 'replay'"):
+        command.asked(command.checked(["--column", "repaly"]))
+    with pytest.raises(SystemExit, match="not looked at in bfloat16"):
+        command.asked(command.checked(["--column", whole[0], "--dtype", "bfloat16"]))
 
 
 # --- what turned red ------------------------------------------------------------------------------------------------------

@@ -11,12 +11,13 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
-from ... import embedded
 from ...condition import Condition
 from ...data.inputs import Inputs, opened, parse_input_columns, sizes_of
 from ...data.prompts import Prompt
 from ...policy import Policy
+from .model_loading import model_source, raise_if_missing
 from .modular_loading import is_modular, modular_parameters
+from .single_file import is_single_file
 
 
 def inputs_of(args) -> Inputs | None:
@@ -39,12 +40,22 @@ def inputs_of(args) -> Inputs | None:
 
 
 def call_parameters(args) -> Mapping[str, inspect.Parameter] | None:
-    """The parameters of the call of the model's pipeline, from its index; None where diffusers has no such class."""
+    """The parameters of the call of the model's pipeline, from its index; None where diffusers has no such class, and of a single file, which has no index.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such model, as in `load_pipeline`.
+    """
     name = args.pretrained_model_name_or_path
-    source = embedded.path(name) if name in embedded.NAMES else name
-    if is_modular(source, args.revision):
-        return modular_parameters(source, args.revision)
-    config = DiffusionPipeline.load_config(source, revision=args.revision)
+    if is_single_file(name):
+        return None
+    source = model_source(name)
+    try:
+        if is_modular(source, args.revision):
+            return modular_parameters(source, args.revision)
+        config = DiffusionPipeline.load_config(source, revision=args.revision)
+    except Exception as error:
+        raise_if_missing(name, error)
+        raise
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     return None if cls is None else {name: p for name, p in inspect.signature(cls.__call__).parameters.items() if name != "self"}
 

@@ -17,7 +17,7 @@ from ...schedulers.twin import SDE_FIELDS, own_noise_twin
 from .decoding import PARTS, decode_in_parts
 from .modular_loading import INDEX as MODULAR_INDEX
 from .modular_loading import is_modular, load_modular
-from .single_file import SUFFIXES, load_single_file
+from .single_file import SUFFIXES, is_single_file, load_single_file
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def load_pipeline(args) -> DiffusionPipeline | ModularPipeline:
 
 def _loaded(args) -> DiffusionPipeline | ModularPipeline:
     name, dtype = args.pretrained_model_name_or_path, DTYPES[args.mixed_precision]
-    if Path(name).suffix in SUFFIXES and Path(name).is_file():
+    if is_single_file(name):
         return load_single_file(name, getattr(args, "single_file_config", None), dtype)
     source = model_source(name)
     try:
@@ -108,11 +108,12 @@ def training_scheduler(pipeline, **sde_fields: Any):
     Raises:
         ValueError: it has none, or not one with these fields; then the message names scripts for such models.
     """
-    if (own := own_noise_twin(pipeline.scheduler)) is not None and (unused := sorted(set(sde_fields) - set(SDE_FIELDS[own.__name__]))):
-        logger.warning("%s has noise of its own, so %s has no effect.", type(pipeline.scheduler).__name__, ", ".join(f"--{name}" for name in unused))
+    stock = calls_of(pipeline).main_scheduler
+    if (own := own_noise_twin(stock)) is not None and (unused := sorted(set(sde_fields) - set(SDE_FIELDS[own.__name__]))):
+        logger.warning("%s has noise of its own, so %s has no effect.", type(stock).__name__, ", ".join(f"--{name}" for name in unused))
         sde_fields = {name: value for name, value in sde_fields.items() if name not in unused}
     try:
-        return sde_twin(pipeline.scheduler, **sde_fields)
+        return sde_twin(stock, **sde_fields)
     except ValueError as error:
         name = str(error).split(" ", 1)[0]
         if name not in ELSEWHERE:

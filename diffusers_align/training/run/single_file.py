@@ -14,6 +14,11 @@ from ...checks.given_names import hub_reason, is_hub_error
 SUFFIXES = (".safetensors", ".ckpt")
 
 
+def is_single_file(name: str) -> bool:
+    """Whether a model's name is that of a file here."""
+    return Path(name).suffix in SUFFIXES and Path(name).is_file()
+
+
 def load_single_file(path: str, config: str | None, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline of a single-file checkpoint.
 

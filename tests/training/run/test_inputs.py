@@ -1,6 +1,7 @@
 """Pictures and other inputs of the pipeline's call that belong to samples one by one, from columns to training."""
 
 import json
+from argparse import Namespace
 
 import diffusers
 import pytest
@@ -14,7 +15,7 @@ from diffusers_align.data import LazyImage, Prompt, load_preferences, load_promp
 from diffusers_align.data.inputs import Inputs
 from diffusers_align.policy import Policy
 from diffusers_align.training.online.sampling import evaluate
-from diffusers_align.training.run.inputs import batches_by_size
+from diffusers_align.training.run.inputs import batches_by_size, inputs_of
 
 REWARDS = """
 from PIL import Image
@@ -147,6 +148,18 @@ def test_arguments_and_columns_that_are_not_there_are_told_before_the_model_is_l
     (tmp_path / "p.txt").write_text("a cat\n")
     with pytest.raises(ValueError, match=r"p.txt has no columns, so none for --input_columns"):
         run_script("draft", tmp_path, folder, **{**model, "prompts": tmp_path / "p.txt"})
+
+
+def test_a_model_that_is_not_there_is_told_in_the_same_words(tmp_path):
+    def asked(name):
+        return inputs_of(Namespace(input_columns=["image"], pretrained_model_name_or_path=str(name), revision=None, height=None, width=None))
+
+    with pytest.raises(FileNotFoundError, match="No model './nowhere': it is no embedded model"):
+        asked("./nowhere")
+    with pytest.raises(ValueError, match="holds no model_index.json, so it is no pipeline"):
+        asked(tmp_path)
+    (tmp_path / "whole.safetensors").write_bytes(b"weights")
+    assert asked(tmp_path / "whole.safetensors").columns == {"image": "image"}  # its pipeline is not known before it is loaded
 
 
 # sizes
