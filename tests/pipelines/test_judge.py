@@ -1,11 +1,15 @@
 """What gives the outputs of a call their rewards."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from wrapping import brightness
 
 from diffusers_align.condition import Condition
+from diffusers_align.driving.outcome import Outcome
 from diffusers_align.pipelines.judge import Judge
+from diffusers_align.rewards import InvalidReward
 
 TWO_OF_EACH = Condition(["a", "a", "b", "b"], {})
 
@@ -33,3 +37,21 @@ def test_rows_are_judged_against_their_own_prompts_and_columns():
 def test_wrong_columns_say_what_to_do(message, columns, on_invalid):
     with pytest.raises(ValueError, match=message):
         Judge.of(brightness, TWO_OF_EACH, columns, on_invalid)
+
+
+def test_rewards_hear_what_a_pipeline_makes():
+    def rate_of(sounds, prompts, sampling_rate):
+        return sounds.flatten(1).mean(1) + sampling_rate
+
+    def volume(videos, prompts, audio, sampling_rate):
+        return audio.abs().mean((1, 2)) * sampling_rate
+
+    pipeline, sounds = SimpleNamespace(components={}, sampling_rate=8000), torch.rand(2, 1, 50)
+    judge = Judge.of(rate_of, TWO_OF_EACH, pipeline=pipeline)
+    torch.testing.assert_close(judge(sounds, [0, 2]), sounds.mean((1, 2)) + 8000)
+    videos = Judge.of(volume, TWO_OF_EACH, pipeline=pipeline)
+    torch.testing.assert_close(videos(Outcome(torch.rand(2, 3, 3, 4, 4), sounds, 100), [0, 2]), sounds.mean((1, 2)) * 100)
+    with pytest.raises(InvalidReward, match="there is none with these"):
+        videos(torch.rand(2, 3, 3, 4, 4), [0, 2])
+    with pytest.raises(InvalidReward, match="judges sounds .* and these are pictures"):
+        judge(torch.rand(2, 3, 4, 4), [0, 2])
