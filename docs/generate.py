@@ -98,7 +98,7 @@ PAGES = {
     "flow_cps": Page("train_flow_grpo", ("flow_grpo_cps_mini_sd3", "flow_grpo_cps_sd35"), rows=("Flow-CPS",), picture=ONLINE),
     "flow_grpo": Page(
         "train_flow_grpo",
-        ("flow_grpo_mini_sd3", "flow_grpo_sd35", "flow_grpo_flux"),
+        ("flow_grpo_mini_sd3", "flow_grpo_edit_mini_sd3", "flow_grpo_sd35", "flow_grpo_flux"),
         rows=("Flow-GRPO",),
         picture=("demo_before_after.png", "mini-sd3 before and after `make demo`, at equal prompts and seeds"),
     ),

@@ -1,11 +1,12 @@
-"""Pipelines that make one sample a call, and take its prompt as a string. Others take lists, also of one. One generator is handed to all as such."""
+"""Pipelines that make one sample a call, and take its prompt as a string, or its picture as such. Others take lists, also of one. One generator is handed
+to all as such."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -13,28 +14,30 @@ from ..condition import belongs_to_samples
 from .calls import Calls
 from .pipeline_state import own_arguments
 
-# Classes whose call refused lists of one and took what is in them.
-_SINGLE: WeakSet[type] = WeakSet()
+# Classes whose call refused lists of one and took what is in them, with the kinds of lists that it was.
+_SINGLE: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
+_FORMS = (("texts",), ("pictures",), ("texts", "pictures"))
 _REFUSALS = (AttributeError, TypeError, ValueError)
+_ONE_BY_ONE = "(batch_size=1, --train_batch_size 1)"
 
 
 def run(calls: Calls, call: dict[str, Any], begun: Callable[[], bool] = lambda: False) -> Any:
-    """`calls.run` with copies of the arguments that the pipeline may write into. Where lists of one prompt and one generator are refused before anything was
-    done, what is in them is given, and so from then on.
+    """`calls.run` with copies of the arguments that the pipeline may write into. Where lists of one prompt or of one picture are refused
+    before anything was done, what is in them is given, and so from then on.
 
     Args:
         begun: whether the call has taken a step.
 
     Raises:
-        ValueError: several prompts for a pipeline that takes one. What the pipeline raises comes through.
+        ValueError: several prompts for a pipeline that takes one; several samples' pictures that are refused. What the pipeline raises comes through.
     """
     # The draws are the same. Some pipelines take a list of generators for one of frames.
     call = {name: value[0] if name == "generator" and isinstance(value, list) and len(value) == 1 else value for name, value in call.items()}
-    prompts, known = call.get("prompt"), type(calls.pipeline) in _SINGLE
+    prompts, known = call.get("prompt"), _SINGLE.get(type(calls.pipeline), ())
     if not isinstance(prompts, list):
         return calls.run(own_arguments(call))
     if known and len(prompts) == 1:
-        return calls.run(own_arguments(_singly(call)))
+        return calls.run(own_arguments(_singly(call, known)))
     states = _states(call)
     try:
         return calls.run(own_arguments(call))
@@ -43,29 +46,52 @@ def run(calls: Calls, call: dict[str, Any], begun: Callable[[], bool] = lambda: 
             raise
         if len(prompts) == 1:
             return _run_singly(calls, call, error, begun)
-        if known or _declares_a_string(calls):
-            raise ValueError(f"{calls.name} takes one prompt a call, got {len(prompts)}: give them one by one (batch_size=1, --train_batch_size 1).") from error
+        if "texts" in known or _declares_a_string(calls):
+            raise ValueError(f"{calls.name} takes one prompt a call, got {len(prompts)}: give them one by one {_ONE_BY_ONE}.") from error
+        lists = sorted(name for name, value in call.items() if isinstance(value, list) and len(value) == len(prompts) and _is_picture(value[0]))
+        if pictures := [name for name in lists if name in str(error) or "list" in str(error)]:
+            raise ValueError(
+                f"{calls.name} refuses {len(prompts)} samples with {', '.join(pictures)} of their own: {error} If it takes one a call, give them one by one "
+                f"{_ONE_BY_ONE}."
+            ) from error
         raise
 
 
 def _run_singly(calls: Calls, call: dict[str, Any], refusal: Exception, begun: Callable[[], bool]) -> Any:
-    try:
-        output = calls.run(own_arguments(_singly(call)))
-    except _REFUSALS as error:
-        if not begun() and str(error) == str(refusal):  # of another argument
-            raise refusal from None
-        raise
-    finally:
-        if begun():
-            _SINGLE.add(type(calls.pipeline))
-    return output
+    """The call in the first of the forms that is not refused; if all are, the refusal that says something new is the one to raise."""
+    states, tried, last = _states(call), [_unpacked(call, ())], refusal
+    for kinds in _FORMS:
+        if (names := _unpacked(call, kinds)) in tried:
+            continue
+        tried.append(names)
+        try:
+            return calls.run(own_arguments(_singly(call, kinds)))
+        except _REFUSALS as error:
+            if begun() or not all(map(torch.equal, states, _states(call))):
+                raise
+            last = error if str(error) != str(refusal) else last
+        finally:
+            if begun():
+                _SINGLE[type(calls.pipeline)] = kinds
+    raise last from None
 
 
-def _singly(call: dict[str, Any]) -> dict[str, Any]:
-    """The call with what is in its lists of one text that belongs to the sample, and of one generator, in their place."""
-    lists = {name: value for name, value in call.items() if isinstance(value, list) and len(value) == 1}
-    own = {name: v[0] for name, v in lists.items() if name == "generator" or (belongs_to_samples(name) and isinstance(v[0], str))}
-    return {**call, **own}
+def _unpacked(call: dict[str, Any], kinds: tuple[str, ...]) -> set[str]:
+    """The names of the lists of one text that belongs to the sample ("texts"), and of one picture or film ("pictures")."""
+    lists = {name: value[0] for name, value in call.items() if isinstance(value, list) and len(value) == 1}
+    texts = {name for name, value in lists.items() if belongs_to_samples(name) and isinstance(value, str)}
+    pictures = {name for name, value in lists.items() if not belongs_to_samples(name) and _is_picture(value)}
+    return (texts if "texts" in kinds else set()) | (pictures if "pictures" in kinds else set())
+
+
+def _singly(call: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
+    """The call with what is in its lists of these kinds in their place."""
+    return {**call, **{name: call[name][0] for name in _unpacked(call, kinds)}}
+
+
+def _is_picture(value: Any) -> bool:
+    """A PIL picture, or the list of a film's."""
+    return all(hasattr(item, "getpixel") for item in value) if isinstance(value, list) and value else hasattr(value, "getpixel")
 
 
 def _states(call: dict[str, Any]) -> list[torch.Tensor]:

@@ -2,9 +2,10 @@
 
     python -m diffusers_align.embedded.edits --output_dir edits
 
-writes `train.jsonl` and `heldout.jsonl`, a row for each source picture, the pictures in `sources/` and `masks/`, and `editor/`: mini-sd3 as
-diffusers' image-to-image pipeline. The prompts are instructions ("make the background blue"), which mini-sd3 has not learned to follow and
-which do not name the object: what is to be kept is in the source alone.
+writes `train.jsonl` and `heldout.jsonl`, a row for each source picture, the pictures in `sources/` and `masks/`, and `img2img/`: mini-sd3 as
+diffusers' image-to-image pipeline. Prompts are captions of what the edited picture should show. (An instruction that does not name the object
+would not do: where there is noise enough for another background, mini-sd3 no longer sees what the source shows. Its inpainting pipeline wants
+latents of 16 channels, and it has 4.)
 """
 
 from __future__ import annotations
@@ -40,11 +41,6 @@ class Edit:
     seed: str
 
     @property
-    def instruction(self) -> str:
-        """What the editor is told."""
-        return f"make the background {self.color}"
-
-    @property
     def wanted(self) -> Scene:
         """The scene as it should be."""
         return replace(self.scene, color=self.color)
@@ -61,8 +57,8 @@ class Edit:
 
     def row(self, name: str) -> dict[str, str]:
         """Of a prompt file beside the folders `sources` and `masks`: the prompt, the pictures, and what rewards read."""
-        captions = {"source_prompt": self.scene.caption(), "target_prompt": self.wanted.caption(), "wanted": self.wanted.caption()}
-        return {"prompt": self.instruction, "image": f"sources/{name}.png", "mask": f"masks/{name}.png", **captions, "background": self.color}
+        pictures = {"image": f"sources/{name}.png", "mask": f"masks/{name}.png"}
+        return {"prompt": self.wanted.caption(), **pictures, "source_prompt": self.scene.caption(), "background": self.color}
 
 
 def edits(seed: int, taken: set[Key]) -> Iterator[Edit]:
@@ -110,8 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 < args.num_train + args.num_heldout <= 2000 or min(args.num_train, args.num_heldout) < 0:
         parser.error(f"--num_train {args.num_train} and --num_heldout {args.num_heldout}: together 1 to 2000, of 2880 edits that differ")
     write(args.output_dir, {"train": args.num_train, "heldout": args.num_heldout}, args.seed)
-    write_editor(args.output_dir / "editor")
-    print(f"{args.output_dir}: train.jsonl ({args.num_train} rows), heldout.jsonl ({args.num_heldout} rows), sources, masks, editor")
+    write_editor(args.output_dir / "img2img")
+    print(f"{args.output_dir}: train.jsonl ({args.num_train} rows), heldout.jsonl ({args.num_heldout} rows), sources, masks, img2img")
 
 
 if __name__ == "__main__":

@@ -132,5 +132,8 @@ def _read(path: Path) -> Any:
     from PIL import Image
 
     if not path.is_file():
-        raise ValueError(f"There is no picture {path}: a column that the pipeline does not take comes as it is written, so give the path from the root.")
+        raise ValueError(
+            f"There is no picture {path}: a column that no flag names comes as it is written. --picture_columns opens those beside their file; in Python give "
+            "pictures, or the path from the working directory."
+        )
     return Image.open(path)

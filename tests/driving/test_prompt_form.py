@@ -1,10 +1,11 @@
-"""Pipelines that take one string and one generator get them; whatever else they refuse is said as they say it."""
+"""Pipelines that take one string and one generator, or one picture, get them; whatever else they refuse is said as they say it."""
 
 from unittest.mock import patch
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from PIL import Image
 from tiny_pipelines import SMALL, stable_diffusion
 
 from diffusers_align import Policy
@@ -57,6 +58,34 @@ def test_what_else_is_refused_is_said_as_the_pipeline_says_it(policy):
         policy.rollout(["a cat"], seeds=[1], height=13)
     with pytest.raises(ValueError, match="divisible by 8"):
         Policy(stable_diffusion(), **SMALL).rollout(["a cat"], seeds=[1], height=13)
+
+
+class OnePicture(StableDiffusionImg2ImgPipeline):
+    """Refuses lists of pictures, as Wan's image-to-video does; of prompts and generators it takes lists."""
+
+    refusals = 0
+
+    @torch.no_grad()
+    def __call__(self, prompt, image, *, strength=0.8, num_inference_steps=4, guidance_scale=3.0, generator=None, output_type="pil"):
+        if isinstance(image, list):
+            type(self).refusals += 1
+            raise ValueError("`image` has to be a picture but is a list.")
+        assert isinstance(prompt, list) and isinstance(generator, list)
+        shared = {"strength": strength, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        return StableDiffusionImg2ImgPipeline.__call__.__wrapped__(self, prompt, image, generator=generator, output_type=output_type, **shared)
+
+
+def test_one_picture_is_given_as_such_and_several_are_refused_in_words():
+    picture, OnePicture.refusals = Image.effect_noise((16, 16), 50).convert("RGB"), 0
+    with patch.object(prompt_form, "_SINGLE", type(prompt_form._SINGLE)()):
+        call = {"num_inference_steps": 4, "guidance_scale": 1.0, "strength": 0.8}
+        policy, stock = (Policy(stable_diffusion(cls), **call) for cls in (OnePicture, StableDiffusionImg2ImgPipeline))
+        expected = stock.rollout(["a cat"], seeds=[1], image=picture).final
+        for _ in range(2):
+            assert torch.equal(policy.rollout(["a cat"], seeds=[1], per_sample={"image": [picture]}).final, expected)
+        assert OnePicture.refusals == 1
+        with pytest.raises(ValueError, match="refuses 2 samples with image of their own: .* is a list. If it takes one a call.*--train_batch_size 1"):
+            policy.rollout(["a cat", "a dog"], seeds=[1, 2], per_sample={"image": [picture, picture]})
 
 
 @pytest.mark.parametrize("when", ["drawn", "begun"])

@@ -277,7 +277,6 @@ TESTED_WITH = {
     "training/offline/loop": "training_scripts/test_train_dpo",
     "training/online/forward_samples": "training_scripts/test_train_nft",
     "training/online/policy_gradient": "training_scripts/test_train_flow_grpo",
-    "training/online/sampling": "training/run/test_run",
     "training/online/step_candidates": "training_scripts/test_train_d3po",
     "training/online/stored_trajectories": "training_scripts/test_train_d3po",
     "training/online/trained_steps": "training_scripts/test_train_flow_grpo",
