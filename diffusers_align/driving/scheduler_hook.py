@@ -37,6 +37,11 @@ NO_OWN_STEP = (
     "learn on or to steer. Best-of-n needs none: BestOfNPipeline(pipe)."
 )
 
+OTHER_NUMBER = (
+    "The pipeline made {} samples for {} prompts, so that rewards and log-probabilities would belong to others. Give it one prompt a call if it cannot take "
+    "several; arguments of which each sample has its own go into per_sample. Where its steps take the frames of a video as samples, best-of-n is left."
+)
+
 
 def denoisers(pipeline) -> dict[str, ModelMixin]:
     """The pipeline's denoising networks by component name: its `unet*` or `transformer*` components, in diffusers' naming, or else all models that decode
@@ -167,7 +172,7 @@ def _hooked_class(cls: type, session: _Session) -> type:
         arguments.pop("self")
         if session.asks_first and arguments.get("pred_original_sample") is None:
             return getattr(cls, "ask", cls.step)(self, **arguments)
-        if "generator" in step_signature.parameters:
+        if "generator" in step_signature.parameters and arguments.get("variance_noise") is None:  # a step takes one of the two
             arguments["generator"] = session.generator(self, arguments.get("generator"))
         return session.step(self, cls.step, arguments)
 

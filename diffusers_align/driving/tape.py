@@ -11,7 +11,7 @@ from torch import Tensor
 from ..condition import Condition
 from ..trajectory import Trajectory
 from ..transition import GaussianTransition
-from .scheduler_hook import NO_OWN_STEP, Step
+from .scheduler_hook import NO_OWN_STEP, OTHER_NUMBER, Step
 from .steps_apart import GraphOfSteps, Recalled, SharedGraph
 
 if TYPE_CHECKING:
@@ -48,10 +48,7 @@ class Tape:
         if 0 not in self.rows:
             raise ValueError(NO_OWN_STEP)
         if wrong := {len(row["state"]) for rows in self.rows.values() for row in rows} - {len(condition)}:
-            raise ValueError(
-                f"The pipeline made {min(wrong)} samples for {len(condition)} prompts, so that rewards and log-probabilities would belong to others. Give it "
-                "one prompt a call if it cannot take several; arguments of which each sample has its own go into per_sample."
-            )
+            raise ValueError(OTHER_NUMBER.format(min(wrong), len(condition)))
         main, *children = (_trajectory(self.rows[child], condition) for child in sorted(self.rows))
         return Trajectory(**{**vars(main), "children": tuple(children)})
 

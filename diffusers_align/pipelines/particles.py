@@ -20,7 +20,7 @@ from ..condition import Condition
 from ..driving.noise import noise_seed, step_streams
 from ..driving.outcome import Outcome
 from ..driving.reproducibility import caches
-from ..driving.scheduler_hook import NO_OWN_STEP, Step, denoisers
+from ..driving.scheduler_hook import NO_OWN_STEP, OTHER_NUMBER, Step, denoisers
 from ..transition import GaussianTransition
 from .base import Generators, WrappedPipeline
 
@@ -102,6 +102,8 @@ class Walk:
         found: list[bool] = []
 
         def look(step: Step) -> Tensor:
+            if step.child == 0 and len(step.sample) != 1:
+                raise ValueError(OTHER_NUMBER.format(len(step.sample), 1))
             if step.child == 0:
                 found.append(bool((step.run(prev_sample=step.sample).std > 0).any()))
             else:

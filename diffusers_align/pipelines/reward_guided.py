@@ -18,7 +18,7 @@ from ..checks.ranges import Count, Probability, checked
 from ..condition import Condition
 from ..driving.outcome import images_of
 from ..driving.safety_checker import unchecked
-from ..driving.scheduler_hook import Step
+from ..driving.scheduler_hook import OTHER_NUMBER, Step
 from ..policy import noise_seed
 from .base import Generators, WrappedPipeline, copied
 from .guided_sampling import Objective, guided_sample
@@ -109,7 +109,7 @@ class _Tail(WrappedPipeline):
         fixed = not tail.calls.starts_from_noise(arguments) or {"sigmas", "timesteps", "denoising_start", "denoising_end"} & set(arguments)
         few = {} if fixed or "num_inference_steps" not in parameters else {"num_inference_steps": 2}
         quiet = {name: None for name in ("callback_on_step_end", "callback", "latents") if name in arguments}
-        overrides = {**few, **quiet, "output_type": "pt", "return_dict": True}
+        overrides = {**few, **quiet, "output_type": "pt", "return_dict": True}  # some return no tuple, but the pictures
         tail.prompt_memory, tail.given = guided.prompt_memory, (condition, generator, overrides)
         return tail
 
@@ -117,6 +117,8 @@ class _Tail(WrappedPipeline):
         """Of latents (b, *D) for these rows of the batch: (b, 3, H, W) or (b, F, 3, H, W) in [0, 1], or sounds (b, C, T), with the graph if autograd
         is on. The sound of a video is another scheduler's part, and has none."""
         condition, generator, overrides = self.given
+        if max(rows) >= len(condition):
+            raise ValueError(OTHER_NUMBER.format(f"at least {max(rows) + 1}", len(condition)))
         own, begun = torch.Generator().manual_seed(0) if generator is None else copied(_rows(generator, rows)), []
 
         def put(step: Step) -> Tensor:

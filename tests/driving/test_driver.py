@@ -280,3 +280,18 @@ def test_a_state_gets_the_precision_of_the_models_output():
     trajectory = policy.rollout(condition)
     log_probs = [kernel.log_prob(trajectory.actions[:, k]) for k, kernel in sorted(policy.transitions(trajectory).items())]
     assert torch.equal(torch.stack(log_probs, 1), trajectory.log_probs[:, trajectory.noisy_steps])
+
+
+def test_a_layer_without_a_gradient_is_named_where_one_is_wanted(pipeline):
+    """As FlexAttention on the CPU."""
+
+    def forward(*args, **kwargs):
+        raise NotImplementedError("FlexAttention does not support backward on CPU.")
+
+    policy = Policy(pipeline, num_inference_steps=2, height=16, width=16)
+    condition = policy.condition(["a cat"], seeds=[1])
+    pipeline.unet.forward = forward
+    with torch.enable_grad(), pytest.raises(ValueError, match="StableDiffusionPipeline has a layer without a gradient on this device"):
+        policy.drive(condition, lambda step: None)
+    with torch.no_grad(), pytest.raises(NotImplementedError):
+        policy.drive(condition, lambda step: None)

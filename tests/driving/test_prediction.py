@@ -59,3 +59,15 @@ def test_a_pipeline_that_tells_its_denoiser_the_schedulers_noise_level_is_evalua
     asked = next(levels for levels in reversed(told) if len(levels))
     torch.testing.assert_close(asked[0], trajectory.sigmas[-1].to(asked), rtol=0, atol=1e-6)
     assert abs(float(trajectory.sigmas[1] - trajectory.sigmas[-1])) > 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["FluxInpaintPipeline", "ChromaInpaintPipeline"])
+def test_packed_latents_are_evaluated_as_given_where_the_pipeline_edits_them_between_steps(name):
+    case, seen = CASES[name][0], []
+    policy = Policy(case.build(), **case.call)
+    condition = policy.condition(list(case.prompts), seeds=[1, 2], per_sample=case.per_sample)
+    with policy.noise(condition, False):
+        policy.drive(condition, lambda step: seen.append((step.sample.clone(), step.time, step.model_output.clone())))
+    state, time, expected = seen[2]
+    torch.testing.assert_close(policy.predict(state, torch.full((2,), time), condition, guidance=True), expected, rtol=1e-4, atol=1e-5)

@@ -15,7 +15,8 @@ from wrapping import brightness, g
 
 from diffusers_align import pipelines
 from diffusers_align.pipelines import RewardGuidedPipeline
-from diffusers_align.pipelines.modular_blocks import BestOfNStep, RewardGuidedStep
+from diffusers_align.pipelines.modular_blocks import BestOfNStep, RewardGuidedStep, _decoder
+from tests.families.cases import CASES
 
 PROMPTS = ["a cat", "a large red dog"]
 
@@ -140,3 +141,21 @@ def test_what_cannot_work_says_why():
     pipeline.update_components(**pipe.components)
     with pytest.raises(ValueError, match="No block decodes behind the guided one"):
         pipeline(reward=redness, **call)
+
+
+def test_what_decodes_behind_a_guided_block_may_make_sounds():
+    case = CASES["MiniMaxMusic3ModularPipeline"][0]
+    pipe, seen = case.build(), []
+
+    class Look(RewardGuidedStep):
+        def __call__(self, components, state):
+            seen.append((_decoder(components, state), state))
+            return super().__call__(components, state)
+
+    pipeline = with_blocks(pipe, Look())
+    sounds = pipeline(prompt=case.prompts[0], generator=g(1), **{**case.call, "output_type": "pt"})
+    decode, state = seen[0]
+    with torch.no_grad():
+        decoded = decode(sounds.get("latents"))
+    expected = next(sounds.get(name) for name in ("audio", "audios", "waveform") if sounds.get(name) is not None)
+    torch.testing.assert_close(decoded, torch.as_tensor(expected).reshape(decoded.shape))

@@ -17,6 +17,7 @@ from diffusers_align.embedded.noisy_classifier import CLASSES, NoisySceneClassif
 from diffusers_align.embedded.teaching import make_scenes
 from diffusers_align.pipelines import NoiseOptimizationPipeline, ParticleSteeringPipeline, RewardGuidedPipeline, guided_sampling, path
 from diffusers_align.pipelines.guided_sampling import GuidanceError
+from tests.families.cases import CASES
 
 CALLS = {"mini-sd": {}, "mini-sd3": {"max_sequence_length": 1}}
 CLIMBING = {
@@ -448,3 +449,14 @@ def test_a_pipeline_may_write_into_the_states_that_guidance_hands_out(models):
     expected = run(models, "ddim", "dps")
     found = run(models, "ddim", "dps", callback_on_step_end=rewritten)
     assert torch.equal(found.images, expected.images) and torch.equal(found.guided_values, expected.guided_values)
+
+
+def test_a_pipeline_that_knows_one_number_of_steps_is_guided():
+    """What decodes in the middle of a call asks for two steps, which a distilled checkpoint refuses."""
+    case = CASES["Cosmos3DistilledModularPipeline"][0]
+    pipeline = RewardGuidedPipeline(case.build(), reward=lambda videos, prompts: videos.flatten(1).mean(1))
+    plain, steered = (
+        pipeline([case.prompts[0]], generator=[torch.Generator().manual_seed(1)], reward_scale=scale, output_type="pt", **case.call).rewards
+        for scale in (0.0, 5.0)
+    )
+    assert steered.isfinite().all() and float(steered) > float(plain)

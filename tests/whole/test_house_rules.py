@@ -257,7 +257,6 @@ TESTED_WITH = {
     "pipelines/guided_sampling": "pipelines/test_reward_guided",
     "pipelines/outputs": "pipelines/test_best_of_n",
     "pipelines/particles": "pipelines/test_particle_steering",
-    "pipelines/recurrence": "pipelines/test_reward_guided",
     "rewards/learned": "training/offline/test_reward_fitting",
     "training/checkpoints/contents": "training/checkpoints/test_allowed_changes",
     "training/checkpoints/state_adapters": "training/checkpoints/test_checkpoints",

@@ -101,6 +101,8 @@ def _videos() -> list[list[torch.Tensor]]:
 
 VIDEO, CONTROL = {"video": _videos()}, {"conditioning_frames": _videos()}
 SHORT = {**SMALL, **FRAMES}
+FRAMES_AS_SAMPLES = "Each step takes the frames of one video as samples. Given a list of generators the stock call encodes as many frames as there are."
+
 CASES: dict[str, list[Case]] = {
     "AnimateDiffPipeline": [Case(lambda: animated(diffusers.AnimateDiffPipeline), SHORT)],
     "AnimateDiffPAGPipeline": [Case(lambda: animated(diffusers.AnimateDiffPAGPipeline, pag_applied_layers=["mid.*attn1"]), {**SHORT, "pag_scale": 2.0})],
@@ -134,7 +136,9 @@ CASES: dict[str, list[Case]] = {
     ],
     "I2VGenXLPipeline": [Case(image_to_video_xl, {**SHORT, "clip_skip": None}, {"image": pictures()})],
     "TextToVideoSDPipeline": [Case(lambda: text_to_video(diffusers.TextToVideoSDPipeline), SHORT)],
-    "VideoToVideoSDPipeline": [Case(lambda: text_to_video(diffusers.VideoToVideoSDPipeline), {**GUIDED, "strength": 0.8}, VIDEO, one_sample=True)],
+    "VideoToVideoSDPipeline": [
+        Case(lambda: text_to_video(diffusers.VideoToVideoSDPipeline), {**GUIDED, "strength": 0.8}, VIDEO, one_sample=True, remark=FRAMES_AS_SAMPLES)
+    ],
     "PIAPipeline": [Case(personalized, SHORT, {"image": pictures()})],
 }
 
