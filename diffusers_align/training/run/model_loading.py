@@ -14,6 +14,7 @@ from ...checks.given_names import did_you_mean, hub_reason, is_hub_error, is_rep
 from ...driving.calls import calls_of
 from ...schedulers import sde_twin
 from ...schedulers.twin import SDE_FIELDS, own_noise_twin
+from .load_dtype import in_dtype
 from .modular_loading import INDEX as MODULAR_INDEX
 from .modular_loading import is_modular, load_modular
 from .single_file import SUFFIXES, is_single_file, load_single_file
@@ -46,7 +47,7 @@ def load_pipeline(args) -> DiffusionPipeline | ModularPipeline:
     try:
         if is_modular(source, args.revision):
             return load_modular(source, dtype, args.revision, args.variant)
-        return DiffusionPipeline.from_pretrained(source, dtype=dtype, revision=args.revision, variant=args.variant)
+        return DiffusionPipeline.from_pretrained(source, **in_dtype(dtype), revision=args.revision, variant=args.variant)
     except Exception as error:
         raise_if_missing(name, error)
         raise
