@@ -51,7 +51,7 @@ families: $(VENV)/installed
 OLDEST ?= $(VENV)/oldest
 NEWEST ?= $(VENV)/newest
 TOOLS := ftfy protobuf pytest pytest-xdist sentencepiece
-TESTED := tests/schedulers tests/embedded tests/rewards/test_clip_score.py tests/whole/test_families.py tests/whole/test_matrix.py tests/whole/test_patches.py
+TESTED := tests/schedulers tests/embedded tests/rewards/test_clip_score.py tests/training/run/test_load_dtype.py tests/whole/test_families.py tests/whole/test_matrix.py tests/whole/test_patches.py
 
 versions: versions-oldest versions-newest
 

@@ -78,7 +78,8 @@ def load_prompts(source: str, column: str = "prompt", inputs: Inputs | None = No
             raise ValueError(f"{path}, row {number}: {error}" + (f" (line {line})." if line else ".")) from error
     if not prompts:
         raise ValueError(f"{path} holds no prompts. Write one per line.")
-    for note in _notes(prompts, [name for name in columns_of(rows) if name != column], changes, blank):
+    no_column = [f"it has no columns, so that --prompt_column {column} has no effect"] if path.suffix.lower() == ".txt" and column != "prompt" else []
+    for note in [*no_column, *_notes(prompts, [name for name in columns_of(rows) if name != column], changes, blank)]:
         (say or partial(warnings.warn, stacklevel=2))(f"{path}: {note}.")
     return prompts
 

@@ -19,6 +19,7 @@ from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
 from diffusers.utils import logging
 from torch import nn
 
+from ..checks.ranges import check_value
 from .replacements import held, replaced
 
 logger = logging.get_logger(__name__)
@@ -99,14 +100,28 @@ def _value(guider: BaseGuidance, field: str) -> Any:
 
 def _set(guider: BaseGuidance, given: dict[str, Any]) -> None:
     """Give the guider the attributes that one built with these settings has: some settings only say how others are made (which layers, what dropout)."""
-    before, after = guider.new().__dict__, guider.new(**given).__dict__
-    made = {name: value for name, value in after.items() if name != "_internal_dict" and before.get(name) != value}
+    for field, value in given.items():
+        if isinstance(usual := guider.config.get(field), (bool, int, float)):
+            check_value(field, value, bool if isinstance(usual, bool) else float)
+    made = _made(type(guider), guider.config, given)
     for field, value in given.items():
         if (name := _attribute(guider, field)) in guider.__dict__:
             made.setdefault(name, value)
-        elif not made and value != guider.config[field]:
+        elif not made and value != guider.config.get(field):
             raise ValueError(f"{type(guider).__name__} keeps no {field!r} for a call: give the pipeline a guider that has it, guider.new({field}=...).")
     guider.__dict__.update(made)
+
+
+def _made(cls: type[BaseGuidance], config: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The attributes that a guider built with the settings `given` has otherwise than one without. Built once: diffusers warns of each guider."""
+    key = (cls, repr(config), repr(sorted(given.items())))
+    if key not in _BUILT:
+        before, after = (cls.from_config(config, **own).__dict__ for own in ({}, given))
+        _BUILT[key] = {name: value for name, value in after.items() if name != "_internal_dict" and before.get(name) != value}
+    return copy.deepcopy(_BUILT[key])
+
+
+_BUILT: dict[tuple, dict[str, Any]] = {}
 
 
 def _copied(guider: BaseGuidance) -> BaseGuidance:

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from diffusers import ConditionalPipelineBlocks, LoopSequentialPipelineBlocks, ModelMixin, ModularPipelineBlocks, SequentialPipelineBlocks
+from diffusers import ConditionalPipelineBlocks, LoopSequentialPipelineBlocks, ModelMixin, ModularPipeline, ModularPipelineBlocks, SequentialPipelineBlocks
 from diffusers.modular_pipelines import PipelineState
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..condition import belongs_to_samples
@@ -22,6 +24,11 @@ from .blocks import leaves, own_blocks, undecorated
 from .calls import Calls
 from .guiders import guided, guider_parameters, state_of
 from .replacements import held, reads_global, with_globals
+
+logger = logging.get_logger(__name__)
+# What every call is given, whatever it reads.
+_OF_ALL_CALLS = {"prompt", "generator", "latents", "output_type", "return_dict"}
+_LOOKED_AT: WeakKeyDictionary[ModularPipeline, set[frozenset[str]]] = WeakKeyDictionary()
 
 
 class Output(PipelineState):
@@ -82,6 +89,7 @@ class ModularCalls(Calls):
         whole, own = self.own_parameters, guider_parameters(self.pipeline)
         if unknown := sorted(set(call) - set(whole) - set(own)):
             raise TypeError(f"The blocks of this {self.name} take no {', '.join(unknown)}. They take {', '.join(whole | own)}.")
+        self._say_unread(call, whole)
         settings = {name: value for name, value in call.items() if name in own and name not in whole}
         graph, wants_latents = torch.is_grad_enabled(), call.get("output_type") == "latent"
 
@@ -98,6 +106,21 @@ class ModularCalls(Calls):
         output.main = "latents" if wants_latents else self._main_output(state)
         output.made = tuple(own.name for own in self.blocks.outputs)
         return output if call.get("return_dict", True) else (output[0],)
+
+    def _say_unread(self, call: dict[str, Any], whole: dict[str, inspect.Parameter]) -> None:
+        """Once for a pipeline and the same arguments, which of them, other than their defaults, no block reads that such a call chooses."""
+        names = [name for name in call if name in whole and name not in _OF_ALL_CALLS and call[name] is not None]
+        given = frozenset(name for name in names if not (isinstance(call[name], (int, float, str)) and call[name] == whole[name].default))
+        said = _LOOKED_AT.setdefault(self.pipeline, set())
+        if given in said:
+            return
+        said.add(given)
+        read = self.of_a_call(call)
+        if read and (unread := sorted(given - read)):
+            logger.warning(
+                f"This call of {self.name} has no use for {', '.join(unread)}: its blocks are chosen by what is given (an image, a mask), and those of this "
+                "call do not read it. Leave it out, or give what it goes with."
+            )
 
     def _without_tail(self) -> ModularPipelineBlocks:
         """The blocks up to the last one that steps a scheduler."""
@@ -196,7 +219,7 @@ class ModularCalls(Calls):
 
     def of_a_call(self, arguments: dict[str, Any]) -> set[str]:
         chosen = self._chosen(arguments)
-        return set() if chosen is None else set(chosen.input_names)
+        return set() if chosen is None else {p.name or p.kwargs_type for p in chosen.inputs}
 
     def _chosen(self, arguments: dict[str, Any]) -> ModularPipelineBlocks | None:
         if not isinstance(self.blocks, (ConditionalPipelineBlocks, SequentialPipelineBlocks)):

@@ -124,6 +124,18 @@ def first_time(timestep) -> float:
     return timestep.flatten()[0].item() if isinstance(timestep, Tensor) else timestep
 
 
+def of_each(level: Tensor | float, sample: Tensor) -> Tensor | float:
+    """A level as it multiplies `sample`: a number stays one, and one of each sample (B,) becomes (B, 1, ..., 1), float32 or as precise as the sample."""
+    if not isinstance(level, Tensor) or level.ndim == 0:
+        return level
+    return level.to(sample.device, torch.promote_types(sample.dtype, torch.float32)).reshape(-1, *[1] * (sample.ndim - 1))
+
+
+def row_of(table: Tensor, timestep: Tensor | float, sample: Tensor) -> Tensor:
+    """The row of a table of levels, a number, or that of each sample, (B, 1, ..., 1) to multiply `sample`."""
+    return of_each(table[timestep.to(table.device).long() if isinstance(timestep, Tensor) else int(timestep)], sample)
+
+
 def as_std(std: Tensor, sample: Tensor) -> Tensor:
     """A number (0-dim tensor) as a standard deviation (1, ..., 1) of `sample`."""
     return std.to(sample.device, torch.float32).reshape([1] * sample.ndim)

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDPMScheduler, DDPMWuerstchenScheduler, UnCLIPScheduler
 from torch import Tensor
 
-from .own_noise import Draw, OwnNoiseMixin, as_std, first_time
+from .own_noise import Draw, OwnNoiseMixin, as_std, first_time, row_of
 from .scheduling_utils import Generator, SDESchedulerOutput
 
 LEARNED = ("learned", "learned_range")
@@ -42,7 +42,7 @@ class _Posterior(OwnNoiseMixin):
 
     def clean_sample(self, model_output: Tensor, timestep, sample: Tensor) -> Tensor:
         """The clean sample (B, *D) that the model's output implies at `timestep`, clipped or thresholded as the stock scheduler does."""
-        output, alpha, config = self._halves(model_output, sample)[0], self.alphas_cumprod[int(first_time(timestep))], self.config
+        output, alpha, config = self._halves(model_output, sample)[0], row_of(self.alphas_cumprod, timestep, sample), self.config
         if config.prediction_type == "epsilon":
             clean = (sample - (1 - alpha) ** 0.5 * output) / alpha**0.5
         else:

@@ -17,7 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ..checks.ranges import Probability, check_value
-from .own_noise import Draw, OwnNoiseMixin, as_std
+from .own_noise import Draw, OwnNoiseMixin, as_std, of_each, row_of
 from .scheduling_utils import Generator, SDESchedulerOutput
 
 
@@ -28,7 +28,7 @@ class _OnTable(OwnNoiseMixin):
 
     def _implied(self, model_output: Tensor, timestep, sample: Tensor) -> tuple[Tensor, Tensor]:
         """The clean sample and the noise that the model's output implies, in the stock schedulers' order of operations."""
-        alpha = self.alphas_cumprod[timestep]
+        alpha = row_of(self.alphas_cumprod, timestep, sample)
         signal, noise, kind = alpha.sqrt(), (1 - alpha).sqrt(), self.config.prediction_type
         if kind == "epsilon":
             return (sample - noise * model_output) / signal, model_output
@@ -51,7 +51,7 @@ class LCMSDEScheduler(_OnTable, LCMScheduler):
             clean = self._threshold_sample(clean)
         elif config.clip_sample:
             clean = clean.clamp(-config.clip_sample_range, config.clip_sample_range)
-        c_skip, c_out = self.get_scalings_for_boundary_condition_discrete(timestep)
+        c_skip, c_out = (of_each(c, sample) for c in self.get_scalings_for_boundary_condition_discrete(timestep))
         return c_out * clean + c_skip * sample
 
     def _draw(self, model_output: Tensor, k: int, sample: Tensor, timestep=None) -> Draw:
@@ -177,7 +177,7 @@ class FlowMatchLCMSDEScheduler(OwnNoiseMixin, FlowMatchLCMScheduler):
 
     def clean_sample(self, model_output: Tensor, timestep, sample: Tensor) -> Tensor:
         """The clean sample (B, *D) that the velocity implies at `timestep`, a thousandth of whose units is the noise level."""
-        return sample - timestep / self.config.num_train_timesteps * model_output
+        return sample - of_each(timestep, sample) / self.config.num_train_timesteps * model_output
 
     def _draw(self, model_output: Tensor, k: int, sample: Tensor, timestep=None) -> Draw:
         if self._scale_factors:
@@ -234,7 +234,7 @@ class CMSDEScheduler(OwnNoiseMixin, CMStochasticIterativeScheduler):
 
     def clean_sample(self, model_output: Tensor, timestep, sample: Tensor) -> Tensor:
         """The clean sample (B, *D) that the consistency function says at `timestep`, boundary conditions included."""
-        return self._clean(model_output, self._sigma(timestep), sample)
+        return self._clean(model_output, of_each(self._sigma(timestep), sample), sample)
 
     def noise_weight(self, timestep: Tensor) -> Tensor:
         """The weight of the noise in a state that is scaled to unit variance, from 0 to 1."""

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from ..checks.ranges import Probability, check_value
-from .own_noise import Draw, OwnNoiseMixin, as_std, first_time
+from .own_noise import Draw, OwnNoiseMixin, as_std, of_each
 from .scheduling_utils import Generator, SDESchedulerOutput
 
 
@@ -59,7 +59,7 @@ class FlowMapSDEScheduler(OwnNoiseMixin, FlowMapEulerDiscreteScheduler):
 
     def clean_sample(self, model_output: Tensor, timestep, sample: Tensor) -> Tensor:
         """The clean sample (B, *D) on the straight line of the jump."""
-        return sample - first_time(timestep) / self.config.num_train_timesteps * model_output
+        return sample - of_each(timestep, sample) / self.config.num_train_timesteps * model_output
 
     def _draw(self, model_output: Tensor, k: int, sample: Tensor, timestep=None) -> Draw:
         level, below, following = self.levels[k], self.sigmas[k + 1], self.levels[k + 1]

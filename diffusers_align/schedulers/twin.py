@@ -156,11 +156,13 @@ def _off_the_table(scheduler) -> list[str]:
 
 def _sigma_twin(scheduler, config: dict, source: dict, sde_fields: dict) -> SigmaSDEScheduler:
     name, known = type(scheduler).__name__, inspect.signature(SigmaSDEScheduler.__init__).parameters
-    if config.get("thresholding"):
-        raise ValueError(
-            f"{name} with thresholding=True has no SDE twin off its table: it clips each clean sample by the sample's own values. Give the pipeline "
-            f"{name}.from_config(pipe.scheduler.config, thresholding=False)."
-        )
+    read = inspect.signature(type(scheduler).__init__).parameters  # a config also holds what other classes read
+    for entry in ("thresholding", "clip_sample"):
+        if entry in read and config.get(entry):
+            raise ValueError(
+                f"{name} with {entry}=True has no SDE twin off its table: it clips clean samples, unlike the twin. Give the pipeline "
+                f"{name}.from_config(pipe.scheduler.config, {entry}=False)."
+            )
     logger.info("%s%s walks its own noise levels as a SigmaSDEScheduler.", name, "".join(f" {entry}" for entry in _off_the_table(scheduler)))
     return SigmaSDEScheduler(**{n: value for n, value in config.items() if n in known}, source=source, **sde_fields)
 

@@ -44,6 +44,12 @@ def test_the_prompts_column_can_be_named(tmp_path):
     assert load_prompts(file, column="caption") == [Prompt("a cat", {"prompt": "other"})]
 
 
+def test_a_column_of_a_file_without_columns_is_said():
+    said = []
+    assert load_prompts("simple_animals", column="caption", say=said.append) == load_prompts("simple_animals")
+    assert len(said) == 1 and said[0].endswith("simple_animals.txt: it has no columns, so that --prompt_column caption has no effect.")
+
+
 def test_a_byte_order_mark_is_not_part_of_the_first_column_or_prompt(tmp_path):
     # as spreadsheet programs write them
     (tmp_path / "prompts.csv").write_text("prompt,id\na cat,1\n", encoding="utf-8-sig")

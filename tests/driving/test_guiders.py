@@ -63,10 +63,28 @@ def test_what_was_set_at_a_guider_stays_beside_a_calls_settings():
     assert not pipeline.guider._enabled
 
 
-@pytest.mark.parametrize("value", [0, 7.5, "off"])
-def test_a_switch_is_no_number(value):
-    with pytest.raises(ValueError, match="guidance=False switches the guiders off"), guided(Pipeline(guider=ClassifierFreeGuidance(3.0)), {"guidance": value}):
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        *(({"guidance": value}, "guidance=False switches the guiders off") for value in (0, 7.5, "off")),
+        ({"enabled": "no"}, "enabled must be True or False"),
+        ({"guidance_scale": [1.0, 5.0]}, "guidance_scale must be a finite number"),
+        ({"start": 0.9, "stop": 0.1}, "Expected `stop` to be between 0.9 and 1.0"),
+    ],
+)
+def test_settings_that_are_none_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message), guided(Pipeline(guider=ClassifierFreeGuidance(3.0)), settings):
         pass
+
+
+def test_diffusers_warns_of_a_calls_guider_once(caplog):
+    pipeline = Pipeline(guider=ClassifierFreeGuidance(3.0))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            with guided(pipeline, {"guidance_scale": 1.23}):
+                assert pipeline.guider.guidance_scale == 1.23
+    assert len(caplog.messages) <= 2
 
 
 def policy_with(guider=None, **call):

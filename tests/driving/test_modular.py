@@ -5,11 +5,13 @@ Tolerances: blocks evaluate the two predictions of guidance one after the other,
 
 import copy
 import functools
+import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from modular_pipelines import TWINS, build
+from PIL import Image
 from tiny_pipelines import FAMILIES
 from torch import nn
 
@@ -44,6 +46,23 @@ def test_equal_seeds_give_the_classic_pipelines_samples(name):
     torch.testing.assert_close(modular.sigmas, classic.sigmas, equal_nan=True)
     if name in EQUAL:
         near(modular.final, classic.final)
+
+
+def test_arguments_that_the_chosen_blocks_do_not_read_are_said_once(caplog):
+    def said():
+        return [message[: message.index(":")] for message in caplog.messages if "has no use for" in message]
+
+    pipeline, call = build("sd3")
+    policy, pictures = Policy(pipeline, **call), [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    with caplog.at_level(logging.WARNING):
+        policy.rollout(PROMPTS, seeds=SEEDS)
+        assert not said()
+        for _ in range(2):
+            policy.rollout(PROMPTS, seeds=SEEDS, strength=0.5)
+        assert said() == ["This call of StableDiffusion3ModularPipeline has no use for strength"]
+        caplog.clear()
+        policy.rollout(PROMPTS, seeds=SEEDS, strength=0.5, per_sample={"image": pictures})
+    assert not said()
 
 
 @pytest.mark.parametrize("name", TWINS)

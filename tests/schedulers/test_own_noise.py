@@ -50,6 +50,15 @@ def test_the_draw_has_the_mean_and_the_std_that_it_says(row):
     assert abs(float(deviation.mean())) < 0.02 and abs(float(deviation.std()) - 1) < 0.02
 
 
+def test_clean_samples_are_of_each_samples_own_time(row):
+    _, twin = row.pair()
+    times, states = twin.timesteps[: max(2, row.steps)][[0, -1]], randn(1)[:2]
+    outputs = row.output(0, states)
+    own = [twin.clean_sample(outputs[i : i + 1], t, states[i : i + 1]) for i, t in enumerate(times)]
+    torch.testing.assert_close(twin.clean_sample(outputs, times, states), torch.cat(own), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(twin.clean_sample(outputs[:1], times[0].item(), states[:1]), own[0], rtol=1e-6, atol=1e-6)
+
+
 def test_only_steps_with_noise_have_a_log_probability_and_the_last_has_none(row):
     _, twin = row.pair()
     expected = twin.stochastic_steps.tolist()

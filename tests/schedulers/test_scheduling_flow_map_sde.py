@@ -72,3 +72,10 @@ def test_another_end_of_a_step_is_refused():
     twin = begun(sde_twin(FlowMap()), 4)
     with pytest.raises(ValueError, match="leave r_timestep out"):
         twin.step(randn(1), twin.timesteps[0], randn(0), r_timestep=100.0)
+
+
+def test_clean_samples_are_of_each_samples_own_time():
+    twin = begun(sde_twin(FlowMap(shift=5.0)), 4)
+    times, states, outputs = twin.timesteps[[0, 2]], randn(1)[:2], randn(2)[:2]
+    own = [twin.clean_sample(outputs[i : i + 1], t, states[i : i + 1]) for i, t in enumerate(times)]
+    torch.testing.assert_close(twin.clean_sample(outputs, times, states), torch.cat(own), rtol=1e-6, atol=1e-6)

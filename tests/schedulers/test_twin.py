@@ -97,11 +97,14 @@ def test_noise_levels_off_the_table_are_walked_in_sigma_space(name, config, capl
     assert float(twin.sigmas[0]) == pytest.approx(float(source.sigmas[0]))
 
 
-def test_thresholding_off_the_table_is_refused_with_a_remedy():
-    source = diffusers.DPMSolverMultistepScheduler(**SDXL, use_karras_sigmas=True, thresholding=True)
-    with pytest.raises(ValueError, match=r"thresholding=True has no SDE twin off its table: .*from_config\(pipe.scheduler.config, thresholding=False\)"):
+@pytest.mark.parametrize("cls, entry", [(diffusers.DPMSolverMultistepScheduler, "thresholding"), (diffusers.HeunDiscreteScheduler, "clip_sample")])
+def test_clipping_off_the_table_is_refused_with_a_remedy(cls, entry):
+    source = cls(**SDXL, use_karras_sigmas=True, **{entry: True})
+    with pytest.raises(ValueError, match=rf"{entry}=True has no SDE twin off its table: .*from_config\(pipe.scheduler.config, {entry}=False\)"):
         sde_twin(source)
-    assert type(sde_twin(type(source).from_config(source.config, thresholding=False))) is SigmaSDEScheduler
+    assert type(sde_twin(cls.from_config(source.config, **{entry: False}))) is SigmaSDEScheduler
+    # Another class's entry, which this one only hands on.
+    assert type(sde_twin(diffusers.EulerDiscreteScheduler.from_config(source.config))) is SigmaSDEScheduler
 
 
 @pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])

@@ -15,6 +15,7 @@ from ...driving.calls import calls_of
 from ...schedulers import sde_twin
 from ...schedulers.twin import SDE_FIELDS, own_noise_twin
 from .decoding import PARTS, decode_in_parts
+from .load_dtype import in_dtype
 from .modular_loading import INDEX as MODULAR_INDEX
 from .modular_loading import is_modular, load_modular
 from .single_file import SUFFIXES, is_single_file, load_single_file
@@ -54,7 +55,7 @@ def _loaded(args) -> DiffusionPipeline | ModularPipeline:
     try:
         if is_modular(source, args.revision):
             return load_modular(source, dtype, args.revision, args.variant)
-        return DiffusionPipeline.from_pretrained(source, dtype=dtype, revision=args.revision, variant=args.variant)
+        return DiffusionPipeline.from_pretrained(source, **in_dtype(dtype), revision=args.revision, variant=args.variant)
     except Exception as error:
         raise_if_missing(name, error)
         raise

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 
 from ...driving.calls import calls_of
+from .load_dtype import in_dtype
 
 INDEX, CLASSIC_INDEX = ModularPipeline.config_name, DiffusionPipeline.config_name
 
@@ -36,7 +37,7 @@ def load_modular(source: str, dtype: torch.dtype, revision: str | None = None, v
         ValueError: one of these could not be loaded, or the blocks are code of the repository's own, which nobody has looked at.
     """
     pipeline = _unloaded(source, revision)
-    pipeline.load_components(dtype=dtype, **({"variant": variant} if variant else {}))
+    pipeline.load_components(**in_dtype(dtype), **({"variant": variant} if variant else {}))
     named = (name for name in pipeline.pretrained_component_names if pipeline.get_component_spec(name).pretrained_model_name_or_path)
     if missing := sorted(set(named) & set(pipeline.null_component_names)):
         raise ValueError(f"{source}: {', '.join(missing)} could not be loaded, for the reasons in the log above. Its {INDEX} says where they should be.")

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers.loaders.single_file_utils import SingleFileComponentError, fetch_diffusers_config, load_single_file_checkpoint
 
 from ...checks.given_names import hub_reason, is_hub_error
+from .load_dtype import in_dtype
 
 SUFFIXES = (".safetensors", ".ckpt")
 
@@ -46,7 +47,7 @@ def load_single_file(path: str, config: str | None, dtype: torch.dtype) -> Diffu
     if not hasattr(cls, "from_single_file"):
         raise ValueError(f"{source} is of {index.get('_class_name')!r}, which diffusers cannot load from a single file.")
     try:
-        return cls.from_single_file(path, config=source, dtype=dtype)
+        return cls.from_single_file(path, config=source, **in_dtype(dtype))
     except (SingleFileComponentError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} could not be loaded as a {cls.__name__} like {source}: {str(error).strip().splitlines()[0]} If it is of another architecture, name a "

@@ -9,8 +9,8 @@ import torch
 
 from ..case import Case
 from ..parts import LANGUAGE_MODEL, LATENT_CHANNELS, TEXT_WIDTH, qwen_tokenizer, seeded, t5_parts
-from ..picture_language import qwen_vl, qwen_vl_tokenizer
 from ..video_parts import multistep_flow, two_pictures
+from ..vision_language import qwen2_5_vl, vision_tokenizer
 from .wan import wan_vae
 
 PICTURE = {"height": 32, "width": 32, "num_inference_steps": 4, "guidance_scale": 3.0, "max_sequence_length": 32}
@@ -64,9 +64,8 @@ def cosmos_2(cls: type, channels: int):
 
 
 def cosmos_2_5(cls: type, **components: Any):
-    tokenizer = qwen_vl_tokenizer()
     parts = {
-        "transformer": denoiser(LATENT_CHANNELS + 1, **READS), "tokenizer": tokenizer, "text_encoder": qwen_vl(tokenizer), "vae": wan_vae(),
+        "transformer": denoiser(LATENT_CHANNELS + 1, **READS), "tokenizer": vision_tokenizer(), "text_encoder": qwen2_5_vl(), "vae": wan_vae(),
         "scheduler": multistep_flow(flow_shift=5.0), "safety_checker": NothingToCheck(), **components,
     }  # fmt: skip
     return cls(**parts)

@@ -10,8 +10,8 @@ import transformers
 
 from ..case import Case
 from ..parts import CLIP_WIDTH, LANGUAGE_MODEL, LATENT_CHANNELS, TEXT_WIDTH, clip_parts, gemma_tokenizer, seeded, shifted_flow
-from ..picture_language import qwen_vl, qwen_vl_tokenizer
 from ..video_parts import picture, siglip_parts, two_pictures
+from ..vision_language import qwen2_5_vl, vision_tokenizer
 
 VIDEO = {
     "height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 4, "max_sequence_length": 32, "prompt_template": {"template": "{}", "crop_start": 0},
@@ -76,8 +76,7 @@ def hunyuan_1_5(cls: type = diffusers.HunyuanVideo15Pipeline, parts: dict[str, A
         diffusers.AutoencoderKLHunyuanVideo15, latent_channels=LATENT_CHANNELS, block_out_channels=(16, 16), layers_per_block=1,
         spatial_compression_ratio=4, temporal_compression_ratio=2, downsample_match_channel=False, upsample_match_channel=False,
     )  # fmt: skip
-    tokenizer = qwen_vl_tokenizer()
-    text = {"tokenizer": tokenizer, "text_encoder": qwen_vl(tokenizer, text_only=True)}
+    text = {"tokenizer": vision_tokenizer(), "text_encoder": qwen2_5_vl().model.language_model}
     text |= {"tokenizer_2": transformers.ByT5Tokenizer(), "text_encoder_2": seeded(transformers.T5EncoderModel, transformers.T5Config(**BYTES))}
     pipeline = cls(
         transformer=transformer, vae=vae, scheduler=shifted_flow(shift=7.0), guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0), **text,

@@ -8,8 +8,8 @@ import diffusers
 
 from ..case import Case
 from ..parts import CLIP_WIDTH, LATENT_CHANNELS, TEXT_WIDTH, clip_parts, image_vae, seeded, shifted_flow
-from ..picture_language import qwen_vl, qwen_vl_processor
 from ..video_parts import clip_of_pictures, picture, two_pictures
+from ..vision_language import qwen2_5_vl, vision_processor
 from .hunyuan_video import video_vae
 
 # Templates are long in bytes, and what lies beyond this length is cut off, prompts first.
@@ -20,8 +20,7 @@ CONTINUED = {**PICTURE, "num_frames": 21}
 
 
 def text_parts() -> dict[str, Any]:
-    processor = qwen_vl_processor()
-    return {"tokenizer": processor, "text_encoder": qwen_vl(processor), **clip_parts("_2")}
+    return {"tokenizer": vision_processor(), "text_encoder": qwen2_5_vl(), **clip_parts("_2")}
 
 
 def kandinsky(cls: type, vae: Any, visual_cond: bool, size: int | None = None):

@@ -10,8 +10,8 @@ import transformers
 
 from ..case import Case
 from ..parts import LANGUAGE_MODEL, LATENT_CHANNELS, TEXT_WIDTH, gemma_parts, gemma_tokenizer, photograph, seeded, shifted_flow
-from ..picture_language import qwen_vl_tokenizer
 from ..video_parts import picture
+from ..vision_language import vision_tokenizer
 from .wan import wan_vae
 
 NEGATIVE = {"negative_prompt": ["blurry", "blurry"]}
@@ -22,7 +22,7 @@ VIDEO = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 4, "
 
 
 def qwen2_vl_parts() -> dict[str, Any]:
-    tokenizer = qwen_vl_tokenizer()
+    tokenizer = vision_tokenizer()
     text = {**LANGUAGE_MODEL, "vocab_size": len(tokenizer), "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
     vision = {"depth": 1, "embed_dim": 16, "hidden_size": TEXT_WIDTH, "num_heads": 2, "mlp_ratio": 1}
     config = transformers.Qwen2VLConfig(text_config=text, vision_config=vision)
