@@ -30,7 +30,7 @@ from .recurrence import put_back, raised_in, reads_levels_by_number, reads_state
 # A state without signal says nothing of its clean sample: h_t is constant there, and the conversions divide by alpha.
 NO_SIGNAL = 1e-3
 
-_BY_NUMBER = "{} looks {} up by the number of its step, so that no step can be repeated: set recurrence=1, or use a preset without it."
+_BY_NUMBER = "{} looks {} up by the number of its step{}, so that no step can be repeated: set recurrence=1, or use a preset without it."
 
 Objective = Callable[[Tensor, list[int], Level], Tensor]
 
@@ -79,7 +79,7 @@ def guided_sample(
     through_denoiser = bool(guidance.variance) and scale != 0
     repeats = guidance.recurrence > 1 and scale != 0
     if repeats and reads_levels_by_number(calls_of(pipeline).functions):
-        raise GuidanceError(_BY_NUMBER.format(type(pipeline).__name__, "its noise level"))
+        raise GuidanceError(_BY_NUMBER.format(type(pipeline).__name__, "its noise level", ""))
     with ExitStack() as stack:
         stack.enter_context(_frozen(pipeline, gradient_checkpointing))
         timesteps = walk.repeat(pipeline, call, memory) if repeats else None
@@ -91,7 +91,7 @@ def guided_sample(
         except IndexError as error:
             if timesteps is None or raised_in(error) is not inspect.unwrap(type(pipeline).__call__).__code__:
                 raise
-            raise GuidanceError(_BY_NUMBER.format(type(pipeline).__name__, f"something ({error})")) from error
+            raise GuidanceError(_BY_NUMBER.format(type(pipeline).__name__, "something", f" ({error})")) from error
     if walk.final is None:
         raise GuidanceError(NO_OWN_STEP)
     if walk.values and not walk.moved:

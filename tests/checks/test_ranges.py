@@ -304,7 +304,7 @@ def test_scores_of_what_is_no_batch():
     for call, said in (
         (lambda: score(mean, images, "ab"), "got 2 images and the text 'ab'"),
         (lambda: score(mean, images, ["a", "b"], tag=["x"]), "column 'tag' has 1 entries for 2 images"),
-        (lambda: score(mean, images[0], ["a", "b", "c"]), "got the shape .3, 8, 8."),
+        (lambda: score(mean, images[0], ["a", "b", "c"]), r"judges pictures, and these are sounds .* = .3, 8, 8."),
         (lambda: WeightedSum([(mean, NAN)]), "weight must be a finite number"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -22,7 +22,7 @@ class OneString(StableDiffusionPipeline):
         self, prompt: str, *, height=None, width=None, num_inference_steps=4, guidance_scale=3.0, generator=None, negative_prompt=None, output_type="pil"
     ):
         if not isinstance(prompt, str) or not isinstance(negative_prompt, str | None) or isinstance(generator, list):
-            type(self).refusals += 1
+            OneString.refusals += 1
             raise TypeError('can only concatenate str (not "list") to str')
         shared = {"height": height, "width": width, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         return StableDiffusionPipeline.__call__.__wrapped__(
@@ -61,16 +61,16 @@ def test_what_else_is_refused_is_said_as_the_pipeline_says_it(policy):
 
 
 class OnePicture(StableDiffusionImg2ImgPipeline):
-    """Refuses lists of pictures, as Wan's image-to-video does; of prompts and generators it takes lists."""
+    """Refuses lists of pictures, as Wan's image-to-video does; of prompts it takes lists."""
 
     refusals = 0
 
     @torch.no_grad()
     def __call__(self, prompt, image, *, strength=0.8, num_inference_steps=4, guidance_scale=3.0, generator=None, output_type="pil"):
         if isinstance(image, list):
-            type(self).refusals += 1
+            OnePicture.refusals += 1
             raise ValueError("`image` has to be a picture but is a list.")
-        assert isinstance(prompt, list) and isinstance(generator, list)
+        assert isinstance(prompt, list)
         shared = {"strength": strength, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
         return StableDiffusionImg2ImgPipeline.__call__.__wrapped__(self, prompt, image, generator=generator, output_type=output_type, **shared)
 

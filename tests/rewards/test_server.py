@@ -171,7 +171,7 @@ def test_turns_alternate_between_kinds_where_both_wait():
 
 def test_large_requests_are_unpacked_one_at_a_time_and_small_ones_come_between(monkeypatch):
     monkeypatch.setattr(server, "SMALL_VALUES", 1000)
-    unpack, unpacked, most, order = wire.ScoreRequest.images, [0], [0], []
+    unpack, unpacked, most, order = wire.ScoreRequest.unpacked, [0], [0], []
 
     def counted(request):
         unpacked[0] += 1
@@ -185,7 +185,7 @@ def test_large_requests_are_unpacked_one_at_a_time_and_small_ones_come_between(m
         unpacked[0] -= 1
         return torch.zeros(len(prompts))
 
-    monkeypatch.setattr(wire.ScoreRequest, "images", counted)
+    monkeypatch.setattr(wire.ScoreRequest, "unpacked", counted)
     with serving(RewardServer(slow)) as running:
         reward = RemoteReward(running.url, timeout=20.0, retries=0)
         large = [threading.Thread(target=reward, args=(torch.rand(1, 3, 32, 32), ["a"])) for _ in range(8)]

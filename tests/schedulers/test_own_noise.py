@@ -133,11 +133,12 @@ def test_twins_survive_saving_and_copying(row, tmp_path):
 def test_half_precision_is_scored_in_float32_at_the_rounded_state(row, dtype):
     _, twin = row.pair()
     state = randn(0).to(dtype)
-    output = twin.step(row.output(0, state), row.times(twin)[0], state, generator=generator(), **row.call(twin, 0))
+    answer = row.output(0, state).to(dtype)
+    output = twin.step(answer, row.times(twin)[0], state, generator=generator(), **row.call(twin, 0))
     assert output.prev_sample.dtype == dtype
     if output.log_prob is not None:
         assert output.prev_sample_mean.dtype == output.std.dtype == torch.float32
-        kernel = twin.transition(row.output(0, state), twin.timesteps[0], state)
+        kernel = twin.transition(answer, twin.timesteps[0], state)
         assert torch.equal(kernel.log_prob(output.prev_sample), output.log_prob)
 
 

@@ -69,12 +69,12 @@ def test_log_prob_is_that_of_the_rounded_action(make, dtype):
 @BOTH
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("of_state, of_output", [*itertools.permutations([torch.float32, torch.bfloat16, torch.float16, torch.float64], 2)])
-def test_what_a_step_returns_has_the_states_dtype_and_layout(make, deterministic, of_state, of_output):
+def test_what_a_step_returns_has_the_wider_dtype_and_the_states_layout(make, deterministic, of_state, of_output):
     scheduler = make()
     scheduler.deterministic = deterministic
     state = randn(1, dtype=of_state).to(memory_format=torch.channels_last)
     out = scheduler.step(randn(0, dtype=of_output), scheduler.timesteps[0], state, generator=gen(5))
-    assert out.prev_sample.dtype == out.pred_original_sample.dtype == of_state
+    assert out.prev_sample.dtype == out.pred_original_sample.dtype == torch.promote_types(of_state, of_output)
     assert out.prev_sample.stride() == state.stride()
     assert (out.log_prob is None) == deterministic
 
