@@ -193,15 +193,15 @@ def small(monkeypatch):
 
     monkeypatch.setattr(running, "run_script", call)
     monkeypatch.setattr("benchmarks.frontier.judging.STEPS", 2)
-    monkeypatch.setattr("benchmarks.frontier.data.BEST", 1)
+    monkeypatch.setattr("benchmarks.frontier.methods.FACTORS", {"learning_rate": (1.0,), "strength": (0.5,)})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_trained_judged_and_not_done_again(tmp_path, small, capsys):
     words = ["--tasks", "swaps", "--methods", "Diffusion-DPO", "best of 2", "real scenes", "--swaps", "6", "--output_dir", str(tmp_path), *TINY]
     frontier.main(["search", *words])
     frozen = json.loads((tmp_path / "frozen.json").read_text())
-    assert set(frozen) == {"swaps/mini-sd3/Diffusion-DPO"} and len((tmp_path / "search.jsonl").read_text().splitlines()) == 6
+    assert set(frozen) == {"swaps/mini-sd3/Diffusion-DPO"} and len((tmp_path / "search.jsonl").read_text().splitlines()) == 1
     frontier.main(["run", *words])
     rows = {row["method"]: row for row in Results(tmp_path / "results.jsonl").all()}
     assert set(rows) == {"base", "real scenes", "best of 2", "Diffusion-DPO"}
