@@ -1,0 +1,1 @@
+"""Every method, what it gains and what it pays, against controls: `python -m benchmarks.frontier`."""

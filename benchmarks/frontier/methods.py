@@ -1,0 +1,135 @@
+"""The methods: a recipe and what is changed of it, the data that it needs, and the two numbers that the search tries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import yaml
+
+from benchmarks.frontier.tasks import CALL, LIKES, PAIRS, SCORES, Task, flags_of
+from diffusers_align.files.levels import script_of
+from diffusers_align.files.paths import find_recipe
+
+ONLINE, GRADIENT, OFFLINE, CLOSED, CONTROL, INFERENCE = "online RL", "reward gradient", "data", "behind the model", "control", "no training"
+FACTORS = {"learning_rate": (0.3, 1.0, 3.0), "strength": (0.1, 1.0)}
+DDIM = {"eta": 1.0, "sde_window": None}  # the noise of its twin, where the recipe is for flow matching
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the tables.
+
+    Attributes:
+        recipe: which its settings are taken from.
+        data: the kind that it learns from; None if it samples for itself.
+        settings: over the recipe's; None takes a key out.
+        on: the same for one of the models alone; a model that is not there takes no further ones.
+        strength: of the method's hold on the pretrained model, or of its pull away; what the search tries beside the learning rate.
+        models: that it applies to.
+        wrong: share of wrong labels, over the task's: 0.5 is chance.
+        unlabelled: whether it learns from the images alone, so that every task has it.
+    """
+
+    route: str
+    recipe: str
+    strength: str | None = None
+    data: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    on: dict[str, dict[str, Any]] = field(default_factory=dict)
+    models: tuple[str, ...] = ("mini-sd3", "mini-sd")
+    wrong: float | None = None
+    unlabelled: bool = False
+
+    @property
+    def script(self) -> str:
+        return script_of(self.recipe)
+
+    @property
+    def tuned(self) -> dict[str, str]:
+        """What the search tries, and the setting that it is."""
+        rate = {} if self.settings.get("learning_rate", "the recipe's") is None else {"learning_rate": "learning_rate"}
+        return rate | ({"strength": self.strength} if self.strength else {})
+
+    def applies(self, task: Task, model: str) -> bool:
+        """Whether it has a row for this task on this model."""
+        return model in self.models and (self.unlabelled or (task.online if self.data is None else self.data in task.kinds))
+
+
+FLOW = ("mini-sd3",)
+NO_RATE = {"learning_rate": None, "lr_scheduler": None}  # steps of a given KL
+PLAIN = {"sft_weight": None, "safeguard_mu": None}
+EQUAL = {"weights": "top_q", "top_q": 1.0, "scope": None, "temperature": None}  # every image weighs the same
+RANDOM = {"reward": "benchmarks.frontier.controls:random_reward", "reward_model": None, "eval_reward": None, "eval_reward_model": None}
+METHODS = {
+    "DDPO-SF": Method(ONLINE, "ddpo_mini_sd", None, settings={"estimator": "sf", "clip_range": None}),
+    "DDPO-IS": Method(ONLINE, "ddpo_mini_sd", "clip_range"),
+    "TRPO": Method(ONLINE, "ddpo_mini_sd", "max_kl", settings={"update": "trpo", "cg_iterations": 3, "max_kl": 20.0, "clip_range": None, **NO_RATE}),
+    "DPOK": Method(ONLINE, "dpok_mini_sd", "kl_weight"),
+    "Flow-GRPO": Method(ONLINE, "flow_grpo_mini_sd3", "kl_weight", on={"mini-sd": DDIM}),
+    "Flow-CPS": Method(ONLINE, "flow_grpo_cps_mini_sd3", "kl_weight", models=FLOW),
+    "DanceGRPO": Method(ONLINE, "flow_grpo_dance_mini_sd3", "kl_weight", models=FLOW),
+    "MixGRPO": Method(ONLINE, "flow_grpo_mix_mini_sd3", "kl_weight", models=FLOW),
+    "GRPO-Guard": Method(ONLINE, "flow_grpo_guard_mini_sd3", "kl_weight", models=FLOW),
+    "DenseGRPO": Method(ONLINE, "dense_grpo_mini_sd3", "kl_weight", models=FLOW),
+    "MV-GRPO": Method(ONLINE, "mv_grpo_mini_sd3", "kl_weight", on={"mini-sd": DDIM}),
+    "DiffusionNFT": Method(ONLINE, "nft_mini_sd3", "beta"),
+    "AWM": Method(ONLINE, "awm_mini_sd3", "ema_beta"),
+    "DRaFT-1": Method(GRADIENT, "draft_mini_sd3", settings={"truncation": 1}),
+    "DRaFT-3": Method(GRADIENT, "draft_mini_sd3"),
+    "DRaFT": Method(GRADIENT, "draft_mini_sd3", settings={"method": "draft", "truncation": None}),
+    "DRaFT-LV": Method(GRADIENT, "draft_mini_sd3", settings={"method": "draft_lv", "truncation": None}),
+    "DRTune": Method(GRADIENT, "draft_mini_sd3", settings={"method": "drtune", "truncation": None, "num_trained_steps": 3, "skip_last_steps": 2}),
+    "ReFL": Method(GRADIENT, "refl_mini_sd3", "reward_scale", settings={"reward_map": "shortfall", "reward_target": 1.0}),
+    "AlignProp": Method(GRADIENT, "alignprop_mini_sd", "reward_scale"),
+    "Adjoint Matching": Method(GRADIENT, "adjoint_matching_mini_sd3", "reward_scale", settings={"num_prompts_per_epoch": 48}),
+    "D3PO": Method(ONLINE, "d3po_mini_sd3", "clip_range"),
+    "SPO": Method(ONLINE, "spo_mini_sd3", "clip_range", on={"mini-sd": DDIM}),
+    "Diffusion-DPO": Method(OFFLINE, "dpo_mini_sd3", "beta", PAIRS, PLAIN),
+    "DPO, safeguard": Method(OFFLINE, "dpo_mini_sd3", "beta", PAIRS),
+    "MaPO": Method(OFFLINE, "dpo_mini_sd3", "beta", PAIRS, {**PLAIN, "loss": "mapo", "beta": 0.1}),
+    "Linear-DPO": Method(OFFLINE, "dpo_mini_sd3", "beta", PAIRS, {**PLAIN, "loss": "linear", "linear_eta": 0.001, "reference_decay": 0.99}),
+    "InPO": Method(OFFLINE, "dpo_mini_sd3", "beta", PAIRS, {**PLAIN, "inversion_steps": 2}),
+    "DSPO": Method(OFFLINE, "dspo_mini_sd3", "beta", PAIRS),
+    "Diffusion-KTO": Method(OFFLINE, "kto_mini_sd3", "beta", LIKES),
+    "RWR": Method(OFFLINE, "rwr_mini_sd3", "temperature", SCORES),
+    "PFM": Method(CLOSED, "pfm_likes_blue_mini_sd", None, PAIRS, {"learning_rate": 1e-3}, models=("mini-sd",)),
+    "plain fine-tuning": Method(CONTROL, "rwr_mini_sd3", None, SCORES, EQUAL, unlabelled=True),
+    "DPO, shuffled": Method(CONTROL, "dpo_mini_sd3", "beta", PAIRS, PLAIN, wrong=0.5),
+    "KTO, shuffled": Method(CONTROL, "kto_mini_sd3", "beta", LIKES, wrong=0.5),
+    "RWR, shuffled": Method(CONTROL, "rwr_mini_sd3", "temperature", SCORES, wrong=0.5),
+    "random reward": Method(CONTROL, "flow_grpo_mini_sd3", "kl_weight", settings=RANDOM, on={"mini-sd": DDIM}),
+}
+# A control is trained with what was found for the method that it is the control of.
+CONTROL_OF = {
+    "DPO, shuffled": "Diffusion-DPO",
+    "KTO, shuffled": "Diffusion-KTO",
+    "RWR, shuffled": "RWR",
+    "plain fine-tuning": "RWR",
+    "random reward": "Flow-GRPO",
+}
+
+
+def settings(method: Method, task: Task, model: str, train: str, tuned: dict[str, float]) -> dict[str, Any]:
+    """A recipe of its own for a run: the method's recipe on this task and model, with the learning rate falling linearly to 0.
+
+    Args:
+        train: the training prompts.
+        tuned: factors of the search, by `learning_rate` and `strength`.
+    """
+    found = yaml.safe_load(find_recipe(method.recipe).read_text(encoding="utf-8"))
+    found = {name: value for name, value in found.items() if name not in ("eval_reward", "eval_reward_model", "reward_model", "cache_dir", "outputs")}
+    found |= {"pretrained_model_name_or_path": model, "prompts": train, **flags_of(task.reward), "lr_scheduler": "linear"}
+    if method.route != CLOSED:
+        found |= {"eval_prompts": train, "call_kwargs": CALL[model]}
+    found |= {**method.settings, **method.on.get(model, {})}
+    for name, factor in tuned.items():
+        if key := method.tuned.get(name):
+            found[key] *= factor
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def grid(method: Method) -> list[dict[str, float]]:
+    """What the search tries of a method: the same factors of its recipe's numbers for all that have them."""
+    return [dict(zip(method.tuned, factors)) for factors in product(*(FACTORS[name] for name in method.tuned))]

@@ -1,0 +1,107 @@
+"""The results as tables: means over seeds, and each method against the controls of its budget."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from benchmarks.frontier.methods import CONTROL
+from benchmarks.frontier.tasks import TASKS
+from benchmarks.frontier.work import BASE
+
+SURE = 2.0  # standard errors of a difference that count as one
+UNTRAINED = ("real scenes", "best of 8")  # controls that are bounds and no trainings
+HEAD = "| method | rows | updates | images seen | CPU s | {reward}: gain | against the controls | {judge}: gain | gap, s.d. | KL, nats | diversity |"
+
+
+@dataclass(frozen=True)
+class Number:
+    """A mean and its standard error; NaN where there is none."""
+
+    mean: float
+    error: float
+
+    def __sub__(self, other: Number) -> Number:
+        return Number(self.mean - other.mean, math.hypot(self.error, other.error))
+
+
+def over_seeds(rows: list[dict], name: str) -> Number:
+    """Of a number of the results over the seeds; with one seed, the error is that of its images alone."""
+    found = [value if isinstance(value := row[name], dict) else {"mean": value, "se": None} for row in rows]
+    means = [value["mean"] for value in found if value["mean"] is not None]
+    if not means:
+        return Number(math.nan, math.nan)
+    if len(means) > 1:
+        return Number(mean(means), stdev(means) / len(means) ** 0.5)
+    return Number(means[0], math.nan if found[0]["se"] is None else found[0]["se"])
+
+
+def groups(rows: Iterable[dict]) -> dict[tuple, dict[tuple[str, int], list[dict]]]:
+    """The rows of each table (task, model, guidance, judge), and in it of each method and budget."""
+    found: dict[tuple, dict[tuple[str, int], list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[row["task"], row["model"], row["guidance"], row["judge"], row["images"], row["weights"]][row["method"], row["budget"]].append(row)
+    return found
+
+
+def against_controls(rows: dict[tuple[str, int], list[dict]], key: tuple[str, int]) -> Number:
+    """The gain over the best training that learns nothing of the preference at this budget, the base (gain 0) among them."""
+    controls = [entry for (name, budget), entry in rows.items() if budget == key[1] and entry[0]["route"] == CONTROL and name not in UNTRAINED]
+    best = max([over_seeds(entry, "reward_gain") for entry in controls] + [Number(0.0, 0.0)], key=lambda number: number.mean)
+    return over_seeds(rows[key], "reward_gain") - best
+
+
+def verdict(difference: Number) -> str:
+    """`wins`, `loses`, or `even` where it is not sure."""
+    if not difference.error > 0:
+        return "no error known"
+    share = difference.mean / difference.error
+    return "wins" if share >= SURE else "loses" if share <= -SURE else "even"
+
+
+def shown(number: Number, form: str = "+.3f") -> str:
+    if math.isnan(number.mean):
+        return "–"
+    return f"{number.mean:{form}}" + ("" if math.isnan(number.error) else f" ± {number.error:{form.lstrip('+')}}")
+
+
+def line(rows: dict[tuple[str, int], list[dict]], key: tuple[str, int]) -> str:
+    """A method at a budget."""
+    name, budget = key
+    entry = rows[key]
+    cost = [f"{over_seeds(entry, field).mean:,.0f}" if budget else "" for field in ("rows", "updates", "distinct", "processor_seconds")]
+    trained = budget and entry[0]["route"] != CONTROL
+    against = against_controls(rows, key) if trained else None
+    cells = [name + ("" if entry[0]["tuned"] or not trained else "*"), *cost, shown(over_seeds(entry, "reward_gain"))]
+    cells += [f"{shown(against)}, {verdict(against)}" if against else "", shown(over_seeds(entry, "judge_gain")), shown(over_seeds(entry, "gap"), "+.2f")]
+    kl = over_seeds(entry, "kl")
+    return "| " + " | ".join([*cells, shown(kl, ".0f"), shown(over_seeds(entry, "diversity"), ".3f")]) + " |"
+
+
+def table(rows: dict[tuple[str, int], list[dict]], task: str, judge: str) -> str:
+    """One Markdown table: what is not trained first, then methods by budget, the largest gain first."""
+    order = sorted(rows, key=lambda key: (key[1], key[0] != BASE, -over_seeds(rows[key], "reward_gain").mean))
+    head = HEAD.format(reward=TASKS[task].measured, judge=judge.partition("@")[0])
+    return "\n".join([head, "|---" * head.count(" | ") + "|---|", *(line(rows, key) for key in order)])
+
+
+def page(rows: list[dict]) -> str:
+    """All tables, with what is needed to read them."""
+    if not rows:
+        return "Nothing has been measured yet.\n"
+    parts = []
+    for (task, model, guidance, judge, images, weights), found in sorted(groups(rows).items()):
+        seeds = sorted({row["seed"] for entry in found.values() for row in entry if row["budget"]})
+        base, judged = found[BASE, 0][0] if (BASE, 0) in found else None, TASKS[task].measured
+        told = f"Base: {judged} {base['reward']['mean']:.3f}, {judge.partition('@')[0]} {base['judged']['mean']:.3f}. " if base else ""
+        errors = "over the seeds" if len(seeds) > 1 else "of the images alone: one seed has no error of its own"
+        parts.append(
+            f"## {task}, {model}, guidance {guidance:g}\n\n{TASKS[task].says[0].upper()}{TASKS[task].says[1:]}. {told}{images} held-out images a model."
+        )
+        parts.append(f"Seeds: {', '.join(map(str, seeds)) or 'none'}; errors are {errors}. Weights {weights}.\n\n{table(found, task, judge)}\n")
+    if any(not row["tuned"] and row["budget"] and row["route"] != CONTROL for row in rows):
+        parts.append("\\* with its recipe's own numbers: the search was not run for it.\n")
+    return "\n\n".join(parts)
