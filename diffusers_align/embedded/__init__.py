@@ -3,11 +3,12 @@
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-NAMES = ("mini-sd", "mini-sd3", "mini-clip", "scene-classifier", "noisy-classifier", "noisy-clip")
+NAMES = ("mini-sd", "mini-sd3", "mini-clip", "scene-classifier", "scene-judge", "noisy-classifier", "noisy-clip")
 
 
 def path(name: str) -> str:
-    """The folder of an embedded model, for `from_pretrained`: `mini-sd`, `mini-sd3`, `mini-clip`, `scene-classifier`, `noisy-classifier`, `noisy-clip`.
+    """The folder of an embedded model, for `from_pretrained`: `mini-sd`, `mini-sd3`, `mini-clip`, `scene-classifier`, `scene-judge`,
+    `noisy-classifier`, `noisy-clip`.
 
     Raises:
         ValueError: there is no model of that name.

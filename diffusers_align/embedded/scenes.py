@@ -73,10 +73,10 @@ class Scene:
         return " ".join(words)
 
 
-def sample_scene(rng: random.Random) -> Scene:
-    """A random scene: one object (70%), two (20%) or three (10%); a third of the single ones at a named side."""
-    count = rng.choices((1, 2, 3), (0.7, 0.2, 0.1))[0]
-    position = rng.choice(list(POSITIONS)) if count == 1 and rng.random() < 1 / 3 else None
+def sample_scene(rng: random.Random, counts: tuple[float, float, float] = (0.7, 0.2, 0.1), sided: float = 1 / 3) -> Scene:
+    """A random scene: one object, two or three with the given probabilities; the share `sided` of the single ones at a named side."""
+    count = rng.choices((1, 2, 3), counts)[0]
+    position = rng.choice(list(POSITIONS)) if count == 1 and rng.random() < sided else None
     named = {"color"} if rng.random() < 0.6 else set()
     return Scene(rng.choice(list(OBJECTS)), count, rng.choice(list(COLORS)), position, frozenset(named | {"position"}))
 

@@ -21,11 +21,11 @@ from .scenes import Scene, place, render, sample_scene
 IMAGE_SIZE, LATENT_SIZE, MAX_TOKENS = 32, 16, 16
 
 
-def make_scenes(number: int, seed: int) -> tuple[Tensor, list[Scene], Tensor]:
-    """(N, 3, 32, 32) uint8 images, their scenes, and the objects' mean centres (N, 2) in [0, 1]."""
+def make_scenes(number: int, seed: int, **shares) -> tuple[Tensor, list[Scene], Tensor]:
+    """(N, 3, 32, 32) uint8 images, their scenes, and the objects' mean centres (N, 2) in [0, 1]. `shares` goes to `sample_scene`."""
     rng, images, scenes, centers = random.Random(seed), [], [], []
     for _ in range(number):
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, **shares)
         boxes = place(scene, IMAGE_SIZE, rng)
         images.append(np.asarray(render(scene, rng, IMAGE_SIZE, boxes)))
         scenes.append(scene)
@@ -116,23 +116,6 @@ def fit(name: str, modules: list[nn.Module], loss_fn, save, minutes: float, lr: 
     save()
 
 
-class LatentScenes:
-    """Scenes encoded once: latents (N, 4, 16, 16) of mean 0 and deviation 1, token ids with a tenth of the captions empty."""
-
-    def __init__(self, out: Path, tokenizer: CLIPTokenizer, number: int = 20000, seed: int = 2):
-        self.vae = AutoencoderKL.from_pretrained(out / "vae").eval()
-        images, scenes, _ = make_scenes(number, seed)
-        with torch.no_grad():
-            encode = lambda x: self.vae.encode(x.float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)).latent_dist.mode()  # noqa: E731
-            latents = torch.cat([encode(part) for part in images.split(256)])
-        self.latents = (latents - self.vae.config.shift_factor) * self.vae.config.scaling_factor
-        self.ids, self.empty = tokenize(tokenizer, [scene.caption() for scene in scenes]), tokenize(tokenizer, [""])
-
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        index = torch.randint(0, len(self.latents), (size,))
-        return self.latents[index], torch.where(torch.rand(size, 1) < 0.1, self.empty, self.ids[index])
-
-
 class NoisedScenes:
     """Scenes as latents (N, 4, 16, 16), noised at every level, for judges that serve both pipelines."""
 
@@ -160,9 +143,9 @@ def contrast(logits: Tensor, caption_id: Tensor) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def judged_images(out: Path, number: int, seed: int) -> tuple[Tensor, list[Scene], Tensor]:
-    """Scenes as judges must know them: half sharp, half through the autoencoder with a little noise, as samples look."""
-    images, scenes, centers = make_scenes(number, seed)
+def judged_images(out: Path, number: int, seed: int, **shares) -> tuple[Tensor, list[Scene], Tensor]:
+    """Scenes as judges must know them: half sharp, half through the autoencoder with a little noise, as samples look. `shares` goes to `sample_scene`."""
+    images, scenes, centers = make_scenes(number, seed, **shares)
     vae, half = AutoencoderKL.from_pretrained(out / "vae").eval(), number // 2
     with torch.no_grad():
         for start in range(0, half, 256):

@@ -14,6 +14,7 @@
 | `edit_direction` | does the picture change from the source as the caption does? (CLIP; columns `image`, `source_prompt`) | yes |
 | `edit_preservation` | is the picture as the source outside the mask? (L1 or PSNR; columns `image`, `mask`) | yes |
 | `scene_score` | do the named object, count, colour and position appear? (embedded scenes) | yes |
+| `scene_judge` | the same by a network that took no part in training `scene_score`: for held-out evaluation | yes |
 | `spectral_centroid` | how bright is the sound? (its mean frequency in kHz) | yes |
 
 `http://host:port` is a reward on a server, such as `python -m diffusers_align.rewards.server --reward clip_score` starts.

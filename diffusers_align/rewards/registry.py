@@ -28,6 +28,7 @@ BUILT_INS = {
     "jpeg_incompressibility": "diffusers_align.rewards.jpeg:jpeg_incompressibility",
     "ocr": "diffusers_align.rewards.ocr:OCRScore",
     "pick_score": "diffusers_align.rewards.pick_score:PickScore",
+    "scene_judge": "diffusers_align.rewards.scene:SceneJudgement",
     "scene_score": "diffusers_align.rewards.scene:SceneScore",
     "spectral_centroid": "diffusers_align.rewards.spectral_centroid:spectral_centroid",
     "vlm_judge": "diffusers_align.rewards.vlm_judge:VLMJudge",

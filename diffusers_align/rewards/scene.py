@@ -31,12 +31,17 @@ class SceneScore(nn.Module):
     name = "scene_score"
 
     def __init__(self, model: str | None = None):
+        super().__init__()
+        self.classifier = self.load(model)
+        self.float().eval().requires_grad_(False)
+
+    @staticmethod
+    def load(model: str | None) -> nn.Module:
+        """The network that looks at the images."""
         from .. import embedded
         from ..embedded.classifier import SceneClassifier
 
-        super().__init__()
-        self.classifier = SceneClassifier.from_pretrained(model or embedded.path("scene-classifier"))
-        self.float().eval().requires_grad_(False)
+        return SceneClassifier.from_pretrained(model or embedded.path("scene-classifier"))
 
     def forward(self, images: Tensor, prompts: list[str], **columns: Any) -> dict[str, Tensor]:
         """images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1]; of a video, everything is the mean over frames.
@@ -61,6 +66,26 @@ class SceneScore(nn.Module):
         masked = torch.where(asked > 0, probabilities, torch.nan)
         result |= {name: masked[:, i] for i, name in enumerate(ATTRIBUTES)}
         return {name: mean_over_frames(value, images) for name, value in result.items()}
+
+
+class SceneJudgement(SceneScore):
+    """The same questions answered by a network that took no part: another architecture, trained on other scenes.
+
+    For the evaluation of what was trained on `scene_score`, or chosen by it: a gain there that is missing here is the classifier's error.
+
+    Args:
+        model: a folder of `SceneJudge`; the shipped one by default.
+    """
+
+    name = "scene_judge"
+
+    @staticmethod
+    def load(model: str | None) -> nn.Module:
+        """The network that looks at the images."""
+        from .. import embedded
+        from ..embedded.scene_judge import SceneJudge
+
+        return SceneJudge.from_pretrained(model or embedded.path("scene-judge"))
 
 
 def wanted_classes(prompts: list[str]) -> Tensor:

@@ -15,7 +15,7 @@ from diffusers_align.rewards.jpeg import jpeg_compressibility, jpeg_incompressib
 
 BUILT_IN_NAMES = (
     "jpeg_compressibility", "jpeg_incompressibility", "aesthetic", "background_color", "clip_score", "edit_direction", "edit_preservation",
-    "hps_v2", "image_reward", "ocr", "pick_score", "scene_score", "spectral_centroid", "vlm_judge",
+    "hps_v2", "image_reward", "ocr", "pick_score", "scene_judge", "scene_score", "spectral_centroid", "vlm_judge",
 )  # fmt: skip
 
 

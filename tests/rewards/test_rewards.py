@@ -8,16 +8,17 @@ from diffusers_align.rewards import score
 from diffusers_align.rewards.aesthetic import AestheticScore
 from diffusers_align.rewards.clip_score import CLIPScore
 from diffusers_align.rewards.pick_score import PickScore
-from diffusers_align.rewards.scene import SceneScore
+from diffusers_align.rewards.scene import SceneJudgement, SceneScore
 
 
-@pytest.fixture(params=["clip_score", "pick_score", "aesthetic", "scene_score"])
+@pytest.fixture(params=["clip_score", "pick_score", "aesthetic", "scene_score", "scene_judge"])
 def model_reward(request, clip_folder, aesthetic_checkpoint):
     makers = {
         "clip_score": lambda: CLIPScore(clip_folder),
         "pick_score": lambda: PickScore(clip_folder),
         "aesthetic": lambda: AestheticScore(clip_folder, aesthetic_checkpoint),
         "scene_score": SceneScore,
+        "scene_judge": SceneJudgement,
     }
     return makers[request.param]()
 

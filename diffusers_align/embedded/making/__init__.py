@@ -1,0 +1,1 @@
+"""How the embedded models were made: the stages of `diffusers_align.embedded.train`, and what they share."""
