@@ -205,7 +205,9 @@ def _decoder(components: ModularPipeline, state: PipelineState):
 
     def decode(latents: Tensor) -> Tensor:
         call = {name: value for name, value in {**_call(tail, state), "latents": latents, "output_type": "pt"}.items() if name in calls.parameters}
-        return images_of(calls.run(call))
+        output = calls.run(call)
+        name = next(name for name in _OUTPUTS if output.get(name) is not None)  # the first output may be latents in another layout
+        return waveforms(output[name]) if name in WAVES else images_of([output[name]])
 
     return decode
 

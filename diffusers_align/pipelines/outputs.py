@@ -34,4 +34,5 @@ def _joined(values: list):
         return torch.cat(values)
     if isinstance(values[0], np.ndarray):
         return np.concatenate(values)
-    return [item for value in values for item in value] if isinstance(values[0], list) else values[0]
+    # Of one row a modular pipeline's state has a generator as such, of several a list.
+    return [item for value in values for item in (value if isinstance(value, list) else [value])] if isinstance(values[0], list) else values[0]

@@ -83,7 +83,7 @@ def test_one_picture_is_given_as_such_and_several_are_refused_in_words():
         expected = stock.rollout(["a cat"], seeds=[1], image=picture).final
         for _ in range(2):
             assert torch.equal(policy.rollout(["a cat"], seeds=[1], per_sample={"image": [picture]}).final, expected)
-        assert OnePicture.refusals == 1
+        assert OnePicture.refusals == 2  # as it is and with its prompt as a string; from then on never
         with pytest.raises(ValueError, match="refuses 2 samples with image of their own: .* is a list. If it takes one a call.*--train_batch_size 1"):
             policy.rollout(["a cat", "a dog"], seeds=[1, 2], per_sample={"image": [picture, picture]})
 
