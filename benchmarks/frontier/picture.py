@@ -30,6 +30,7 @@ def draw(rows: list[dict], folder: Path) -> list[Path]:
         axes = figure.subplots(1, 3)
         style = styles(sorted({name for name, _ in found if name != BASE}))
         reward, judged = TASKS[task].measured, judge.partition("@")[0]
+        axes[0].margins(x=0.15)
         panel(axes[0], found, style, "reward_gain", lambda entry: over_seeds(entry, "kl"))
         axes[0].set(xlabel="exact path KL to the base, nats", ylabel=f"{reward}: gain", xscale="symlog")
         axes[0].set_xlim(left=0)

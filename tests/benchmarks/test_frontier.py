@@ -166,6 +166,8 @@ def test_tables_and_pictures_are_made_of_the_rows(tmp_path):
     ]
     text = page(rows)
     assert "## color, mini-sd3, guidance 3" in text and "| Flow-GRPO* | 2,100 | 4 | 192 | 20 | +0.200" in text and "search was not run" in text
+    assert "No control was trained" in text and ", wins |" in text
+    assert ", one seed |" in page([row()]) and "Trained controls: random reward." in page([row(), row(method="random reward", route=CONTROL)])
     assert text.index("| base |") < text.index("| real scenes |") < text.index("| Flow-GRPO* |")
     (path,) = draw(rows, tmp_path)
     assert path.stat().st_size > 10_000
