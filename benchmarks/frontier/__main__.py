@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     for logging in (diffusers_logging, transformers_logging):
         logging.disable_progress_bar()
+        logging.set_verbosity_error()  # a LoRA without weights for the text encoder is what all of these are
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a training is ended in order
 
     if args.part == "publish":

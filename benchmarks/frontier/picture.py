@@ -30,8 +30,10 @@ def draw(rows: list[dict], folder: Path) -> list[Path]:
         axes = figure.subplots(1, 3)
         style = styles(sorted({name for name, _ in found if name != BASE}))
         reward, judged = TASKS[task].measured, judge.partition("@")[0]
+        axes[0].margins(x=0.15)
         panel(axes[0], found, style, "reward_gain", lambda entry: over_seeds(entry, "kl"))
         axes[0].set(xlabel="exact path KL to the base, nats", ylabel=f"{reward}: gain", xscale="symlog")
+        axes[0].set_xlim(left=0)
         panel(axes[1], found, style, "reward_gain", compute)
         axes[1].set(xlabel="denoiser rows: training, and sampling of the judged images", ylabel=f"{reward}: gain", xscale="log")
         panel(axes[2], found, style, "judge_gain", lambda entry: over_seeds(entry, "reward_gain"))
@@ -39,9 +41,8 @@ def draw(rows: list[dict], folder: Path) -> list[Path]:
         for axis in axes:
             axis.axhline(0, color="black", linewidth=0.8)
             axis.grid(alpha=0.3)
-        figure.suptitle(
-            f"{task}, {model}, guidance {guidance:g}: {TASKS[task].says}; mean and standard error over seeds, over the base at equal prompts and seeds"
-        )
+        title = f"{task}, {model}, guidance {guidance:g}: {TASKS[task].says}; gains over the base, bands of a standard error over seeds (of images, with one)"
+        figure.suptitle(title, fontsize=10)
         figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=8, fontsize=7)
         paths.append(folder / f"frontier_{task}_{model}_g{guidance:g}.png")
         figure.savefig(paths[-1], dpi=100)
@@ -55,9 +56,12 @@ def styles(names: list[str]) -> dict[str, dict]:
 
 
 def panel(axis, rows: dict[tuple[str, int], list[dict]], style: dict[str, dict], y: str, x) -> None:
-    """Each method's budgets from left to right; controls are dashed, what is not trained is a point."""
+    """Each method's budgets from left to right; controls are dashed. Bounds have no place along KL and compute: there they are dotted lines."""
     for name, look in style.items():
         entries = [entry for (other, _), entry in sorted(rows.items(), key=lambda item: item[0][1]) if other == name]
+        if name in UNTRAINED and y == "reward_gain":
+            axis.axhline(over_seeds(entries[0], y).mean, color=look["color"], linestyle=":", label=name)
+            continue
         points = sorted((x(entry).mean, *vars(over_seeds(entry, y)).values()) for entry in entries)
         points = [(a, b, 0.0 if math.isnan(error) else error) for a, b, error in points if not math.isnan(a) and not math.isnan(b)]
         if not points:

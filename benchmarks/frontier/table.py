@@ -76,7 +76,8 @@ def line(rows: dict[tuple[str, int], list[dict]], key: tuple[str, int]) -> str:
     trained = budget and entry[0]["route"] != CONTROL
     against = against_controls(rows, key) if trained else None
     cells = [name + ("" if entry[0]["tuned"] or not trained else "*"), *cost, shown(over_seeds(entry, "reward_gain"))]
-    cells += [f"{shown(against)}, {verdict(against)}" if against else "", shown(over_seeds(entry, "judge_gain")), shown(over_seeds(entry, "gap"), "+.2f")]
+    said = "" if against is None else verdict(against) if len(entry) > 1 else "one seed"
+    cells += [f"{shown(against)}, {said}" if against else "", shown(over_seeds(entry, "judge_gain")), shown(over_seeds(entry, "gap"), "+.2f")]
     kl = over_seeds(entry, "kl")
     return "| " + " | ".join([*cells, shown(kl, ".0f"), shown(over_seeds(entry, "diversity"), ".3f")]) + " |"
 
@@ -101,7 +102,9 @@ def page(rows: list[dict]) -> str:
         parts.append(
             f"## {task}, {model}, guidance {guidance:g}\n\n{TASKS[task].says[0].upper()}{TASKS[task].says[1:]}. {told}{images} held-out images a model."
         )
-        parts.append(f"Seeds: {', '.join(map(str, seeds)) or 'none'}; errors are {errors}. Weights {weights}.\n\n{table(found, task, judge)}\n")
+        controls = sorted({name for (name, budget), entry in found.items() if budget and entry[0]["route"] == CONTROL})
+        told = f"Trained controls: {'; '.join(controls)}." if controls else "No control was trained, so all is over the base alone."
+        parts.append(f"{told} Seeds: {', '.join(map(str, seeds)) or 'none'}; errors are {errors}. Weights {weights}.\n\n{table(found, task, judge)}\n")
     if any(not row["tuned"] and row["budget"] and row["route"] != CONTROL for row in rows):
         parts.append("\\* with its recipe's own numbers: the search was not run for it.\n")
     return "\n\n".join(parts)

@@ -159,13 +159,15 @@ def test_errors_are_over_seeds_where_there_are_some():
 
 
 def test_tables_and_pictures_are_made_of_the_rows(tmp_path):
-    rows = [row(0.1 * budget, seed=seed, budget=budget, tuned=False) for budget in (1, 2) for seed in (0, 1)]
+    rows = [row(0.1 * budget + 0.002 * (seed - 0.5), seed=seed, budget=budget, tuned=False) for budget in (1, 2) for seed in (0, 1)]
     rows += [
         row(0.0, method="base", route="base", budget=0, tuned=False),
         row(0.5, method="real scenes", route=CONTROL, budget=0, kl={"mean": None, "se": None}),
     ]
     text = page(rows)
     assert "## color, mini-sd3, guidance 3" in text and "| Flow-GRPO* | 2,100 | 4 | 192 | 20 | +0.200" in text and "search was not run" in text
+    assert "No control was trained" in text and ", wins |" in text
+    assert ", one seed |" in page([row()]) and "Trained controls: random reward." in page([row(), row(method="random reward", route=CONTROL)])
     assert text.index("| base |") < text.index("| real scenes |") < text.index("| Flow-GRPO* |")
     (path,) = draw(rows, tmp_path)
     assert path.stat().st_size > 10_000
