@@ -57,7 +57,8 @@ class LatentScenes:
         self.latents, self.ids = (torch.cat([shard[name] for shard in drawn]) for name in ("latents", "ids"))
         self.empty = tokenize(tokenizer, [""])
 
-    def batch(self, size: int) -> tuple[Tensor, Tensor]:
-        """Latents (B, 4, 16, 16), float32, and token ids (B, 16)."""
-        index = torch.randint(0, len(self.latents), (size,))
+    def batch(self, size: int, among: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latents (B, 4, 16, 16), float32, and token ids (B, 16), of the scenes whose numbers are `among`; of all without."""
+        index = torch.randint(0, len(self.latents if among is None else among), (size,))
+        index = index if among is None else among[index]
         return self.latents[index].float(), torch.where(torch.rand(size, 1) < 0.1, self.empty, self.ids[index].long())

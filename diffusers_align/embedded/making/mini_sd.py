@@ -11,10 +11,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..teaching import LATENT_SIZE, build_tokenizer, save_pipeline, text_config
 from .endless import Training, train_on
-from .growth import grown, tell_sides_apart
+from .growth import grown, said_sides, tell_sides_apart
 from .latents import LatentScenes
 
 BATCH, MAX_WEIGHT = 64, 100.0
+# So many first updates see nothing but scenes with a side, at the steps where a side is decided: among all others it is not learned in hundreds.
+SIDES_FIRST, SIDES_AT = 150, (500, 760)
 UNET = {
     "sample_size": LATENT_SIZE, "block_out_channels": (48, 96, 96), "layers_per_block": 1, "cross_attention_dim": 128, "attention_head_dim": 4,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), "norm_num_groups": 16,
@@ -67,9 +69,14 @@ def train_sd(out: Path, minutes: float, decay: bool = False) -> None:
     # StableDiffusionPipeline knows no shift: the mean of the latents is folded into the data.
     mean = data.vae.config.shift_factor * data.vae.config.scaling_factor
 
+    sided = (said_sides(tokenizer, data.ids.long())[:, -1] >= 0).nonzero()[:, 0]
+    training = Training([unet, encoder], rates=(0.02, 1e-3))
+
     def loss_fn() -> Tensor:
-        x0, ids = data.batch(BATCH)
-        x0, noise, t = x0 + mean, torch.randn_like(x0), torch.multinomial(shares, len(x0), replacement=True)
+        first = training.updates < SIDES_FIRST
+        x0, ids = data.batch(BATCH, sided if first else None)
+        x0, noise = x0 + mean, torch.randn_like(x0)
+        t = torch.randint(*SIDES_AT, (len(x0),)) if first else torch.multinomial(shares, len(x0), replacement=True)
         predicted = unet(scheduler.add_noise(x0, noise, t), t, encoder(ids)[0]).sample
         return (weights[t] * (predicted - noise).square().mean((1, 2, 3))).mean()
 
@@ -82,4 +89,4 @@ def train_sd(out: Path, minutes: float, decay: bool = False) -> None:
         )  # fmt: skip
         save_pipeline(pipeline, out / "mini-sd")
 
-    train_on("sd", Training([unet, encoder], rates=(0.02, 1e-3)), loss_fn, save, out, minutes, decay)
+    train_on("sd", training, loss_fn, save, out, minutes, decay)

@@ -58,6 +58,8 @@ def test_a_batch_pairs_latents_with_their_captions_and_leaves_some_out(out):
     empty = (ids == data.empty).all(1)
     assert 0.05 < empty.float().mean() < 0.15
     assert torch.equal(ids[~empty], data.ids.long()[rows][~empty])
+    x, _ = data.batch(50, among=torch.tensor([3, 7]))
+    assert {int((data.latents.float() == row).flatten(1).all(1).nonzero()[0]) for row in x} == {3, 7}
 
 
 def test_a_file_is_whole_or_absent(tmp_path, monkeypatch):
