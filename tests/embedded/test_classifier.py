@@ -10,7 +10,7 @@ from diffusers_align.embedded.scene_judge import SceneJudge
 from diffusers_align.embedded.teaching import make_scenes
 
 
-# The judge is an eighth of the classifier's size, and counts less surely.
+# The judge has half as many weights, and counts less surely.
 @pytest.mark.parametrize("name, network, counts", [("scene-classifier", SceneClassifier, 0.95), ("scene-judge", SceneJudge, 0.9)])
 def test_both_networks_read_real_scenes(name, network, counts):
     images, truth, centers = make_scenes(300, seed=12345)
