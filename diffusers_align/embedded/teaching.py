@@ -46,10 +46,12 @@ def build_tokenizer() -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(vocab_size=4000, special_tokens=special, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator((sample_scene(rng).caption() for _ in range(20000)), trainer)
     model = json.loads(bpe.to_str())["model"]
-    vocab = model["vocab"]
-    for letter in alphabet:
-        vocab.setdefault(letter + "</w>", len(vocab))
-    return CLIPTokenizer(vocab=vocab, merges=[tuple(pair) for pair in model["merges"]], model_max_length=MAX_TOKENS)
+    merges = [tuple(pair) for pair in model["merges"]]
+    # The trainer numbers letters in another order each time, the article "a" among them: letters are numbered anew.
+    words = ["".join(pair) for pair in merges]
+    letters = {*model["vocab"], *(letter + "</w>" for letter in alphabet)} - {*special, *words}
+    vocab = {token: number for number, token in enumerate([*special, *sorted(letters), *words])}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
 
 
 def text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextConfig:

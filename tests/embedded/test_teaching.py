@@ -1,5 +1,6 @@
 """What the embedded models are taught with."""
 
+import hashlib
 import json
 import math
 import random
@@ -37,6 +38,13 @@ def test_every_word_of_a_caption_is_one_token():
     for _ in range(100):
         caption = scenes.sample_scene(rng).caption()
         assert len(tokenizer(caption).input_ids) == len(caption.split()) + 2
+
+
+def test_tokens_have_the_same_numbers_in_every_process():
+    vocab = build_tokenizer().get_vocab()
+    assert sorted(vocab.values()) == list(range(len(vocab)))
+    found = hashlib.sha256(json.dumps(sorted(vocab.items())).encode()).hexdigest()
+    assert found == "aecd848164169757841cb96e8d7c00766b1ff3437e03917f5ec6d874ce772bc0", "models that are there would read other words"
 
 
 def test_the_contrast_leaves_out_pairs_with_equal_captions():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from ..teaching import make_scenes, tokenize
+from ..teaching import build_tokenizer, make_scenes, tokenize
 
 # Scenes of several objects and named sides are what a model learns last, so they are shown more often than judges see them.
 SHARES = {"counts": (0.5, 0.25, 0.25), "sided": 0.5}
@@ -42,13 +42,16 @@ def draw_shard(vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int, number: 
 class LatentScenes:
     """Scenes encoded once: latents of mean 0 and deviation 1, token ids with a tenth of the captions empty.
 
-    out: the folder with the autoencoder in `vae`; shards lie in its `latents`. shards: how many times 20,000 scenes.
+    out: the folder with the autoencoder in `vae`; shards lie in its `latents`, with the tokenizer of their captions, which pipelines that
+    are trained on them must have. shards: how many times 20,000 scenes.
     """
 
-    def __init__(self, out: Path, tokenizer: CLIPTokenizer, shards: int = 6, shard_size: int = SHARD):
+    def __init__(self, out: Path, shards: int = 6, shard_size: int = SHARD):
         self.vae = AutoencoderKL.from_pretrained(out / "vae").eval()
         folder = out / "latents"
-        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "tokenizer").exists():
+            build_tokenizer().save_pretrained(folder / "tokenizer")
+        self.tokenizer = tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         for seed in range(FIRST_SEED, FIRST_SEED + shards):
             if not (folder / f"{seed}.safetensors").exists():
                 write_safely(draw_shard(self.vae, tokenizer, seed, shard_size), folder / f"{seed}.safetensors")

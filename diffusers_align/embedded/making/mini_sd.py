@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..teaching import LATENT_SIZE, build_tokenizer, save_pipeline, text_config
+from ..teaching import LATENT_SIZE, save_pipeline, text_config
 from .endless import Training, train_on
 from .growth import grown, said_sides, tell_sides_apart
 from .latents import LatentScenes
@@ -61,8 +61,8 @@ def load_or_build(out: Path, data: LatentScenes, tokenizer: CLIPTokenizer) -> tu
 
 def train_sd(out: Path, minutes: float, decay: bool = False) -> None:
     """UNet, epsilon loss weighted as `where_layout_is_decided` says, text encoder trained along."""
-    tokenizer = build_tokenizer()
-    data = LatentScenes(out, tokenizer)
+    data = LatentScenes(out)
+    tokenizer = data.tokenizer
     unet, encoder = load_or_build(out, data, tokenizer)
     scheduler = build_scheduler()
     shares, weights = where_layout_is_decided(scheduler.alphas_cumprod)

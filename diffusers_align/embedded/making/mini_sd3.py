@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from ..teaching import LATENT_SIZE, build_tokenizer, save_pipeline, text_config
+from ..teaching import LATENT_SIZE, save_pipeline, text_config
 from .endless import Training, train_on
 from .latents import LatentScenes
 
@@ -51,8 +51,8 @@ def train_sd3(out: Path, minutes: float, decay: bool = False) -> None:
     The third encoder is silent: it appends `max_sequence_length` (256 by default) zero tokens to the text. The model sees none
     in most updates and all in some, and so learns to ignore them: pass `max_sequence_length=1` to save the work.
     """
-    tokenizer = build_tokenizer()
-    data = LatentScenes(out, tokenizer)
+    data = LatentScenes(out)
+    tokenizer = data.tokenizer
     transformer, encoders = load_or_build(out, tokenizer)
 
     def loss_fn() -> Tensor:

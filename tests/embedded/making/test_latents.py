@@ -37,20 +37,20 @@ def test_what_judges_and_the_tokenizer_see_is_unchanged():
 
 
 def test_latents_are_the_autoencoders_and_drawn_once(out, monkeypatch):
-    tokenizer = build_tokenizer()
-    data = LatentScenes(out, tokenizer, shards=2, shard_size=12)
+    data = LatentScenes(out, shards=2, shard_size=12)
     assert data.latents.shape == (24, 4, 16, 16) and data.latents.dtype == torch.float16
     images, scenes, _ = make_scenes(12, latents.FIRST_SEED + 1, **SHARES)
     vae = AutoencoderKL.from_pretrained(out / "vae")
     torch.testing.assert_close(data.latents[12:].float(), encode(vae, images), atol=2e-3, rtol=2e-3)
-    assert torch.equal(data.ids[12:].long(), tokenize(tokenizer, [scene.caption() for scene in scenes]))
+    assert torch.equal(data.ids[12:].long(), tokenize(data.tokenizer, [scene.caption() for scene in scenes]))
     monkeypatch.setattr(latents, "draw_shard", lambda *args: pytest.fail("a shard that is there was drawn again"))
-    again = LatentScenes(out, tokenizer, shards=2, shard_size=12)
+    again = LatentScenes(out, shards=2, shard_size=12)
+    assert again.tokenizer.get_vocab() == data.tokenizer.get_vocab() == build_tokenizer().get_vocab()
     assert torch.equal(again.latents, data.latents) and torch.equal(again.ids, data.ids)
 
 
 def test_a_batch_pairs_latents_with_their_captions_and_leaves_some_out(out):
-    data = LatentScenes(out, build_tokenizer(), shards=1, shard_size=12)
+    data = LatentScenes(out, shards=1, shard_size=12)
     torch.manual_seed(0)
     x, ids = data.batch(400)
     assert x.shape == (400, 4, 16, 16) and x.dtype == torch.float32 and ids.dtype == torch.int64
