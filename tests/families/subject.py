@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from diffusers_align import Policy, Trajectory
 from diffusers_align.condition import Condition, belongs_to_samples
+from diffusers_align.driving.noise import noise_seed
 from diffusers_align.driving.outcome import on_white
+from diffusers_align.driving.pipeline_state import seeded_globally
 from diffusers_align.driving.scheduler_hook import denoisers
 
 from .case import Case
@@ -113,17 +115,21 @@ class Subject:
     # --- the stock call --------------------------------------------------------------------------------------------
 
     def stock_call(self, output_type: str, pipeline: Any = None) -> Any:
-        """The output of the stock pipeline's own call, with frozen weights: of others kernels may round otherwise, and some samplers make much of that."""
+        """The output of the stock pipeline's own call, with frozen weights: of others kernels may round otherwise, and some samplers make much of that.
+        What it draws from torch's global generator (control pictures, in some classes) is what a policy's call draws there."""
         pipeline = self.build() if pipeline is None else pipeline
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in self.seeds]
         if hasattr(pipeline, "blocks"):
-            return pipeline(**self._modular_call(pipeline, generators, output_type))
-        parameters = inspect.signature(type(pipeline).__call__).parameters
-        call = {"generator": generators, "output_type": output_type} if not self.case.one_sample else {"generator": generators[0], "output_type": output_type}
-        return pipeline(**self._arguments(parameters), **{name: value for name, value in call.items() if name in parameters})
+            call = self._modular_call(pipeline, generators, output_type)
+        else:
+            parameters = inspect.signature(type(pipeline).__call__).parameters
+            own = {"generator": generators[0] if self.case.one_sample else generators, "output_type": output_type}
+            call = {**self._arguments(parameters), **{name: value for name, value in own.items() if name in parameters}}
+        with seeded_globally(noise_seed(self.seeds, "global"), torch.device("cpu")):
+            return pipeline(**call)
 
     def _arguments(self, accepted) -> dict[str, Any]:
         condition = Condition(self.prompts or [""] * self.size, copy.deepcopy(self.case.call), per_sample=copy.deepcopy(self.per_sample))
