@@ -153,4 +153,9 @@ def _tensor(images: Any) -> Any:
         images = images.movedim(-1, -3) if images.ndim > 3 else images
     elif isinstance(images, (list, tuple)) and all(isinstance(image, Tensor) for image in images):
         images = torch.stack(list(images))
-    return on_white(images) if isinstance(images, Tensor) and images.ndim > 3 and images.shape[-3] == 4 else images
+    return on_white(images) if isinstance(images, Tensor) and _is_transparent(images) else images
+
+
+def _is_transparent(images: Tensor) -> bool:
+    """Whether they are pictures with a fourth channel; latents of four have values beyond [0, 1]."""
+    return images.ndim > 3 and images.shape[-3] == 4 and not bool(((images < 0) | (images > 1)).any())

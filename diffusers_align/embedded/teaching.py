@@ -177,7 +177,7 @@ def rename_for_every_version(file: Path) -> None:
 
 
 def save_half(module: ModelMixin, folder: Path) -> None:
-    """A copy in half precision; the module goes on training in its own."""
-    half = type(module).from_config(module.config)
+    """A copy in half precision, whose config does not say from which folder the module came; the module goes on training in its own."""
+    half = type(module).from_config({name: value for name, value in module.config.items() if not name.startswith("_")})
     half.load_state_dict(module.state_dict())
     half.half().save_pretrained(folder)

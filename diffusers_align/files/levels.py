@@ -23,7 +23,7 @@ from .paths import find_recipe, folder, names
 
 LEVELS = ("verified", "runs", "parsed")
 # What a reward reads although no recipe names it.
-BEHIND = {"scene_score": "scene-classifier"}
+BEHIND = {"scene_score": "scene-classifier", "scene_judge": "scene-judge"}
 _PACKAGE = Path(__file__).parents[1]
 _MADE_BY = "# Made by: "
 

@@ -260,6 +260,8 @@ def test_transparent_pictures_lie_on_white():
     assert torch.equal(on_white(pictures), expected) and torch.equal(images_of((pictures,)), expected)
     assert torch.equal(images_of((pictures.movedim(1, -1).numpy(),)), expected)
     assert torch.equal(images_of((pictures[:, :3],)), pictures[:, :3])
+    latents = pictures - 0.1
+    assert torch.equal(images_of((latents,)), latents)  # four channels, and no picture
 
 
 @pytest.mark.parametrize("name", ["LEditsPPPipelineStableDiffusion", "CycleDiffusionPipeline"])

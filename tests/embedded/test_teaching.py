@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from diffusers_align import embedded
 from diffusers_align.embedded import scenes
-from diffusers_align.embedded.teaching import build_tokenizer, contrast, rename_for_every_version
+from diffusers_align.embedded.teaching import build_tokenizer, contrast, rename_for_every_version, save_half
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,14 @@ def test_text_models_are_named_as_every_version_of_transformers_looks_for_them(f
     model = getattr(transformers, json.loads((file.parent / "config.json").read_text())["architectures"][0])
     _, found = model.from_pretrained(file.parent, output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]
+
+
+def test_a_saved_model_is_in_half_precision_and_names_no_folder(tmp_path):
+    vae = AutoencoderKL.from_pretrained(embedded.path("mini-sd3") + "/vae", torch_dtype=torch.float32)
+    save_half(vae, tmp_path)
+    assert "embedded" not in (tmp_path / "config.json").read_text()
+    assert {value.dtype for value in load_file(tmp_path / "diffusion_pytorch_model.safetensors").values()} == {torch.float16}
+    assert next(vae.parameters()).dtype == torch.float32
 
 
 def test_every_word_of_a_caption_is_one_token():

@@ -1,8 +1,9 @@
-"""How mini-sd learned sides: one level more in its UNet, and a text encoder that tells them apart.
+"""What mini-sd gets so that it may learn sides: one level more in its UNet, and a text encoder that tells them apart.
 
-The first mini-sd (two levels, text encoder trained along) drew objects at random places. Its text encoder had become deaf: encodings of
-"on the left" and "on the right" differed by a twentieth of those of two objects, so the UNet had nothing to learn from, and the encoder
-was told nothing because the UNet did not listen. And its lowest level, 8 x 8, shows a place only through the zeros at its rim.
+The shipped mini-sd (two levels, text encoder trained along) draws objects at random places. Its text encoder has become deaf: encodings of
+"on the left" and "on the right" differ by a twentieth of those of two objects, so the UNet has nothing to learn from, and the encoder
+is told nothing because the UNet does not listen. And its lowest level, 8 x 8, shows a place only through the zeros at its rim. With both
+mended it reads sides where it sees nothing else; among all scenes that has not been shown (the models' card has the figures).
 """
 
 from __future__ import annotations
