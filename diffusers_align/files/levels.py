@@ -1,7 +1,7 @@
 """How well a recipe is known here: `verified`, `runs` or `parsed`. The one source is the curve that is committed for it.
 
-A curve is `benchmarks/curves/NAME.json`, written by `benchmarks/verify.py`: what every epoch of the recipe logged, with digests of the recipe's settings and
-of the embedded models and prompts that it uses. Nobody writes a level down, so none can be out of date:
+A curve is `benchmarks/curves/NAME.json`, written by `python -m benchmarks.verify --record`: what every epoch of the recipe logged, with digests of the
+recipe's settings and of the embedded models and prompts that it uses. Nobody writes a level down, so none can be out of date:
 
 * `verified`: there is a curve of just these settings, models and prompts, and a later run reproduced it.
 * `runs`: the recipe with these settings went from its start to its end, but the curve was not reproduced since, or the models or prompts have changed.
@@ -46,7 +46,7 @@ def read_curve(recipe: str) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {name: found[name] for name in ("settings", "inputs", "machine", "metrics", "reproduced")}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no curve ({type(error).__name__}: {error}). Write it anew with benchmarks/verify.py --record.") from error
+        raise ValueError(f"{path} is no curve ({type(error).__name__}: {error}). Write it anew: python -m benchmarks.verify --record {recipe}.") from error
 
 
 def level(recipe: str) -> str:
