@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from .module_tree import modules_of
 from .replacements import replaced
 
 # What each denoiser returns, by kind of call; None where zeros cannot stand for it. It goes when the denoiser does, and copies learn anew.
@@ -37,7 +38,7 @@ def gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
     def is_looked_into() -> bool:
         """Whether the pipeline has hooks inside the module since this context began: it reads there what gated calls do not compute (its attention)."""
         if not found:
-            found.append(RemovableHandle.next_id > first_hook and any(key >= first_hook for part in module.modules() for key in part._forward_hooks))
+            found.append(RemovableHandle.next_id > first_hook and any(key >= first_hook for part in modules_of(module) for key in part._forward_hooks))
         return found[0]
 
     def gate(forward: Callable, *args: Any, **kwargs: Any):

@@ -6,7 +6,27 @@ import torch
 from torch import Tensor, nn
 
 
-class Muon:
+class _Stepper:
+    """An optimizer of torch's over `keys`, the tensors that it steps."""
+
+    def __init__(self, keys: list[Tensor], optimizer: torch.optim.Optimizer):
+        self.keys, self.optimizer = keys, optimizer
+
+    def step(self) -> None:
+        """One update from the weights' gradients; weights without one stay."""
+        self.optimizer.step()
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate of the updates to come."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def state(self) -> list[dict[str, Tensor]]:
+        """What a resumed run must have, weight by weight; the tensors themselves."""
+        return [self.optimizer.state[key] for key in self.keys]
+
+
+class Muon(_Stepper):
     """`torch.optim.Muon`, which takes matrices only, on weights of any shape: a convolution (out, in, k, k) is one matrix (out, in k k).
 
     Weights are stepped in place, through flat views of their memory. rate: learning rate of a square matrix; momentum is
@@ -23,45 +43,21 @@ class Muon:
         for weight in weights:
             if weight.ndim < 2 or not weight.is_contiguous():
                 raise ValueError(f"Muon takes contiguous weights of two dimensions or more, not {tuple(weight.shape)}: give the others to AdamW.")
-        self.weights = weights
-        self.flat = [weight.detach().flatten(1) for weight in weights]
-        self.stepper = torch.optim.Muon(self.flat, rate, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="original")
+        self.weights, flat = weights, [weight.detach().flatten(1) for weight in weights]
+        super().__init__(flat, torch.optim.Muon(flat, rate, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="original"))
 
     def step(self) -> None:
-        """One update from the weights' gradients; weights without one stay."""
-        for flat, weight in zip(self.flat, self.weights):
+        """See `_Stepper`."""
+        for flat, weight in zip(self.keys, self.weights):
             flat.grad = None if weight.grad is None else weight.grad.flatten(1)
-        self.stepper.step()
-
-    def set_rate(self, rate: float) -> None:
-        """The learning rate of the updates to come."""
-        for group in self.stepper.param_groups:
-            group["lr"] = rate
-
-    def state(self) -> list[dict[str, Tensor]]:
-        """What a resumed run must have, weight by weight; the tensors themselves."""
-        return [self.stepper.state[flat] for flat in self.flat]
+        super().step()
 
 
-class AdamW:
-    """`torch.optim.AdamW`, fused, with the same three methods as `Muon`."""
+class AdamW(_Stepper):
+    """`torch.optim.AdamW`, fused."""
 
     def __init__(self, weights: list[nn.Parameter], rate: float, weight_decay: float = 0.01):
-        self.weights = weights
-        self.stepper = torch.optim.AdamW(weights, rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
-
-    def step(self) -> None:
-        """One update from the weights' gradients."""
-        self.stepper.step()
-
-    def set_rate(self, rate: float) -> None:
-        """The learning rate of the updates to come."""
-        for group in self.stepper.param_groups:
-            group["lr"] = rate
-
-    def state(self) -> list[dict[str, Tensor]]:
-        """What a resumed run must have, weight by weight; the tensors themselves."""
-        return [self.stepper.state[weight] for weight in self.weights]
+        super().__init__(weights, torch.optim.AdamW(weights, rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True))
 
 
 def is_inner(name: str, weight: Tensor) -> bool:
