@@ -39,19 +39,40 @@ def draw_shard(vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int, number: 
     return {"latents": encode(vae, images).half(), "ids": ids.to(torch.int16)}
 
 
+def own_tokenizer(model: Path, drawn: Path) -> CLIPTokenizer:
+    """The tokenizer whose numbers scenes are captioned in: that of the `model` that is trained further, a new one without. It stays in `drawn`.
+
+    Raises:
+        ValueError: the scenes that are drawn have another tokenizer's numbers, by which the model would learn other words.
+    """
+    given = model if (model / "tokenizer").exists() else None
+    if not (drawn / "tokenizer").exists():
+        tokenizer = CLIPTokenizer.from_pretrained(given / "tokenizer") if given else build_tokenizer()
+        tokenizer.save_pretrained(drawn / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(drawn / "tokenizer")
+    if given and CLIPTokenizer.from_pretrained(given / "tokenizer").get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"The scenes in {drawn} have captions in another tokenizer's numbers than {given.name}'s, which would learn each word anew: "
+            "train it in a folder of its own, or delete the scenes, which are then drawn again."
+        )
+    return tokenizer
+
+
 class LatentScenes:
     """Scenes encoded once: latents of mean 0 and deviation 1, token ids with a tenth of the captions empty.
 
     out: the folder with the autoencoder in `vae`; shards lie in its `latents`, with the tokenizer of their captions, which pipelines that
-    are trained on them must have. shards: how many times 20,000 scenes.
+    are trained on them must have. model: name of the pipeline in it that is trained further, if there is one. shards: how many times 20,000
+    scenes.
+
+    Raises:
+        ValueError: the shards' captions have other numbers than the model's tokenizer gives them.
     """
 
-    def __init__(self, out: Path, shards: int = 6, shard_size: int = SHARD):
+    def __init__(self, out: Path, model: str, shards: int = 6, shard_size: int = SHARD):
         self.vae = AutoencoderKL.from_pretrained(out / "vae").eval()
         folder = out / "latents"
-        if not (folder / "tokenizer").exists():
-            build_tokenizer().save_pretrained(folder / "tokenizer")
-        self.tokenizer = tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        self.tokenizer = tokenizer = own_tokenizer(out / model, folder)
         for seed in range(FIRST_SEED, FIRST_SEED + shards):
             if not (folder / f"{seed}.safetensors").exists():
                 write_safely(draw_shard(self.vae, tokenizer, seed, shard_size), folder / f"{seed}.safetensors")

@@ -61,7 +61,7 @@ def load_or_build(out: Path, data: LatentScenes, tokenizer: CLIPTokenizer) -> tu
 
 def train_sd(out: Path, minutes: float, decay: bool = False) -> None:
     """UNet, epsilon loss weighted as `where_layout_is_decided` says, text encoder trained along."""
-    data = LatentScenes(out)
+    data = LatentScenes(out, "mini-sd")
     tokenizer = data.tokenizer
     unet, encoder = load_or_build(out, data, tokenizer)
     scheduler = build_scheduler()

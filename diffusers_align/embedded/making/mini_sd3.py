@@ -51,7 +51,7 @@ def train_sd3(out: Path, minutes: float, decay: bool = False) -> None:
     The third encoder is silent: it appends `max_sequence_length` (256 by default) zero tokens to the text. The model sees none
     in most updates and all in some, and so learns to ignore them: pass `max_sequence_length=1` to save the work.
     """
-    data = LatentScenes(out)
+    data = LatentScenes(out, "mini-sd3")
     tokenizer = data.tokenizer
     transformer, encoders = load_or_build(out, tokenizer)
 

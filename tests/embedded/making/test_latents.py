@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
+from transformers import CLIPTokenizer
 
 from diffusers_align import embedded
 from diffusers_align.embedded.making import latents
@@ -37,20 +38,33 @@ def test_what_judges_and_the_tokenizer_see_is_unchanged():
 
 
 def test_latents_are_the_autoencoders_and_drawn_once(out, monkeypatch):
-    data = LatentScenes(out, shards=2, shard_size=12)
+    data = LatentScenes(out, "mini-sd3", shards=2, shard_size=12)
     assert data.latents.shape == (24, 4, 16, 16) and data.latents.dtype == torch.float16
     images, scenes, _ = make_scenes(12, latents.FIRST_SEED + 1, **SHARES)
     vae = AutoencoderKL.from_pretrained(out / "vae")
     torch.testing.assert_close(data.latents[12:].float(), encode(vae, images), atol=2e-3, rtol=2e-3)
     assert torch.equal(data.ids[12:].long(), tokenize(data.tokenizer, [scene.caption() for scene in scenes]))
     monkeypatch.setattr(latents, "draw_shard", lambda *args: pytest.fail("a shard that is there was drawn again"))
-    again = LatentScenes(out, shards=2, shard_size=12)
+    again = LatentScenes(out, "mini-sd3", shards=2, shard_size=12)
     assert again.tokenizer.get_vocab() == data.tokenizer.get_vocab() == build_tokenizer().get_vocab()
     assert torch.equal(again.latents, data.latents) and torch.equal(again.ids, data.ids)
 
 
+def test_a_model_that_is_trained_further_keeps_its_own_numbers(out):
+    """Scenes captioned in a new tokenizer's numbers would teach a model that knows others each word anew."""
+    shutil.copytree(Path(embedded.path("mini-sd3")) / "tokenizer", out / "mini-sd3" / "tokenizer")
+    own = CLIPTokenizer.from_pretrained(out / "mini-sd3" / "tokenizer")
+    assert own.get_vocab() != build_tokenizer().get_vocab()
+    data = LatentScenes(out, "mini-sd3", shards=1, shard_size=12)
+    _, scenes, _ = make_scenes(12, latents.FIRST_SEED, **SHARES)
+    assert torch.equal(data.ids.long(), tokenize(own, [scene.caption() for scene in scenes]))
+    build_tokenizer().save_pretrained(out / "mini-sd" / "tokenizer")
+    with pytest.raises(ValueError, match="another tokenizer's numbers than mini-sd's"):
+        LatentScenes(out, "mini-sd", shards=1, shard_size=12)
+
+
 def test_a_batch_pairs_latents_with_their_captions_and_leaves_some_out(out):
-    data = LatentScenes(out, shards=1, shard_size=12)
+    data = LatentScenes(out, "mini-sd3", shards=1, shard_size=12)
     torch.manual_seed(0)
     x, ids = data.batch(400)
     assert x.shape == (400, 4, 16, 16) and x.dtype == torch.float32 and ids.dtype == torch.int64
