@@ -18,7 +18,8 @@ dimension is the optimum of a constant beta the tilted p_ref exp(r / beta): it m
 
 Logged: `accuracy`, the share of pairs with z > 0 (ties half), 0.5 at first; `margin`, mean z; `error_w`, `error_l`; `error_w_change`,
 `error_l_change` against the reference, of which both rise when the loser is pushed away at the winner's cost (`diffusion_sdpo`, or
-`sft_weight`, help); `gradient_weight`, mean 1 - sigma(z), 0.5 at first.
+`sft_weight`, help); `gradient_weight`, mean 1 - sigma(z), 0.5 at first; `logistic`, mean -log sigma(z) whatever else the loss adds, log 2 at
+first: what stays above that is noise of too large a beta or too large steps.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..rl.matching import require_full_precision
 from ..rl.pair_losses import pair_loss
@@ -89,8 +91,10 @@ def preference_metrics(
     """
     logit = preference_logit(error_w, error_l, ref_error_w, ref_error_l, beta=beta).double()
     decided = logit if label is None else logit[label != 0.5]
-    judged = {"accuracy": float((0.5 * (decided.sign() + 1)).mean()), "margin": float(decided.mean())} if len(decided) else {}
-    return judged | {
+    judged = {}
+    if len(decided):
+        judged = {"accuracy": (0.5 * (decided.sign() + 1)).mean(), "margin": decided.mean(), "logistic": F.softplus(-decided).mean()}
+    return {name: float(value) for name, value in judged.items()} | {
         "gradient_weight": float(torch.sigmoid(-logit).mean()),
         "error_w": float(error_w.mean()),
         "error_l": float(error_l.mean()),

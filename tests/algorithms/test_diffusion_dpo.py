@@ -25,6 +25,7 @@ def test_the_official_formula():
     assert metrics["accuracy"] == pytest.approx(float(accuracy)) and 0 < metrics["accuracy"] < 1
     assert metrics["margin"] == pytest.approx(inside.mean().item())
     assert metrics["gradient_weight"] == pytest.approx((1 - torch.sigmoid(inside)).mean().item())
+    assert metrics["logistic"] == pytest.approx(-torch.log(torch.sigmoid(inside)).mean().item())
 
 
 def test_metrics_by_hand():
@@ -41,7 +42,7 @@ def test_at_the_reference_the_loss_is_log_2():
     model = Model(at_reference=True)
     loss, metrics = diffusion_dpo_loss(*model.errors(), beta=BETA), preference_metrics(*model.errors(), beta=BETA)
     assert (loss == math.log(2)).all()
-    assert metrics["accuracy"] == 0.5 and metrics["margin"] == 0 and metrics["gradient_weight"] == 0.5
+    assert metrics["accuracy"] == 0.5 and metrics["margin"] == 0 and metrics["gradient_weight"] == 0.5 and metrics["logistic"] == pytest.approx(math.log(2))
 
 
 def test_at_the_reference_the_gradient_is_a_quarter_beta():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .symptoms import symptoms_of
+from .symptoms import symptoms_of, worse_than_chance
 
 # Epochs without a moved weight after which a run ends by itself. A loss scaler's first steps and rare rewards may well cost a few.
 PATIENCE = 10
@@ -73,6 +73,7 @@ class Health:
         self.run = run
         self.start: Start | None = None
         self.epochs, self.silent, self.gradient, self.moved = 0, 0, 0.0, False
+        self.warned_of_pairs = False
         self._made = 0
 
     def watch(self, parameters: list[nn.Parameter]) -> None:
@@ -97,6 +98,14 @@ class Health:
             self.moved, self.start.values = True, []  # once is enough
         if self.epochs == 1:
             self._say(self._seen())
+        self._look_at_pairs()
+
+    def _look_at_pairs(self) -> None:
+        run = self.run
+        found = None if self.warned_of_pairs else worse_than_chance(run.history, run.args, run.optimizer_steps)
+        if found:
+            self.warned_of_pairs = True
+            run.print(_banner("WARNING: look at this.", [found]))
 
     @property
     def learned_nothing(self) -> bool:

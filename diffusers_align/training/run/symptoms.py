@@ -6,12 +6,16 @@ made of them, the optimizer's steps. Where an earlier rule explains that the wei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 # A replay of the roll-out's own steps must give its log-probabilities: anything above rounding is another computation.
 MAX_RATIO_ERROR = 1e-6
 # From this share of missing rewards on, it is no matter of single samples.
 MANY_MISSING = 0.25
+# A preference that is not learned yet may lie above chance for an epoch; and log 2 itself is chance.
+PAIR_EPOCHS, PAIR_STEPS, PAIR_SLACK = 3, 20, 0.02
 
 
 def symptoms_of(seen) -> Iterator[str]:
@@ -114,3 +118,17 @@ def _ratio(seen) -> Iterator[str]:
             "are not deterministic or depend on the batch, a cache on the denoiser, a pipeline that reads something beside its arguments. "
             "--train_batch_size 1 or --mixed_precision no tell more."
         )
+
+
+def worse_than_chance(history: list[dict[str, float]], args: Any, made: int) -> str | None:
+    """What to say of pairs that are told apart worse than by a fair coin in each of the last epochs of the `history`; nothing before 20 optimizer steps."""
+    last = [row["logistic"] for row in history[-PAIR_EPOCHS:] if "logistic" in row]
+    if len(last) < PAIR_EPOCHS or made < PAIR_STEPS or not min(last) > math.log(2) + PAIR_SLACK:
+        return None
+    beta = next((name for name in ("beta", "dspo_beta") if getattr(args, name, None) is not None), None)
+    lower = f"--{beta} (now {getattr(args, beta):g}) and --learning_rate (now {args.learning_rate:g})" if beta else "beta and --learning_rate"
+    return (
+        f"The logistic loss of the pairs ({sum(last) / PAIR_EPOCHS:.3f} over the last {PAIR_EPOCHS} epochs) stays above log 2 = 0.693, which is that of a "
+        f"coin: the logits are noise, and large. Divide {lower} by 3 to 10 until it falls below. If it never does, the labels have no pattern that this "
+        "model can learn, or winners and losers are swapped (accuracy below 0.5)."
+    )

@@ -104,6 +104,35 @@ def test_no_step_at_all_of_a_schedule_that_is_zero_for_a_while():
     assert seen({}, rates=(0.0,), moved=True, lr_scheduler="cosine").symptoms() == []
 
 
+NOISE, LEARNED = {"logistic": 0.9}, {"logistic": 0.69}
+
+
+@pytest.mark.parametrize(
+    "rows, steps, said",
+    [
+        ([NOISE] * 3, 20, 1),
+        ([NOISE] * 9, 20, 1),  # once
+        ([NOISE] * 2, 20, 0),
+        ([NOISE] * 3, 4, 0),  # so few steps say nothing
+        ([NOISE, LEARNED, LEARNED, LEARNED], 20, 0),
+        ([{"logistic": 0.6931}] * 5, 20, 0),  # a reference that has not moved
+        ([{"loss": 3.0}] * 5, 20, 0),  # a loss without pairs
+    ],
+)
+def test_pairs_that_are_told_apart_worse_than_by_a_coin(rows, steps, said):
+    health, printed = trained([], moved=True)
+    run = health.run
+    run.args.beta, run.optimizer_steps = 200.0, steps
+    for row in rows:
+        run.history.append({"epoch": run.epoch, **ALIVE, **row})
+        run.epoch += 1
+        health.look()
+    warnings = [text for text in printed if "above log 2" in text]
+    assert len(warnings) == said
+    if said:
+        assert "0.900 over the last 3 epochs" in warnings[0] and "--beta (now 200) and --learning_rate (now 0.001)" in warnings[0]
+
+
 # --- the verdict -------------------------------------------------------------------------------------------------------
 
 
