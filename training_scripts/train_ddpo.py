@@ -39,7 +39,9 @@ class DDPOArguments(
     per_prompt_stat_buffer_size: Count = option(32, "so many latest rewards of each prompt", needs=TRACKED, advanced=True)
     per_prompt_stat_min_count: Count = option(16, "with fewer of them, compare with the batch", needs=TRACKED, advanced=True)
     update: Literal["adamw", "trpo"] = option("adamw", "trpo: one trust-region step per epoch, without learning rate and clip")
-    max_kl: Positive = option(0.05, "KL of a step in nats per trajectory, summed over steps and dimensions", needs=TRPO)
+    max_kl: Positive | None = option(
+        None, "KL of a step in nats per trajectory, summed over steps; 0.02 for each dimension of the latents if absent", needs=TRPO
+    )
     cg_iterations: Annotated[int, Interval(ge=1, le=1000)] = option(10, "products with the Fisher matrix; each costs three replays", needs=TRPO, advanced=True)
     cg_damping: Positive = option(0.1, "added to the Fisher matrix's diagonal", needs=TRPO, advanced=True)
 

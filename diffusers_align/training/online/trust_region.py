@@ -22,6 +22,9 @@ from ..run.model_loading import DTYPES
 from ..run.run import Run
 from .sampling import Samples
 
+# A shift of every dimension by a fifth of its noise in one of the steps. The KL is a sum over dimensions, so a fixed radius is nothing for many.
+KL_PER_DIMENSION = 0.02
+
 
 class TrajectorySurrogate:
     """What a trust-region step asks of an epoch's samples, over all processes.
@@ -118,14 +121,19 @@ def rounding_error(run: Run) -> float:
 
 
 def trust_region_update(
-    run: Run, policy: Policy, samples: Samples, advantages: Tensor, *, max_kl: float, cg_iterations: int, cg_damping: float
+    run: Run, policy: Policy, samples: Samples, advantages: Tensor, *, max_kl: float | None, cg_iterations: int, cg_damping: float
 ) -> dict[str, float]:
     """One step on all samples of an epoch. Returns the report of `trust_region_step` with `ratio_error` before the step and `ess`.
 
     Args:
-        max_kl: nats per trajectory, see the module's page. The gradient lies along the noise of these very samples, so their ratios
-            move much further than the KL says: an `ess` near 1 / N means that it is too large for so few samples.
+        max_kl: nats per trajectory, see the module's page; None is 0.02 for each dimension of the latents. The gradient lies along the noise
+            of these very samples, so their ratios move much further than the KL says: at an `ess` near 1 / N the line search sees one
+            sample, accepts every step, and the radius is a step size.
     """
+    if max_kl is None:
+        dimensions = samples.batches[0].final[0].numel()
+        max_kl = KL_PER_DIMENSION * dimensions
+        run.explain_once(f"--max_kl is {max_kl:.4g} nats, {KL_PER_DIMENSION:g} for each of the {dimensions} dimensions of the latents")
     problem = TrajectorySurrogate(run, policy, samples, advantages)
     report = trust_region_step(
         problem.parameters, problem.value_and_gradient, problem.fisher_product, problem.evaluate,

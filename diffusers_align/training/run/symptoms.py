@@ -61,7 +61,7 @@ def _optimizer(seen) -> Iterator[str]:
     row, args = seen.row, seen.args
     if row.get("accepted") == 0 and row.get("grad_norm", 0) > 0:
         yield (
-            f"No trust-region step was accepted: the line search found none within --max_kl {getattr(args, 'max_kl', 0):g} that improves the surrogate "
+            f"No trust-region step was accepted: the line search found none within --max_kl{_given(args, 'max_kl')} that improves the surrogate "
             f"(the last it tried: KL {row.get('kl', 0):.3g}, improvement {row.get('improvement', 0):.3g}). Raise --cg_damping or --cg_iterations, change "
             "--max_kl, or take more samples."
         )
@@ -75,6 +75,12 @@ def _optimizer(seen) -> Iterator[str]:
             f"The learning rate was 0 in every optimizer step: --lr_scheduler {args.lr_scheduler} with --lr_warmup_steps {args.lr_warmup_steps} begins or "
             "ends there. Make more steps (--num_epochs, a smaller --gradient_accumulation_steps), or use --lr_scheduler constant."
         )
+
+
+def _given(args: Any, name: str) -> str:
+    """A flag's value as it stands behind its name; nothing where it was left to the script."""
+    value = getattr(args, name, None)
+    return "" if value is None else f" {value:g}"
 
 
 def _standstill(seen) -> Iterator[str]:

@@ -50,7 +50,7 @@ def arguments(folder, **flags):
     (folder / "rewards.py").write_text(REWARDS)
     (folder / "prompts.txt").write_text("a red cat\na blue dog\na green apple\n")
     values = {**FLAGS, "prompts": folder / "prompts.txt", "reward": f"{folder / 'rewards.py'}:redness", "output_dir": folder / "run", **flags}
-    return [word for key, value in values.items() for word in (f"--{key}", *([] if value is True else [str(value)]))]
+    return [word for key, value in values.items() if value is not None for word in (f"--{key}", *([] if value is True else [str(value)]))]
 
 
 def results(folder):
@@ -91,6 +91,13 @@ def test_the_script_takes_trust_region_steps(trained):
 
 def test_micro_batches_do_not_change_the_step(trained, tmp_path):
     assert_same_steps(train(tmp_path, train_batch_size=4), trained)
+
+
+def test_the_radius_grows_with_the_latents(tmp_path, capsys):
+    """4 x 16 x 16 dimensions, each with 0.02 nats."""
+    rows, _ = train(tmp_path, max_kl=None, num_epochs=1)
+    assert "--max_kl is 20.48 nats, 0.02 for each of the 1024 dimensions" in capsys.readouterr().out
+    assert rows[0]["accepted"] == 1 and 1 < rows[0]["kl"] <= 20.48 * (1 + 1e-6)
 
 
 @pytest.mark.long
