@@ -141,7 +141,7 @@ def main(argv=None):
             def loss(winner, loser):
                 return weights * pair_loss(args, safeguarded(args, step, sides, winner, loser), ref_errors, labels)
 
-            value, found = descend(run, training.policy, loss, sides, step.weight, args.two_pass)
+            value, found = descend(run, training.policy, loss, sides, step.weight)
             step.log(loss=value.mean().item(), **pair_metrics(args, [own.error for own in found], ref_errors, labels))
 
 

@@ -71,7 +71,7 @@ def main(argv=None):
             def loss(winner, loser):
                 return weights * pair_loss(args, winner, loser, ref_errors, labels)
 
-            value, found = descend(run, training.policy, loss, sides, step.weight, args.two_pass)
+            value, found = descend(run, training.policy, loss, sides, step.weight)
             metrics = preference_metrics(*(own.error for own in found), *ref_errors, beta=args.beta, label=labels)
             coefficient = args.dspo_beta * metrics["gradient_weight"]
             step.log(**metrics, loss=value.mean().item(), ref_distance=found[0].distance.mean().item(), dspo_coefficient=coefficient)

@@ -78,8 +78,9 @@ def balanced(run, rows):
 @torch.no_grad()
 def gains(training, sides):
     """How much better than the reference the model denoises each image, (N,) for all of `sides`."""
-    training.reference(*sides)
-    return torch.cat([side.ref_error - measure(training.run, training.policy, side).error for side in sides])
+    for side in sides:  # batch by batch, as the loss sees them
+        training.reference(side)
+    return torch.cat([side.ref_error - measure(training.run, training.policy, side)[0].error for side in sides])
 
 
 def with_others_captions(sides, captions, places):

@@ -1,9 +1,10 @@
 """What a pipeline's `encode_prompt` returned, remembered in memory and, given a store, beyond the process.
 
-In memory a batch's result is one entry, whatever its arguments are. A store keeps an entry per prompt, so that batches made up anew, as in
-each epoch, are put together from prompts that were encoded before. How a pipeline's result for several prompts is made of
-the results for each is found by a comparison, once; where it cannot be (sequences padded to the batch's longest), the batch is encoded at each
-use and not stored: batches that are made up anew would fill the store and never be met again.
+In memory a batch's result is one entry, whatever its arguments are; prompts that come more than once in a batch (those of a group, the two sides of a
+pair) are encoded once. A store keeps an entry per prompt, so that batches made up anew, as in each epoch, are put together from prompts that were
+encoded before. How a pipeline's result for several prompts is made of the results for each is found by a comparison, once; where it cannot be
+(sequences padded to the batch's longest), the batch is encoded at each use and not stored: batches that are made up anew would fill the store and
+never be met again.
 """
 
 from __future__ import annotations
@@ -77,10 +78,25 @@ class PromptMemory:
             yield
 
     def _encoded(self, encode: Callable, call: Call, device: torch.device) -> Any:
-        if self.store is None or _plain(call) is None:
+        if _plain(call) is None:
             return encode(*call[0], **call[1])
+        if self.store is None:
+            return self._once_each(encode, call)
         device = next((value for value in (*call[0], *call[1].values()) if isinstance(value, torch.device)), device)
         return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), self._by_rows(encode, call))
+
+    def _once_each(self, encode: Callable, call: Call) -> Any:
+        """The result with each different prompt encoded once, where the pipeline's allow it."""
+        rows = [_name(row) for row in _rows(call)]
+        different = list(dict.fromkeys(rows))
+        if len(different) < len(rows) and (example := self._example(encode, call)) is not None:
+            first = [rows.index(row) for row in different]
+            result = encode(*(part := _with_texts(call, lambda texts: [texts[i] for i in first]))[0], **part[1])
+            try:
+                return _picked(result, [different.index(row) for row in rows], len(different), *example)
+            except _NotByRows:
+                pass
+        return encode(*call[0], **call[1])
 
     def _by_rows(self, encode: Callable, call: Call) -> Any:
         """The stored result, put together from those of the prompts where the pipeline's allow it."""
@@ -104,6 +120,8 @@ class PromptMemory:
         return self.examples[key]
 
     def _entry(self, encode: Callable, call: Call) -> Any:
+        if self.store is None:
+            return encode(*call[0], **call[1])
         if (tree := self.store.get(_name(call))) is None:
             self.store.put(_name(call), encode(*call[0], **call[1]))
             tree = self.store.get(_name(call))  # so that the first use has what later ones have
@@ -175,6 +193,23 @@ def _joined(parts: list, single: Any, both: Any) -> Any:
     elif both == single and all(part == first for part in parts):
         return first
     raise _NotByRows
+
+
+def _picked(result: Any, index: list[int], number: int, single: Any, both: Any) -> Any:
+    """The rows `index` of a result for `number` prompts; `single` and `both` as for `_joined`."""
+    if isinstance(both, (Tensor, list)) and len(both) == 2 * len(single):
+        each = len(single)
+        if len(result) != number * each:
+            raise _NotByRows
+        rows = [i * each + j for i in index for j in range(each)]
+        return result[rows] if isinstance(result, Tensor) else [result[row] for row in rows]
+    if isinstance(both, Tensor):
+        return result
+    if isinstance(both, (list, tuple)):
+        return type(both)(_picked(items, index, number, *pair) for items, *pair in zip(result, single, both))
+    if isinstance(both, dict):
+        return {name: _picked(result[name], index, number, single[name], both[name]) for name in both}
+    return result
 
 
 def _is_by_rows(single: list, both: Any) -> bool:

@@ -95,6 +95,27 @@ def test_rows_are_joined_only_where_the_pipeline_does_so(tmp_path, name):
     assert pipeline.asked[asked:] == ([] if by_rows else [PROMPTS])
 
 
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_prompt_that_comes_twice_is_encoded_once(name):
+    """In memory too: the prompts of a group, and those of a pair's two sides."""
+    result, by_rows = RESULTS[name]
+    pipeline, batch = Encoder(result), [PROMPTS[i] for i in (0, 0, 1, 0, 2, 1)]
+    with PromptMemory().installed(pipeline):
+        found = pipeline.encode_prompt(batch, scale=2.0)
+        torch.testing.assert_close(found, result([vector(text) for text in batch]), rtol=0, atol=0)
+        assert (PROMPTS in pipeline.asked) == by_rows and (batch in pipeline.asked) == (not by_rows)
+        asked = len(pipeline.asked)
+        pipeline.encode_prompt(batch, scale=2.0)
+        pipeline.encode_prompt(PROMPTS[:2], scale=2.0)
+    assert pipeline.asked[asked:] == [PROMPTS[:2]], "where none comes twice, nothing is looked for"
+
+
+def test_a_repeated_prompt_keeps_its_padding():
+    pipeline, batch = Encoder(padded), ["a fox", "dog", "a fox", "dog", "cat"]
+    with PromptMemory().installed(pipeline):
+        torch.testing.assert_close(pipeline.encode_prompt(batch), padded([vector(text) for text in batch]), rtol=0, atol=0)
+
+
 def test_prompts_of_unequal_lengths_are_not_stored_by_batches(tmp_path):
     pipeline = Encoder(padded)
     texts = [*PROMPTS, "dog", "cat"]

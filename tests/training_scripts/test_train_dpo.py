@@ -21,7 +21,7 @@ from diffusers_align.policy import Policy
 from diffusers_align.training.offline.data_latents import Position, image_shape
 from diffusers_align.training.offline.descent import Measured, Reference, descend, measure
 from diffusers_align.training.offline.loop import OfflineTraining, load_policy
-from diffusers_align.training.offline.noised_latents import predict
+from diffusers_align.training.offline.noised_latents import predict, predict_together
 from diffusers_align.training.offline.pairs_and_batches import Examples, pairs_of
 from diffusers_align.training.offline.rows import load_rows
 from diffusers_align.training.run.run import Run
@@ -179,16 +179,39 @@ def test_winner_loser_and_reference_see_one_noise_time_and_caption(task, tmp_pat
     monkeypatch.setattr(ForwardProcess, "add_noise", record_noise)
     monkeypatch.setattr(Policy, "predict", record_call)
     train("dpo", tmp_path / "run", task, proportion_empty_prompts=0.5, num_samples_per_epoch=8, train_batch_size=4)
-    assert len(noised) == 4 and len(seen) == 8, "two batches: two images with noise, each seen by model and reference"
+    assert len(noised) == 4 and len(seen) == 4, "two batches: two images with noise, both seen in one call of the reference and one of the model"
     for (x0_w, noise_w, t_w), (x0_l, noise_l, t_l) in zip(noised[::2], noised[1::2]):
         assert torch.equal(noise_w, noise_l) and torch.equal(t_w, t_l) and not torch.equal(x0_w, x0_l)
         assert len(set(t_w.tolist())) == 4
-    for ref_w, ref_l, own_w, own_l in (seen[:4], seen[4:]):
-        assert [call[3] for call in (ref_w, ref_l, own_w, own_l)] == [True, True, False, False]
-        assert torch.equal(ref_w[0], own_w[0]) and torch.equal(ref_l[0], own_l[0])
-        assert all(torch.equal(call[1], ref_w[1]) and call[2] == ref_w[2] and call[4] is False for call in (ref_l, own_w, own_l))
-    prompts = [prompt for call in (seen[0], seen[4]) for prompt in call[2]]
+    for reference, own in (seen[:2], seen[2:]):
+        assert (reference[3], own[3]) == (True, False) and reference[4] is own[4] is False
+        assert torch.equal(reference[0], own[0]) and torch.equal(reference[1], own[1]) and reference[2] == own[2]
+        latents, times, prompts = reference[:3]
+        assert torch.equal(times[:4], times[4:]) and prompts[:4] == prompts[4:] and not torch.equal(latents[:4], latents[4:])
+    prompts = [prompt for call in seen for prompt in call[2]]
     assert "" in prompts and set(prompts) & set(CAPTIONS)
+
+
+def test_sides_together_answer_as_each_by_itself(task, tmp_path):
+    """One call of all rows is the calls of each side up to rounding, in outputs and in the LoRA's gradient; a pair's prompts are encoded once."""
+    run, policy, found, examples = prepared(tmp_path, task)
+    sides, _, _ = examples.pairs(0, 0)
+    encoded, gradients = [], []
+    policy.pipeline.text_encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: encoded.append(len((args or [kwargs["input_ids"]])[0])), with_kwargs=True
+    )
+    for apart in (False, True):
+        policy.prompt_memory.entries.clear()
+        outputs = [predict(run, policy, side) for side in sides] if apart else predict_together(run, policy, sides)
+        sum((output * (i + 1)).square().sum() for i, output in enumerate(outputs)).backward()
+        gradients.append([*outputs, torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])])
+        for parameter in policy.trainable_parameters():
+            parameter.grad = None
+    assert gradients[0][2].norm() > 1e-3
+    for together, by_itself in zip(*gradients):
+        torch.testing.assert_close(together, by_itself, rtol=1e-4, atol=1e-5 * by_itself.abs().max().item())
+    different = len(set(sides[0].condition.prompts))
+    assert set(encoded) <= {1, 2, different}, "two probes by themselves and together, and the batch's different prompts"
 
 
 @pytest.mark.parametrize("decay", [None, 0.5])
@@ -197,7 +220,7 @@ def test_no_gradient_goes_into_the_reference(task, tmp_path, decay):
     sides, _, _ = examples.pairs(0, 0)
     reference = Reference(run, policy, decay)
     reference(*sides)
-    errors, ref_errors = [measure(run, policy, side).error for side in sides], [side.ref_error for side in sides]
+    errors, ref_errors = [measured.error for measured in measure(run, policy, *sides)], [side.ref_error for side in sides]
     assert all(error.requires_grad for error in errors) and not any(error.requires_grad for error in ref_errors)
     diffusion_dpo_loss(*errors, *ref_errors, beta=5000.0).sum().backward()
     trained = {id(parameter) for parameter in policy.trainable_parameters()}
@@ -253,7 +276,8 @@ def test_two_passes_give_the_gradient_of_one(task, tmp_path, name):
 
     gradients = []
     for two_pass in (False, True):
-        value, measured = descend(run, policy, loss, sides, 0.25, two_pass)
+        run.args.two_pass = two_pass
+        value, measured = descend(run, policy, loss, sides, 0.25)
         gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable_parameters()]))
         assert value.shape == (4,) and not any(tensor.requires_grad for own in measured for tensor in (value, own.error, own.distance, own.output))
         for parameter in policy.trainable_parameters():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ...policy import Policy
 from ...rl.matching import error_coefficients
 from ..run.weight_copies import LaggingWeights
-from .noised_latents import Noised, predict
+from .noised_latents import Noised, predict, predict_together
 
 
 class Reference:
@@ -29,15 +29,22 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, *sides: Noised) -> None:
-        """Give each of `sides` what the reference answers there, by the same forward pass as the model's own answer."""
+        """Give each of `sides` what the reference answers there, by the same forward pass as the model's own answer: rounding is no preference."""
         with self.lagging.applied() if self.lagging is not None else self.policy.reference():
-            for side in sides:
-                side.reference = predict(self.run, self.policy, side)
+            for side, answer in zip(sides, answers(self.run, self.policy, sides)):
+                side.reference = answer
 
     def follow(self) -> None:
         """After each optimizer step; one that a loss scaler skipped is none."""
         if self.lagging is not None and not self.run.step_skipped:
             self.lagging.update(self.decay)
+
+
+def answers(run, policy: Policy, sides: Sequence[Noised]) -> Sequence[Tensor]:
+    """The model's answer to each of the sides, (B, *D): all in one forward pass, or with `--two_pass` side by side, which takes half the memory."""
+    if getattr(run.args, "two_pass", False):
+        return [predict(run, policy, side) for side in sides]
+    return predict_together(run, policy, sides)
 
 
 @dataclass
@@ -52,36 +59,37 @@ class Measured:
         return Measured(self.error.detach(), self.distance.detach(), self.output)
 
 
-def measure(run, policy: Policy, side: Noised) -> Measured:
-    """The model's answer and its errors (B,), with their graph where autograd is on."""
-    output = predict(run, policy, side)
-    return Measured(side.error(output), side.distance(output), output.detach())
+def measure(run, policy: Policy, *sides: Noised) -> list[Measured]:
+    """The model's answer to each side and its errors (B,), with their graph where autograd is on."""
+    outputs = zip(sides, answers(run, policy, sides))
+    return [Measured(side.error(output), side.distance(output), output.detach()) for side, output in outputs]
 
 
-def descend(run, policy: Policy, loss: Callable[..., Tensor], sides: list[Noised], weight: float, two_pass: bool = False) -> tuple[Tensor, list[Measured]]:
+def descend(run, policy: Policy, loss: Callable[..., Tensor], sides: list[Noised], weight: float) -> tuple[Tensor, list[Measured]]:
     """Add the gradient of `weight` * sum(loss) to the parameters'.
+
+    With `--two_pass` all is measured without a graph, and then the gradient is made side by side from the loss's derivatives: the same numbers, with
+    the activations of one side in memory, for one more forward pass a side.
 
     Args:
         loss: a function of each side's `Measured` to (B,). It may be differentiated by errors and distances.
-        two_pass: measure without a graph, then have the gradient side by side from the loss's derivatives: the same numbers, with the
-            activations of one side in memory, for one more forward pass a side.
 
     Returns:
         The loss (B,) and what was measured at each side, without graphs.
     """
-    if not two_pass:
-        found = [measure(run, policy, side) for side in sides]
+    if not getattr(run.args, "two_pass", False):
+        found = measure(run, policy, *sides)
         value = loss(*found)
         run.accelerator.backward(value.sum() * weight)
         return value.detach(), [m.detach() for m in found]
     with torch.no_grad():
-        found = [measure(run, policy, side) for side in sides]
+        found = measure(run, policy, *sides)
 
     def of(*numbers: Tensor) -> Tensor:
         return loss(*(Measured(error, distance, m.output) for error, distance, m in zip(numbers[::2], numbers[1::2], found)))
 
     value, coefficients = error_coefficients(of, *(number for m in found for number in (m.error, m.distance)))
     for side, by_error, by_distance in zip(sides, coefficients[::2], coefficients[1::2]):
-        again = measure(run, policy, side)
+        (again,) = measure(run, policy, side)
         run.accelerator.backward((by_error * again.error + by_distance * again.distance).sum() * weight * len(value))
     return value, found

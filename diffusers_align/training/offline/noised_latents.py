@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, zeros_like
+from torch import Tensor, cat, zeros_like
 
 from ...condition import Condition
 from ...forward_process import ForwardProcess
@@ -81,3 +81,11 @@ def predict(run, policy: Policy, side: Noised) -> Tensor:
     """The model's answer, (B, *D) float32."""
     with run.accelerator.autocast():
         return policy.predict(side.x_t, side.t, side.condition).float()
+
+
+def predict_together(run, policy: Policy, sides: Sequence[Noised]) -> Sequence[Tensor]:
+    """The model's answers to several sides, winners and losers, say, in one forward pass of all their rows."""
+    x_t, t = (cat([getattr(side, name) for side in sides]) for name in ("x_t", "t"))
+    with run.accelerator.autocast():
+        output = policy.predict(x_t, t, Condition.cat([side.condition for side in sides]))
+    return output.float().split([len(side.t) for side in sides])
