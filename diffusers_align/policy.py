@@ -61,6 +61,7 @@ class Policy(Driver):
         generator: torch.Generator | None = None,
         deterministic: bool = False,
         per_sample: dict[str, Any] | None = None,
+        on_step: Callable[[int, GaussianTransition], None] | None = None,
         **call_kwargs: Any,
     ) -> Trajectory:
         """Sample one trajectory per prompt.
@@ -72,6 +73,7 @@ class Policy(Driver):
             step_seeds: seeds of the steps' noise alone, for samples that share their initial noise.
             deterministic: walk the ODE; no step has a log-probability then.
             per_sample, call_kwargs: as of `condition`.
+            on_step: gets the number and the kernel of each step that draws noise, which a `replay` before any update would compute again.
 
         Raises:
             ValueError: what `condition` raises; arguments beside a condition; a generator beside seeds.
@@ -84,7 +86,7 @@ class Policy(Driver):
         else:
             condition = self.condition(prompts, seeds=seeds, step_seeds=step_seeds, per_sample=per_sample, **call_kwargs)
         condition = seeded(condition, generator)
-        tape = Tape()
+        tape = Tape(on_step)
         with self.noise(condition, deterministic):
             self.drive(condition, tape.record)
         return tape.trajectory(condition)

@@ -89,6 +89,16 @@ def test_unseeded_rollouts_take_their_seeds_from_the_generator():
     assert not torch.equal(policy.rollout(PROMPTS[:1]).final, first.final)
 
 
+@pytest.mark.parametrize("name", ["sd3", "sd15"])
+def test_a_rollout_hands_out_the_kernels_that_a_replay_computes_again(name):
+    (policy, _, _), found = make(name), {}
+    trajectory = policy.rollout(["a fox", "a cat"], seeds=[3, 4], on_step=found.__setitem__)
+    again = policy.transitions(trajectory)
+    assert list(found) == list(again) == trajectory.noisy_steps
+    for k, kernel in found.items():
+        assert torch.equal(kernel.mean, again[k].mean) and torch.equal(kernel.std, again[k].std) and not kernel.mean.requires_grad
+
+
 def test_replaying_moved_weights_shows_in_the_ratio():
     policy, trajectory, _ = make()
     ratios = []

@@ -174,12 +174,13 @@ def main(argv=None):
     report.start()
     options = {"clip_range": (args.clip_range, args.clip_range_high), "kl": partial(kl, args), "kl_weight": args.kl_weight}
     if args.loss != "flow_grpo":
-        options |= {"log_ratio": partial(log_ratio, args), "with_old": args.loss == "grpo_guard"}
+        options |= {"log_ratio": partial(log_ratio, args)}
 
     for epoch in run.epochs():
         # 1 roll out
         place_window(policy, args, epoch)
-        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_prompts_per_epoch, args.group_size, args.same_latent)
+        noise = {"same_latent": args.same_latent, "keep_kernels": args.loss == "grpo_guard"}
+        samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_prompts_per_epoch, args.group_size, **noise)
         steps = trained_steps(samples.batches[0], args.timestep_fraction, args.random_timestep_fraction, f"{args.seed}/{epoch}/steps")
         if args.kl_weight > 0:
             run.explain_once(describe_kl(args.kl_weight, args.kl_form, samples.batches[0].step_sizes))

@@ -9,8 +9,7 @@ $$ L = \frac{1}{-dt}\,\mathbb E\big[\max(-A\rho_t, -A\,\mathrm{clip}(\rho_t, 1-c
 
 with $s_t = g\sqrt{-dt}$ the transition's whole std. For $x_{t-1} = \mu_{old} + s_t\epsilon$ this is $\epsilon\cdot\Delta\mu / D$: its mean over the
 noise is 0 at every step. The official code is said to be part of yifan123/flow_grpo, but is not in its snapshots at hand (the newest is
-ac4c86e); compared was its port in verl-omni, which is equal. The means of the sampling policy are computed once more before an epoch's first
-update rather than stored with the rollout.
+ac4c86e); compared was its port in verl-omni, which is equal.
 
 Logged: as for Flow-GRPO; `clip_fraction` and `approx_kl` are of the normalised ratio.
 """

@@ -19,15 +19,22 @@ if TYPE_CHECKING:
 
 
 class Tape:
-    """Collects steps, each child scheduler's by itself; `record` is an `on_step` of the driver, and `add` is for one that chooses its own."""
+    """Collects steps, each child scheduler's by itself; `record` is an `on_step` of the driver, and `add` is for one that chooses its own.
 
-    def __init__(self):
+    Args:
+        on_step: gets the number and the kernel of each step of the main scheduler that draws noise, as in a replay.
+    """
+
+    def __init__(self, on_step: Callable[[int, GaussianTransition], None] | None = None):
+        self.on_step = on_step
         self.rows: dict[int, list[dict[str, Any]]] = {}
 
     def record(self, step: Step) -> None:
         """Run the step and keep its state, action, log-probability and place in the schedule."""
         state, output = step.sample.detach().clone(), step.run()
         self.add(step, state, output.prev_sample.detach().clone(), output.log_prob)
+        if self.on_step is not None and step.child == 0 and output.log_prob is not None:
+            self.on_step(step.k, GaussianTransition(output.prev_sample_mean, output.std))
 
     def add(self, step: Step, state: Tensor, action: Tensor, log_prob: Tensor | None) -> None:
         """Keep a step that has run: the states (B, *D) before and after it, and the log-probabilities (B,), None where it has no noise."""

@@ -91,6 +91,8 @@ def test_a_run_of_each_variant(variant, tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["ratio_error"] for row in rows] == [0.0, 0.0], "the replay is the rollout, bit for bit"
     assert all(len(steps) == TRAINED[variant] and 4 not in steps for steps in replayed), "the last step is not trained"
+    # Two epochs of two batches, with the pass of the pretrained model where there is a KL: the means that GRPO-Guard needs are the roll-out's own.
+    assert len(replayed) == (8 if variant == "guard" else 4)
     if variant == "mix":
         assert {tuple(steps) for steps in replayed} == {(0, 1), (1, 2)}
     assert any(value.abs().max() > 0 for name, value in load_file(tmp_path / "pytorch_lora_weights.safetensors").items() if "lora_B" in name)
@@ -168,7 +170,7 @@ def test_the_clip_is_explained_where_one_number_says_it(clip_range, log_ratio, s
     """A scaled ratio's clip leaves each step another share of the true ratio: no one number."""
     lines, final = [], torch.zeros(1, 1024)
     run = SimpleNamespace(explain_once=lines.append, division=SimpleNamespace(batches_a_step=1), chunks=lambda *_: [], epoch_metrics=lambda *_: {})
-    samples = SimpleNamespace(batches=[SimpleNamespace(final=final)])
+    samples = SimpleNamespace(batches=[SimpleNamespace(final=final)], kernels=[])
     policy_gradient_epoch(run, None, samples, [0], None, clip_range=clip_range, log_ratio=log_ratio)
     assert len(lines) == bool(said) and all(said in line for line in lines), "(1 + c)^1024"
 

@@ -32,7 +32,7 @@ class ReplayedStep:
         index: (B,), the samples' positions among the N of the epoch: `advantages[step.index]`.
         view: which of a batch's views this is, 0 where there is one.
         length: |sigma_next - sigma| of the step; NaN for diffusion.
-        old: the Gaussian of the policy that sampled, where it was asked for.
+        old: the Gaussian of the policy that sampled, where the samples kept it.
     """
 
     k: int
@@ -71,7 +71,6 @@ def policy_gradient_epoch(
     kl: Divergence | None = None,
     kl_weight: float = 0.0,
     log_ratio: Callable[[ReplayedStep], Tensor] | None = None,
-    with_old: bool = False,
     views: list[list[Trajectory]] | None = None,
     logged: dict[str, list[float]] | None = None,
 ) -> dict[str, float]:
@@ -84,7 +83,6 @@ def policy_gradient_epoch(
         kl: of a replayed step and the pretrained model's Gaussian there, (B,); it joins the loss times `kl_weight`, and is logged as `kl`.
             Without a weight there is no pass under the pretrained model.
         log_ratio: (B,), of losses whose ratio is another than the plain one per dimension.
-        with_old: give the loss the Gaussians of the policy that sampled (`ReplayedStep.old`), at the price of a pass before the first update.
         views: for each batch its trajectory under each of several captions, in the place of the batch; a view's `loss` is its part of their mean.
         logged: what else to log, as `metrics.epoch_metrics` takes it.
 
@@ -96,9 +94,6 @@ def policy_gradient_epoch(
         run.explain_once(describe_clip(clip_range[1] if isinstance(clip_range, tuple) else clip_range, samples.batches[0].final[0].numel()))
     views = views or [[trajectory] for trajectory in samples.batches]
     steps = [list(steps if not steps or isinstance(steps[0], int) else steps[b]) for b in range(len(views))]
-    if with_old:
-        with run.accelerator.autocast():
-            objective.old = [policy.transitions(trajectory, steps[b]) for b, trajectory in enumerate(samples.batches)]
     norms = []
     for chunk in run.chunks(len(views), run.division.batches_a_step):
         objective.diagnostics.append([])
@@ -136,7 +131,6 @@ class _Objective:
     kl: Divergence | None
     kl_weight: float
     log_ratio: Callable[[ReplayedStep], Tensor] | None
-    old: list[dict[int, GaussianTransition]] | None = None
     diagnostics: list[list[dict[str, float]]] = field(default_factory=list)
     kls: list[float] = field(default_factory=list)
 
@@ -145,7 +139,7 @@ class _Objective:
         lengths = trajectory.step_sizes
 
         def objective(k: int, transition: GaussianTransition, reference: GaussianTransition | None) -> Tensor:
-            action, old = trajectory.actions[:, k], self.old[b][k] if self.old else None
+            action, old = trajectory.actions[:, k], self.samples.kernels[b][k] if self.samples.kernels else None
             log_prob, old_log_prob = transition.log_prob(action), trajectory.log_probs[:, k]
             step = ReplayedStep(k, transition, action, log_prob, old_log_prob, self.samples.index[b], view, lengths[k], old)
             loss = self.loss(step)

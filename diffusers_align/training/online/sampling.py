@@ -18,6 +18,7 @@ from ...driving.stock import stock_outcome
 from ...policy import Policy, noise_seed
 from ...rewards import InvalidReward
 from ...trajectory import Trajectory
+from ...transition import GaussianTransition
 from ..report.statistics import mean_and_error
 from ..run.division import division_of
 from ..run.inputs import batches_by_size, condition_of
@@ -44,6 +45,7 @@ class Samples:
         rewards: (N,) float32; NaN where masked.
         components: every reward by name, (N,).
         asked: the N prompts with the data set's other fields.
+        kernels: for each of `batches`, the Gaussians of its noisy steps under the policy that sampled; empty unless they were to be kept.
     """
 
     batches: list[Trajectory]
@@ -53,6 +55,7 @@ class Samples:
     rewards: Tensor
     components: dict[str, Tensor]
     asked: list[Prompt]
+    kernels: list[dict[int, GaussianTransition]] = field(default_factory=list)
 
     def metrics(self) -> dict[str, float]:
         """Mean and s.e. of the reward, its spread within groups, the share of groups without any (`zero_std`), means of its components."""
@@ -80,6 +83,7 @@ def sample_epoch(
     group_size: int | None,
     same_latent: bool = False,
     deterministic: bool = False,
+    keep_kernels: bool = False,
     **call_kwargs: Any,
 ) -> Samples:
     """Roll out `group_size` samples of each of `num_prompts` prompts and score them.
@@ -90,6 +94,7 @@ def sample_epoch(
         group_size: None for one sample of each and no groups: all of the epoch are compared with each other.
         same_latent: the samples of a group share their initial noise, so that their rewards differ by the steps' noise alone.
         deterministic: walk the ODE, for methods that need no log-probabilities.
+        keep_kernels: keep the Gaussians that the steps drew from; their means take as much memory as the states.
         call_kwargs: arguments of the pipeline's calls that override the policy's.
 
     Raises:
@@ -101,23 +106,25 @@ def sample_epoch(
     asked, groups, seeds, step_seeds = _asked(args, prompts, epoch, num_prompts, group_size or 1, same_latent)
     parts = [list(part) for part in division_of(run, len(asked)).batches]
     run.meter.count_images(sum(map(len, parts)))
-    batches, index = [], []
+    batches, index, kernels = [], [], []
     with Scorer.of_run(reward, args) as scorer:
         for part in parts:
             with run.accelerator.autocast():
                 noise = {"seeds": [seeds[i] for i in part], "step_seeds": [step_seeds[i] for i in part]}
                 condition = condition_of(policy, [asked[i] for i in part], **noise, **call_kwargs)
-                trajectory = policy.rollout(condition, deterministic=deterministic)
+                drawn_from: dict[int, GaussianTransition] = {}
+                trajectory = policy.rollout(condition, deterministic=deterministic, on_step=drawn_from.__setitem__ if keep_kernels else None)
                 policy.check_reproducible(trajectory)
             run.explain_once(*describe_walk(policy, trajectory), *describe_window(policy, trajectory))
             batches.append(trajectory)
+            kernels.append(drawn_from)
             index.append(torch.tensor(part))
             with torch.no_grad():
                 made = policy.outcome(trajectory).to(torch.float32)
             scorer.submit(part, made, [asked[i] for i in part])
         components = gather_scores(run, scorer, asked)
     groups = torch.tensor(groups if group_size else [0] * len(asked))
-    return Samples(batches, index, [p.text for p in asked], groups, components["reward"], components, asked)
+    return Samples(batches, index, [p.text for p in asked], groups, components["reward"], components, asked, kernels if keep_kernels else [])
 
 
 def _asked(
