@@ -11,13 +11,13 @@ from annotated_types import Interval
 from pydantic import model_validator
 
 from diffusers_align.training.flags.common import SamplingArguments
-from diffusers_align.training.flags.methods import GroupArguments, NoiseLevel, StepArguments, WindowArguments
+from diffusers_align.training.flags.methods import GroupArguments, KLShareArguments, NoiseLevel, StepArguments, WindowArguments
 from diffusers_align.training.flags.options import NonNegative, Positive, option, parse
 
 CALIBRATED = {"calibration_rounds": True}
 
 
-class DenseGRPOArguments(GroupArguments, WindowArguments, StepArguments, SamplingArguments, defaults={"global_std": False}):
+class DenseGRPOArguments(GroupArguments, WindowArguments, StepArguments, KLShareArguments, SamplingArguments, defaults={"global_std": False}):
     """DenseGRPO"""
 
     psi_init: NoiseLevel = option(0.3, "noise of every step before calibration: psi sqrt(-dt); 0.3 is DanceGRPO's")
@@ -81,7 +81,7 @@ def main(argv=None):
     run.resume()
     report.start()
     calibrate_noise(run, policy, report.reward, report.prompts, levels)
-    options = {"clip_range": args.clip_range, "kl": partial(kl, args), "kl_weight": args.kl_weight}
+    options = {"clip_range": args.clip_range, "kl": partial(kl, args), "kl_weight": args.kl_weight, "kl_share": args.kl_share}
 
     for epoch in run.epochs():
         # 1 roll out, and complete from the states on the way

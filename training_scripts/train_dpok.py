@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import model_validator
 
 from diffusers_align.training.flags.common import LearningRate, SamplingArguments
-from diffusers_align.training.flags.methods import NoiseArguments
+from diffusers_align.training.flags.methods import KLShareArguments, NoiseArguments
 from diffusers_align.training.flags.options import Count, NonNegative, Positive, Probability, option, parse
 
 KL_WEIGHT = {"official": 0.01, "paper": 0.05}
@@ -22,7 +22,7 @@ DEFAULTS = {
 LEARNED = {"value_baseline": True}
 
 
-class DPOKArguments(NoiseArguments, SamplingArguments, defaults=DEFAULTS):
+class DPOKArguments(NoiseArguments, KLShareArguments, SamplingArguments, defaults=DEFAULTS):
     """DPOK"""
 
     num_samples_per_epoch: Count = option(10, "samples per epoch, each of a prompt")
@@ -128,7 +128,7 @@ def main(argv=None):
         objective, divergence = partial(loss, args, advantages.to(run.accelerator.device)), partial(kl, args, weights)
 
         # 4 update
-        options = {"clip_range": args.clip_range, "kl": divergence, "kl_weight": args.kl_weight, "logged": learned}
+        options = {"clip_range": args.clip_range, "kl": divergence, "kl_weight": args.kl_weight, "kl_share": args.kl_share, "logged": learned}
         run.log(policy_gradient_epoch(run, policy, samples, trajectory.noisy_steps, objective, **options))
         report.validate(epoch)
     report.finish()

@@ -12,7 +12,7 @@ from annotated_types import Interval
 from pydantic import model_validator
 
 from diffusers_align.training.flags.common import SamplingArguments
-from diffusers_align.training.flags.methods import GroupArguments, NoiseArguments, StepArguments
+from diffusers_align.training.flags.methods import GroupArguments, KLShareArguments, NoiseArguments, StepArguments
 from diffusers_align.training.flags.options import Count, NonNegative, Positive, Steps, option, parse
 from diffusers_align.training.online.trained_steps import first_share
 
@@ -31,6 +31,7 @@ class FlowGRPOArguments(
     GroupArguments,
     NoiseArguments,
     StepArguments,
+    KLShareArguments,
     SamplingArguments,
     defaults={"sde_type": "flow_grpo"},
     advanced={"eta"},
@@ -172,7 +173,7 @@ def main(argv=None):
     run.load_optimizer(args.num_epochs * run.division.num_steps)
     run.resume()
     report.start()
-    options = {"clip_range": (args.clip_range, args.clip_range_high), "kl": partial(kl, args), "kl_weight": args.kl_weight}
+    options = {"clip_range": (args.clip_range, args.clip_range_high), "kl": partial(kl, args), "kl_weight": args.kl_weight, "kl_share": args.kl_share}
     if args.loss != "flow_grpo":
         options |= {"log_ratio": partial(log_ratio, args)}
 

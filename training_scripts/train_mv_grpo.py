@@ -11,13 +11,13 @@ from annotated_types import Interval
 from pydantic import model_validator
 
 from diffusers_align.training.flags.common import SamplingArguments
-from diffusers_align.training.flags.methods import GroupArguments, NoiseArguments, StepArguments
+from diffusers_align.training.flags.methods import GroupArguments, KLShareArguments, NoiseArguments, StepArguments
 from diffusers_align.training.flags.options import NonNegative, Positive, option, parse, required
 
 DEFAULTS = {"global_std": False, "sde_type": "flow_grpo"}
 
 
-class MVGRPOArguments(GroupArguments, NoiseArguments, StepArguments, SamplingArguments, defaults=DEFAULTS, advanced={"eta"}):
+class MVGRPOArguments(GroupArguments, NoiseArguments, StepArguments, KLShareArguments, SamplingArguments, defaults=DEFAULTS, advanced={"eta"}):
     """MV-GRPO"""
 
     views: str = required(".json or .jsonl file of captions, or a function (prompt, images or None) -> captions: module:function")
@@ -79,7 +79,7 @@ def main(argv=None):
     run.load_optimizer(args.num_epochs * run.division.num_steps)
     run.resume()
     report.start()
-    options = {"clip_range": args.clip_range, "kl": kl, "kl_weight": args.kl_weight}
+    options = {"clip_range": args.clip_range, "kl": kl, "kl_weight": args.kl_weight, "kl_share": args.kl_share}
 
     for epoch in run.epochs():
         # 1 roll out, and look at the images under every view

@@ -74,7 +74,7 @@ def accumulate(run, policy, samples, b, weight, logged):
                 logged[name].append(number)
         return (values * kept).sum() * weight
 
-    add_gradient(run, policy, trajectory, used, loss, reference=True)
+    add_gradient(run, policy, trajectory, used, loss, held_at=used)
 
 
 def main(argv=None):

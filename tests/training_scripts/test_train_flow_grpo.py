@@ -55,9 +55,10 @@ VARIANTS = {
     },
     "mix": {"sde_window_size": 2, "sde_window": "0 4", "sde_window_strategy": "progressive", "sde_window_interval": 1},
     "guard": {"loss": "grpo_guard", "kl_weight": 0.01},
+    "shared": {"kl_weight": 0.01, "kl_share": 0.5},
     "cps": {"sde_type": "cps", "noise_level": 0.8, "loss": "flow_cps", "reward": "jpeg_compressibility*1+background_color*1", "multi_reward": "gdpo"},
 }
-TRAINED = {"dance": 2, "mix": 2, "guard": 4, "cps": 4}
+TRAINED = {"dance": 2, "mix": 2, "guard": 4, "shared": 4, "cps": 4}
 
 
 def script():
@@ -90,9 +91,12 @@ def test_a_run_of_each_variant(variant, tmp_path, monkeypatch):
     script().main(command(tmp_path, **flags))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["ratio_error"] for row in rows] == [0.0, 0.0], "the replay is the rollout, bit for bit"
-    assert all(len(steps) == TRAINED[variant] and 4 not in steps for steps in replayed), "the last step is not trained"
+    held = replayed[::2] if variant == "shared" else []
+    trained = replayed[1::2] if variant == "shared" else replayed
+    assert all(len(steps) == TRAINED[variant] and 4 not in steps for steps in trained), "the last step is not trained"
+    assert all(len(steps) == 2 and 4 not in steps for steps in held), "half of the steps are held to the pretrained model"
     # Two epochs of two batches, with the pass of the pretrained model where there is a KL: the means that GRPO-Guard needs are the roll-out's own.
-    assert len(replayed) == (8 if variant == "guard" else 4)
+    assert len(replayed) == (8 if variant in ("guard", "shared") else 4)
     if variant == "mix":
         assert {tuple(steps) for steps in replayed} == {(0, 1), (1, 2)}
     assert any(value.abs().max() > 0 for name, value in load_file(tmp_path / "pytorch_lora_weights.safetensors").items() if "lora_B" in name)

@@ -125,6 +125,17 @@ class StepArguments(Arguments):
     random_timestep_fraction: PositiveShare = option(1.0, "train a random share of those, drawn anew each epoch (DanceGRPO)", advanced=True)
 
 
+class KLShareArguments(Arguments):
+    """KL to the pretrained model"""
+
+    kl_share: PositiveShare = option(
+        1.0,
+        "compute the KL at a random share of the trained steps alone, weighted so that its mean is the same: fewer denoiser calls, more noise",
+        needs={"kl_weight": True},
+        advanced=True,
+    )
+
+
 class PretrainingLossArguments(Arguments):
     """pre-training loss"""
 

@@ -6,7 +6,7 @@ pass of each solver step by itself, so that memory is that of one, the numbers t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from ...rl.importance import ClipRange
 from ...trajectory import Trajectory
 from ...transition import GaussianTransition
 from .sampling import Samples
+from .trained_steps import some_of
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def policy_gradient_epoch(
     clip_range: ClipRange,
     kl: Divergence | None = None,
     kl_weight: float = 0.0,
+    kl_share: float = 1.0,
     log_ratio: Callable[[ReplayedStep], Tensor] | None = None,
     views: list[list[Trajectory]] | None = None,
     logged: dict[str, list[float]] | None = None,
@@ -82,6 +84,8 @@ def policy_gradient_epoch(
         clip_range: of the ratio, for `clip_fraction`.
         kl: of a replayed step and the pretrained model's Gaussian there, (B,); it joins the loss times `kl_weight`, and is logged as `kl`.
             Without a weight there is no pass under the pretrained model.
+        kl_share: the share of a batch's steps, drawn anew for each, at which the KL is computed; it counts for the others too, so that its mean and
+            that of its gradient are those of all steps.
         log_ratio: (B,), of losses whose ratio is another than the plain one per dimension.
         views: for each batch its trajectory under each of several captions, in the place of the batch; a view's `loss` is its part of their mean.
         logged: what else to log, as `metrics.epoch_metrics` takes it.
@@ -100,23 +104,30 @@ def policy_gradient_epoch(
         for b in chunk:
             weight = run.loss_weight(samples, chunk, len(steps[b]))
             for view, trajectory in enumerate(views[b]):
-                add_gradient(run, policy, trajectory, steps[b], objective.of(b, view, trajectory, weight, len(views[b])), reference=kl_weight > 0)
+                held = some_of(steps[b], kl_share, f"{run.args.seed}/{run.epoch}/{run.division.block(b)}/{view}/kl") if kl_weight > 0 else []
+                part = len(held) / len(steps[b]) * len(views[b])
+                add_gradient(run, policy, trajectory, steps[b], objective.of(b, view, trajectory, weight, part), held)
         norms.append(run.optimizer_step())
     return run.epoch_metrics(samples, objective.diagnostics, norms, {"kl": objective.kls, **(logged or {})})
 
 
 def add_gradient(
-    run, policy: Policy, trajectory: Trajectory, steps: list[int], loss: Callable[[int, GaussianTransition, GaussianTransition | None], Tensor], reference=False
+    run,
+    policy: Policy,
+    trajectory: Trajectory,
+    steps: list[int],
+    loss: Callable[[int, GaussianTransition, GaussianTransition | None], Tensor],
+    held_at: Collection[int] = (),
 ) -> None:
     """Add to the parameters' gradient that of the sum of `loss` over the recorded `steps`, in memory for one denoiser step.
 
     Args:
-        loss: of a step's number, its Gaussian, and the pretrained model's there (None unless `reference`): a number.
+        loss: of a step's number, its Gaussian, and the pretrained model's there (None at other steps than `held_at`): a number.
     """
     held: dict[int, GaussianTransition] = {}
-    if reference:
+    if held_at:
         with policy.reference(), run.accelerator.autocast():
-            held = policy.transitions(trajectory, steps)
+            held = policy.transitions(trajectory, list(held_at))
     with run.accelerator.autocast():
         policy.replay(trajectory, lambda k, transition: run.accelerator.backward(loss(k, transition, held.get(k))), steps)
 
@@ -134,8 +145,8 @@ class _Objective:
     diagnostics: list[list[dict[str, float]]] = field(default_factory=list)
     kls: list[float] = field(default_factory=list)
 
-    def of(self, b: int, view: int, trajectory: Trajectory, weight: float, num_views: int):
-        """The objective of the steps of a view of batch `b`, as `add_gradient` takes it."""
+    def of(self, b: int, view: int, trajectory: Trajectory, weight: float, kl_parts: float):
+        """The objective of the steps of a view of batch `b`, as `add_gradient` takes it; each step's KL stands for 1 / `kl_parts` of one."""
         lengths = trajectory.step_sizes
 
         def objective(k: int, transition: GaussianTransition, reference: GaussianTransition | None) -> Tensor:
@@ -145,7 +156,7 @@ class _Objective:
             loss = self.loss(step)
             if reference is not None:
                 kl = self.kl(step, reference)
-                loss = loss + self.kl_weight * kl / num_views
+                loss = loss + self.kl_weight * kl / kl_parts
                 self.kls.append(kl.mean().item())
             with torch.no_grad():
                 log_ratio = self.log_ratio(step) if self.log_ratio else step.log_ratio

@@ -23,6 +23,9 @@ def trained_steps(trajectory: Trajectory, timestep_fraction: float = 1.0, random
         key: fixes the draw: equal keys draw the same on every process and after a resume.
     """
     end = first_share(trajectory.num_steps, timestep_fraction)
-    steps = [k for k in trajectory.noisy_steps if k < end]
-    number = min(len(steps), max(1, round(len(steps) * random_timestep_fraction)))
-    return sorted(random.Random(key).sample(steps, number))
+    return some_of([k for k in trajectory.noisy_steps if k < end], random_timestep_fraction, key)
+
+
+def some_of(steps: list[int], share: float, key: str) -> list[int]:
+    """A random share of the steps, rounded to the nearest number, at least one; in order. `key` fixes the draw."""
+    return sorted(random.Random(key).sample(steps, min(len(steps), max(1, round(len(steps) * share)))))
