@@ -95,4 +95,4 @@ def test_guidance_fits_images_to_their_prompts_as_other_judges_see_it(pipeline, 
     for name, options in (("clip_score", {"model": embedded.path("mini-clip")}), ("scene_score", {})):
         before, after = (load_reward(name, **options)(images, prompts) for images in (plain, follows))
         before, after = (value["reward"] if isinstance(value, dict) else value for value in (before, after))
-        assert float((after - before).mean()) > 0.03, name
+        assert float((after - before).mean()) > 0.02, name
