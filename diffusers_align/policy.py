@@ -216,9 +216,9 @@ class Policy(Driver):
         `gradients.decoding.decode_latents` is so also where the pipeline casts its autoencoder to another precision for the decoding.
 
         Raises:
-            ValueError: the pipeline makes no pictures or sounds, but what another one starts from (a prior).
+            ValueError: the pipeline makes no pictures or sounds, but what another one starts from (a prior); or each sample portion after portion.
         """
-        output, _ = self._decoded([latents], condition)
+        output, _ = self._decoded(latents, condition)
         return check_seen(self.pipeline, images_of(output))
 
     def outcome(self, samples: Trajectory | Tensor, condition: Condition | None = None) -> Outcome:
@@ -232,25 +232,30 @@ class Policy(Driver):
         Raises:
             ValueError: what `decode` raises; there is sound, and nothing says at which rate it is sampled.
         """
-        final = [samples.final, *(child.final for child in samples.children)] if isinstance(samples, Trajectory) else [samples]
-        output, whole = self._decoded(final, samples.condition if isinstance(samples, Trajectory) else condition)
+        output, whole = self._decoded(samples, samples.condition if isinstance(samples, Trajectory) else condition)
         found = outcome(self.pipeline, output) if whole else Outcome(images_of(output))
         check_seen(self.pipeline, found.images)
         return found
 
-    def _decoded(self, final: list[Tensor], condition: Condition | None) -> tuple[Any, bool]:
-        """The pipeline's output for the final states (B, *D) of its schedulers, and whether those are all that it steps."""
-        condition = _of_samples(condition or self.any_condition(len(final[0])), len(final[0]), "latents")
-        missing: set[int] = set()
+    def _decoded(self, samples: Trajectory | Tensor, condition: Condition | None) -> tuple[Any, bool]:
+        """The pipeline's output for what its schedulers stepped to, or for final latents (B, *D) of the main one, and whether that is all that it steps."""
+        condition = _of_samples(condition or self.any_condition(len(samples)), len(samples), "latents")
+        tapes = [samples, *samples.children] if isinstance(samples, Trajectory) else [samples]
+        missing, portions = set(), set()
 
         def put(step: Step) -> Tensor:
             step.skip()
-            if step.child >= len(final):
+            if step.child >= len(tapes):
                 missing.add(step.child)
                 return step.sample
-            return step.like(final[step.child])
+            portions.add(step.portion)
+            tape = tapes[step.child]
+            return step.like(tape.actions[:, step.k] if isinstance(tape, Trajectory) else tape)
 
-        return self.drive(condition, put, needs_denoiser=lambda k: False, output_type="pt"), not missing
+        output = self.drive(condition, put, needs_denoiser=lambda k: False, output_type="pt")
+        if isinstance(samples, Tensor) and len(portions) > 1:
+            self.refuse_portions(condition, "give policy.outcome the trajectory, which has all of them")
+        return output, not missing
 
     @property
     def sampling_rate(self) -> int:

@@ -61,7 +61,8 @@ class Trajectory:
     @property
     def final(self) -> Tensor:
         """(B, *D), the last action. Pipelines decode it, after what they do to it behind their last step: `Policy.decode` does the same. Those that
-        blend in a given picture (inpainting) or change the scale there return other latents for `output_type="latent"`."""
+        blend in a given picture (inpainting) or change the scale there return other latents for `output_type="latent"`. Of samples that are made portion
+        after portion it is the last portion, and no whole one: `Policy.outcome` decodes the trajectory."""
         return self.actions[:, -1]
 
     @property

@@ -173,7 +173,7 @@ def sample(args, policy, accelerator, prompts, jobs, folder):
         else:
             with accelerator.autocast(), torch.no_grad():
                 trajectory = policy.rollout(condition)
-                images = policy.decode(trajectory.final, trajectory.condition)
+                images = policy.outcome(trajectory).images
         if images.ndim == 3:
             name = type(policy.pipeline).__name__
             raise ValueError(f"{name} makes sounds, and a preference data set holds pictures: train it by a reward of sounds (docs/guides/sound.md).")

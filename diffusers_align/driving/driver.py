@@ -21,8 +21,9 @@ from . import scheduler_hook
 from .arguments import check_arguments, checked_prompts, maybe_of_samples, unknown_prompts
 from .calls import calls_of
 from .noise import noise_seed, step_streams
+from .portions import IN_PORTIONS, in_portions
 from .prompt_memory import PromptMemory, Store, encoded_prompt
-from .replacements import replaced
+from .replacements import reads_levels_by_number, replaced
 from .safety_checker import unchecked
 
 logger = logging.get_logger(__name__)
@@ -66,7 +67,7 @@ class Driver:
         self.calls.check_schedulers()
         scheduler_hook.check_draws(self.calls)
         self.pipeline, self.call_kwargs, self.lockstep = pipeline, call_kwargs or {}, False
-        twins = sde_twins(self.calls.schedulers, scheduler)
+        twins = sde_twins(self.calls.schedulers, scheduler, by_sigmas=reads_levels_by_number(self.calls.functions))
         self.stock_schedulers = {name: put_in_place(pipeline, twin, name) for name, twin in twins.items()}
         self.parameters = self.calls.parameters
         self.prompt_memory = PromptMemory()
@@ -248,6 +249,12 @@ class Driver:
                 self.pipeline, on_step, self.call(condition, **overrides), gradients=torch.is_grad_enabled(), timesteps=timesteps,
                 needs_denoiser=needs_denoiser, memory=self.prompt_memory, noise=self._streams, global_seed=_global_seed(condition),
             )  # fmt: skip
+
+    def refuse_portions(self, condition: Condition, what_to_do: str) -> None:
+        """Raise a ValueError if the pipeline, which walks several schedules in a call, walks each of them for a portion of the sample alone."""
+        condition = condition if condition.seeds is not None else replace(condition, seeds=list(range(len(condition))))
+        if in_portions(lambda on_step: self.drive(condition, on_step, needs_denoiser=lambda k: False)):
+            raise ValueError(IN_PORTIONS.format(type(self.pipeline).__name__, what_to_do))
 
 
 def _global_seed(condition: Condition) -> int | None:

@@ -124,13 +124,18 @@ class _Tail:
         # What a condition holds may be drawn, by an autoencoder: the same draw for each probe.
         condition = condition if condition.seeds is not None else replace(condition, seeds=[0])
 
+        portions = {0}
+
         def look(step):
             step.skip()
             if step.child == 0:
                 states.append(step.sample)
+                portions.add(step.portion)
             return step.sample
 
         driver.drive(condition, look, needs_denoiser=lambda k: False)
+        if len(portions) > 1:
+            driver.refuse_portions(condition, "learn on roll-outs (GRPO, DDPO), which have all of them")
         return cls(driver, condition, len(states), states[-1].shape, states[-1].dtype)
 
     def __call__(self, latents_of: Callable[[Tensor], Tensor]) -> Tensor:

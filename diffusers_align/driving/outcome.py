@@ -71,11 +71,14 @@ def images_of(output: Any) -> Tensor:
     """The pictures (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], or the sounds (B, C, T) in [-1, 1], of a pipeline's output for
     `output_type="pt"`.
 
-    What is transparent lies on white. Some pipelines know no "pt" and give arrays (B, H, W, 3), without a gradient. Sound of one channel that
-    comes as (B, T) gets its channel, and what an autoencoder makes beyond [-1, 1] is clamped, as files do; it passes no gradient.
+    A single video without an axis of samples gets it. What is transparent lies on white. Some pipelines know no "pt" and give arrays (B, H, W, 3), without
+    a gradient. Sound of one channel that comes as (B, T) gets its channel, and what an autoencoder makes beyond [-1, 1] is clamped, as files do; it passes
+    no gradient.
     """
-    images = _tensor(output[0])
-    return waveforms(images) if _main(output) in WAVES else images
+    images, name = _tensor(output[0]), _main(output)
+    if name == "frames" and isinstance(images, Tensor) and images.ndim == 4:  # of the only sample that such a pipeline makes
+        images = images[None]
+    return waveforms(images) if name in WAVES else images
 
 
 def check_seen(pipeline: Any, images: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class Prediction:
         self._own_times: bool | None = None
         self._edits = False
         self._reads_others: bool | None = None
+        self._whole: bool | None = None
 
     def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition, guidance: bool) -> Tensor:
         """(B, *D) at `latents` (B, *D) and `timesteps` (B,); see `Policy.predict`."""
@@ -78,10 +79,12 @@ class Prediction:
         their initial ones, times `others`; the second value says whether there are any."""
         outputs: list[Tensor] = []
         found: list[int] = []
+        portions = {0}
 
         def capture(step: Step) -> Tensor:
             if step.child:
                 found.append(step.child)
+            portions.add(step.portion)
             if step.child or step.k > 1:
                 return others * step.sample
             given = step.like(latents)
@@ -98,6 +101,9 @@ class Prediction:
         self.driver.drive(condition, capture, timesteps=self._rows(timesteps, condition), needs_denoiser=lambda k: k == 1, **overrides)
         if not outputs:
             raise ValueError("The pipeline took fewer than two solver steps; raise num_inference_steps (or strength).")
+        if len(portions) > 1 and self._whole is None:
+            self.driver.refuse_portions(condition, "learn on replays, which have all of them")
+            self._whole = True
         return outputs[0], bool(found)
 
     def _at_start(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:

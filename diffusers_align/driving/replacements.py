@@ -6,8 +6,11 @@ Methods and attributes that a call changes are changed here; a scheduler's class
 
 from __future__ import annotations
 
+import ast
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FunctionType, MethodType
 from typing import Any
@@ -74,3 +77,23 @@ def has_constant(code: CodeType, value: Any) -> bool:
     """Whether a function's code, or that of a function inside it, has `value` as a constant or in a tuple of them."""
     inside = (value in part if isinstance(part, tuple) else isinstance(part, CodeType) and has_constant(part, value) for part in code.co_consts)
     return value in code.co_consts or any(inside)
+
+
+def reads_levels_by_number(functions: Iterable[FunctionType]) -> bool:
+    """Whether a pipeline's call looks the noise level up by the number of its own step, `scheduler.sigmas[i]`, which is another one's where steps are
+    repeated. What it hands to a callback does not count."""
+    return any(map(_reads_by_number, functions))
+
+
+@functools.cache
+def _reads_by_number(function: FunctionType) -> bool:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, SyntaxError):  # no source: an index beyond the table is met on the way
+        return False
+    for_callbacks = {id(node) for test in ast.walk(tree) if isinstance(test, ast.If) and "callback" in ast.unparse(test.test) for node in ast.walk(test)}
+    lookups = (node for node in ast.walk(tree) if isinstance(node, ast.Subscript) and id(node) not in for_callbacks)
+    return any(
+        isinstance(lookup.value, ast.Attribute) and lookup.value.attr == "sigmas" and any(isinstance(part, ast.Name) for part in ast.walk(lookup.slice))
+        for lookup in lookups
+    )

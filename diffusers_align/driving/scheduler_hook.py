@@ -39,7 +39,8 @@ NO_OWN_STEP = (
 
 OTHER_NUMBER = (
     "The pipeline made {} samples for {} prompts, so that rewards and log-probabilities would belong to others. Give it one prompt a call if it cannot take "
-    "several; arguments of which each sample has its own go into per_sample. Where its steps take the frames of a video as samples, best-of-n is left."
+    "several; arguments of which each sample has its own go into per_sample. Where guidance doubles the rows of its steps, do without (guidance_scale=1); "
+    "where its steps take the frames of a video as samples, best-of-n is left."
 )
 
 
@@ -49,10 +50,15 @@ def denoisers(pipeline) -> dict[str, ModelMixin]:
     models = {name: m for name, m in pipeline.components.items() if isinstance(m, nn.Module) and name.startswith(("unet", "transformer"))}
     if not models:
         others = {id(component) for part in parts_apart(pipeline) for component in part.components.values()}
-        models = {name: m for name, m in pipeline.components.items() if _is_model(m) and not hasattr(m, "decode") and id(m) not in others}
+        models = {name: m for name, m in pipeline.components.items() if _is_model(m) and not _decodes(m) and id(m) not in others}
     if not models:
         raise ValueError(f"{type(pipeline).__name__} has no denoiser: none of its components {sorted(pipeline.components)} is a diffusers model.")
     return models
+
+
+def _decodes(model: Any) -> bool:
+    """Whether it is a decoder, by its methods: `decode`, `decode_to_image` ..."""
+    return any(name == "decode" or name.startswith("decode_") for name in dir(type(unwrapped(model))))
 
 
 def _is_model(component: Any) -> bool:
@@ -66,6 +72,8 @@ class Step:
     Attributes:
         k: solver step of this scheduler, from 0.
         child: 0 for the pipeline's own scheduler, 1, 2, ... for others and for the copies it makes (a second modality).
+        portion: how many schedules this scheduler has walked in the call before the present one.
+        place: of the scheduler's present schedule among all of the call, in the order of their first steps.
         sample, model_output: (B, *D), as the pipeline passes them; the output that the clean sample implies, where it passes that one instead.
     """
 
@@ -78,6 +86,8 @@ class Step:
     _stock_step: Callable = field(repr=False)
     _arguments: dict = field(repr=False)
     output: Any = None
+    portion: int = 0
+    place: int = 0
 
     @property
     def time(self) -> float:
@@ -136,6 +146,7 @@ class _Session:
         self.on_step, self.timesteps, self.begin_index, self.noise, self.of_call = on_step, timesteps, begin_index, noise, of_call
         self.schedulers: list[Any] = []
         self.taken: list[int] = []
+        self.begun, self.places = list[list[int]](), dict[tuple[int, int], int]()
         self.streams: list[Generator] = []
         self.asks_first = False
 
@@ -145,8 +156,15 @@ class _Session:
                 return index
         self.schedulers.append(scheduler)
         self.taken.append(0)
+        self.begun.append([0])
         self.streams.append(fork(self.streams[-1]) if self.streams else self.noise)
         return len(self.schedulers) - 1
+
+    def begin(self, scheduler) -> None:
+        """The scheduler gets a schedule. Some pipelines ask for it again before the first step."""
+        child = self.adopt(scheduler)
+        if self.taken[child] > self.begun[child][-1]:
+            self.begun[child].append(self.taken[child])
 
     def generator(self, scheduler, handed_on: Generator) -> Generator:
         """What a step draws with. Some pipelines hand the call's generators on to it and some do not, and none of them knows `noise`."""
@@ -155,10 +173,14 @@ class _Session:
         return self.of_call if handed_on is None and getattr(scheduler, "generator", None) is None else handed_on
 
     def step(self, scheduler, stock_step: Callable, arguments: dict):
-        child, output = self.adopt(scheduler), arguments["model_output"]
+        child, output, rows = self.adopt(scheduler), arguments["model_output"], len(arguments["sample"])
+        if isinstance(self.noise, list) and len(self.noise) != rows:
+            raise ValueError(OTHER_NUMBER.format(rows, len(self.noise)))
         if (clean := arguments.get("pred_original_sample")) is not None:
             output = implied_output(scheduler, clean, arguments["sample"])
         step = Step(self.taken[child], child, scheduler, arguments["timestep"], arguments["sample"], output, stock_step, arguments)
+        step.portion = len(self.begun[child]) - 1
+        step.place = self.places.setdefault((child, step.portion), len(self.places))
         result = step.result(self.on_step(step))
         self.taken[child] += 1
         return result
@@ -178,6 +200,7 @@ def _hooked_class(cls: type, session: _Session) -> type:
 
     def set_timesteps(self, *args, **kwargs):
         cls.set_timesteps(self, *args, **kwargs)
+        session.begin(self)
         if session.timesteps is not None:
             # In the schedule's own dtype: some pipelines index their noise table with it.
             if hasattr(self, "stand_in") and session.begin_index is None:

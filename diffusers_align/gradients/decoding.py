@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint as checkpointed
 
 from ..condition import Condition
 from ..driving.replacements import replaced
 from ..policy import Policy
+from .recompute import without_activations
 
 
 def decode_latents(policy: Policy, latents: Tensor, condition: Condition | None = None, *, checkpoint: bool = True, frames: list[int] | None = None) -> Tensor:
@@ -47,7 +47,7 @@ def light_decoding(pipeline, checkpoint: bool = False, frames: list[int] | None 
         if frames is not None:
             z = z[:, :, : _latent_frames(lambda x: original(x, *args, **kwargs), z, frames)]
         call = partial(_with_these_weights(vae, original) if is_cast else original, z, *args, **kwargs)
-        output = checkpointed(call, use_reentrant=False) if checkpoint else call()
+        output = without_activations(call) if checkpoint else call()
         return output if frames is None else pytree.tree_map_only(Tensor, lambda video: video[:, :, frames], output)
 
     if vae is None:

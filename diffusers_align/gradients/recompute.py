@@ -1,4 +1,4 @@
-"""Denoiser calls whose activations are computed again on the way back, as they were the first time.
+"""Calls whose activations are computed again on the way back, as they were the first time.
 
 That second run comes when the pipeline's call has ended, and with it what the pipeline changed for its time: attention processors of a guidance,
 switches of a fuser. And a denoiser may use up the lists that it is given (residuals of a control net).
@@ -12,13 +12,20 @@ from typing import Any
 
 from torch import nn
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..driving.denoiser_gates import Given
 from ..driving.replacements import held
 
 # What pipelines set on parts of their denoisers for the time of a call.
 _SET_BY_PIPELINES = ("processor", "enabled")
+
+
+def without_activations(call: Callable[[], Any]) -> Any:
+    """`call()` without its activations; with gradients, it runs again when one comes back, to its end: a model that keeps something inside for the time of
+    a call (an autoencoder's features of the frame before) forgets it there, and would go on with it in the next call."""
+    with set_checkpoint_early_stop(False):
+        return checkpoint(call, use_reentrant=False)
 
 
 def recomputed(forward: Callable, *args: Any, **kwargs: Any):
@@ -38,7 +45,7 @@ def recomputed(forward: Callable, *args: Any, **kwargs: Any):
         with _set(settings):
             return forward(*own_args, **own_kwargs)
 
-    return checkpoint(call, use_reentrant=False)
+    return without_activations(call)
 
 
 def _settings(forward: Callable) -> list[tuple[nn.Module, str, Any]]:

@@ -87,6 +87,8 @@ class Walk:
     def on_step(self, step: Step) -> Tensor | None:
         """A solver step, for the driver."""
         if self.stop_step is not None and step.k > self.stop_step:
+            if step.portion:
+                raise ValueError("The call walks several schedules one after the other, so that it has no end at a step of the first one: leave stop_step out.")
             step.skip()
             self._next(step)
             return self.final[step.child]

@@ -27,6 +27,7 @@ from ..driving.arguments import check_number, checked_prompts, unknown_prompts
 from ..driving.calls import Calls, calls_of
 from ..driving.outcome import Outcome, outcome
 from ..driving.parts import parts_of
+from ..driving.portions import IN_PORTIONS, in_portions
 from ..driving.prompt_memory import PromptMemory
 from ..driving.safety_checker import unchecked
 from ..driving.scheduler_hook import Step, drive
@@ -169,9 +170,9 @@ class WrappedPipeline(DiffusionPipeline):
             ValueError: no prompt, or an argument that the stock call lacks.
         """
         self.__dict__["prompt_memory"] = PromptMemory()
-        asked, rest = self.asked(prompt, arguments)
         if "generator" not in self.calls.parameters:
-            raise ValueError(f"{type(self.pipeline).__name__}'s call takes no generator, so its samples have no seeds.")
+            raise ValueError(f"{self.calls.name}'s call takes no generator, so its samples have no seeds: none are drawn to choose from or to steer.")
+        asked, rest = self.asked(prompt, arguments)
         asked, copies = with_own_rows(self, asked), max(copies_asked(rest).values(), default=1)
         rows = [i for i in range(len(asked)) for _ in range(copies)]
         generator, latents = rest.get("generator"), rest.get("latents")
@@ -188,30 +189,39 @@ class WrappedPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def sample(self, condition: Condition, generator: Generators, **overrides: Any) -> list[Tensor]:
-        """The stock pipeline's own samples: the final states (B, *D) of its scheduler and of the copies it makes; (B, 0) of one that takes no step."""
+        """The stock pipeline's own samples: the final states (B, *D) of each schedule that its scheduler walks, and the copies that it makes."""
         final: dict[int, Tensor] = {}
 
         def keep(step: Step) -> None:
-            final[step.child] = step.run().prev_sample
+            final[step.place] = step.run().prev_sample
 
         # Open gates learn what a later call with closed ones must return.
         self.drive(condition, generator, keep, needs_denoiser=lambda k: True, output_type="latent", **overrides)
-        return by_scheduler(final)
+        return ByPlace(by_scheduler(final))
 
     def finish(self, final: list[Tensor], condition: Condition, generator: Generators, **overrides: Any):
         """The stock pipeline's output for the final states (B, *D), by its own tail; no denoiser is called.
 
         Args:
+            final: what `sample` returned, or a state of each scheduler.
             generator: in the state that it had when the samples were drawn: some pipelines draw masks or noise beside them.
             overrides: such as `output_type`.
         """
 
+        portions, before = {0}, copied(generator)
+
         def put(step: Step) -> Tensor:
             step.skip()
-            return step.like(final[step.child])
+            portions.add(step.portion)
+            return step.like(final[step.place if isinstance(final, ByPlace) else step.child])
 
         quiet = {name: None for name in ("callback_on_step_end", "callback") if name in condition.kwargs}
-        return self.drive(condition, generator, put, gradients=torch.is_grad_enabled(), needs_denoiser=lambda k: False, **quiet, **overrides)
+        closed = {"needs_denoiser": lambda k: False, **quiet}
+        output = self.drive(condition, generator, put, gradients=torch.is_grad_enabled(), **closed, **overrides)
+        if len(portions) > 1 and not isinstance(final, ByPlace):
+            if in_portions(lambda on_step: self.drive(condition, copied(before), on_step, global_seed=0, **closed)):
+                raise ValueError(IN_PORTIONS.format(self.calls.name, "choose the best of n, which looks at whole samples"))
+        return output
 
     def decode(self, final: list[Tensor], condition: Condition, generator: Generators) -> Outcome:
         """What rewards judge, which no safety checker has seen; differentiable if autograd is on."""
@@ -296,6 +306,10 @@ for _cls in DiffusionPipeline.__mro__[-2::-1]:
         _of_an_instance = inspect.isfunction(_member) or isinstance(_member, property)
         if _of_an_instance and not _name.startswith("__") and _name not in vars(WrappedPipeline):
             setattr(WrappedPipeline, _name, _inside(_name, _member))
+
+
+class ByPlace(list):
+    """Final states (B, *D) by the place of their schedule (`Step.place`); other lists have one for each scheduler."""
 
 
 def copies_asked(arguments: dict[str, Any]) -> dict[str, int]:

@@ -22,10 +22,11 @@ from ..algorithms.guidance import Guidance, Level, clean_estimate, guide, output
 from ..driving.calls import calls_of
 from ..driving.initial_noise import prepared_latents
 from ..driving.prompt_memory import PromptMemory
+from ..driving.replacements import reads_levels_by_number
 from ..driving.scheduler_hook import NO_OWN_STEP, Step, denoisers, drive
 from .base import copied
 from .noise_grid import NoiseGrid, check_scale, noise_grid
-from .recurrence import put_back, raised_in, reads_levels_by_number, reads_state, restarted, run_time_state, whole_steps
+from .recurrence import put_back, raised_in, reads_state, restarted, run_time_state, whole_steps
 
 # A state without signal says nothing of its clean sample: h_t is constant there, and the conversions divide by alpha.
 NO_SIGNAL = 1e-3

@@ -8,12 +8,7 @@ steps are repeated in the units that it completes them in: a step that lowers no
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
-import textwrap
-from collections.abc import Iterable
-from types import CodeType, FunctionType
+from types import CodeType
 from typing import Any
 
 import torch
@@ -60,26 +55,6 @@ def raised_in(error: BaseException) -> CodeType:
     while place.tb_next is not None:
         place = place.tb_next
     return place.tb_frame.f_code
-
-
-def reads_levels_by_number(functions: Iterable[FunctionType]) -> bool:
-    """Whether a pipeline's call looks the noise level up by the number of its own step, `scheduler.sigmas[i]`, which is another one's where steps are
-    repeated. What it hands to a callback does not count."""
-    return any(map(_reads_by_number, functions))
-
-
-@functools.cache
-def _reads_by_number(function: FunctionType) -> bool:
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError):  # no source: an index beyond the table is met on the way
-        return False
-    for_callbacks = {id(node) for test in ast.walk(tree) if isinstance(test, ast.If) and "callback" in ast.unparse(test.test) for node in ast.walk(test)}
-    lookups = (node for node in ast.walk(tree) if isinstance(node, ast.Subscript) and id(node) not in for_callbacks)
-    return any(
-        isinstance(lookup.value, ast.Attribute) and lookup.value.attr == "sigmas" and any(isinstance(part, ast.Name) for part in ast.walk(lookup.slice))
-        for lookup in lookups
-    )
 
 
 def reads_state(step: Step, state: Tensor, output: Tensor, slope: float) -> bool:

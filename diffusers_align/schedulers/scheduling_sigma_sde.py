@@ -72,10 +72,15 @@ class SigmaSDEScheduler(SDESchedulerMixin, EulerDiscreteScheduler):
         check_value("eta", eta, Probability)
         own = {name: value for name, value in self.config.items() if name not in ("eta", "source") and not name.startswith("_")}
         self._source = build_source(source) or EulerDiscreteScheduler.from_config(own)
+        reads = inspect.signature(type(self._source).__init__).parameters  # a config also holds what other classes read
+        clips = "clip_sample" in reads and self._source.config.clip_sample
+        self._largest = float(self._source.config.clip_sample_range) if clips else None
         if getattr(self._source, "order", 1) > 1:  # its table repeats sigmas or has some between the steps
-            self._source = EulerDiscreteScheduler.from_config(self._source.config)
+            known = self._source.config.beta_schedule in ("linear", "scaled_linear", "squaredcos_cap_v2")
+            betas = {} if known else {"beta_schedule": "linear", "trained_betas": self._source.betas.tolist()}  # Euler knows no other by name
+            self._source = EulerDiscreteScheduler.from_config(self._source.config, **betas)
         self.space = SigmaSpace(self._source)
-        self._walks_euler = type(self._source).__name__ in _EULER
+        self._walks_euler = type(self._source).__name__ in _EULER and not clips
         self.num_inference_steps, self.is_scale_input_called = None, False
         # What pipelines read of that one's config beside Euler's entries: EDM's sigma_data ...
         self.register_to_config(**{name: value for name, value in self._source.config.items() if name not in self.config})
@@ -190,9 +195,10 @@ class SigmaSDEScheduler(SDESchedulerMixin, EulerDiscreteScheduler):
         self._step_index += 1
 
     def clean_sample(self, k: int, model_output: Tensor, sample: Tensor) -> Tensor:
-        """The clean sample (B, *D) that the model's output at step k implies, float32."""
+        """The clean sample (B, *D) that the model's output at step k implies, float32; clipped where the source clips it."""
         state, output = self._clean_weights(k, sample)
-        return state * sample.float() + output * model_output.float()
+        clean = state * sample.float() + output * model_output.float()
+        return clean if self._largest is None else clean.clamp(-self._largest, self._largest)
 
     def _clean_weights(self, k: int, sample: Tensor) -> list[Tensor]:
         return [columns(weight, sample.float()) for weight in self.space.clean_weights(self.sigmas[k].double().cpu())]

@@ -88,25 +88,33 @@ def sde_twin(scheduler, **sde_fields):
         raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; {fields}.")
     if isinstance(scheduler, SDESchedulerMixin):
         return cls.from_config(scheduler.config, **sde_fields)
-    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    config, source = _configs(scheduler)
     if issubclass(cls, OwnNoiseMixin):
         return cls.from_config(config, **sde_fields)
-    source = {"_class_name": type(scheduler).__name__, **config}
     build = {FlowMatchSDEScheduler: _flow_twin, DDIMSDEScheduler: _ddim_twin, SigmaSDEScheduler: _sigma_twin}[cls]
     return build(scheduler, config, source, sde_fields)
 
 
-def sde_twins(schedulers: dict, main: SDESchedulerMixin | None = None) -> dict:
+def sde_twins(schedulers: dict, main: SDESchedulerMixin | None = None, by_sigmas: bool = False) -> dict:
     """The SDE twins of a pipeline's schedulers by name, the main one first; those of further modalities walk with the main one's noise.
 
     Args:
         main: in the place of the first one's twin.
+        by_sigmas: the pipeline reads the first one's `sigmas`: its twin has them too, though its levels lie on a table.
     """
     (name, stock), *others = schedulers.items()
-    main = sde_twin(stock) if main is None else main
+    if main is None:
+        on_table = by_sigmas and hasattr(stock, "sigmas") and _twin_class(stock) is DDIMSDEScheduler
+        main = sde_twin(stock) if not on_table else _sigma_twin(stock, *_configs(stock), {})
     kind = type(main).__name__
     fields = {field: main.config[field] for field in SDE_FIELDS.get(kind, ())}
     return {name: main, **{other: sde_twin(s, **(fields if _twin_class(s).__name__ == kind else {})) for other, s in others}}
+
+
+def _configs(scheduler) -> tuple[dict, dict]:
+    """A stock scheduler's config, and the same with its class, as `source` of a twin."""
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return config, {"_class_name": type(scheduler).__name__, **config}
 
 
 def _twin_class(scheduler) -> type:
@@ -157,12 +165,11 @@ def _off_the_table(scheduler) -> list[str]:
 def _sigma_twin(scheduler, config: dict, source: dict, sde_fields: dict) -> SigmaSDEScheduler:
     name, known = type(scheduler).__name__, inspect.signature(SigmaSDEScheduler.__init__).parameters
     read = inspect.signature(type(scheduler).__init__).parameters  # a config also holds what other classes read
-    for entry in ("thresholding", "clip_sample"):
-        if entry in read and config.get(entry):
-            raise ValueError(
-                f"{name} with {entry}=True has no SDE twin off its table: it clips clean samples, unlike the twin. Give the pipeline "
-                f"{name}.from_config(pipe.scheduler.config, {entry}=False)."
-            )
+    if "thresholding" in read and config.get("thresholding"):
+        raise ValueError(
+            f"{name} with thresholding=True has no SDE twin off its table: it scales clean samples by their own quantiles, unlike the twin. Give the pipeline "
+            f"{name}.from_config(pipe.scheduler.config, thresholding=False)."
+        )
     logger.info("%s%s walks its own noise levels as a SigmaSDEScheduler.", name, "".join(f" {entry}" for entry in _off_the_table(scheduler)))
     return SigmaSDEScheduler(**{n: value for n, value in config.items() if n in known}, source=source, **sde_fields)
 

@@ -297,3 +297,12 @@ def test_a_layer_without_a_gradient_is_named_where_one_is_wanted(pipeline):
         policy.drive(condition, lambda step: None)
     with torch.no_grad(), pytest.raises(NotImplementedError):
         policy.drive(condition, lambda step: None)
+
+
+def test_steps_of_other_rows_than_samples_are_refused_with_what_to_do():
+    """Some pipelines hand each sample twice to the step, where they guide; some hand the frames of a video."""
+    case = CASES["DiTPipeline"][0]
+    policy = Policy(case.build(), **case.call)
+    with pytest.raises(ValueError, match=r"made 4 samples for 2 prompts, .*guidance_scale=1"):
+        policy.rollout(None, seeds=[1, 2], per_sample=case.per_sample)
+    assert len(policy.rollout(None, seeds=[1, 2], per_sample=case.per_sample, guidance_scale=1.0)) == 2

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers.pipelines.pipeline_utils import AudioPipelineOutput
+from diffusers.pipelines.pipeline_utils import AudioPipelineOutput, ImagePipelineOutput
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from torch import nn
 
 from diffusers_align import Policy
@@ -75,6 +76,15 @@ def test_sounds_have_channels_and_lie_between_minus_one_and_one():
     assert sound.grad.tolist() == [[1.0, 0.0, 0.0]]
     pictures = torch.rand(2, 3, 4, 4) * 3
     assert torch.equal(images_of((pictures,)), pictures), "nobody clamps pictures here"
+
+
+def test_a_single_video_has_an_axis_of_samples():
+    """Some pipelines make one video a call, and hand out its frames."""
+    frames = torch.rand(5, 3, 4, 4)
+    assert images_of(WanPipelineOutput(frames=frames)).shape == (1, 5, 3, 4, 4)
+    assert images_of(WanPipelineOutput(frames=frames.movedim(1, -1).numpy())).shape == (1, 5, 3, 4, 4)
+    assert images_of(WanPipelineOutput(frames=frames[None])).shape == (1, 5, 3, 4, 4)
+    assert images_of(ImagePipelineOutput(images=frames)).shape == (5, 3, 4, 4)
 
 
 def test_what_a_modular_pipeline_was_given_is_not_what_it_made():

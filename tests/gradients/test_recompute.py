@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from diffusers_align import Policy
-from diffusers_align.gradients.recompute import recomputed
+from diffusers_align.gradients.recompute import recomputed, without_activations
 from diffusers_align.gradients.rollout import differentiable_rollout
 from tests.families.cases import CASES
 
@@ -50,6 +50,34 @@ def test_lists_that_a_denoiser_uses_up_are_whole_again_and_the_callers_untouched
     output = recomputed(module.forward, x, residuals=residuals)
     assert torch.equal(torch.autograd.grad(output.sum(), module.layer.weight)[0], expected)
     assert len(residuals) == 2
+
+
+class Remembering(nn.Module):
+    """Keeps the features of the frame before until its call has ended, as autoencoders of videos do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.before = nn.Linear(2, 2), None
+
+    def forward(self, frames):
+        out = []
+        for x in frames:
+            x = self.layer(x) if self.before is None else (self.layer(x) + self.before).tanh()
+            self.before = x
+            out.append(x)
+        self.before = None
+        return torch.stack(out).sum()
+
+
+def test_a_model_that_remembers_in_a_call_has_forgotten_when_the_gradient_is_back():
+    """The second run goes to its end, not to the last tensor that the way back needs: the next call would begin in the midst of this one."""
+    torch.manual_seed(0)
+    module, frames = Remembering(), torch.randn(3, 4, 2)
+    expected = torch.autograd.grad(module(frames), module.layer.weight)[0]
+    for _ in range(2):
+        output = without_activations(lambda: module(frames))
+        assert torch.equal(torch.autograd.grad(output, module.layer.weight)[0], expected)
+        assert module.before is None
 
 
 def test_a_call_that_reads_a_cache_is_not_computed_again():

@@ -14,9 +14,11 @@ from diffusers_align.algorithms import draft, srpo, vader
 from diffusers_align.algorithms.continuous_adjoint import adjoint_gradient
 from diffusers_align.driving.stock import stock_solver
 from diffusers_align.forward_process import ForwardProcess
+from diffusers_align.gradients.check import GradientError, check_gradient
 from diffusers_align.gradients.decoding import decode_latents
 from diffusers_align.gradients.rollout import differentiable_rollout, outputs_along, solver_step
 from diffusers_align.schedulers import sde_twin
+from tests.families.cases import CASES
 
 # --- the pictures --------------------------------------------------------------------------------------------------------
 
@@ -467,3 +469,15 @@ def test_a_state_that_the_pipeline_overwrites_has_its_own_gradient(checkpoint):
     expected = gradient()
 
     close(gradient(callback_on_step_end=OneBuffer()), expected)
+
+
+def test_a_pipeline_that_decodes_without_a_gradient_is_named():
+    """Its renderer runs under torch.no_grad; it decodes by another name, and is no denoiser."""
+    case = CASES["ShapEPipeline"][0]
+    policy = Policy(case.build(), **case.call)
+    assert set(policy.denoisers) == {"prior"}
+    policy.add_lora(rank=2)
+    condition = policy.condition(["a cat"], seeds=[1])
+    with pytest.raises(GradientError, match="The latents have a graph, the images have none"):
+        check_gradient(policy, condition, lambda images: images.flatten(1).mean(1), grad_steps=[0])
+    assert differentiable_rollout(policy, condition, grad_steps=[0], decode=False).latents.requires_grad

@@ -152,3 +152,15 @@ def test_candidates_that_are_one_are_refused():
     pipeline = BestOfNPipeline(case.build(), reward=brightness)
     with pytest.raises(ValueError, match="makes the same samples with other seeds"):
         pipeline(["", ""], generator=[g(1), g(2)], num_candidates=2, output_type="pt", **case.call)
+
+
+def test_a_pipeline_without_a_generator_is_named():
+    """Of what it draws nothing could be drawn again."""
+
+    class Unseeded(type(FAMILIES["sd15"].build())):
+        def __call__(self, prompt, num_inference_steps=2):
+            raise AssertionError("It is not called.")
+
+    pipeline = BestOfNPipeline(Unseeded(**FAMILIES["sd15"].build().components), reward=brightness)
+    with pytest.raises(ValueError, match="Unseeded's call takes no generator, so its samples have no seeds"):
+        pipeline("a cat", generator=torch.Generator())

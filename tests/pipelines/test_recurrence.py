@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from diffusers_align.driving.calls import calls_of
+from diffusers_align.driving.replacements import reads_levels_by_number
 from diffusers_align.pipelines import RewardGuidedPipeline
 from diffusers_align.pipelines.guided_sampling import GuidanceError
-from diffusers_align.pipelines.recurrence import reads_levels_by_number
 from tests.families.cases import CASES
 
 

@@ -104,6 +104,25 @@ def test_beyond_1_a_flow_scheduler_walks_in_sigma_space():
     assert twin.kernel(7) == (1.0, 0.0, 0.0), "a step to the same noise changes nothing"
 
 
+@pytest.mark.parametrize("schedule", ["scaled_linear", "exp"])
+def test_clean_samples_are_clipped_where_the_source_clips_them(schedule):
+    """As Heun's scheduler does; its betas may be of a kind that Euler's does not know."""
+    config = {"beta_schedule": schedule, "prediction_type": "sample", "use_karras_sigmas": True, "clip_sample": True, "clip_sample_range": 0.5}
+    stock = diffusers.HeunDiscreteScheduler(**config)
+    twin, x, output = twin_of(stock, 4, eta=0.0), randn(1), 2 * randn(2)
+    stock.set_timesteps(4)
+    torch.testing.assert_close(twin.sigmas, stock.sigmas[[0, 1, 3, 5, 7]])
+    expected = stock.step(output, stock.timesteps[0], x)  # Heun's first half is Euler's step
+    actual = twin.step(output, twin.timesteps[0], x)
+    torch.testing.assert_close(actual.prev_sample, expected.prev_sample)
+    torch.testing.assert_close(actual.pred_original_sample, output.clamp(-0.5, 0.5))
+    drawn = twin_of(stock, 4).transition(output, twin.timesteps[1], x)
+    assert drawn.std.min() > 0 and torch.equal(drawn.mean, twin_of(stock, 4).transition(output.clamp(-0.5, 0.5), twin.timesteps[1], x).mean)
+    other = sde_twin(EulerDiscreteScheduler.from_config(stock.config, beta_schedule="linear", trained_betas=stock.betas.tolist()))
+    other.set_timesteps(4)
+    assert other.clean_sample(0, output, x).abs().max() > 0.5, "another class's entry, which this one only hands on"
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_solvers_are_walked_along_their_own_levels(name):
     stock = stock_of(name)

@@ -15,6 +15,7 @@ from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, SigmaSDESch
 from diffusers_align.files import paths
 from diffusers_align.schedulers import twin
 from diffusers_align.schedulers.own_noise import OwnNoiseMixin
+from diffusers_align.schedulers.twin import sde_twins
 
 # Twins
 
@@ -97,14 +98,25 @@ def test_noise_levels_off_the_table_are_walked_in_sigma_space(name, config, capl
     assert float(twin.sigmas[0]) == pytest.approx(float(source.sigmas[0]))
 
 
-@pytest.mark.parametrize("cls, entry", [(diffusers.DPMSolverMultistepScheduler, "thresholding"), (diffusers.HeunDiscreteScheduler, "clip_sample")])
-def test_clipping_off_the_table_is_refused_with_a_remedy(cls, entry):
-    source = cls(**SDXL, use_karras_sigmas=True, **{entry: True})
-    with pytest.raises(ValueError, match=rf"{entry}=True has no SDE twin off its table: .*from_config\(pipe.scheduler.config, {entry}=False\)"):
+def test_thresholding_off_the_table_is_refused_with_a_remedy():
+    source = diffusers.DPMSolverMultistepScheduler(**SDXL, use_karras_sigmas=True, thresholding=True)
+    with pytest.raises(ValueError, match=r"thresholding=True has no SDE twin off its table: .*from_config\(pipe.scheduler.config, thresholding=False\)"):
         sde_twin(source)
-    assert type(sde_twin(cls.from_config(source.config, **{entry: False}))) is SigmaSDEScheduler
+    assert type(sde_twin(type(source).from_config(source.config, thresholding=False))) is SigmaSDEScheduler
     # Another class's entry, which this one only hands on.
     assert type(sde_twin(diffusers.EulerDiscreteScheduler.from_config(source.config))) is SigmaSDEScheduler
+
+
+def test_what_reads_sigmas_gets_a_twin_that_has_them():
+    """A pipeline may ask the denoiser by the noise level of its scheduler, which lies on the table."""
+    euler, ddim = diffusers.EulerDiscreteScheduler(**SDXL), diffusers.DDIMScheduler(clip_sample=False)
+    assert type(sde_twins({"scheduler": euler})["scheduler"]) is DDIMSDEScheduler
+    own = sde_twins({"scheduler": euler}, by_sigmas=True)["scheduler"]
+    assert type(own) is SigmaSDEScheduler
+    for scheduler in (own, euler):
+        scheduler.set_timesteps(5)
+    assert torch.equal(own.sigmas, euler.sigmas) and torch.equal(own.timesteps, euler.timesteps)
+    assert type(sde_twins({"scheduler": ddim}, by_sigmas=True)["scheduler"]) is DDIMSDEScheduler, "which has none itself"
 
 
 @pytest.mark.parametrize("name", ["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"])

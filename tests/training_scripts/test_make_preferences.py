@@ -119,7 +119,7 @@ def test_processes_share_out_one_list_of_images(tmp_path):
     policy = types.SimpleNamespace(
         condition=lambda prompts, **_: prompts,
         rollout=lambda prompts: types.SimpleNamespace(final=torch.zeros(len(prompts), 3, 4, 4), condition=None),
-        decode=lambda final, _: final,
+        outcome=lambda trajectory: types.SimpleNamespace(images=trajectory.final),
     )
 
     class Process:

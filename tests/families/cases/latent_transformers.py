@@ -87,7 +87,10 @@ ESTIMATE = {"num_inference_steps": 4, "processing_resolution": 0}
 CASES: dict[str, list[Case]] = {
     "PixArtAlphaPipeline": [Case(lambda: pixart(diffusers.PixArtAlphaPipeline), {**SMALL, **WITHOUT_CLEANING})],
     "PixArtSigmaPipeline": [Case(lambda: pixart(diffusers.PixArtSigmaPipeline), {**SMALL, **WITHOUT_CLEANING, "max_sequence_length": 32})],
-    "DiTPipeline": [Case(dit, GUIDED, {"class_labels": [1, 7]}, prompts=None)],
+    "DiTPipeline": [
+        Case(dit, GUIDED, {"class_labels": [1, 7]}, prompts=None),
+        Case(dit, {**GUIDED, "guidance_scale": 1.0}, {"class_labels": [1, 7]}, prompts=None, variant="without guidance"),
+    ],
     "LDMTextToImagePipeline": [Case(text_to_image, {**SMALL, "height": 64, "width": 64}, remark="latents of an eighth of the size, whatever the autoencoder")],
     "LDMSuperResolutionPipeline": [Case(super_resolution, {"num_inference_steps": 4}, {"image": torch.cat(pictures(8))}, prompts=None)],
     "LatentConsistencyModelPipeline": [Case(lambda: consistency(diffusers.LatentConsistencyModelPipeline), SMALL)],

@@ -95,6 +95,8 @@ CASES: dict[str, list[Case]] = {
             lambda: easyanimate(diffusers.EasyAnimateInpaintPipeline, 3 * LATENT_CHANNELS),
             VIDEO,
             {**NEGATIVE, "video": FRAMES, "mask_video": FRAMES[:, :1]},
+            one_sample=True,
+            remark="it draws noise for the known frames from one generator, and takes no list of them",
         )
     ],
     "MotifVideoPipeline": [Case(lambda: motif(diffusers.MotifVideoPipeline, False), MOTIF)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -123,11 +124,13 @@ UNCLIP = {"decoder_num_inference_steps": 3, "super_res_num_inference_steps": 2}
 def shap_e(cls: type):
     pictures = cls is diffusers.ShapEImg2ImgPipeline
     prior = seeded(
-        diffusers.PriorTransformer, num_attention_heads=2, attention_head_dim=8, embedding_dim=8, num_embeddings=4, embedding_proj_dim=CLIP_WIDTH,
+        diffusers.PriorTransformer, num_attention_heads=2, attention_head_dim=8, embedding_dim=8, num_embeddings=32, embedding_proj_dim=CLIP_WIDTH,
         time_embed_dim=32, num_layers=1, clip_embed_dim=16, additional_embeddings=0, time_embed_act_fn="gelu", norm_in_type="layer",
         encoder_hid_proj_type=None, added_emb_type=None, embedding_proj_norm_type="layer" if pictures else None,
     )  # fmt: skip
     renderer = seeded(ShapERenderer, param_shapes=((8, 93), (8, 8), (8, 8), (8, 8)), d_latent=8, d_hidden=8, n_output=12, background=(0.1, 0.1, 0.1))
+    # All rays of its 20 views at once: it leaves out those that do not fill a batch.
+    renderer.decode_to_image = partial(renderer.decode_to_image, ray_batch_size=20 * SHAPE["frame_size"] ** 2, n_coarse_samples=4, n_fine_samples=8)
     scheduler = diffusers.HeunDiscreteScheduler(
         beta_schedule="exp", num_train_timesteps=1024, prediction_type="sample", use_karras_sigmas=True, clip_sample=True, clip_sample_range=1.0
     )

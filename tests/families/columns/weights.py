@@ -30,16 +30,23 @@ def reference(subject: Subject) -> None:
 
 @torch.no_grad()
 def _saved(subject: Subject, folder: str) -> Trajectory:
-    """Save a LoRA that does something; what it makes."""
+    """Save a LoRA that does something; what it makes, frozen as what is loaded is: of trainable weights kernels may round otherwise."""
+    parameters = [parameter for own in subject.lora.values() for parameter in own]
     with subject.moved():
         subject.policy.save_lora(folder)
-        return subject.rollout()
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+            return subject.rollout()
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
 
 def _check_loaded(subject: Subject, pipeline, expected: Trajectory) -> str | None:
     loaded = subject.rollout(Policy(pipeline, **subject.case.call))
     require(relative_error(expected.final, subject.trajectory.final) > 1e-3, "The LoRA makes no difference.")
-    # Of frozen weights kernels may round otherwise than of trainable ones, and some samplers make much of that in their later steps.
+    # Loaded in another order, weights may be added up otherwise, and some samplers make much of that in their later steps.
     first, last = relative_error(loaded.actions[:, 0], expected.actions[:, 0]), relative_error(loaded.final, expected.final)
     require(first <= SAME and last <= 100 * SAME, f"What was loaded is off by {first:.1e} after one step, {last:.1e} at the end.")
     return None if last <= SAME else f"rounding of {last:.1e}"
