@@ -63,7 +63,8 @@ def force(driver: Driver, trajectory: Trajectory, on_step: Callable[[int, Gaussi
     Raises:
         ValueError: the pipeline arrives at another state than the recorded one.
     """
-    left, kind, graphs = sorted(wanted), kind_of_call(trajectory), GraphOfSteps()
+    left, graphs = sorted(wanted), GraphOfSteps()
+    kind = (kind_of_call(trajectory), tuple(left))  # what is carried may be read in later steps only
 
     def looked_at(k: int, kernel: GaussianTransition) -> None:
         graphs.look(kernel.mean)
@@ -74,7 +75,7 @@ def force(driver: Driver, trajectory: Trajectory, on_step: Callable[[int, Gaussi
     if not apart:
         try:
             _pass(driver, trajectory, on_step if apart is False else looked_at, wanted, condition, lambda k: k in wanted)
-            if graphs.known:
+            if apart is None:
                 driver.steps_apart[kind] = False
             return
         except SharedGraph:
