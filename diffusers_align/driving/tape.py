@@ -94,13 +94,17 @@ def kind_of_call(trajectory: Trajectory) -> tuple:
 
 
 def _pass(driver: Driver, trajectory: Trajectory, on_step, wanted: Collection[int], condition: Condition, needs_denoiser: Callable[[int], bool]) -> None:
+    # From the recorded actions on, such a pipeline moves its states by the present weights, as a roll-out of these would.
+    moves_states = driver.calls.takes_gradients
+
     def forced(step: Step) -> Tensor:
         tape = trajectory if step.child == 0 else trajectory.children[step.child - 1]
         action = step.like(tape.actions[:, step.k])
         if step.k not in wanted:
             step.skip()
             return action
-        check_state(step, tape)
+        if not moves_states:
+            check_state(step, tape)
         output = step.run(prev_sample=action)
         if step.child == 0:
             on_step(step.k, GaussianTransition(output.prev_sample_mean, output.std))
