@@ -125,6 +125,10 @@ def _has_loader(pipeline, name: str, module: nn.Module) -> bool:
     # A loader made for another pipeline reads text encoders that this one does not have.
     if any(other.startswith("text_encoder") and not hasattr(pipeline, other) for other in modules):
         return False
+    try:  # it may read a field of another denoiser's config, whatever the file has in it
+        getattr(cls, "_maybe_expand_t2v_lora_for_i2v", lambda *_: None)(module, {})
+    except AttributeError:
+        return False
     reached = name in modules and hasattr(cls, "save_lora_weights") and hasattr(module, "load_lora_adapter")
     return reached and f"{_part(name)}_lora_layers" in inspect.signature(cls.save_lora_weights).parameters
 

@@ -158,7 +158,7 @@ class Policy(Driver):
             if step.k < k:
                 step.skip()
                 return step.like(tape.actions[:, step.k])
-            if step.k == k:
+            if step.k == k and not self.calls.takes_gradients:
                 check_state(step, tape)
             drawn = step.run().prev_sample
             if step.child == 0:
@@ -189,13 +189,14 @@ class Policy(Driver):
         """The model's output (B, *D) at `latents` (B, *D) and per-sample `timesteps` (B,), in the scheduler's units.
 
         Args:
-            guidance: classifier-free guidance as the condition's call asks for; otherwise off, one denoiser row per sample.
+            guidance: classifier-free guidance as the condition's call asks for, as at its second step; otherwise off, one denoiser row per sample.
 
         Pipelines that cannot take a time for each sample are found by a comparison at the first call and evaluated time by time. A model that is also told
         the time that a step leads to (a flow map) gets the same time twice: the output is its velocity there.
 
         Raises:
-            ValueError: latents that are not shaped as the pipeline's own, times that the model does not have, or not one of each a sample.
+            ValueError: latents that are not shaped as the pipeline's own, times that the model does not have, or not one of each a sample; guidance that goes
+                by the steps before; a pipeline that differentiates through its denoiser itself.
         """
         self._carried.refuse_caches("single evaluations")
         return self._prediction(latents, timesteps, condition, guidance)

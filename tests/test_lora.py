@@ -185,6 +185,20 @@ def test_a_loader_that_reads_a_text_encoder_which_the_pipeline_lacks_is_none(tmp
         assert not torch.allclose(policy.rollout(list(case.prompts), **asked).final, expected, rtol=1e-2)
 
 
+def test_a_loader_that_reads_what_the_denoisers_config_lacks_is_none(tmp_path):
+    """diffusers' loader asks each denoiser under it for the width of a picture encoder."""
+    case = CASES["WanAnimate2ModularPipeline"][0]
+    policy, fresh = Policy(case.build()), case.build()
+    assert "image_dim" not in fresh.transformer.config
+    moved(policy.add_lora(2))
+    policy.save_lora(tmp_path)
+    assert lora.stock_lines(fresh, denoisers(fresh), str(tmp_path))[0].startswith("diffusers_align.load_lora")
+    load_lora(fresh, tmp_path)
+    before, after = (dict(module.named_parameters()) for module in (policy.pipeline.transformer, fresh.transformer))
+    names = [name for name in before if ".lora_B." in name]
+    assert names and all(torch.equal(before[name], after[name]) and bool(before[name].any()) for name in names)
+
+
 def test_layers_without_an_older_name_reach_the_stock_loader_with_all_others(tmp_path):
     """Of a file in two formats it would load a part, without a word: attention here, or the keys and values that pixel models add to it."""
     expected = trained(FAMILIES["sd15"].build(), "sd15", tmp_path, target_modules=["to_k", "proj_in"])

@@ -18,6 +18,7 @@ from diffusers import ModularPipeline
 from torch import Tensor
 
 from .guiders import guider_parameters
+from .replacements import reads_global
 
 
 class Calls(ABC):
@@ -50,6 +51,12 @@ class Calls(ABC):
     @abstractmethod
     def functions(self) -> list[FunctionType]:
         """The undecorated functions that a call runs, the pipeline's own or its blocks': what they hand on to a scheduler is in their code."""
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether a call differentiates through its denoiser, to move its latents by what it finds. None of its denoiser calls can be left out then, and
+        the states at which its steps begin depend on the weights."""
+        return any(reads_global(function.__code__, "enable_grad") for function in self.functions)
 
     @property
     @abstractmethod

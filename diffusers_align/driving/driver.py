@@ -21,6 +21,7 @@ from . import scheduler_hook
 from .arguments import check_arguments, checked_prompts, maybe_of_samples, unknown_prompts
 from .calls import calls_of
 from .noise import noise_seed, step_streams
+from .one_chain import check_one_chain
 from .portions import IN_PORTIONS, in_portions
 from .prompt_memory import PromptMemory, Store, encoded_prompt
 from .replacements import reads_levels_by_number, replaced
@@ -55,7 +56,8 @@ class Driver:
 
     Raises:
         TypeError: a scheduler that returns no log-probabilities, or a pipeline that is wrapped around another.
-        ValueError: a pipeline without scheduler, whose scheduler has no SDE twin, or that hands its scheduler the noise of each step.
+        ValueError: a pipeline without scheduler, whose scheduler has no SDE twin, that hands its scheduler the noise of each step, or whose steps are no
+            chain of states (`driving.one_chain`).
     """
 
     def __init__(self, pipeline, scheduler: SDESchedulerMixin | None = None, call_kwargs: dict[str, Any] | None = None):
@@ -65,6 +67,7 @@ class Driver:
             raise TypeError(f"{type(pipeline).__name__} is wrapped around a {type(inside).__name__}, which is the policy: Policy(pipe.pipeline).")
         self.calls = calls_of(pipeline)
         self.calls.check_schedulers()
+        check_one_chain(self.calls)
         scheduler_hook.check_draws(self.calls)
         self.pipeline, self.call_kwargs, self.lockstep = pipeline, call_kwargs or {}, False
         twins = sde_twins(self.calls.schedulers, scheduler, by_sigmas=reads_levels_by_number(self.calls.functions))

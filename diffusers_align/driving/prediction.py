@@ -34,11 +34,19 @@ class Prediction:
         self._edits = False
         self._reads_others: bool | None = None
         self._whole: bool | None = None
+        self._of_one_step: set[tuple] = set()
 
     def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition, guidance: bool) -> Tensor:
         """(B, *D) at `latents` (B, *D) and `timesteps` (B,); see `Policy.predict`."""
         self._check(latents, timesteps, len(condition))
+        if self.driver.calls.takes_gradients:
+            raise ValueError(
+                f"{self.driver.calls.name} differentiates through its denoiser in each call and moves its latents by what it finds, so that predict would be "
+                "of other latents than those given. Learn on replays (GRPO, DDPO), which make the whole call."
+            )
         overrides = {} if guidance else self.guidance_off(condition)
+        if guidance:
+            self._check_guidance(latents, timesteps[0], condition)
         one_time = len(timesteps if self.driver.lockstep else set(timesteps.tolist())) == 1
         if not guidance and not one_time and self._own_times is None:
             self._own_times = self._takes_own_times(latents, timesteps, condition, overrides)
@@ -58,6 +66,24 @@ class Prediction:
         if not bool(((timesteps >= least - slack) & (timesteps <= most + slack)).all()):  # NaN fails too
             raise ValueError(f"timesteps are numbers from {least:g} to {most:g}, in the scheduler's units, got {timesteps.tolist()}.")
 
+    @torch.no_grad()
+    def _check_guidance(self, latents: Tensor, timestep: Tensor, condition: Condition) -> None:
+        """Once for a kind of call, raise a ValueError if its guidance at a step is another one where the step before was made."""
+        kind = tuple(sorted((name, str(value)) for name, value in condition.kwargs.items() if not isinstance(value, Tensor)))
+        if kind in self._of_one_step or self._edits:
+            return
+        # In this order: a gate lets the first call of a kind through, to learn its form.
+        after, alone = (self._evaluated(latents, timestep, condition, {}, first=first)[0] for first in (0, 1))
+        if self._edits:
+            return
+        error = float((after.float() - alone.float()).abs().max() / alone.float().abs().max().clamp(min=1e-12))
+        if error > (1e-4 if alone.dtype == torch.float32 else 3e-2):
+            raise ValueError(
+                f"{self.driver.calls.name}'s guidance goes by the steps before (a momentum, say): its output at a step by itself is off by {100 * error:.2g}%, "
+                "so that predict(guidance=True) would not be what a roll-out sees. Leave guidance out, or learn on replays of whole trajectories."
+            )
+        self._of_one_step.add(kind)
+
     def _together(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:
         if self._edits:
             return self._at_start(latents, timesteps, condition, overrides)
@@ -74,9 +100,9 @@ class Prediction:
             )
         return output
 
-    def _evaluated(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict, others: float = 1.0) -> tuple[Tensor, bool]:
-        """Solver step 0 is gated and returns `latents`; step 1 evaluates them at `timesteps`; the rest is skipped. The states of other schedulers stay
-        their initial ones, times `others`; the second value says whether there are any."""
+    def _evaluated(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict, others: float = 1.0, first: int = 1) -> tuple[Tensor, bool]:
+        """Solver step 0 is gated, unless it is the `first` one, and returns `latents`; step 1 evaluates them at `timesteps`; the rest is skipped. The
+        states of other schedulers stay their initial ones, times `others`; the second value says whether there are any."""
         outputs: list[Tensor] = []
         found: list[int] = []
         portions = {0}
@@ -98,7 +124,7 @@ class Prediction:
                 outputs.append(self.driver.scheduler.denoising_output(step.model_output, step.sample))
             return given
 
-        self.driver.drive(condition, capture, timesteps=self._rows(timesteps, condition), needs_denoiser=lambda k: k == 1, **overrides)
+        self.driver.drive(condition, capture, timesteps=self._rows(timesteps, condition), needs_denoiser=lambda k: first <= k <= 1, **overrides)
         if not outputs:
             raise ValueError("The pipeline took fewer than two solver steps; raise num_inference_steps (or strength).")
         if len(portions) > 1 and self._whole is None:

@@ -26,10 +26,12 @@ from . import prompt_form
 from .calls import Calls, calls_of
 from .denoiser_gates import gated
 from .module_tree import ModuleTree, walks_spared
+from .one_chain import check_one_chain
 from .parts import parts_apart, parts_follow
 from .pipeline_state import checkpointing_switches, no_cast_weights_kept, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
 from .replacements import has_constant
+from .saved_apart import SavedApart
 from .wrappers import unwrapped
 
 NO_OWN_STEP = (
@@ -299,7 +301,7 @@ def drive(
         gradients: run the undecorated `__call__` with autograd on (diffusers wraps it in `torch.no_grad`).
         timesteps: stand in for the scheduler's own after `set_timesteps`; rows of (N, B) give each sample its own time.
         begin_index: the solver's position at the first of them, where they repeat and it could not tell.
-        needs_denoiser: of solver step k, whether its denoiser calls must be real. None: all are.
+        needs_denoiser: of solver step k, whether its denoiser calls must be real. None: all are, as they are where the pipeline differentiates them.
         memory: remembers encoded prompts across calls.
         noise: what the steps draw with, whatever the pipeline hands on to them; a list has one generator a sample, and copies of the
             scheduler get streams of their own. None: what the pipeline hands on, or else the call's own `generator`.
@@ -308,13 +310,14 @@ def drive(
     Everything is restored when it returns or raises, and the pipeline gets copies of the call's lists, dicts and tensors.
 
     Raises:
-        ValueError: a pipeline without a scheduler, gradients through an offloaded component, a pipeline that reads what the scheduler does not have, or
-            several prompts for one that takes one.
+        ValueError: a pipeline without a scheduler, or whose steps are no chain of states; gradients through an offloaded component, a pipeline that reads
+            what the scheduler does not have, or several prompts for one that takes one.
     """
     tree = ModuleTree.of(pipeline)
     if gradients:
         tree.refuse_offloading()
     calls, session = calls_of(pipeline), _Session(on_step, timesteps, begin_index, noise, call.get("generator"))
+    check_one_chain(calls)
     session.asks_first = _asks_first(calls)
     session.adopt(calls.main_scheduler)
     with ExitStack() as stack:
@@ -325,11 +328,13 @@ def drive(
         stack.enter_context(parts_follow(pipeline))
         stack.enter_context(no_cast_weights_kept())
         stack.enter_context(checkpointing_switches(pipeline))
-        if needs_denoiser is not None:
+        if needs_denoiser is not None and not calls.takes_gradients:
             for module in denoisers(pipeline).values():
                 stack.enter_context(gated(module, lambda: needs_denoiser(session.taken[0])))
         if memory is not None:
             stack.enter_context(memory.installed(pipeline))
         stack.enter_context(torch.set_grad_enabled(gradients))
+        if gradients:
+            session.on_step = stack.enter_context(SavedApart().around(pipeline))(on_step)
         stack.enter_context(_explained(pipeline))
         return prompt_form.run(calls, call, begun=lambda: session.taken[0] > 0)

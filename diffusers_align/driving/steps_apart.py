@@ -1,7 +1,7 @@
 """Steps whose graphs hang together: what a pipeline carries from one step to the next (the momentum of its guidance, keys and values, an embedding
 made before the first step) may have a graph, and `backward` at one step then frees a part of the next one's.
 
-Such pipelines are found by the graphs of the first two steps, and walked once for each step: the denoiser's outputs before that step come from the
+Such pipelines are found by the graphs of a first walk, and walked once for each step: the denoiser's outputs before that step come from the
 walks before, without a graph. So the denoiser is called as often as in one walk, memory stays one step's, and what the pipeline carries has its value
 but no gradient. What the denoiser itself carries (a call that hands out or fills a cache) is made anew in each walk, with its graph.
 """
@@ -19,38 +19,29 @@ from .denoiser_gates import Given, carries
 
 
 class SharedGraph(BaseException):
-    """Ends a walk at a step whose graph is in part that of the step before. Not an Exception: a pipeline may catch those."""
+    """Ends a walk at a step whose graph is in part that of one before. Not an Exception: a pipeline may catch those."""
 
 
 class GraphOfSteps:
-    """Looks at the graphs of the first two steps that are handed out."""
-
-    def __init__(self):
-        self._first: set | None = None
-        self.known = False
+    """Looks at the graphs of the steps that are handed out, one after the other. What is carried may be read late only: a guider gathers its momentum from
+    the first step on, and goes by it after some."""
 
     def look(self, x: Tensor) -> None:
-        """Raise `SharedGraph` if `x`, the second one, shares a part of its graph with the first one; the weights' own ends are no part of it."""
-        if self.known:
-            return
-        nodes = _nodes(x)
-        if self._first is None:
-            self._first = nodes
-            return
-        shared, self._first, self.known = not nodes.isdisjoint(self._first), None, True
-        if shared:
-            raise SharedGraph
+        """Raise `SharedGraph` if `x` shares a part of its graph with one that was looked at before; the weights' own ends are no part of it.
 
-
-def _nodes(x: Tensor) -> set:
-    """The operations that made `x` and have a derivative, as torch's graph has them. Holding them keeps their identities apart."""
-    found, left = set(), [x.grad_fn]
-    while left:
-        node = left.pop()
-        if node is not None and node not in found and not hasattr(node, "variable"):  # which the ends at weights have
-            found.add(node)
+        Each operation is marked in its own notes: to hold them would hold their activations where nobody calls `backward`.
+        """
+        seen, left = set(), [x.grad_fn]
+        while left:
+            node = left.pop()
+            if node is None or node in seen or hasattr(node, "variable"):  # which the ends at weights have
+                continue
+            if self in node.metadata:
+                raise SharedGraph
+            seen.add(node)
             left.extend(following for following, _ in node.next_functions)
-    return found
+        for node in seen:
+            node.metadata[self] = True
 
 
 class Recalled:

@@ -70,7 +70,8 @@ def force(driver: Driver, trajectory: Trajectory, on_step: Callable[[int, Gaussi
     Raises:
         ValueError: the pipeline arrives at another state than the recorded one.
     """
-    left, kind, graphs = sorted(wanted), kind_of_call(trajectory), GraphOfSteps()
+    left, graphs = sorted(wanted), GraphOfSteps()
+    kind = (kind_of_call(trajectory), tuple(left))  # what is carried may be read in later steps only
 
     def looked_at(k: int, kernel: GaussianTransition) -> None:
         graphs.look(kernel.mean)
@@ -81,7 +82,7 @@ def force(driver: Driver, trajectory: Trajectory, on_step: Callable[[int, Gaussi
     if not apart:
         try:
             _pass(driver, trajectory, on_step if apart is False else looked_at, wanted, condition, lambda k: k in wanted)
-            if graphs.known:
+            if apart is None:
                 driver.steps_apart[kind] = False
             return
         except SharedGraph:
@@ -100,13 +101,17 @@ def kind_of_call(trajectory: Trajectory) -> tuple:
 
 
 def _pass(driver: Driver, trajectory: Trajectory, on_step, wanted: Collection[int], condition: Condition, needs_denoiser: Callable[[int], bool]) -> None:
+    # From the recorded actions on, such a pipeline moves its states by the present weights, as a roll-out of these would.
+    moves_states = driver.calls.takes_gradients
+
     def forced(step: Step) -> Tensor:
         tape = trajectory if step.child == 0 else trajectory.children[step.child - 1]
         action = step.like(tape.actions[:, step.k])
         if step.k not in wanted:
             step.skip()
             return action
-        check_state(step, tape)
+        if not moves_states:
+            check_state(step, tape)
         output = step.run(prev_sample=action)
         if step.child == 0:
             on_step(step.k, GaussianTransition(output.prev_sample_mean, output.std))

@@ -112,7 +112,7 @@ def differentiable_rollout(
     """
     if condition.seeds is None and generator is None:
         raise ValueError("A differentiable roll-out needs seeds: policy.condition(prompts, seeds=[...]).")
-    walk = Walk(grad_steps, stop_step, detach_input, checkpoint)
+    walk = Walk(grad_steps, stop_step, detach_input, checkpoint, policy.calls.takes_gradients)
     start, own = Start(noise, noise_gradient), {} if generator is None else {"generator": generator}
     with ExitStack() as stack, torch.enable_grad():
         stack.enter_context(_solver(policy, condition, stochastic))

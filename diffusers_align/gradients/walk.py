@@ -40,12 +40,14 @@ class Walk:
 
     Args:
         grad_steps, stop_step, detach_input, checkpoint: as of `differentiable_rollout`.
+        differentiated: whether the pipeline differentiates through its denoiser itself, so that each call has a graph, if not one that goes on.
 
     Raises:
         ValueError: steps that are no whole numbers from 0 on, or gradient steps beyond the last.
     """
 
-    def __init__(self, grad_steps: Iterable[int], stop_step: int | None, detach_input: bool, checkpoint: bool):
+    def __init__(self, grad_steps: Iterable[int], stop_step: int | None, detach_input: bool, checkpoint: bool, differentiated: bool = False):
+        self.differentiated = differentiated
         self.stop_step = None if stop_step is None else _step_numbers("stop_step", [stop_step])[0]
         self.grad_steps, self.detach_input, self.checkpoint = frozenset(_step_numbers("grad_steps", grad_steps)), detach_input, checkpoint
         if self.stop_step is not None and any(k > self.stop_step for k in self.grad_steps):
@@ -73,8 +75,8 @@ class Walk:
     def denoise(self, forward: Callable, *args: Any, **kwargs: Any):
         """A denoiser call, in the place of its `forward`."""
         if self.k not in self.grad_steps:
-            with torch.no_grad():
-                return forward(*args, **kwargs)
+            with torch.set_grad_enabled(self.differentiated):
+                return pytree.tree_map_only(Tensor, Tensor.detach, forward(*args, **kwargs))
         return self.call(forward, *args, **kwargs)
 
     def call(self, forward: Callable, *args: Any, **kwargs: Any):
@@ -82,7 +84,8 @@ class Walk:
         if self.detach_input:
             args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         args, kwargs = _latents_kept(args, kwargs)
-        return recomputed(forward, *args, **kwargs) if self.checkpoint else forward(*args, **kwargs)
+        # A pipeline that looks into its denoiser would see a second computation there, too.
+        return recomputed(forward, *args, **kwargs) if self.checkpoint and not self.differentiated else forward(*args, **kwargs)
 
     def on_step(self, step: Step) -> Tensor | None:
         """A solver step, for the driver."""

@@ -73,12 +73,18 @@ def guided_sample(
         on_progress: gets the solver steps done and their total.
 
     Raises:
-        GuidanceError: a reward without gradient, a pipeline that cuts the graph, latents that overflow, or a solver that cannot repeat steps.
+        GuidanceError: a reward without gradient, a pipeline that cuts the graph or takes gradients itself, latents that overflow, or a solver that cannot
+            repeat steps.
         ValueError: a solver without conversion.
     """
     walk = _Walk(objective, guidance, scale, seeds, micro_batch_size, on_progress)
     through_denoiser = bool(guidance.variance) and scale != 0
     repeats = guidance.recurrence > 1 and scale != 0
+    if scale != 0 and calls_of(pipeline).takes_gradients:
+        raise GuidanceError(
+            f"{type(pipeline).__name__} differentiates through its denoiser itself and goes on from states without a graph, or from its first one: what a "
+            "reward's gradient did to them would be lost. Steer particles or choose the best of n."
+        )
     if repeats and reads_levels_by_number(calls_of(pipeline).functions):
         raise GuidanceError(_BY_NUMBER.format(type(pipeline).__name__, "its noise level", ""))
     with ExitStack() as stack:
@@ -225,12 +231,14 @@ class _Walk:
         return result
 
     def _pull_back(self, step: Step, k: int, clean: Callable[[Tensor, Tensor], Tensor], gradient: Tensor) -> Tensor:
-        if not step.sample.requires_grad or not step.model_output.requires_grad:
-            where = "the state of its first step has no graph; begin later (start > 0)" if k == 0 else "the denoiser's output has none"
+        found = None
+        if step.sample.requires_grad and step.model_output.requires_grad:
+            state = step.sample if self.leaf is None else self.leaf
+            with torch.enable_grad():
+                (found,) = torch.autograd.grad(clean(step.sample, step.model_output), state, gradient, allow_unused=True)
+        if found is None:
+            where = "the state of its first step has no graph: begin later (start > 0)" if k == 0 else "the denoiser does not get the state with its graph"
             raise GuidanceError(f"The pipeline cuts the graph at solver step {k}: {where}, or use a preset without it (mpgd, flowchef).")
-        state = step.sample if self.leaf is None else self.leaf
-        with torch.enable_grad():
-            (found,) = torch.autograd.grad(clean(step.sample, step.model_output), state, gradient, allow_unused=True)
         return found.float() * self.grid.scales[k]
 
     def _evaluate(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:

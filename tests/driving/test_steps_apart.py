@@ -11,17 +11,25 @@ from tests.families.cases import CASES
 PROMPTS, SEEDS = ["a cat", "a dog"], [1, 2]
 
 
-def with_momentum(policy: Policy, cut: bool = False) -> None:
-    """What the loop makes of the denoiser's output adds up over the steps of a call, with its graph unless that is `cut`."""
+def with_momentum(policy: Policy, cut: bool = False, read_from: int = 1) -> None:
+    """What the loop makes of the denoiser's output adds up over the steps of a call, with its graph unless that is `cut`; the steps from `read_from` on
+    go by it."""
     memory = {}
 
     def add_up(module, arguments, output):
-        total = output[0] * (1 + 0.5 * memory.get("sum", torch.zeros(())).sin())  # the sine keeps its input for the gradient
+        number = memory["number"] = memory.get("number", -1) + 1
+        gathered = memory.get("sum", torch.zeros(())) if number >= read_from else torch.zeros(())
+        total = output[0] * (1 + 0.5 * gathered.sin())  # the sine keeps its input for the gradient
         memory["sum"] = total.detach() if cut else total
         return (total,)
 
     policy.pipeline.unet.register_forward_hook(add_up)
     changed(policy.pipeline, "prepare_latents", lambda stock, *args, **kwargs: memory.clear() or stock(*args, **kwargs))
+
+
+def with_late_momentum(policy: Policy, cut: bool = False) -> None:
+    """The graphs of the first two steps have nothing in common."""
+    with_momentum(policy, cut, read_from=2)
 
 
 def with_an_embedding(policy: Policy, cut: bool = False) -> None:
@@ -56,7 +64,7 @@ def replayed(policy: Policy, trajectory) -> tuple[list[float], torch.Tensor, int
     return errors, torch.cat([p.grad.flatten() for p in parameters]), len(calls)
 
 
-@pytest.mark.parametrize("carry", [with_momentum, with_an_embedding])
+@pytest.mark.parametrize("carry", [with_momentum, with_late_momentum, with_an_embedding])
 def test_each_step_has_its_own_gradient(carry):
     found = {}
     for cut in (False, True):

@@ -385,6 +385,8 @@ def test_adapters_are_where_we_look():
     holds("unet" in loadable, "_lora_loadable_modules", "Pipelines do not say in _lora_loadable_modules which models take a LoRA any more.")
     writes = inspect.signature(diffusers.StableDiffusionPipeline.save_lora_weights).parameters
     holds({"unet_lora_layers", "unet_lora_adapter_metadata"} <= set(writes), "_lora_layers", "save_lora_weights takes other arguments.")
+    widens = inspect.signature(getattr(diffusers.WanPipeline, "_maybe_expand_t2v_lora_for_i2v", print)).parameters
+    holds(list(widens) == ["transformer", "state_dict"], "_maybe_expand_t2v_lora_for_i2v", "The loader of WanPipeline widens LoRAs by another method.")
     can = hasattr(diffusers.ModelMixin, "_supports_gradient_checkpointing")
     holds(can, "_supports_gradient_checkpointing", "Models do not say in _supports_gradient_checkpointing whether they can any more.")
 
