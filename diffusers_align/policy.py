@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from . import lora
 from .checks.ranges import CountOrNone, Range, check_value, checked
 from .condition import Condition
+from .driving.chains import SEVERAL_CHAINS, Chains
 from .driving.driver import Driver, seeded
 from .driving.latent_layout import LatentLayout
 from .driving.noise import noise_seed
-from .driving.outcome import Outcome, check_seen, images_of, outcome, sampling_rate_of
+from .driving.outcome import Outcome, by_sample, check_seen, images_of, outcome, sampling_rate_of
 from .driving.prediction import Prediction
 from .driving.reproducibility import CarriedState, check_first_steps
 from .driving.scheduler_hook import Step
@@ -216,8 +217,8 @@ class Policy(Driver):
         Raises:
             ValueError: the pipeline makes no pictures or sounds, but what another one starts from (a prior).
         """
-        output, _ = self._decoded([latents], condition)
-        return check_seen(self.pipeline, images_of(output))
+        output, _ = self._decoded([latents[:, None]], condition)
+        return check_seen(self.pipeline, by_sample(Outcome(images_of(output)), len(latents)).images)
 
     def outcome(self, samples: Trajectory | Tensor, condition: Condition | None = None) -> Outcome:
         """What `decode` gives, with what rewards may hear: the sampling rate of a sound, and the sound that a video has.
@@ -230,23 +231,28 @@ class Policy(Driver):
         Raises:
             ValueError: what `decode` raises; there is sound, and nothing says at which rate it is sampled.
         """
-        final = [samples.final, *(child.final for child in samples.children)] if isinstance(samples, Trajectory) else [samples]
-        output, whole = self._decoded(final, samples.condition if isinstance(samples, Trajectory) else condition)
-        found = outcome(self.pipeline, output) if whole else Outcome(images_of(output))
+        parts = [samples.actions, *(child.actions for child in samples.children)] if isinstance(samples, Trajectory) else [samples[:, None]]
+        output, whole = self._decoded(parts, samples.condition if isinstance(samples, Trajectory) else condition)
+        found = by_sample(outcome(self.pipeline, output) if whole else Outcome(images_of(output)), len(parts[0]))
         check_seen(self.pipeline, found.images)
         return found
 
-    def _decoded(self, final: list[Tensor], condition: Condition | None) -> tuple[Any, bool]:
-        """The pipeline's output for the final states (B, *D) of its schedulers, and whether those are all that it steps."""
-        condition = _of_samples(condition or self.any_condition(len(final[0])), len(final[0]), "latents")
-        missing: set[int] = set()
+    def _decoded(self, parts: list[Tensor], condition: Condition | None) -> tuple[Any, bool]:
+        """The pipeline's output for what each scheduler's steps lead to (B, K, *D), the last of which stands for those beyond; and whether those are all
+        the schedulers that it steps."""
+        condition = _of_samples(condition or self.any_condition(len(parts[0])), len(parts[0]), "latents")
+        missing, chains = set(), Chains()
 
         def put(step: Step) -> Tensor:
+            chain = chains.of(step)
             step.skip()
-            if step.child >= len(final):
+            if step.child >= len(parts):
                 missing.add(step.child)
                 return step.sample
-            return step.like(final[step.child])
+            states = parts[step.child]
+            if chain[1] > 0 and states.shape[1] <= step.k:
+                raise ValueError(SEVERAL_CHAINS.format("latents without their trajectory"))
+            return step.like(states[:, min(step.k, states.shape[1] - 1)])
 
         return self.drive(condition, put, needs_denoiser=lambda k: False, output_type="pt"), not missing
 

@@ -30,6 +30,7 @@ from .parts import parts_apart, parts_follow
 from .pipeline_state import checkpointing_switches, no_cast_weights_kept, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
 from .replacements import has_constant
+from .tail_edits import tail_may_edit
 from .wrappers import unwrapped
 
 NO_OWN_STEP = (
@@ -78,6 +79,7 @@ class Step:
     _stock_step: Callable = field(repr=False)
     _arguments: dict = field(repr=False)
     output: Any = None
+    _beside: dict = field(default_factory=dict, repr=False)  # what a solver hands on to its own corrections
 
     @property
     def time(self) -> float:
@@ -108,7 +110,8 @@ class Step:
         if hasattr(self.scheduler, "skip_step"):
             self.scheduler.skip_step(self.timestep)
         else:
-            self.run()
+            found = self.run()
+            self._beside = {name: value for name, value in found.items() if name not in ("prev_sample", "pred_original_sample")}
             self.output = None  # made of a denoiser call that was left out
 
     def result(self, prev_sample: Tensor | None):
@@ -123,7 +126,10 @@ class Step:
         if not self._arguments.get("return_dict", True):
             return tuple(values[: getattr(self.scheduler, "tuple_length", len(values))])
         if self.output is None:
-            return SDESchedulerOutput(prev_sample=prev_sample)
+            skipped = SDESchedulerOutput(prev_sample=prev_sample)
+            for name, value in self._beside.items():
+                skipped[name] = value
+            return skipped
         for name, value in zip(list(self.output), values):
             self.output[name] = value
         return self.output
@@ -158,10 +164,16 @@ class _Session:
         child, output = self.adopt(scheduler), arguments["model_output"]
         if (clean := arguments.get("pred_original_sample")) is not None:
             output = implied_output(scheduler, clean, arguments["sample"])
-        step = Step(self.taken[child], child, scheduler, arguments["timestep"], arguments["sample"], output, stock_step, arguments)
+        time, state = _first_of(arguments, "timestep", "sigma_hat"), _first_of(arguments, "sample", "sample_hat")
+        step = Step(self.taken[child], child, scheduler, time, state, output, stock_step, arguments)
         result = step.result(self.on_step(step))
         self.taken[child] += 1
         return result
+
+
+def _first_of(arguments: dict[str, Any], *names: str) -> Any:
+    """The argument of a step by the first of the names that it has: solvers that raise the noise first call what they step from otherwise."""
+    return next(arguments[name] for name in names if name in arguments)
 
 
 def _hooked_class(cls: type, session: _Session) -> type:
@@ -307,6 +319,8 @@ def drive(
                 stack.enter_context(gated(module, lambda: needs_denoiser(session.taken[0])))
         if memory is not None:
             stack.enter_context(memory.installed(pipeline))
+        if gradients:
+            stack.enter_context(tail_may_edit(pipeline))
         stack.enter_context(torch.set_grad_enabled(gradients))
         stack.enter_context(_explained(pipeline))
         return prompt_form.run(calls, call, begun=lambda: session.taken[0] > 0)

@@ -25,16 +25,16 @@ from ..checks.ranges import check_call
 from ..condition import Condition, is_embedding
 from ..driving.arguments import check_number, checked_prompts, unknown_prompts
 from ..driving.calls import Calls, calls_of
-from ..driving.outcome import Outcome, outcome
+from ..driving.chains import Chains, Finals, Recorder, put_state
+from ..driving.outcome import Outcome, by_sample, outcome
 from ..driving.parts import parts_of
 from ..driving.prompt_memory import PromptMemory
 from ..driving.safety_checker import unchecked
-from ..driving.scheduler_hook import Step, drive
+from ..driving.scheduler_hook import drive
 from ..gradients.decoding import light_decoding
 from ..policy import Policy
 from ..rewards import load_reward
 from .judge import Judge
-from .outputs import by_scheduler
 from .rows import with_own_rows
 
 logger = logging.get_logger(__name__)
@@ -149,7 +149,7 @@ class WrappedPipeline(DiffusionPipeline):
         accepted = self.calls.parameters
         arguments, own = {**arguments}, {**(arguments.get("per_sample") or {})}
         arguments.pop("per_sample", None)
-        if unknown := sorted({*arguments, *own} - set(accepted)):
+        if unknown := sorted({*arguments, *own} - {*accepted, "output_type"}):  # every call is asked for a form of its output
             raise ValueError(f"Neither {type(self).__name__} nor {type(self.pipeline).__name__} takes {', '.join(unknown)}.")
         check_call({**arguments, **own})
         check_number({*arguments, *own}, accepted)
@@ -187,36 +187,42 @@ class WrappedPipeline(DiffusionPipeline):
             return drive(self.pipeline, on_step, call, gradients=gradients, needs_denoiser=needs_denoiser, memory=self.prompt_memory, global_seed=global_seed)
 
     @torch.no_grad()
-    def sample(self, condition: Condition, generator: Generators, **overrides: Any) -> list[Tensor]:
-        """The stock pipeline's own samples: the final states (B, *D) of its scheduler and of the copies it makes; (B, 0) of one that takes no step."""
-        final: dict[int, Tensor] = {}
+    def sample(self, condition: Condition, generator: Generators, copies: dict[str, int] | None = None, **overrides: Any) -> Finals:
+        """The stock pipeline's own samples: the final states (B, *D) of each chain of its scheduler and of the copies it makes.
 
-        def keep(step: Step) -> None:
-            final[step.child] = step.run().prev_sample
+        Args:
+            copies: the argument that asks for several outputs of each prompt, if the call has one.
 
+        Raises:
+            ValueError: no scheduler took a step, or the steps are of another number of samples.
+        """
+        record = Recorder(len(condition) * max((copies or {}).values(), default=1))
         # Open gates learn what a later call with closed ones must return.
-        self.drive(condition, generator, keep, needs_denoiser=lambda k: True, output_type="latent", **overrides)
-        return by_scheduler(final)
+        self.drive(condition, generator, record, needs_denoiser=lambda k: True, output_type="latent", **(copies or {}), **overrides)
+        return record.finals
 
-    def finish(self, final: list[Tensor], condition: Condition, generator: Generators, **overrides: Any):
+    def finish(self, final: Finals | list[Tensor], condition: Condition, generator: Generators, **overrides: Any):
         """The stock pipeline's output for the final states (B, *D), by its own tail; no denoiser is called.
 
         Args:
+            final: of each chain, or a list of each scheduler's, which has one.
             generator: in the state that it had when the samples were drawn: some pipelines draw masks or noise beside them.
             overrides: such as `output_type`.
+
+        Raises:
+            ValueError: the call has more chains.
         """
-
-        def put(step: Step) -> Tensor:
-            step.skip()
-            return step.like(final[step.child])
-
+        finals, chains = {(child, 0): x for child, x in enumerate(final)} if isinstance(final, list) else final, Chains()
         quiet = {name: None for name in ("callback_on_step_end", "callback") if name in condition.kwargs}
-        return self.drive(condition, generator, put, gradients=torch.is_grad_enabled(), needs_denoiser=lambda k: False, **quiet, **overrides)
+        return self.drive(
+            condition, generator, lambda step: put_state(chains, step, finals, "particles and searches over noise"), gradients=torch.is_grad_enabled(),
+            needs_denoiser=lambda k: False, **quiet, **overrides,
+        )  # fmt: skip
 
-    def decode(self, final: list[Tensor], condition: Condition, generator: Generators) -> Outcome:
+    def decode(self, final: Finals | list[Tensor], condition: Condition, generator: Generators) -> Outcome:
         """What rewards judge, which no safety checker has seen; differentiable if autograd is on."""
         with unchecked(self.pipeline):  # what is handed out comes from `finish`, and passes it
-            return outcome(self.pipeline, self.finish(final, condition, generator, output_type="pt"))
+            return by_sample(outcome(self.pipeline, self.finish(final, condition, generator, output_type="pt")), len(condition))
 
     @contextmanager
     def as_policy(self, scheduler=None, **call_kwargs: Any) -> Iterator[Policy]:

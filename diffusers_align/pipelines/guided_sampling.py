@@ -201,6 +201,10 @@ class _Walk:
 
     def _guided_step(self, step: Step, k: int, state: Tensor, output: Tensor) -> Tensor:
         grid = self.grid
+        if output.shape[1:] == state.shape[1:] and len(output) != len(state):
+            raise GuidanceError(
+                f"The pipeline's model answers for {len(output)} samples where its state is of {len(state)}: it takes one prompt a call, so give it one by one."
+            )
         if output.shape != state.shape:
             raise GuidanceError(f"The model's output {tuple(output.shape)} is not shaped like the state {tuple(state.shape)}: it predicts a variance too.")
         check_scale(grid, k, step.scheduler, step.timestep)

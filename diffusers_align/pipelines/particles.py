@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..condition import Condition
+from ..driving.chains import SEVERAL_CHAINS, Chains
 from ..driving.noise import noise_seed, step_streams
 from ..driving.outcome import Outcome
 from ..driving.reproducibility import caches
@@ -99,9 +100,11 @@ class Walk:
     @cached_property
     def stochastic_steps(self) -> list[bool]:
         """Of each solver step, whether its kernel has noise; looked up once, with gated denoiser calls."""
-        found: list[bool] = []
+        found, chains = [], Chains()
 
         def look(step: Step) -> Tensor:
+            if chains.of(step)[1] > 0:
+                raise ValueError(SEVERAL_CHAINS.format("particles"))
             if step.child == 0 and len(step.sample) != 1:
                 raise ValueError(OTHER_NUMBER.format(len(step.sample), 1))
             if step.child == 0:
