@@ -78,7 +78,9 @@ def test_rows_of_an_output_are_its_frames_and_equal_halves_are_copies():
         assert record.finals
 
 
-@pytest.mark.parametrize("name", ["VisualClozePipeline", "HeliosPyramidPipeline", "LTXI2VLongMultiPromptPipeline", "TextToVideoZeroPipeline"])
+@pytest.mark.parametrize(
+    "name", ["VisualClozePipeline", "HeliosPyramidPipeline", "LTXI2VLongMultiPromptPipeline", "TextToVideoZeroPipeline", "KarrasVePipeline"]
+)
 def test_best_of_n_returns_what_the_reward_saw_of_several_chains(name):
     output = chosen(name, BestOfNPipeline, num_candidates=2)
     own = output[0] if isinstance(output[0], torch.Tensor) else torch.as_tensor(output[0])
