@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from diffusers_align import embedded
 from diffusers_align.data import load_prompts
-from diffusers_align.driving.scheduler_hook import denoisers
+from diffusers_align.driving.denoisers import denoisers
 from diffusers_align.pipelines.best_of_n import BestOfNPipeline
 from diffusers_align.pipelines.noise_optimization import NoiseOptimizationPipeline
 from diffusers_align.pipelines.particle_steering import ParticleSteeringPipeline

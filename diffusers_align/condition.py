@@ -79,8 +79,9 @@ class Condition:
         """The call's keyword arguments. `accepted` are the names that the pipeline's call takes: some take no prompt, but the number of samples."""
         own = {name: _as_the_call_takes(name, value) for name, value in self.per_sample.items()}
         prompt = {"prompt": list(self.prompts)} if "prompt" in accepted and not self.embedded else {}
-        number = {"batch_size": len(self)} if counts_samples(accepted) else {}
-        return {**self.kwargs, **own, **prompt, **number}
+        # All in one pass: where a call without prompts takes pictures in batches, one after the other, there would be several chains of states.
+        number = {"batch_size": len(self)} if "batch_size" in accepted and "prompt" not in accepted else {}
+        return {**number, **self.kwargs, **own, **prompt}
 
     def select(self, index: list[int]) -> Condition:
         """The condition of the samples `index`, in that order; a sample may come more than once."""

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from .checks.given_names import did_you_mean
 from .checks.ranges import Count, Positive, check
+from .driving.denoisers import denoisers as denoisers_of
 from .driving.module_tree import modules_of
 from .driving.replacements import held
-from .driving.scheduler_hook import denoisers as denoisers_of
 from .driving.wrappers import bare, unwrapped
 from .files import lora_finder, weight_files
 from .files.lora_finder import METADATA, WEIGHTS

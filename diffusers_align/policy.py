@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from . import lora
 from .checks.ranges import CountOrNone, Range, check_value, checked
 from .condition import Condition
+from .driving.chains import SEVERAL_CHAINS, Chains
 from .driving.driver import Driver, seeded
 from .driving.latent_layout import LatentLayout
 from .driving.noise import noise_seed
-from .driving.outcome import Outcome, check_seen, images_of, outcome, sampling_rate_of
+from .driving.outcome import Outcome, by_sample, check_seen, images_of, outcome, sampling_rate_of
 from .driving.prediction import Prediction
 from .driving.reproducibility import CarriedState, check_first_steps
 from .driving.scheduler_hook import Step
@@ -219,8 +220,8 @@ class Policy(Driver):
         Raises:
             ValueError: the pipeline makes no pictures or sounds, but what another one starts from (a prior); or each sample portion after portion.
         """
-        output, _ = self._decoded(latents, condition)
-        return check_seen(self.pipeline, images_of(output))
+        output, _ = self._decoded([latents[:, None]], condition)
+        return check_seen(self.pipeline, by_sample(Outcome(images_of(output)), len(latents)).images)
 
     def outcome(self, samples: Trajectory | Tensor, condition: Condition | None = None) -> Outcome:
         """What `decode` gives, with what rewards may hear: the sampling rate of a sound, and the sound that a video has.
@@ -233,28 +234,33 @@ class Policy(Driver):
         Raises:
             ValueError: what `decode` raises; there is sound, and nothing says at which rate it is sampled.
         """
-        output, whole = self._decoded(samples, samples.condition if isinstance(samples, Trajectory) else condition)
-        found = outcome(self.pipeline, output) if whole else Outcome(images_of(output))
+        parts = [samples.actions, *(child.actions for child in samples.children)] if isinstance(samples, Trajectory) else [samples[:, None]]
+        output, whole = self._decoded(parts, samples.condition if isinstance(samples, Trajectory) else condition)
+        found = by_sample(outcome(self.pipeline, output) if whole else Outcome(images_of(output)), len(parts[0]))
         check_seen(self.pipeline, found.images)
         return found
 
-    def _decoded(self, samples: Trajectory | Tensor, condition: Condition | None) -> tuple[Any, bool]:
-        """The pipeline's output for what its schedulers stepped to, or for final latents (B, *D) of the main one, and whether that is all that it steps."""
-        condition = _of_samples(condition or self.any_condition(len(samples)), len(samples), "latents")
-        tapes = [samples, *samples.children] if isinstance(samples, Trajectory) else [samples]
-        missing, portions = set(), set()
+    def _decoded(self, parts: list[Tensor], condition: Condition | None) -> tuple[Any, bool]:
+        """The pipeline's output for what each scheduler's steps lead to (B, K, *D), the last of which stands for those beyond; and whether those are all
+        the schedulers that it steps."""
+        condition = _of_samples(condition or self.any_condition(len(parts[0])), len(parts[0]), "latents")
+        missing, chains, portions = set(), Chains(), {0}
 
         def put(step: Step) -> Tensor:
+            chain = chains.of(step)
             step.skip()
-            if step.child >= len(tapes):
+            if step.child >= len(parts):
                 missing.add(step.child)
                 return step.sample
-            portions.add(step.portion)
-            tape = tapes[step.child]
-            return step.like(tape.actions[:, step.k] if isinstance(tape, Trajectory) else tape)
+            states = parts[step.child]
+            if states.shape[1] <= step.k:  # one state for all steps
+                portions.add(step.portion)
+            if states.shape[1] <= step.k and chain[1] > step.portion:
+                raise ValueError(SEVERAL_CHAINS.format("latents without their trajectory"))
+            return step.like(states[:, min(step.k, states.shape[1] - 1)])
 
         output = self.drive(condition, put, needs_denoiser=lambda k: False, output_type="pt")
-        if isinstance(samples, Tensor) and len(portions) > 1:
+        if len(portions) > 1:
             self.refuse_portions(condition, "give policy.outcome the trajectory, which has all of them")
         return output, not missing
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import FAMILIES, wan
 
 from diffusers_align import Policy, load_lora, lora
-from diffusers_align.driving.scheduler_hook import denoisers
+from diffusers_align.driving.denoisers import denoisers
 from diffusers_align.files import lora_finder, weight_files
 from tests.families.cases import CASES
 

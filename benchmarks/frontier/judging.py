@@ -17,7 +17,7 @@ from benchmarks.frontier.data import STEPS
 from benchmarks.frontier.tasks import CALL, KL_NOISE, TASKS, load_by_name, write_lines
 from benchmarks.inference_time import Rows
 from diffusers_align.data import Prompt, load_prompts
-from diffusers_align.driving.scheduler_hook import denoisers
+from diffusers_align.driving.denoisers import denoisers
 from diffusers_align.files.levels import digest_of
 from diffusers_align.files.paths import front_door
 from diffusers_align.policy import Policy

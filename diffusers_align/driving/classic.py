@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from .calls import Calls
 from .guiders import guided, guider_parameters
-from .outputs import arrays_as_tensors, makes_arrays, returns_latents
+from .outputs import arrays_as_tensors, form_asked
 from .pipeline_state import quiet
 from .replacements import reads_global, replaced, with_globals
 
@@ -64,13 +64,15 @@ class ClassicCalls(Calls):
     def run(self, call: dict[str, Any]) -> Any:
         settings = {name: call[name] for name in guider_parameters(self.pipeline) if name in call and name not in self.own_parameters}
         own = {name: value for name, value in call.items() if name not in settings}
-        if own.get("output_type") == "latent" and not returns_latents(self.pipeline):
-            own["output_type"] = "pt"
+        arrays = False
+        if "output_type" in own:
+            form, arrays = form_asked(self.pipeline, own.pop("output_type"))
+            own |= form
         with quiet(self.pipeline), guided(self.pipeline, settings), _arrays_without_gradient(self.name):
-            if own.get("output_type") != "pt" or not makes_arrays(self.pipeline):
+            if not arrays:
                 return self._call(**own)
             with arrays_as_tensors(self.pipeline._execution_device) as finished:
-                return finished(self._call(**{**own, "output_type": "np"}))
+                return finished(self._call(**own))
 
     def _call(self, **call: Any) -> Any:
         return inspect.unwrap(type(self.pipeline).__call__)(self.pipeline, **call)

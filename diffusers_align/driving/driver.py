@@ -20,6 +20,7 @@ from ..schedulers.twin import sde_twins
 from . import scheduler_hook
 from .arguments import check_arguments, checked_prompts, maybe_of_samples, unknown_prompts
 from .calls import calls_of
+from .denoisers import denoisers as denoisers_of
 from .noise import noise_seed, step_streams
 from .one_chain import check_one_chain
 from .portions import IN_PORTIONS, in_portions
@@ -95,7 +96,7 @@ class Driver:
     @property
     def denoisers(self) -> dict[str, nn.Module]:
         """The networks that are trained, by component name."""
-        return scheduler_hook.denoisers(self.pipeline)
+        return denoisers_of(self.pipeline)
 
     @property
     def device(self) -> torch.device:

@@ -218,7 +218,12 @@ def _autoencode(vae, images: Tensor, video: bool) -> Tensor:
         pixels = pixels.unsqueeze(2) if pixels.ndim == 4 else pixels.transpose(1, 2)
     elif pixels.ndim == 5:
         pixels = pixels.flatten(0, 1)
-    if vae.config.get("in_channels", vae.config.get("input_channels")) == 4:  # of which the fourth says how opaque pictures are
+    channels = vae.config.get("in_channels", vae.config.get("input_channels"))
+    if isinstance(channels, int) and channels > 4 and not vae.config.get("patch_size"):
+        raise ValueError(
+            f"The autoencoder encodes {channels} channels, pictures with more beside them (their depth, say), so pictures alone become no latents."
+        )
+    if channels == 4:  # of which the fourth says how opaque pictures are
         pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], 1)
     with in_float32(vae), torch.autocast(vae.device.type, enabled=False):
         encoded = vae.encode(pixels)

@@ -16,26 +16,40 @@ _BUT = (
 )
 
 
+def check_whole_steps(calls: Calls) -> None:
+    """Raise a ValueError if the code of a pipeline's call says that its scheduler does not step the whole sample at a time, and what it does instead."""
+    _check(calls, _PARTLY)
+
+
 def check_one_chain(calls: Calls) -> None:
-    """Raise a ValueError if the code of a pipeline's call says that its scheduler's steps are no such chain, and what they are instead."""
-    if why := next(filter(None, (_why_not(function.__code__) for function in calls.functions)), None):
-        raise ValueError(_BUT.format(calls.name, why))
+    """The same, and if the steps are several chains: then the final states of all of them are the sample, and best-of-n is left."""
+    _check(calls, _PARTLY | _AGAIN)
+
+
+def _check(calls: Calls, ways: dict[str, Callable[[CodeType], bool]]) -> None:
+    for function in calls.functions:
+        if why := next((why for why, holds in ways.items() if holds(function.__code__)), None):
+            raise ValueError(_BUT.format(calls.name, why))
 
 
 @functools.cache
-def _why_not(code: CodeType) -> str | None:
-    return next((why for why, holds in _WAYS.items() if holds(code)), None)
+def _puts_back(code: CodeType) -> bool:
+    return reads_global(code, "__dict__") and reads_global(code, "deepcopy")
 
 
+@functools.cache
+def _steps_many(code: CodeType) -> bool:
+    return reads_global(code, "batch_step_no_noise")
+
+
+@functools.cache
 def _puts_another(code: CodeType) -> bool:
     stores = (line for line in dis.get_instructions(code) if line.opname == "STORE_ATTR" and line.argval == "scheduler")
     return reads_global(code, "deepcopy") and any(stores)
 
 
-_WAYS: dict[str, Callable[[CodeType], bool]] = {
-    "takes its scheduler's state out and puts it back (`scheduler.__dict__`), to step one window of the sample after the other": (
-        lambda code: reads_global(code, "__dict__") and reads_global(code, "deepcopy")
-    ),
-    "puts a copy of its scheduler in that one's place half-way, to go on from an earlier step with other samples": _puts_another,
-    "steps many times at once (`scheduler.batch_step_no_noise`) and goes back where they do not fit": lambda code: reads_global(code, "batch_step_no_noise"),
+_PARTLY = {
+    "takes its scheduler's state out and puts it back (`scheduler.__dict__`), to step one window of the sample after the other": _puts_back,
+    "steps many times at once (`scheduler.batch_step_no_noise`) and goes back where they do not fit": _steps_many,
 }
+_AGAIN = {"puts a copy of its scheduler in that one's place half-way, to go on from an earlier step with other samples": _puts_another}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,6 +68,14 @@ def outcome(pipeline: Any, output: Any) -> Outcome:
     return Outcome(images, audio, int(rate) if rate else sampling_rate_of(pipeline))
 
 
+def by_sample(made: Outcome, number: int) -> Outcome:
+    """The outcome with a row for each of `number` samples: several pictures of each, one behind the other, become frames (B, F, 3, H, W)."""
+    images = made.images
+    if not isinstance(images, Tensor) or images.ndim != 4 or len(images) == number or len(images) % number:
+        return made
+    return replace(made, images=images.reshape(number, -1, *images.shape[1:]))
+
+
 def images_of(output: Any) -> Tensor:
     """The pictures (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], or the sounds (B, C, T) in [-1, 1], of a pipeline's output for
     `output_type="pt"`.
@@ -75,7 +84,7 @@ def images_of(output: Any) -> Tensor:
     a gradient. Sound of one channel that comes as (B, T) gets its channel, and what an autoencoder makes beyond [-1, 1] is clamped, as files do; it passes
     no gradient.
     """
-    images, name = _tensor(output[0]), _main(output)
+    images, name = in_range(output, _tensor(output[0])), _main(output)
     if name == "frames" and isinstance(images, Tensor) and images.ndim == 4:  # of the only sample that such a pipeline makes
         images = images[None]
     return waveforms(images) if name in WAVES else images
@@ -107,8 +116,8 @@ def waveforms(sound: Tensor) -> Tensor:
 
 
 def sampling_rate_of(pipeline: Any) -> int:
-    """Values a second of the sound that a pipeline makes: of its vocoder or else of the autoencoder that decodes it, by their configs, or its own
-    attribute `sampling_rate` or `sample_rate`.
+    """Values a second of the sound that a pipeline makes: of its vocoder or else of the autoencoder that decodes it, or of a denoiser that needs
+    neither, by their configs, or its own attribute `sampling_rate` or `sample_rate`.
 
     Raises:
         ValueError: none of them says.
@@ -116,7 +125,7 @@ def sampling_rate_of(pipeline: Any) -> int:
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     makers = [parts["vocoder"]] if "vocoder" in parts else []
     makers += [part for part in parts.values() if hasattr(part, "decode") and part not in makers]
-    for source in (*makers, pipeline):
+    for source in (*(makers or parts.values()), pipeline):  # without any, the denoiser makes the sound itself
         config = source if source is pipeline else getattr(source, "config", {})
         for field in RATES:
             rate = config.get(field) if isinstance(config, dict) else getattr(config, field, None)
@@ -138,7 +147,9 @@ def _main(output: Any) -> str | None:
 
 def _names(output: Any) -> set[str]:
     """Of what a pipeline hands out."""
-    return set() if isinstance(output, (tuple, list)) else set(getattr(output, "made", None) or output)
+    if isinstance(output, (tuple, list)):
+        return set()
+    return set(output) & set(getattr(output, "made", None) or output)  # blocks that were not chosen made nothing
 
 
 def _beside(output: Any, main: str | None, number: int) -> Tensor | None:
@@ -156,9 +167,20 @@ def _tensor(images: Any) -> Any:
         images = images.movedim(-1, -3) if images.ndim > 3 else images
     elif isinstance(images, (list, tuple)) and all(isinstance(image, Tensor) for image in images):
         images = torch.stack(list(images))
-    return on_white(images) if isinstance(images, Tensor) and _is_transparent(images) else images
+    if not isinstance(images, Tensor) or images.ndim < 4:
+        return images
+    if images.shape[-3] == 1:  # a depth, a mask: grey
+        return images.expand(*images.shape[:-3], 3, *images.shape[-2:])
+    return on_white(images) if _is_transparent(images) else images
+
+
+def in_range(output: Any, images: Any) -> Any:
+    """The first entry in [0, 1], where the output's own documentation says that it lies in [-1, 1] (the directions of surfaces)."""
+    name, said = _main(output), type(output).__doc__ or ""
+    own = re.search(rf"^\s*{name} \(.*?(?=^\s*\w+ \(|\Z)", said, re.MULTILINE | re.DOTALL) if name and name not in WAVES else None
+    return images / 2 + 0.5 if own and "[-1, 1]" in own[0] and isinstance(images, Tensor) else images
 
 
 def _is_transparent(images: Tensor) -> bool:
     """Whether they are pictures with a fourth channel; latents of four have values beyond [0, 1]."""
-    return images.ndim > 3 and images.shape[-3] == 4 and not bool(((images < 0) | (images > 1)).any())
+    return images.shape[-3] == 4 and not bool(((images < 0) | (images > 1)).any())

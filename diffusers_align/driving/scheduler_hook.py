@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..schedulers.own_noise import first_time
 from ..schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork, returned
@@ -25,14 +24,14 @@ from ..schedulers.sigma_space import implied_output
 from . import prompt_form
 from .calls import Calls, calls_of
 from .denoiser_gates import gated
+from .denoisers import denoisers
 from .module_tree import ModuleTree, walks_spared
-from .one_chain import check_one_chain
-from .parts import parts_apart, parts_follow
+from .one_chain import check_whole_steps
+from .parts import parts_follow
 from .pipeline_state import checkpointing_switches, no_cast_weights_kept, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
 from .replacements import has_constant
 from .saved_apart import SavedApart
-from .wrappers import unwrapped
 
 NO_OWN_STEP = (
     "The pipeline's own scheduler takes no step: copies of it do, each for a part of the sample (a frame, say), so that there is no one chain of states to "
@@ -46,27 +45,6 @@ OTHER_NUMBER = (
 )
 
 
-def denoisers(pipeline) -> dict[str, ModelMixin]:
-    """The pipeline's denoising networks by component name: its `unet*` or `transformer*` components, in diffusers' naming, or else all models that decode
-    nothing and that no part of it (`driving.parts`) has for a scheduler of its own."""
-    models = {name: m for name, m in pipeline.components.items() if isinstance(m, nn.Module) and name.startswith(("unet", "transformer"))}
-    if not models:
-        others = {id(component) for part in parts_apart(pipeline) for component in part.components.values()}
-        models = {name: m for name, m in pipeline.components.items() if _is_model(m) and not _decodes(m) and id(m) not in others}
-    if not models:
-        raise ValueError(f"{type(pipeline).__name__} has no denoiser: none of its components {sorted(pipeline.components)} is a diffusers model.")
-    return models
-
-
-def _decodes(model: Any) -> bool:
-    """Whether it is a decoder, by its methods: `decode`, `decode_to_image` ..."""
-    return any(name == "decode" or name.startswith("decode_") for name in dir(type(unwrapped(model))))
-
-
-def _is_model(component: Any) -> bool:
-    return isinstance(component, nn.Module) and isinstance(unwrapped(component), ModelMixin)
-
-
 @dataclass
 class Step:
     """One scheduler step of a running pipeline.
@@ -75,7 +53,6 @@ class Step:
         k: solver step of this scheduler, from 0.
         child: 0 for the pipeline's own scheduler, 1, 2, ... for others and for the copies it makes (a second modality).
         portion: how many schedules this scheduler has walked in the call before the present one.
-        place: of the scheduler's present schedule among all of the call, in the order of their first steps.
         sample, model_output: (B, *D), as the pipeline passes them; the output that the clean sample implies, where it passes that one instead.
     """
 
@@ -89,7 +66,7 @@ class Step:
     _arguments: dict = field(repr=False)
     output: Any = None
     portion: int = 0
-    place: int = 0
+    _beside: dict = field(default_factory=dict, repr=False)  # what a solver hands on to its own corrections
 
     @property
     def time(self) -> float:
@@ -120,7 +97,8 @@ class Step:
         if hasattr(self.scheduler, "skip_step"):
             self.scheduler.skip_step(self.timestep)
         else:
-            self.run()
+            found = self.run()
+            self._beside = {name: value for name, value in found.items() if name not in ("prev_sample", "pred_original_sample")}
             self.output = None  # made of a denoiser call that was left out
 
     def result(self, prev_sample: Tensor | None):
@@ -135,7 +113,10 @@ class Step:
         if not self._arguments.get("return_dict", True):
             return tuple(values[: getattr(self.scheduler, "tuple_length", len(values))])
         if self.output is None:
-            return SDESchedulerOutput(prev_sample=prev_sample)
+            skipped = SDESchedulerOutput(prev_sample=prev_sample)
+            for name, value in self._beside.items():
+                skipped[name] = value
+            return skipped
         for name, value in zip(list(self.output), values):
             self.output[name] = value
         return self.output
@@ -148,7 +129,7 @@ class _Session:
         self.on_step, self.timesteps, self.begin_index, self.noise, self.of_call = on_step, timesteps, begin_index, noise, of_call
         self.schedulers: list[Any] = []
         self.taken: list[int] = []
-        self.begun, self.places = list[list[int]](), dict[tuple[int, int], int]()
+        self.begun: list[list[int]] = []
         self.streams: list[Generator] = []
         self.asks_first = False
 
@@ -175,17 +156,22 @@ class _Session:
         return self.of_call if handed_on is None and getattr(scheduler, "generator", None) is None else handed_on
 
     def step(self, scheduler, stock_step: Callable, arguments: dict):
-        child, output, rows = self.adopt(scheduler), arguments["model_output"], len(arguments["sample"])
+        child, output, rows = self.adopt(scheduler), arguments["model_output"], len(_first_of(arguments, "sample", "sample_hat"))
         if isinstance(self.noise, list) and len(self.noise) != rows:
             raise ValueError(OTHER_NUMBER.format(rows, len(self.noise)))
         if (clean := arguments.get("pred_original_sample")) is not None:
             output = implied_output(scheduler, clean, arguments["sample"])
-        step = Step(self.taken[child], child, scheduler, arguments["timestep"], arguments["sample"], output, stock_step, arguments)
+        time, state = _first_of(arguments, "timestep", "sigma_hat"), _first_of(arguments, "sample", "sample_hat")
+        step = Step(self.taken[child], child, scheduler, time, state, output, stock_step, arguments)
         step.portion = len(self.begun[child]) - 1
-        step.place = self.places.setdefault((child, step.portion), len(self.places))
         result = step.result(self.on_step(step))
         self.taken[child] += 1
         return result
+
+
+def _first_of(arguments: dict[str, Any], *names: str) -> Any:
+    """The argument of a step by the first of the names that it has: solvers that raise the noise first call what they step from otherwise."""
+    return next(arguments[name] for name in names if name in arguments)
 
 
 def _hooked_class(cls: type, session: _Session) -> type:
@@ -317,7 +303,7 @@ def drive(
     if gradients:
         tree.refuse_offloading()
     calls, session = calls_of(pipeline), _Session(on_step, timesteps, begin_index, noise, call.get("generator"))
-    check_one_chain(calls)
+    check_whole_steps(calls)
     session.asks_first = _asks_first(calls)
     session.adopt(calls.main_scheduler)
     with ExitStack() as stack:

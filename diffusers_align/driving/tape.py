@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from .driver import Driver
 
 
+OTHER_SIZE = (
+    "The pipeline's states change their size on the way, from {} to {} (the stages of a pyramid, an upsampling behind): there is no one chain of states "
+    "to learn on. Use a pipeline that makes one of the sizes, or choose the best of n: BestOfNPipeline(pipe)."
+)
+
+
 class Tape:
     """Collects steps, each child scheduler's by itself; `record` is an `on_step` of the driver, and `add` is for one that chooses its own.
 
@@ -45,7 +51,7 @@ class Tape:
 
         Raises:
             ValueError: no step was taken, or none of the pipeline's own scheduler, or the pipeline made another number of samples than the condition
-                has prompts.
+                has prompts, or states of several sizes.
         """
         if not self.rows:
             raise ValueError(
@@ -56,6 +62,10 @@ class Tape:
             raise ValueError(NO_OWN_STEP)
         if wrong := {len(row["state"]) for rows in self.rows.values() for row in rows} - {len(condition)}:
             raise ValueError(OTHER_NUMBER.format(min(wrong), len(condition)))
+        for rows in self.rows.values():
+            sizes = list(dict.fromkeys(tuple(row["state"].shape[1:]) for row in rows))
+            if len(sizes) > 1:
+                raise ValueError(OTHER_SIZE.format(sizes[0], sizes[1]))
         main, *children = (_trajectory(self.rows[child], condition) for child in sorted(self.rows))
         return Trajectory(**{**vars(main), "children": tuple(children)})
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..condition import Condition
 from ..driving.initial_noise import initial_noise
-from ..driving.outcome import images_of
+from ..driving.outcome import Outcome, by_sample, images_of
 from ..driving.scheduler_hook import Step
 from ..driving.stock import stock_solver
 from ..policy import Policy
@@ -123,7 +123,7 @@ def differentiable_rollout(
             stack.enter_context(light_decoding(policy.pipeline, decode_checkpoint, frames))
         output = policy.drive(condition, walk.on_step, needs_denoiser=walk.needs_denoiser, **own, **({"output_type": "pt"} if decode else {}))
     walk.check_taken()
-    images = images_of(output) if decode else None
+    images = by_sample(Outcome(images_of(output)), len(condition)).images if decode else None
     return DifferentiableRollout(condition, images, walk.final[0], walk.states, walk.timesteps, walk.steps, stochastic, walk.actions, walk.call, start.noise)
 
 

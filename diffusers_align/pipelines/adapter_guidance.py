@@ -30,9 +30,10 @@ from torch.utils import _pytree as pytree
 
 from .. import lora
 from ..checks.ranges import NonNegative, Probability, check_call, check_value
+from ..driving.denoisers import denoisers
 from ..driving.prompt_memory import PromptMemory
 from ..driving.replacements import replaced
-from ..driving.scheduler_hook import Step, denoisers, drive
+from ..driving.scheduler_hook import Step, drive
 from .base import WrappedPipeline
 from .guided_sampling import first_step
 from .noise_grid import position

@@ -25,7 +25,8 @@ from ..checks.ranges import check_call
 from ..condition import Condition, is_embedding
 from ..driving.arguments import check_number, checked_prompts, unknown_prompts
 from ..driving.calls import Calls, calls_of
-from ..driving.outcome import Outcome, outcome
+from ..driving.chains import SEVERAL_CHAINS, Chains, Finals, Recorder, put_state
+from ..driving.outcome import Outcome, by_sample, outcome
 from ..driving.parts import parts_of
 from ..driving.portions import IN_PORTIONS, in_portions
 from ..driving.prompt_memory import PromptMemory
@@ -35,7 +36,6 @@ from ..gradients.decoding import light_decoding
 from ..policy import Policy
 from ..rewards import load_reward
 from .judge import Judge
-from .outputs import by_scheduler
 from .rows import with_own_rows
 
 logger = logging.get_logger(__name__)
@@ -150,7 +150,7 @@ class WrappedPipeline(DiffusionPipeline):
         accepted = self.calls.parameters
         arguments, own = {**arguments}, {**(arguments.get("per_sample") or {})}
         arguments.pop("per_sample", None)
-        if unknown := sorted({*arguments, *own} - set(accepted)):
+        if unknown := sorted({*arguments, *own} - {*accepted, "output_type"}):  # every call is asked for a form of its output
             raise ValueError(f"Neither {type(self).__name__} nor {type(self.pipeline).__name__} takes {', '.join(unknown)}.")
         check_call({**arguments, **own})
         check_number({*arguments, *own}, accepted)
@@ -188,45 +188,54 @@ class WrappedPipeline(DiffusionPipeline):
             return drive(self.pipeline, on_step, call, gradients=gradients, needs_denoiser=needs_denoiser, memory=self.prompt_memory, global_seed=global_seed)
 
     @torch.no_grad()
-    def sample(self, condition: Condition, generator: Generators, **overrides: Any) -> list[Tensor]:
-        """The stock pipeline's own samples: the final states (B, *D) of each schedule that its scheduler walks, and the copies that it makes."""
-        final: dict[int, Tensor] = {}
+    def sample(self, condition: Condition, generator: Generators, copies: dict[str, int] | None = None, **overrides: Any) -> Finals:
+        """The stock pipeline's own samples: the final states (B, *D) of each chain of its scheduler and of the copies it makes.
 
-        def keep(step: Step) -> None:
-            final[step.place] = step.run().prev_sample
+        Args:
+            copies: the argument that asks for several outputs of each prompt, if the call has one.
 
+        Raises:
+            ValueError: no scheduler took a step, or the steps are of another number of samples.
+        """
+        record = Recorder(len(condition) * max((copies or {}).values(), default=1))
         # Open gates learn what a later call with closed ones must return.
-        self.drive(condition, generator, keep, needs_denoiser=lambda k: True, output_type="latent", **overrides)
-        return ByPlace(by_scheduler(final))
+        self.drive(condition, generator, record, needs_denoiser=lambda k: True, output_type="latent", **(copies or {}), **overrides)
+        return record.finals
 
-    def finish(self, final: list[Tensor], condition: Condition, generator: Generators, **overrides: Any):
+    def finish(self, final: Finals | list[Tensor], condition: Condition, generator: Generators, **overrides: Any):
         """The stock pipeline's output for the final states (B, *D), by its own tail; no denoiser is called.
 
         Args:
-            final: what `sample` returned, or a state of each scheduler.
+            final: of each chain, or a list of each scheduler's, which has one.
             generator: in the state that it had when the samples were drawn: some pipelines draw masks or noise beside them.
             overrides: such as `output_type`.
-        """
 
-        portions, before = {0}, copied(generator)
+        Raises:
+            ValueError: the call has more chains.
+        """
+        chains, portions, before = Chains(), {0}, copied(generator)
 
         def put(step: Step) -> Tensor:
-            step.skip()
+            if isinstance(final, dict):
+                return put_state(chains, step, final, "searches over noise")
             portions.add(step.portion)
-            return step.like(final[step.place if isinstance(final, ByPlace) else step.child])
+            if chains.of(step)[1] > step.portion:
+                raise ValueError(SEVERAL_CHAINS.format("particles and searches over noise"))
+            step.skip()
+            return step.like(final[step.child])
 
         quiet = {name: None for name in ("callback_on_step_end", "callback") if name in condition.kwargs}
         closed = {"needs_denoiser": lambda k: False, **quiet}
         output = self.drive(condition, generator, put, gradients=torch.is_grad_enabled(), **closed, **overrides)
-        if len(portions) > 1 and not isinstance(final, ByPlace):
+        if len(portions) > 1 and isinstance(final, list):
             if in_portions(lambda on_step: self.drive(condition, copied(before), on_step, global_seed=0, **closed)):
                 raise ValueError(IN_PORTIONS.format(self.calls.name, "choose the best of n, which looks at whole samples"))
         return output
 
-    def decode(self, final: list[Tensor], condition: Condition, generator: Generators) -> Outcome:
+    def decode(self, final: Finals | list[Tensor], condition: Condition, generator: Generators) -> Outcome:
         """What rewards judge, which no safety checker has seen; differentiable if autograd is on."""
         with unchecked(self.pipeline):  # what is handed out comes from `finish`, and passes it
-            return outcome(self.pipeline, self.finish(final, condition, generator, output_type="pt"))
+            return by_sample(outcome(self.pipeline, self.finish(final, condition, generator, output_type="pt")), len(condition))
 
     @contextmanager
     def as_policy(self, scheduler=None, **call_kwargs: Any) -> Iterator[Policy]:
@@ -306,10 +315,6 @@ for _cls in DiffusionPipeline.__mro__[-2::-1]:
         _of_an_instance = inspect.isfunction(_member) or isinstance(_member, property)
         if _of_an_instance and not _name.startswith("__") and _name not in vars(WrappedPipeline):
             setattr(WrappedPipeline, _name, _inside(_name, _member))
-
-
-class ByPlace(list):
-    """Final states (B, *D) by the place of their schedule (`Step.place`); other lists have one for each scheduler."""
 
 
 def copies_asked(arguments: dict[str, Any]) -> dict[str, int]:

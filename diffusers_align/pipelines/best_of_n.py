@@ -13,6 +13,7 @@ from torch import Tensor
 from ..algorithms.best_of_n import best, neighbour
 from ..checks.ranges import Count, Probability, checked
 from ..condition import Condition
+from ..driving.chains import Finals
 from ..driving.initial_noise import prepared_latents
 from ..policy import noise_seed
 from .base import Generators, WrappedPipeline, copied, copies_asked
@@ -96,7 +97,7 @@ class BestOfNPipeline(WrappedPipeline):
         with self._near(None, 1.0) as noise:
             # Initial latents are given for each output, everything else for each prompt.
             given = {name: condition.per_sample[name] for name in ("latents",) if name in condition.per_sample}
-            states = self.sample(condition.select(rows[:: max(copies.values(), default=1)]), generator, **copies, **given)
+            states = self.sample(condition.select(rows[:: max(copies.values(), default=1)]), generator, copies, **given)
         rewards = judge(self.decode(states, condition, copied(start)), rows)
         return _Found(states, noise[0] if noise else None, rewards[:, None], [None] * len(rows))
 
@@ -107,13 +108,12 @@ class BestOfNPipeline(WrappedPipeline):
         chosen = condition.select(rows)
         with self._near(None if pivot is None else pivot[rows], cosine) as noise:
             states = self.sample(chosen, _seeded(seeds))
-        if all(torch.equal(x[i], own[row]) for x, own in zip(states, found.states) for i, row in enumerate(rows)):
-            raise ValueError(
-                f"{self.calls.name} makes the same samples with other seeds (it draws nothing: an inversion's noise, say): there is none to choose."
-            )
+        if all(torch.equal(x[i], found.states[chain][row]) for chain, x in states.items() for i, row in enumerate(rows)):
+            why = "it draws by an argument of its own: give seed=None" if "seed" in self.calls.parameters else "it draws nothing: an inversion's noise, say"
+            raise ValueError(f"{self.calls.name} makes the same samples with other seeds ({why}): there is none to choose.")
         rewards = judge(self.decode(states, chosen, _seeded(seeds)), rows)
         for i, (j, row) in enumerate(pairs):
-            found.add(j, row, [x[i] for x in states], noise[0][i] if noise else None, rewards[i], seeds[i])
+            found.add(j, row, {chain: x[i] for chain, x in states.items()}, noise[0][i] if noise else None, rewards[i], seeds[i])
 
     @contextmanager
     def _near(self, pivot: Tensor | None, cosine: float) -> Iterator[list[Tensor]]:
@@ -134,13 +134,13 @@ class _Found:
     """The best candidate so far of each of P outputs.
 
     Attributes:
-        states: (P, *D), final, of each scheduler.
+        states: (P, *D), final, of each scheduler and chain.
         noise: (P, *D), initial.
         rewards: (P, candidates so far), of all.
         seeds: of the best; None for the first.
     """
 
-    states: list[Tensor]
+    states: Finals
     noise: Tensor | None
     rewards: Tensor
     seeds: list[int | None]
@@ -150,14 +150,14 @@ class _Found:
         """(P,)"""
         return best(self.rewards)
 
-    def add(self, j: int, row: int, states: list[Tensor], noise: Tensor | None, reward: Tensor, seed: int) -> None:
+    def add(self, j: int, row: int, states: Finals, noise: Tensor | None, reward: Tensor, seed: int) -> None:
         """Put candidate j of output `row` in the best one's place if it is better."""
         if j == self.rewards.shape[1]:
             self.rewards = torch.cat([self.rewards, torch.full_like(self.rewards[:, :1], torch.nan)], 1)
         self.rewards[row, j] = reward
         if int(self.chosen[row]) == j:
-            for kept, new in zip(self.states, states):
-                kept[row] = new
+            for chain, new in states.items():
+                self.states[chain][row] = new
             self.seeds[row] = seed
             if noise is not None:
                 self.noise[row] = noise

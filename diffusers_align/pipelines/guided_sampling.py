@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from ..algorithms.guidance import Guidance, Level, clean_estimate, guide, output_change, renoised, step_weights
 from ..driving.calls import calls_of
+from ..driving.denoisers import denoisers
 from ..driving.initial_noise import prepared_latents
 from ..driving.prompt_memory import PromptMemory
 from ..driving.replacements import reads_levels_by_number
-from ..driving.scheduler_hook import NO_OWN_STEP, Step, denoisers, drive
+from ..driving.scheduler_hook import NO_OWN_STEP, Step, drive
 from .base import copied
 from .noise_grid import NoiseGrid, check_scale, noise_grid
 from .recurrence import put_back, raised_in, reads_state, restarted, run_time_state, whole_steps
@@ -208,6 +209,10 @@ class _Walk:
 
     def _guided_step(self, step: Step, k: int, state: Tensor, output: Tensor) -> Tensor:
         grid = self.grid
+        if output.shape[1:] == state.shape[1:] and len(output) != len(state):
+            raise GuidanceError(
+                f"The pipeline's model answers for {len(output)} samples where its state is of {len(state)}: it takes one prompt a call, so give it one by one."
+            )
         if output.shape != state.shape:
             raise GuidanceError(f"The model's output {tuple(output.shape)} is not shaped like the state {tuple(state.shape)}: it predicts a variance too.")
         check_scale(grid, k, step.scheduler, step.timestep)

@@ -66,6 +66,11 @@ def noise_grid(scheduler, timestep) -> NoiseGrid:
         inverted = bool(config.get("invert_sigmas"))
         sigmas = [1 - s if inverted else s for s in scheduler.sigmas[first:].tolist()]
         return NoiseGrid([Level(1 - s, s) for s in sigmas], [1.0] * len(sigmas), "flow", -1 if inverted else 1, first)
+    if not hasattr(scheduler, "scale_model_input"):
+        raise ValueError(
+            f"{name} cannot be guided: nothing says what its states and its model's outputs are (no scale_model_input, no FlowMatch in its name). Give the "
+            "pipeline a FlowMatchEuler scheduler if its model allows."
+        )
     levels = _diffusion_levels(scheduler, first)
     explodes = hasattr(scheduler, "sigmas") and scheduler.scale_model_input(scheduler.sigmas.new_ones(1), timestep).item() != 1
     scales = [1 / level.alpha if explodes else 1.0 for level in levels]

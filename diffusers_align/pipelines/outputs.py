@@ -17,18 +17,6 @@ def merged(outputs: list):
     return first
 
 
-def by_scheduler(states: dict[int, Tensor]) -> list[Tensor]:
-    """States (B, *D) by the number of their scheduler, (B, 0) of one that took no step.
-
-    Raises:
-        ValueError: none took a step.
-    """
-    if not states:
-        raise ValueError("The pipeline took no step of a scheduler: num_inference_steps or strength asks for none.")
-    like = next(iter(states.values()))
-    return [states.get(number, like.new_zeros(len(like), 0)) for number in range(max(states) + 1)]
-
-
 def _joined(values: list):
     if isinstance(values[0], Tensor):
         return torch.cat(values)

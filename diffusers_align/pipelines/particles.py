@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from ..condition import Condition
+from ..driving.chains import SEVERAL_CHAINS, Chains
+from ..driving.denoisers import denoisers
 from ..driving.noise import noise_seed, step_streams
 from ..driving.outcome import Outcome
 from ..driving.reproducibility import caches
-from ..driving.scheduler_hook import NO_OWN_STEP, OTHER_NUMBER, Step, denoisers
+from ..driving.scheduler_hook import NO_OWN_STEP, OTHER_NUMBER, Step
 from ..transition import GaussianTransition
 from .base import Generators, WrappedPipeline
 
@@ -99,9 +101,11 @@ class Walk:
     @cached_property
     def stochastic_steps(self) -> list[bool]:
         """Of each solver step, whether its kernel has noise; looked up once, with gated denoiser calls."""
-        found: list[bool] = []
+        found, chains = [], Chains()
 
         def look(step: Step) -> Tensor:
+            if chains.of(step)[1] > step.portion:
+                raise ValueError(SEVERAL_CHAINS.format("particles"))
             if step.child == 0 and len(step.sample) != 1:
                 raise ValueError(OTHER_NUMBER.format(len(step.sample), 1))
             if step.child == 0:

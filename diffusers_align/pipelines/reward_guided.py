@@ -16,12 +16,13 @@ from ..algorithms.guidance import Guidance, Level
 from ..algorithms.guidance import preset as find_preset
 from ..checks.ranges import Count, Probability, checked
 from ..condition import Condition
-from ..driving.outcome import images_of
+from ..driving.chains import SEVERAL_CHAINS, Chains
+from ..driving.outcome import Outcome, by_sample, images_of
 from ..driving.safety_checker import unchecked
 from ..driving.scheduler_hook import OTHER_NUMBER, Step
 from ..policy import noise_seed
 from .base import Generators, WrappedPipeline, copied
-from .guided_sampling import Objective, guided_sample
+from .guided_sampling import GuidanceError, Objective, guided_sample
 from .judge import Judge
 
 
@@ -120,21 +121,28 @@ class _Tail(WrappedPipeline):
         if max(rows) >= len(condition):
             raise ValueError(OTHER_NUMBER.format(f"at least {max(rows) + 1}", len(condition)))
         own, begun = torch.Generator().manual_seed(0) if generator is None else copied(_rows(generator, rows)), []
+        chains = Chains()
 
         def put(step: Step) -> Tensor:
             begun.append(True)
+            chain = chains.of(step)
+            if chain[0] == 0 and len(latents) != len(step.sample):
+                raise ValueError(OTHER_NUMBER.format(len(step.sample), len(latents)))
+            if chain[0] == 0 and (chain[1] > step.portion or latents.shape != step.sample.shape):
+                raise GuidanceError(SEVERAL_CHAINS.format("guided samplings"))
             step.skip()
             return latents.to(step.sample.dtype) if step.child == 0 else step.sample
 
         graph = torch.is_grad_enabled()
         try:
             with unchecked(self.pipeline):  # what is handed out passes the original's
-                return images_of(self.drive(condition.select(rows), own, put, gradients=graph, needs_denoiser=lambda k: False, **overrides))
-        except ValueError:
-            if begun or "num_inference_steps" not in overrides:
+                output = self.drive(condition.select(rows), own, put, gradients=graph, needs_denoiser=lambda k: False, **overrides)
+                return by_sample(Outcome(images_of(output)), len(rows)).images
+        except (ValueError, IndexError):
+            if begun or not {"num_inference_steps", "latents"} & set(overrides):
                 raise
-        # Distilled models may know one number of steps.
-        self.given = condition, generator, {name: value for name, value in overrides.items() if name != "num_inference_steps"}
+        # Some models know one number of steps, some pipelines go on from the latents that they are given.
+        self.given = condition, generator, {name: value for name, value in overrides.items() if name not in ("num_inference_steps", "latents")}
         return self.images(latents, rows)
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..condition import Condition
+from ..driving.denoisers import denoisers
 from ..driving.guidance import of_the_device
-from ..driving.scheduler_hook import Step, denoisers
+from ..driving.scheduler_hook import Step
 
 if TYPE_CHECKING:
     from .base import WrappedPipeline

@@ -16,10 +16,11 @@ from diffusers import (
 from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy
+from diffusers_align.driving.denoisers import denoisers
 from diffusers_align.driving.driver import Driver
 from diffusers_align.driving.outcome import images_of, on_white
 from diffusers_align.driving.prompt_memory import PromptMemory
-from diffusers_align.driving.scheduler_hook import denoisers, drive
+from diffusers_align.driving.scheduler_hook import drive
 from diffusers_align.driving.stock import stock_images
 from diffusers_align.schedulers import sde_twin
 from tests.families.cases import CASES

@@ -19,9 +19,10 @@ def test_it_is_said_once_and_early(name):
     case = CASES[name][0]
     with pytest.raises(ValueError, match=f"{name} .*{WAYS[name]}.* no one chain of states"):
         Policy(case.build())
-    for cls in (BestOfNPipeline, ParticleSteeringPipeline, RewardGuidedPipeline):
+    again = name == "TextToVideoZeroPipeline"  # several whole chains, of which the best of n keeps all
+    for cls in (ParticleSteeringPipeline, RewardGuidedPipeline) if again else (BestOfNPipeline, ParticleSteeringPipeline, RewardGuidedPipeline):
         pipeline = cls(case.build(), reward=lambda images, prompts: images.flatten(1).mean(1))
-        with pytest.raises(ValueError, match="no one chain of states"):
+        with pytest.raises(ValueError, match="several chains of states|no gradient|samples for" if again else "no one chain of states"):
             pipeline(["a cat"], generator=[torch.Generator().manual_seed(1)], **case.call)
 
 

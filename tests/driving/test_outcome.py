@@ -1,16 +1,18 @@
 """What a pipeline made, as rewards get it: sounds in one form with their rate, and the sound of videos from all parts of a trajectory."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers.pipelines.pipeline_utils import AudioPipelineOutput, ImagePipelineOutput
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils import BaseOutput
 from torch import nn
 
 from diffusers_align import Policy
 from diffusers_align.driving.modular import Output
-from diffusers_align.driving.outcome import images_of, outcome, sampling_rate_of, waveforms
+from diffusers_align.driving.outcome import Outcome, by_sample, images_of, outcome, sampling_rate_of, waveforms
 from diffusers_align.driving.stock import stock_images, stock_outcome
 from diffusers_align.pipelines import BestOfNPipeline, ParticleSteeringPipeline
 from diffusers_align.rewards import InvalidReward
@@ -161,3 +163,36 @@ def test_what_has_no_sound_says_so():
     pipeline.set_progress_bar_config(disable=True)
     with pytest.raises(InvalidReward, match="these are sounds themselves, its first argument"):
         pipeline(case.prompts[0], num_candidates=1, **case.call)
+
+
+@dataclass
+class Directions(BaseOutput):
+    """
+    Args:
+        prediction (`torch.Tensor`): Directions with values in the range [-1, 1].
+        uncertainty (`torch.Tensor`): Of them, in [0, 1].
+    """
+
+    prediction: torch.Tensor
+    uncertainty: torch.Tensor | None = None
+
+
+def test_a_depth_is_grey_and_what_is_said_to_lie_around_zero_is_brought_to_0_to_1():
+    depth = torch.rand(2, 1, 4, 4)
+    assert torch.equal(images_of((depth,)), depth.expand(2, 3, 4, 4))
+    directions = torch.rand(2, 3, 4, 4) * 2 - 1
+    torch.testing.assert_close(images_of(Directions(prediction=directions)), directions / 2 + 0.5)
+    assert torch.equal(images_of((directions,)), directions)
+
+
+def test_several_pictures_of_a_sample_are_its_frames():
+    images = torch.rand(6, 3, 4, 4)
+    made = by_sample(Outcome(images), 2)
+    assert made.images.shape == (2, 3, 3, 4, 4) and torch.equal(made.images[1, 0], images[3])
+    assert by_sample(Outcome(images), 6).images is images and by_sample(Outcome(images), 4).images is images
+
+
+def test_a_sound_that_the_chosen_blocks_do_not_make_is_none():
+    output = Output({"videos": torch.rand(1, 2, 3, 4, 4)}, {})
+    output.main, output.made = "videos", ("videos", "sound")
+    assert outcome(None, output).audio is None

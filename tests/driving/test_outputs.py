@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffusers_align import Policy
-from diffusers_align.driving.outputs import makes_arrays, returns_latents
+from diffusers_align.driving.outputs import form_asked, makes_arrays, returns_latents
 from diffusers_align.pipelines import BestOfNPipeline
 from tests.families.cases import CASES
 
@@ -71,7 +71,17 @@ def test_a_call_without_latents_is_made_once(monkeypatch):
     assert torch.equal(again.final, first.final) and len(calls) == 1
 
 
-@pytest.mark.parametrize("name, latents, arrays", [("StableDiffusionPipeline", True, False), ("KandinskyPipeline", False, True), ("DDPMPipeline", False, True)])
+@pytest.mark.parametrize(
+    "name, latents, arrays",
+    [
+        ("StableDiffusionPipeline", True, False),
+        ("KandinskyPipeline", False, True),
+        ("DDPMPipeline", False, True),
+        ("MarigoldDepthPipeline", False, False),  # it has another switch, and refuses the word
+        ("QwenImageLayeredPipeline", False, False),  # it returns a name that it assigns for pictures alone
+        ("AudioLDM2Pipeline", True, False),  # it returns in the branch itself
+    ],
+)
 def test_it_is_read_from_the_pipelines_code(name, latents, arrays):
     pipeline = object.__new__(getattr(diffusers, name))
     assert (returns_latents(pipeline), makes_arrays(pipeline)) == (latents, arrays)
@@ -92,3 +102,37 @@ def test_what_a_prior_makes_is_no_picture():
     policy, trajectory = rollout("WuerstchenPriorPipeline")
     with pytest.raises(ValueError, match="WuerstchenPriorPipeline makes no pictures"):
         policy.decode(trajectory.final, trajectory.condition)
+
+
+@pytest.mark.parametrize("name", ["MarigoldDepthPipeline", "StableDiffusionLDM3DPipeline", "QwenImageLayeredPipeline"])
+def test_a_roll_out_needs_no_latents_of_the_call(name):
+    case = CASES[name][0]
+    pipeline, size = built(name)[0], 1 if case.one_sample else 2
+    policy = Policy(pipeline, **case.call)
+    own = {argument: value[:size] for argument, value in case.per_sample.items()}
+    trajectory = policy.rollout(None if case.prompts is None else list(case.prompts[:size]), seeds=[1, 2][:size], per_sample=own)
+    leaf = trajectory.final.clone().requires_grad_()
+    images = policy.decode(leaf, trajectory.condition)
+    assert images.shape[0] == size and images.shape[-3] == 3 and images.min() >= 0 and images.max() <= 1
+    (slope,) = torch.autograd.grad(images.sum(), leaf)
+    assert slope.abs().sum() > 0
+
+
+def test_a_processor_that_makes_no_tensors_is_asked_for_arrays():
+    pipeline, _ = built("StableDiffusionLDM3DPipeline")
+    assert form_asked(pipeline, "latent") == form_asked(pipeline, "pt") == ({"output_type": "np"}, True)
+    assert form_asked(pipeline, "pil") == ({"output_type": "pil"}, False)
+
+
+def test_a_call_without_an_output_type_gives_its_sound_as_a_tensor_with_a_rate():
+    pipeline, case = built("DanceDiffusionPipeline")
+    heard = []
+
+    def reward(sounds, prompts, sampling_rate):
+        heard.append((sounds, sampling_rate))
+        return sounds.flatten(1).mean(1)
+
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    output = BestOfNPipeline(pipeline, reward)(["", ""], num_candidates=2, generator=generators, output_type="pt", **case.call)
+    assert form_asked(pipeline, "pt") == ({}, True) and heard[0][1] == pipeline.unet.config.sample_rate
+    assert heard[0][0].ndim == 3 and torch.equal(output.audios.flatten(1).mean(1), output.rewards.max(1).values)

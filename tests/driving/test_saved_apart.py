@@ -5,8 +5,9 @@ import torch
 from policies_again import changed, policy_of
 from torch import nn
 
-from diffusers_align import differentiable_rollout
+from diffusers_align import Policy, differentiable_rollout
 from diffusers_align.driving.saved_apart import SavedApart
+from tests.families.cases import CASES
 
 
 def normalised(in_place: bool):
@@ -71,3 +72,16 @@ def test_networks_and_callbacks_keep_no_copies():
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 made.sum().backward()
     assert "forward" not in vars(pipeline.components["network"])
+
+
+def test_directions_of_surfaces_have_a_gradient_through_decode():
+    case = CASES["MarigoldNormalsPipeline"][0]
+    policy = Policy(case.build(), **case.call)
+    policy.pipeline.set_progress_bar_config(disable=True)
+    condition = policy.condition(None, seeds=[1, 2], per_sample=dict(case.per_sample))
+    latents = torch.randn(2, 4, 8, 8, requires_grad=True)
+    images = policy.decode(latents, condition)
+    assert images.min() >= 0 and images.max() <= 1  # the pipeline's own are in [-1, 1]
+    torch.testing.assert_close((images * 2 - 1).norm(dim=1), torch.ones_like(images[:, 0]), rtol=1e-3, atol=1e-3)
+    images.square().sum().backward()
+    assert latents.grad.abs().sum() > 0

@@ -5,7 +5,7 @@ from lora_tools import Sharded, compiled
 from tiny_pipelines import FAMILIES
 from torch import nn
 
-from diffusers_align.driving.scheduler_hook import denoisers
+from diffusers_align.driving.denoisers import denoisers
 from diffusers_align.driving.wrappers import bare, unwrapped
 
 

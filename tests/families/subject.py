@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from diffusers_align import Policy, Trajectory
 from diffusers_align.condition import Condition, belongs_to_samples
+from diffusers_align.driving.denoisers import denoisers
 from diffusers_align.driving.noise import noise_seed
-from diffusers_align.driving.outcome import images_of
+from diffusers_align.driving.outcome import images_of, in_range
 from diffusers_align.driving.pipeline_state import seeded_globally
-from diffusers_align.driving.scheduler_hook import denoisers
 
 from .case import Case
 
@@ -166,7 +166,7 @@ class Subject:
         images = tensor_of(output)
         if images.ndim > 3 and images.shape[-3] == 3 and images.min() < 0:  # some leave tensors as the autoencoder made them
             images = tensor_of(self.stock_call("np"))
-        return images_of((images,))
+        return images_of((in_range(output, images) if hasattr(output, "to_tuple") else images,))
 
     @cached_property
     def stock_latents(self) -> Tensor:

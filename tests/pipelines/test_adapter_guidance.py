@@ -11,7 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from tiny_pipelines import FAMILIES
 
 from diffusers_align import embedded, lora
-from diffusers_align.driving.scheduler_hook import denoisers
+from diffusers_align.driving.denoisers import denoisers
 from diffusers_align.pipelines import AdapterGuidancePipeline, path
 from diffusers_align.pipelines.adapter_guidance import schedule
 

@@ -41,3 +41,10 @@ def test_grids_in_sigma_space_read_outputs_as_the_solver_does():
             check_scale(grid, k, scheduler, scheduler.timesteps[k])
             found = clean_estimate(grid.sign * output, state / grid.scales[k], grid.levels[k], grid.prediction)
             torch.testing.assert_close(grid.data * found, clean, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sampler_that_says_nothing_of_its_states_is_refused():
+    scheduler = diffusers.LTXEulerAncestralRFScheduler()
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="nothing says what its states"):
+        noise_grid(scheduler, scheduler.timesteps[0])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from script_tools import rows, run_script, write_task
 
 from diffusers_align import Policy, load_lora, lora
-from diffusers_align.driving.scheduler_hook import denoisers
+from diffusers_align.driving.denoisers import denoisers
 from diffusers_align.files.lora_finder import WEIGHTS
 from tests.families.cases.modular_videos import modular_two
 from tests.families.cases.wan import from_pictures, two_transformers

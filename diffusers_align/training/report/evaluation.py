@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ... import lora
 from ...data.prompts import Prompt
-from ...driving.scheduler_hook import denoisers
+from ...driving.denoisers import denoisers
 from ...files import lora_finder
 from ...policy import Policy, noise_seed
 from ...rewards import load_reward

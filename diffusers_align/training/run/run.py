@@ -16,7 +16,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from ...driving.scheduler_hook import denoisers
+from ...driving.denoisers import denoisers
 from ...policy import Policy
 from ..checkpoints import checkpoints
 from ..checkpoints.allowed_changes import without_secrets

@@ -43,7 +43,7 @@ def long_video():
     return ltx(diffusers.LTXI2VLongMultiPromptPipeline, scheduler=diffusers.LTXEulerAncestralRFScheduler())
 
 
-LONG = {**VIDEO, "num_frames": 9, "temporal_tile_size": 8, "temporal_overlap": 4}
+LONG = {**VIDEO, "num_frames": 9, "temporal_tile_size": 8, "temporal_overlap": 4, "seed": None}
 
 CASES: dict[str, list[Case]] = {
     "LTXPipeline": [Case(ltx, VIDEO)],

@@ -19,7 +19,7 @@ from tiny_pipelines import FAMILIES
 from torch import nn
 
 from diffusers_align import embedded
-from diffusers_align.driving.scheduler_hook import denoisers
+from diffusers_align.driving.denoisers import denoisers
 from diffusers_align.training.run import sharding
 from diffusers_align.training.run.run import Run
 
