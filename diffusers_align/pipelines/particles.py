@@ -104,7 +104,7 @@ class Walk:
         found, chains = [], Chains()
 
         def look(step: Step) -> Tensor:
-            if chains.of(step)[1] > step.portion:
+            if chains.of(step)[1] > 0:
                 raise ValueError(SEVERAL_CHAINS.format("particles"))
             if step.child == 0 and len(step.sample) != 1:
                 raise ValueError(OTHER_NUMBER.format(len(step.sample), 1))

@@ -128,7 +128,7 @@ class _Tail(WrappedPipeline):
             chain = chains.of(step)
             if chain[0] == 0 and len(latents) != len(step.sample):
                 raise ValueError(OTHER_NUMBER.format(len(step.sample), len(latents)))
-            if chain[0] == 0 and (chain[1] > step.portion or latents.shape != step.sample.shape):
+            if chain[0] == 0 and (chain[1] > 0 or latents.shape != step.sample.shape):
                 raise GuidanceError(SEVERAL_CHAINS.format("guided samplings"))
             step.skip()
             return latents.to(step.sample.dtype) if step.child == 0 else step.sample

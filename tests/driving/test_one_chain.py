@@ -14,6 +14,7 @@ WAYS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Default grid_sample")
 @pytest.mark.parametrize("name", WAYS)
 def test_it_is_said_once_and_early(name):
     case = CASES[name][0]
@@ -22,7 +23,7 @@ def test_it_is_said_once_and_early(name):
     again = name == "TextToVideoZeroPipeline"  # several whole chains, of which the best of n keeps all
     for cls in (ParticleSteeringPipeline, RewardGuidedPipeline) if again else (BestOfNPipeline, ParticleSteeringPipeline, RewardGuidedPipeline):
         pipeline = cls(case.build(), reward=lambda images, prompts: images.flatten(1).mean(1))
-        with pytest.raises(ValueError, match="several chains of states|no gradient|samples for" if again else "no one chain of states"):
+        with pytest.raises(ValueError, match="several chains of states|no one chain of states"):
             pipeline(["a cat"], generator=[torch.Generator().manual_seed(1)], **case.call)
 
 

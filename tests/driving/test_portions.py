@@ -66,7 +66,7 @@ def test_searches_look_at_all_portions():
     found = BestOfNPipeline(pipeline, reward=reward)(PROMPTS, num_candidates=1, generator=generators[1], output_type="pt", **case.call)
     torch.testing.assert_close(found.frames, expected)
     torch.testing.assert_close(found.rewards[:, 0], expected.flatten(1).mean(1))
-    with pytest.raises(ValueError, match="portion after portion .* choose the best of n"):
+    with pytest.raises(ValueError, match="several chains of states .*particles need one chain.* choose the best of n"):
         ParticleSteeringPipeline(pipeline, reward=reward)(PROMPTS, num_particles=2, generator=generators[1], output_type="pt", **case.call)
 
 
