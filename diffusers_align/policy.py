@@ -18,12 +18,13 @@ from .checks.ranges import CountOrNone, Range, check_value, checked
 from .condition import Condition
 from .driving.chains import SEVERAL_CHAINS, Chains
 from .driving.driver import Driver, seeded
-from .driving.latent_layout import LatentLayout
+from .driving.latent_layout import LatentLayout, check_images
 from .driving.noise import noise_seed
 from .driving.outcome import Outcome, by_sample, check_seen, images_of, outcome, sampling_rate_of
 from .driving.prediction import Prediction
 from .driving.reproducibility import CarriedState, check_first_steps
 from .driving.scheduler_hook import Step
+from .driving.shared_prefix import shared_walk
 from .driving.tape import Tape, check_state, force
 from .schedulers.scheduling_utils import SDESchedulerMixin
 from .trajectory import Trajectory
@@ -63,6 +64,7 @@ class Policy(Driver):
         deterministic: bool = False,
         per_sample: dict[str, Any] | None = None,
         on_step: Callable[[int, GaussianTransition], None] | None = None,
+        share_prefix: bool = False,
         **call_kwargs: Any,
     ) -> Trajectory:
         """Sample one trajectory per prompt.
@@ -75,6 +77,7 @@ class Policy(Driver):
             deterministic: walk the ODE; no step has a log-probability then.
             per_sample, call_kwargs: as of `condition`.
             on_step: gets the number and the kernel of each step that draws noise, which a `replay` before any update would compute again.
+            share_prefix: walk the steps before the first noise once for samples of equal prompt, seed and arguments: the same up to rounding.
 
         Raises:
             ValueError: what `condition` raises; arguments beside a condition; a generator beside seeds.
@@ -88,8 +91,9 @@ class Policy(Driver):
             condition = self.condition(prompts, seeds=seeds, step_seeds=step_seeds, per_sample=per_sample, **call_kwargs)
         condition = seeded(condition, generator)
         tape = Tape(on_step)
+        record, needs_denoiser = shared_walk(self, condition, tape) if share_prefix and not deterministic else (tape.record, None)
         with self.noise(condition, deterministic):
-            self.drive(condition, tape.record)
+            self.drive(condition, record, needs_denoiser=needs_denoiser)
         return tape.trajectory(condition)
 
     def replay(
@@ -284,7 +288,7 @@ class Policy(Driver):
             ValueError: the pipeline's tail is not an affine map and a permutation before `vae.decode`, or these are no such images; a condition
                 that holds a part, of another number of samples.
         """
-        _check_images(images)
+        check_images(images)
         if self._layout is None or self._layout.image_shape != images.shape[1:]:
             single = condition.select([0]) if condition else self.any_condition(1)
             layout = LatentLayout.find(self, single, images[:1])
@@ -318,16 +322,6 @@ class Policy(Driver):
         Adapters of others, such as a style that `pipe.load_lora_weights` brought before, belong to that model and stay.
         """
         return lora.disabled(self.denoisers.values(), lora.ADAPTER)
-
-
-def _check_images(images: Tensor) -> None:
-    """Raise a ValueError if these are no images in [0, 1]; what resampling adds beyond is let be."""
-    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim not in (4, 5) or images.shape[-3] != 3:
-        found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise ValueError(f"Images to encode are a tensor (B, 3, H, W), or (B, F, 3, H, W) of videos, of floats in [0, 1]; got {found}.")
-    low, high = map(float, images.detach().aminmax())
-    if not (low >= -0.1 and high <= 1.1):
-        raise ValueError(f"Images to encode lie in [0, 1], got values from {low:.4g} to {high:.4g}: map them there first.")
 
 
 def _of_samples(condition: Condition, number: int, what: str) -> Condition:

@@ -230,3 +230,13 @@ def _autoencode(vae, images: Tensor, video: bool) -> Tensor:
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mode()
     return encoded.latents if hasattr(encoded, "latents") else encoded.latent
+
+
+def check_images(images: Tensor) -> None:
+    """Raise a ValueError if these are no images in [0, 1]; what resampling adds beyond is let be."""
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim not in (4, 5) or images.shape[-3] != 3:
+        found = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise ValueError(f"Images to encode are a tensor (B, 3, H, W), or (B, F, 3, H, W) of videos, of floats in [0, 1]; got {found}.")
+    low, high = map(float, images.detach().aminmax())
+    if not (low >= -0.1 and high <= 1.1):
+        raise ValueError(f"Images to encode lie in [0, 1], got values from {low:.4g} to {high:.4g}: map them there first.")

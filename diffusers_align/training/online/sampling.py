@@ -113,7 +113,9 @@ def sample_epoch(
                 noise = {"seeds": [seeds[i] for i in part], "step_seeds": [step_seeds[i] for i in part]}
                 condition = condition_of(policy, [asked[i] for i in part], **noise, **call_kwargs)
                 drawn_from: dict[int, GaussianTransition] = {}
-                trajectory = policy.rollout(condition, deterministic=deterministic, on_step=drawn_from.__setitem__ if keep_kernels else None)
+                keep = drawn_from.__setitem__ if keep_kernels else None
+                shared = same_latent and getattr(args, "share_prefix", False)
+                trajectory = policy.rollout(condition, deterministic=deterministic, on_step=keep, share_prefix=shared)
                 policy.check_reproducible(trajectory)
             run.explain_once(*describe_walk(policy, trajectory), *describe_window(policy, trajectory))
             batches.append(trajectory)
