@@ -41,6 +41,7 @@ UPSTREAM = {
     "_alpha_cumprod": "diffusers: the table of a scheduler with continuous time",
     "_supports_gradient_checkpointing": "diffusers: of a model",
     "_lora_loadable_modules": "diffusers: which models a pipeline's LoRA loader reaches",
+    "_maybe_expand_t2v_lora_for_i2v": "diffusers: a step of a pipeline's LoRA loader",
     "_hf_peft_config_loaded": "diffusers: whether a model has adapters",
     "_disable_adapters": "peft: whether a layer's adapters are off",
     "_active_adapter": "peft: which of a layer's adapters are on",
