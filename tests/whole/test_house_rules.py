@@ -281,7 +281,6 @@ TESTED_WITH = {
     "training/online/step_candidates": "training_scripts/test_train_d3po",
     "training/online/stored_trajectories": "training_scripts/test_train_d3po",
     "training/online/trained_steps": "training_scripts/test_train_flow_grpo",
-    "training/online/value_baseline": "training_scripts/test_train_dpok",
     "training/report/comparison": "training_scripts/test_evaluate",
     "training/report/evaluation": "training_scripts/test_evaluate",
     "training/report/hub": "training/report/test_model_card",
