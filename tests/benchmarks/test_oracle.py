@@ -1,6 +1,7 @@
 """The oracle's table: what it says of each algorithm is asserted, quickly in a smaller form, and as a whole in the long tests."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +66,11 @@ def test_the_whole_table():
     by_name = {row.name: table.mean_and_error(row.to_target)[0] for row in rows}
     for fewer, more, factor in NEARER:
         assert by_name[fewer] > factor * by_name[more], more
+    page = (Path(__file__).resolve().parents[2] / "docs" / "foundations.md").read_text(encoding="utf-8")
+    printed = {
+        cells[1].strip(): float(cells[5].split()[0]) for line in page.splitlines() if len(cells := line.split("|")) == 9 and cells[5].strip()[:1].isdigit()
+    }
+    assert printed.keys() == by_name.keys() and all(abs(printed[name] - by_name[name]) < 0.01 for name in printed)
 
 
 def test_the_table_is_markdown():

@@ -141,6 +141,17 @@ def test_a_first_noise_that_stays_reaches_the_tilt_of_a_memoryless_chain_alone()
     assert found["ddpm"] < 1e-12 and 0.005 < found["flow_sde"] < 0.1
 
 
+def test_a_diffusion_schedule_remembers_its_first_noise_a_little():
+    """Stable Diffusion's table leaves a signal at its last timestep: the optimum with the first noise as it is is near p*, and is not p*."""
+    alpha_bar = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+    at = [999, 799, 599, 399, 199, 19]
+    chain = discretised_chain(MIXTURE, grid(61), [(alpha_bar[t].sqrt().item(), (1 - alpha_bar[t]).sqrt().item()) for t in at])
+    reward = -(chain.grid - 0.4).square()
+    target = tilted(marginals(chain.initial, chain.kernels)[-1], reward, BETA)
+    assert total_variation(marginals(*aligned(chain, reward, BETA))[-1], target) < 1e-12
+    assert 1e-5 < total_variation(marginals(*aligned(chain, reward, BETA, fixed_noise=True))[-1], target) < 0.01
+
+
 def test_no_policy_does_better():
     chain, generator = chain_of(points=31), torch.Generator().manual_seed(0)
     reward = -(chain.grid - 0.4).square()
