@@ -11,14 +11,22 @@ from annotated_types import Interval
 from pydantic import model_validator
 
 from diffusers_align.training.flags.common import SamplingArguments
-from diffusers_align.training.flags.methods import GroupArguments, KLShareArguments, NoiseLevel, StepArguments, WindowArguments
+from diffusers_align.training.flags.methods import GroupArguments, KLShareArguments, NoiseLevel, StepArguments, ValueArguments, WindowArguments
 from diffusers_align.training.flags.options import NonNegative, Positive, option, parse
 
-CALIBRATED = {"calibration_rounds": True}
+CALIBRATED, GROUPED = {"calibration_rounds": True}, {"advantage": "group"}
+OF_GROUPS = {"baseline": GROUPED, "global_std": GROUPED, "std_ddof": GROUPED}
 
 
-class DenseGRPOArguments(GroupArguments, WindowArguments, StepArguments, KLShareArguments, SamplingArguments, defaults={"global_std": False}):
+class DenseGRPOArguments(
+    GroupArguments, ValueArguments, WindowArguments, StepArguments, KLShareArguments, SamplingArguments,
+    defaults={"global_std": False}, needs=OF_GROUPS, advanced={"value_learning_rate"},
+):  # fmt: skip
     """DenseGRPO"""
+
+    advantage: Literal["group", "gae"] = option(
+        "group", "a step's gain beside those of its group; or all gains from there on beside a learned value, as generalised advantages"
+    )
 
     psi_init: NoiseLevel = option(0.3, "noise of every step before calibration: psi sqrt(-dt); 0.3 is DanceGRPO's")
     calibration_rounds: Annotated[int, Interval(ge=0, le=10**4)] = option(20, "rounds of sampling that set psi before training; 0 keeps --psi_init")
@@ -57,6 +65,7 @@ from diffusers_align.training.online.policy_gradient import policy_gradient_epoc
 from diffusers_align.training.online.sampling import sample_epoch
 from diffusers_align.training.online.step_rewards import NoiseLevels, calibrate_noise, completion_rewards
 from diffusers_align.training.online.trained_steps import trained_steps
+from diffusers_align.training.online.value_baseline import learned_advantages, make_values, normalised
 
 
 def loss(args, advantages, step):
@@ -78,6 +87,9 @@ def main(argv=None):
     run.load_optimizer(args.num_epochs * run.division.num_steps)
     levels = NoiseLevels(args.psi_init, args.num_inference_steps)
     run.register("noise_levels", levels)
+    values = make_values(args, run.accelerator.device) if args.advantage == "gae" else None
+    if values:
+        run.register("value_baseline", values)
     run.resume()
     report.start()
     calibrate_noise(run, policy, report.reward, report.prompts, levels)
@@ -88,16 +100,21 @@ def main(argv=None):
         samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_prompts_per_epoch, args.group_size, args.same_latent)
         steps = trained_steps(samples.batches[0], args.timestep_fraction, args.random_timestep_fraction, f"{args.seed}/{epoch}/steps")
         run.explain_once(describe_kl(args.kl_weight, args.kl_form, samples.batches[0].step_sizes))
-        gains = step_gains(completion_rewards(run, policy, report.reward, samples, steps))
+        scored_steps = samples.batches[0].noisy_steps if args.advantage == "gae" else steps  # what follows a step is all of them
+        gains = step_gains(completion_rewards(run, policy, report.reward, samples, scored_steps))
 
         # 2 advantages of each step
-        advantages = advantages_of(samples, args, report.reward, gains).to(run.accelerator.device)
+        if args.advantage == "gae":
+            advantages, learned = learned_advantages(values, policy, samples, gains, args, epoch, lam=args.gae_lambda)
+            advantages = normalised(advantages, scored_steps, args.adv_clip_max)
+        else:
+            advantages, learned = advantages_of(samples, args, report.reward, gains), {}
 
         # 3 loss
-        objective = partial(loss, args, advantages)
+        objective = partial(loss, args, advantages.to(run.accelerator.device))
 
         # 4 update
-        metrics = policy_gradient_epoch(run, policy, samples, steps, objective, **options)
+        metrics = policy_gradient_epoch(run, policy, samples, steps, objective, **options, logged=learned)
         run.log({**metrics, **gain_metrics(gains)})
         report.validate(epoch)
     report.finish()

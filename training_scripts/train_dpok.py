@@ -6,23 +6,22 @@ The algorithm's pages are `diffusers_align/algorithms/dpok.py` and `diffusers_al
 (https://arxiv.org/abs/2305.16381). Flow-matching pipelines work too: their noise is `--sde_type` and `--noise_level`.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import model_validator
 
-from diffusers_align.training.flags.common import LearningRate, SamplingArguments
-from diffusers_align.training.flags.methods import KLShareArguments, NoiseArguments
-from diffusers_align.training.flags.options import Count, NonNegative, Positive, Probability, option, parse
+from diffusers_align.training.flags.common import SamplingArguments
+from diffusers_align.training.flags.methods import KLShareArguments, NoiseArguments, ValueArguments
+from diffusers_align.training.flags.options import Count, NonNegative, Positive, option, parse
 
 KL_WEIGHT = {"official": 0.01, "paper": 0.05}
 DEFAULTS = {
     "train_batch_size": 2, "rank": 4, "lora_alpha": 4, "learning_rate": 1e-5, "max_grad_norm": 0.1, "adam_weight_decay": 0.0,
     "num_inference_steps": 50, "guidance_scale": 7.5,
 }  # fmt: skip
-LEARNED = {"value_baseline": True}
 
 
-class DPOKArguments(NoiseArguments, KLShareArguments, SamplingArguments, defaults=DEFAULTS):
+class DPOKArguments(ValueArguments, NoiseArguments, KLShareArguments, SamplingArguments, defaults=DEFAULTS, gone={"value_baseline": bool}):
     """DPOK"""
 
     num_samples_per_epoch: Count = option(10, "samples per epoch, each of a prompt")
@@ -34,21 +33,23 @@ class DPOKArguments(NoiseArguments, KLShareArguments, SamplingArguments, default
     kl_weight: NonNegative | None = option(
         None, "of the KL to the pretrained model (official: 0.01, paper: 0.05); 0 saves its forward pass", resume="takes effect"
     )
-    value_baseline: bool = option(True, "a learned baseline; without it, rewards normalised over the batch")
-    gae_lambda: Probability = option(
-        1.0, "1: reward minus value, as in DPOK; below 1 later values stand in for part of the reward (GAE)", needs=LEARNED, advanced=True
+    advantage: Literal["value", "gae", "batch"] = option(
+        "value", "reward minus a learned value; generalised advantages of that value; or the reward, normalised over the batch"
     )
-    value_learning_rate: LearningRate = option(1e-4, "of the baseline", needs=LEARNED, resume="takes effect")
-    value_batch_size: Count = option(256, "transitions of a minibatch", needs=LEARNED, advanced=True)
-    value_accumulation_steps: Count = option(5, "minibatches of an optimizer step", needs=LEARNED, advanced=True)
-    value_steps: Count = option(1, "optimizer steps per epoch", needs=LEARNED, advanced=True, resume="takes effect")
-    value_buffer_size: Count = option(1000, "latest transitions kept; at most half are of one epoch", needs=LEARNED, advanced=True)
+
+    @classmethod
+    def from_old(cls, given: dict[str, Any]) -> dict[str, Any]:
+        learned, lam = given.pop("value_baseline", True), given.get("gae_lambda")
+        given.setdefault("advantage", "batch" if not learned else "gae" if lam is not None and float(lam) < 1 else "value")
+        if given["advantage"] != "gae":
+            given.pop("gae_lambda", None)
+        return given
 
     @model_validator(mode="after")
     def _fill_kl_weight(self):
         self.kl_weight = KL_WEIGHT[self.kl_form] if self.kl_weight is None else self.kl_weight
-        if not self.value_baseline and self.num_samples_per_epoch < 2:
-            raise ValueError("--no-value_baseline compares the samples of an epoch: --num_samples_per_epoch must be 2 or more")
+        if self.advantage == "batch" and self.num_samples_per_epoch < 2:
+            raise ValueError("--advantage batch compares the samples of an epoch: --num_samples_per_epoch must be 2 or more")
         return self
 
 
@@ -119,10 +120,11 @@ def main(argv=None):
 
         # 2 value baseline and advantages of each step
         rewards, learned = samples.rewards.clamp(min=0) if args.reward_filter else samples.rewards, {}
-        if args.value_baseline:
-            advantages, learned = learned_advantages(values, policy, samples, rewards, args, epoch)
-        else:
+        if args.advantage == "batch":
             advantages = batch_advantages(rewards)[:, None].expand(-1, trajectory.num_steps)
+        else:
+            lam = args.gae_lambda if args.advantage == "gae" else 1.0
+            advantages, learned = learned_advantages(values, policy, samples, rewards, args, epoch, lam=lam)
 
         # 3 loss
         objective, divergence = partial(loss, args, advantages.to(run.accelerator.device)), partial(kl, args, weights)

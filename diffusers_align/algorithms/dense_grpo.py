@@ -26,8 +26,14 @@ The rule of calibration looks at a count, not at a test: among N gains of random
 probability near $\sqrt{2/(\pi N)}$ only (16% for 24; N is even), so that psi drifts down even where the noise is harmless. Give `tolerance` the
 order of $\sqrt N$ where that matters. psi stays above zero.
 
+Generalised advantages (`--advantage gae`, not of the paper): all gains from a step on count for it, less what a learned value $V(x_i, c, i)$ expected of
+them, instead of the step's own gain beside its group's. A gain is already a TD error, of the value that the ODE gives a state, so it leaves out that noise
+moves what later noise can gain; this does not, at the price of its variance, of which $\lambda$ keeps a part (`rl.returns.gae`, targets by
+TD($\lambda$)). Every step with noise is completed then, also those that are not trained, and advantages are normalised over samples and steps together.
+
 Logged: `reward` of the samples; `gain/i`, the mean gain of step i, and `gained/i`, the share of samples that gained there;
-`ratio_error`, `kl` and `clip_fraction` as for Flow-GRPO. psi is printed once it is fixed.
+`ratio_error`, `kl` and `clip_fraction` as for Flow-GRPO; with a learned value `explained_variance` and `value_error` as for DPOK. psi is printed
+once it is fixed.
 """
 
 from __future__ import annotations

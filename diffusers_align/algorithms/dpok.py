@@ -18,7 +18,10 @@ Against the official code (google-research/google-research, dpok/train_online_pg
   gradient; ours takes the advantages first.
 * It updates five times on random transitions of the replay buffer, up to 1000 old; ours on this epoch's, in batches, so that the ratio
   starts at 1. The buffer serves the value alone.
-* Without a value network it uses the bare reward; ours is the reward normalised over the batch.
+* Without a value network it uses the bare reward; ours is the reward normalised over the batch (`--advantage batch`).
+
+Generalised advantages (`--advantage gae`, not of the paper): the value of later states stands in for a part of the reward, of the advantage and of the value's
+own targets, which are TD($\lambda$)'s (`rl.values`): less variance, and the values' errors as a bias. $\lambda = 1$ is the paper's.
 
 Logged: `reward`, mean of the epoch's samples, unfiltered; `explained_variance` of their rewards by the value network before it sees
 them, 0 where it is no better than a constant; `value_error`, its mean squared error on the buffer; `kl` in the chosen form;

@@ -287,5 +287,5 @@ def _pooled(encoded) -> Tensor:
     """The mean (E,) over all rows of the first sequence of vectors (..., E) in what `encode_prompt` returned."""
     sequences = [x for x in pytree.tree_leaves(encoded) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1]
     if not sequences:
-        raise ValueError("encode_prompt returned no sequence of vectors, so the prompts have no features; do without them (--no-value_baseline).")
+        raise ValueError("encode_prompt returned no sequence of vectors, so the prompts have no features for a learned value: choose another --advantage.")
     return sequences[0].detach().float().flatten(0, -2).mean(0)

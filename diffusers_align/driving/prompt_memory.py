@@ -140,7 +140,7 @@ def encoded_prompt(pipeline, call: dict[str, Any]) -> Any:
     """
     calls = calls_of(pipeline)
     if not calls.encodes:
-        raise ValueError(f"{calls.name} has no encode_prompt, so its prompts have no features; do without them (--no-value_baseline).")
+        raise ValueError(f"{calls.name} has no encode_prompt, so its prompts have no features for a learned value: choose another --advantage.")
 
     def encode_and_leave(encode: Callable, *args: Any, **kwargs: Any):
         raise _Encoded(encode(*args, **kwargs))
@@ -150,7 +150,7 @@ def encoded_prompt(pipeline, call: dict[str, Any]) -> Any:
             prompt_form.run(calls, call)
     except _Encoded as encoded:
         return encoded.args[0]
-    raise ValueError(f"{calls.name}'s call does not use its encode_prompt, so its prompts have no features; do without them (--no-value_baseline).")
+    raise ValueError(f"{calls.name}'s call does not use its encode_prompt, so its prompts have no features for a learned value: choose another --advantage.")
 
 
 class _NotByRows(Exception):

@@ -1,8 +1,12 @@
 r"""A learned baseline: the value network of DPOK (https://arxiv.org/abs/2305.16381, section 4.3) and what it is fitted to.
 
-$V(x_t, c, t) \approx \mathbb E[r(x_0, c) \mid x_t, c]$ says how well a half-drawn sample will end. Of a policy gradient it may be subtracted from
-the reward at each step without bias, because it does not depend on the step's action; what is left is how much the steps from
-here on add, so the gradient's variance falls.
+$V(x_t, c, t) \approx \mathbb E[r(x_0, c) \mid x_t, c]$ says how well a half-drawn sample will end; with rewards of each step, what is still to come. Of a
+policy gradient it may be subtracted from the reward at each step without bias, because it does not depend on the step's action; what is left is how much
+the steps from here on add, so the gradient's variance falls.
+
+Its targets are what the samples earned (`value_targets` with lam = 1), or TD($\lambda$)'s: below 1 its own later values stand in for a part of that, as in
+`returns.gae`. Which is better is seen on a chain that is known exactly (`python -m benchmarks.oracle`): an error of V in later states becomes a bias of the
+gradient, of a share of 1 - lambda.
 
 As in the official code (google-research/google-research, dpok/, 1d49f2c): three layers of width 256 whose units are gated by an embedding of the step,
 mean squared error against the final reward, AdamW at 1e-4, five minibatches of 256 transitions to an optimizer step, a buffer
@@ -18,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .returns import gae, terminal_rewards
+from .returns import gae, lambda_returns, terminal_rewards
 
 
 class GatedLinear(nn.Module):
@@ -91,13 +95,13 @@ class ValueBaseline:
             self.network = ValueNetwork(state_size, prompt_size, self.num_steps, self.width).to(self.device)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=self.learning_rate)
 
-    def remember(self, states: Tensor, prompts: Tensor, steps: Tensor, rewards: Tensor) -> None:
-        """Take in transitions: `states` (N, *D), `prompts` (N, E), solver `steps` (N,), final `rewards` (N,). The latest
-        `buffer_size` are kept. Rewards of NaN are left out."""
-        scored = ~rewards.isnan()
+    def remember(self, states: Tensor, prompts: Tensor, steps: Tensor, targets: Tensor) -> None:
+        """Take in transitions: `states` (N, *D), `prompts` (N, E), solver `steps` (N,), and what their values are to be, `targets` (N,). The latest
+        `buffer_size` are kept. Targets of NaN are left out."""
+        scored = ~targets.isnan()
         if not scored.any():
             return
-        new = [column[scored].detach().cpu() for column in (states.float(), prompts.float(), steps, rewards.float())]
+        new = [column[scored].detach().cpu() for column in (states.float(), prompts.float(), steps, targets.float())]
         if self.network is None:
             self._build(new[0][0].numel(), new[1].shape[1])
             nn.init.constant_(self.network.head.bias, float(new[3].mean()))
@@ -106,7 +110,7 @@ class ValueBaseline:
 
     @torch.no_grad()
     def __call__(self, states: Tensor, prompts: Tensor, steps: Tensor) -> Tensor:
-        """Values (N,) without gradient, float32, on the device of `states`; 0 before the first reward."""
+        """Values (N,) without gradient, float32, on the device of `states`; 0 before the first target."""
         if self.network is None:
             return torch.zeros(len(states), device=states.device)
         return self._predict(states, prompts, steps).to(states.device)
@@ -124,8 +128,8 @@ class ValueBaseline:
             error = 0.0
             for _ in range(self.accumulation_steps):
                 index = torch.randperm(len(self.buffer[0]), generator=self.generator)[: self.batch_size]
-                states, prompts, steps, rewards = (column[index] for column in self.buffer)
-                loss = F.mse_loss(self._predict(states, prompts, steps), rewards.to(self.device)) / self.accumulation_steps
+                states, prompts, steps, targets = (column[index] for column in self.buffer)
+                loss = F.mse_loss(self._predict(states, prompts, steps), targets.to(self.device)) / self.accumulation_steps
                 loss.backward()
                 error += loss.item()
             self.optimizer.step()
@@ -149,20 +153,37 @@ class ValueBaseline:
 
 
 def value_advantages(rewards: Tensor, values: Tensor, *, lam: float = 1.0) -> Tensor:
-    """Advantages (N, K) of each step, for final `rewards` (N,) and `values` (N, K), not normalised; 0 where the reward is NaN.
+    """Advantages (N, K) of each step, not normalised; 0 where the reward, or one that follows, is NaN.
 
     Args:
+        rewards: (N,) of the final samples, or (N, K) of the steps.
+        values: (N, K), of the states that the steps start from.
         lam: of the generalised estimate (`returns.gae`): 1 is r - V(x_k, c, k), as in DPOK; below, later values stand in for part of the
             reward, with less variance and the values' bias.
     """
-    steps = terminal_rewards(rewards.double(), values.shape[1])
-    return gae(steps, values.double(), lam=lam).to(values.dtype)
+    return gae(of_steps(rewards, values), values.double(), lam=lam).to(values.dtype)
 
 
-def explained_variance(rewards: Tensor, values: Tensor) -> float:
-    """1 - Var(r - V) / Var(r) over samples and steps: 1 for a perfect forecast, 0 for a constant, below 0 for a harmful one; 0 if
-    the rewards that could be scored are all equal."""
-    scored = ~rewards.isnan()
-    left = (rewards[scored][:, None] - values[scored]).double()
-    variance = rewards[scored].double().var(correction=0)
+def value_targets(rewards: Tensor, values: Tensor, *, lam: float = 1.0) -> Tensor:
+    """What the values are to be, (N, K): the rewards from here on, or TD(lambda)'s mixture of them with later values (`returns.lambda_returns`); NaN where
+    the reward, or one that follows, is NaN. Arguments as for `value_advantages`."""
+    return lambda_returns(of_steps(rewards, values), values.double(), lam=lam).to(values.dtype)
+
+
+def of_steps(rewards: Tensor, values: Tensor) -> Tensor:
+    """Rewards (N,) of final samples, or (N, K), as those of the steps, (N, K) float64."""
+    return rewards.double() if rewards.ndim == 2 else terminal_rewards(rewards.double(), values.shape[1])
+
+
+def explained_variance(returns: Tensor, values: Tensor) -> float:
+    """1 - Var(G - V) / Var(G) over samples and steps: 1 for a perfect forecast, 0 for a constant, below 0 for a harmful one; 0 if the returns that could be
+    scored are all equal.
+
+    Args:
+        returns: (N, K), what was earned from each state on, or (N,) where that is the final reward.
+        values: (N, K).
+    """
+    returns = (returns if returns.ndim == 2 else returns[:, None].expand_as(values)).double()
+    scored = ~returns.isnan()
+    left, variance = (returns - values.double())[scored], returns[scored].var(correction=0)
     return float(1 - left.var(correction=0) / variance) if variance > 0 else 0.0

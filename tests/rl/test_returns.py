@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from diffusers_align.rl import gae, td_errors, terminal_rewards, value_advantages
+from diffusers_align.rl.returns import discounts, lambda_returns, n_step_returns
 
 torch.set_num_threads(1)
 BATCH, STEPS = 3, 7
@@ -99,3 +100,31 @@ def test_errors_say_what_is_wrong():
     for function in (td_errors, gae):
         with pytest.raises(ValueError, match=r"\(3, 7\), one for each step's state, or \(3, 8\) with the last state's; got \(3, 6\)"):
             function(rewards, values[:, :-1])
+
+
+# targets
+
+
+def test_targets_by_hand():
+    rewards, values = tensor([1, 2, 4]), tensor([10, 20, 40])
+    assert discounts(rewards, 0.5).tolist() == [1, 0.5, 0.25]
+    assert n_step_returns(rewards, values, n=1, gamma=0.5).tolist() == [[1 + 10, 2 + 20, 4]]
+    assert n_step_returns(rewards, values, n=2, gamma=0.5).tolist() == [[1 + 1 + 10, 2 + 2, 4]]
+    # (1 - lambda) of one step and what is left of more, each behind the last one its own return
+    assert lambda_returns(rewards, values, gamma=0.5, lam=0.25).tolist() == [[0.75 * 11 + 0.1875 * 12 + 0.0625 * 3, 0.75 * 22 + 0.25 * 4, 4]]
+
+
+def test_targets_less_values_are_advantages():
+    for columns in (STEPS, STEPS + 1):
+        rewards, values = rewards_and_values(columns)
+        targets = lambda_returns(rewards, values, gamma=0.9, lam=0.7)
+        torch.testing.assert_close(targets - values[:, :STEPS], gae(rewards, values, gamma=0.9, lam=0.7))
+        torch.testing.assert_close(n_step_returns(rewards, values, n=STEPS, gamma=0.9), lambda_returns(rewards, values, gamma=0.9, lam=1))
+        torch.testing.assert_close(n_step_returns(rewards, values, n=1, gamma=0.9), lambda_returns(rewards, values, gamma=0.9, lam=0))
+
+
+def test_targets_of_what_could_not_be_scored_are_no_numbers():
+    rewards = torch.tensor([[1.0, NAN, 2.0]])
+    assert lambda_returns(rewards, torch.zeros(1, 3), lam=0.5).isnan().tolist() == [[True, True, False]]
+    with pytest.raises(ValueError, match="has 1 step or more, got n = 0"):
+        n_step_returns(rewards, rewards, n=0)

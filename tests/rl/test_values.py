@@ -5,7 +5,7 @@ import torch
 from chain import STEPS, TARGETS, Chain, gradient, perturbed_chain
 
 from diffusers_align.algorithms.dpok import dpok_loss
-from diffusers_align.rl.values import ValueBaseline, ValueNetwork, explained_variance, value_advantages
+from diffusers_align.rl.values import ValueBaseline, ValueNetwork, explained_variance, value_advantages, value_targets
 
 # the value network
 
@@ -109,6 +109,18 @@ def test_advantages_and_explained_variance():
     assert explained_variance(rewards, values) == pytest.approx(1 - 0.171875)
     assert explained_variance(rewards, torch.full((3, 2), 7.0)) == pytest.approx(0.0)
     assert explained_variance(torch.ones(3), torch.rand(3, 2)) == 0.0
+
+
+def test_rewards_of_steps_and_the_targets_of_values():
+    rewards, values = torch.tensor([[1.0, 2.0], [float("nan"), 4.0]]), torch.tensor([[0.5, 1.0], [2.0, 3.0]])
+    assert value_advantages(rewards, values, lam=0.5).tolist() == [[1 + 1 - 0.5 + 0.5 * 1, 1.0], [0.0, 1.0]]
+    targets = value_targets(rewards, values, lam=0.5)
+    assert targets[0].tolist() == [2.5, 2.0] and targets[1].isnan().tolist() == [True, False] and targets[1, 1] == 4
+    assert value_targets(torch.tensor([7.0]), values[:1]).tolist() == [[7.0, 7.0]]
+    assert value_targets(torch.tensor([7.0]), values[:1], lam=0.0).tolist() == [[1.0, 7.0]], "of one step: the next state's value"
+    # earned 3 and 2, and 4 alone: left are 2.5, 1 and 1
+    expected = 1 - torch.tensor([2.5, 1, 1]).var(correction=0) / torch.tensor([3.0, 2, 4]).var(correction=0)
+    assert explained_variance(value_targets(rewards, torch.zeros(2, 2)), values) == pytest.approx(expected.item(), rel=1e-6)
 
 
 # what the baseline is for, on a chain whose values are known in closed form

@@ -4,6 +4,8 @@ import pytest
 import torch
 from script_tools import RECIPES, assert_same_lora, assert_same_run, load_script, rows, run_script, run_script_on_two_processes, write_task
 
+from diffusers_align.training.checkpoints.state_files import read_state
+
 FLAGS = {
     "num_prompts_per_epoch": 2,
     "group_size": 2,
@@ -51,6 +53,27 @@ def test_each_step_is_trained_on_its_own_advantage(finished, tmp_path, monkeypat
         assert (rows(out)[0]["grad_norm"] > 0) is trained
 
 
+GAE = {"advantage": "gae", "gae_lambda": 0.5, "value_batch_size": 8, "value_buffer_size": 16, "value_learning_rate": 1e-2, "value_steps": 2}
+
+
+def test_generalised_advantages_of_gains_resume_bit_for_bit(finished, tmp_path):
+    flags = FIXED | GAE
+    expected = run_script("dense_grpo", tmp_path / "whole", finished[0], num_epochs=2, **flags)
+    metrics = rows(expected)
+    assert all(row["ratio_error"] == 0.0 and row["grad_norm"] > 0 and row["value_error"] > 0 and "explained_variance" in row for row in metrics)
+    assert metrics[0]["gain/0"] != 0 != metrics[0]["gain/1"]
+    run_script("dense_grpo", tmp_path / "run", finished[0], num_epochs=1, **flags)
+    run_script("dense_grpo", tmp_path / "run", finished[0], num_epochs=2, **flags, resume_from_checkpoint="latest")
+    assert_same_run(tmp_path / "run", expected, "checkpoint-2")
+    assert not torch.equal(*(read_state(tmp_path / "run" / f"checkpoint-{n}", "value_baseline")["network"]["head.weight"] for n in (1, 2)))
+
+
+def test_gains_behind_the_trained_steps_count_for_generalised_advantages(finished, tmp_path):
+    """Of the window's two steps one is trained; what the other gains is part of its return."""
+    out = run_script("dense_grpo", tmp_path / "run", finished[0], **FIXED | GAE, timestep_fraction=0.4, random_timestep_fraction=1.0)
+    assert {name for name in rows(out)[0] if name.startswith("gain/")} == {"gain/0", "gain/1"}
+
+
 @pytest.mark.parametrize("recipe", ["dense_grpo_sd35", "dense_grpo_mini_sd3"])
 def test_recipes_parse(recipe):
     args = load_script("dense_grpo").parse_args(["--config", str(RECIPES / f"{recipe}.yaml")])
@@ -63,6 +86,9 @@ def test_recipes_parse(recipe):
         ({"psi_init": 0}, "--psi_init must be a number above 0"),
         ({"sde_window": (2, 1)}, "--sde_window 2 1 must be a first step and a later end"),
         ({"multi_reward": "gdpo"}, "for each step"),
+        ({"advantage": "gae", "baseline": "leave_one_out"}, "--baseline has no effect without --advantage group"),
+        ({"value_steps": 3}, "--value_steps has no effect without --advantage"),
+        ({"gae_lambda": 0.3}, "--gae_lambda has no effect without --advantage gae"),
     ],
 )
 def test_flags_that_make_no_sense(finished, tmp_path, capsys, flags, message):

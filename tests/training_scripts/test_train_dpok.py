@@ -43,7 +43,7 @@ def test_prompt_features_say_what_is_missing():
     policy = Policy(FAMILIES["sd15"].build(), **FAMILIES["sd15"].call)
     condition = policy.condition(["a cat"])
     policy.pipeline.encode_prompt = lambda *args, **kwargs: (None, torch.arange(3))
-    with pytest.raises(ValueError, match="no sequence of vectors.*--no-value_baseline"):
+    with pytest.raises(ValueError, match="no sequence of vectors.*another --advantage"):
         policy.prompt_features(condition)
 
     class Mute:
@@ -58,11 +58,11 @@ def test_prompt_features_say_what_is_missing():
     mute = Policy(FAMILIES["sd15"].build(), **FAMILIES["sd15"].call)
     mute.pipeline = Mute()
     mute.parameters = {}
-    with pytest.raises(ValueError, match="Mute has no encode_prompt.*--no-value_baseline"):
+    with pytest.raises(ValueError, match="Mute has no encode_prompt.*another --advantage"):
         mute.prompt_features(condition)
     Mute.encode_prompt = lambda self: None
     mute.call = lambda condition: {}
-    with pytest.raises(ValueError, match="Mute's call does not use its encode_prompt.*--no-value_baseline"):
+    with pytest.raises(ValueError, match="Mute's call does not use its encode_prompt.*another --advantage"):
         mute.prompt_features(condition)
 
 
@@ -126,7 +126,7 @@ def train(tmp_path):
 
     def run(name, reward="brightness", **flags):
         task = {"prompts": tmp_path / "prompts.txt", "reward": f"{tmp_path / 'rewards.py'}:{reward}", "output_dir": tmp_path / name}
-        learned = {} if "no-value_baseline" in flags else VALUES
+        learned = {} if flags.get("advantage") == "batch" else VALUES
         values = {**SMALL, **learned, **task, **flags}
         script().main([word for key, value in values.items() for word in (f"--{key}", *([] if value is True else [str(value)]))])
         return [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -180,6 +180,39 @@ def test_two_processes_train_what_one_does_with_the_same_value_network(train):
         torch.testing.assert_close(mine["network"][key], weight, rtol=0, atol=1e-3)
 
 
+def test_generalised_advantages_resume_bit_for_bit_and_their_targets_hold_later_values(train):
+    """The first epoch's targets are rewards; the second's are part of the network's own later values."""
+    expected = train("whole_gae", advantage="gae", gae_lambda=0.5)
+    train("parts_gae", advantage="gae", gae_lambda=0.5, num_epochs=1)
+    first = value_state(train.folder / "parts_gae" / "checkpoint-1")["buffer"][3]
+    assert train("parts_gae", advantage="gae", gae_lambda=0.5, resume_from_checkpoint="latest") == expected
+    states = [value_state(train.folder / name / "checkpoint-2") for name in ("whole_gae", "parts_gae")]
+    assert all(torch.equal(a, b) for a, b in zip(states[0]["buffer"], states[1]["buffer"], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(states[0]["network"].values(), states[1]["network"].values(), strict=True))
+    assert all(row["value_error"] > 0 and math.isfinite(row["explained_variance"]) and row["ratio_error"] == 0.0 for row in expected)
+    later = states[0]["buffer"][3][len(first) :]
+    assert len(first.unique()) <= 4, "one reward a sample, at each of its steps"
+    assert len(later) == 0 or len(later.unique()) > 4
+
+
+def test_the_flag_that_advantage_was(capsys):
+    base = ["--pretrained_model_name_or_path", "mini-sd", "--prompts", "mini_train", "--reward", "jpeg", "--output_dir", "out"]
+    for old, advantage, lam in (
+        (["--no-value_baseline"], "batch", 0.95), (["--value_baseline"], "value", 0.95), (["--value_baseline", "--gae_lambda", "0.5"], "gae", 0.5),
+        (["--value_baseline", "--gae_lambda", "1"], "value", 0.95), ([], "value", 0.95), (["--advantage", "gae"], "gae", 0.95),
+    ):  # fmt: skip
+        args = script().parse_args([*base, *old])
+        assert (args.advantage, args.gae_lambda) == (advantage, lam)
+    for flags, message in (
+        (["--gae_lambda", "0.5"], "--gae_lambda has no effect without --advantage gae"),
+        (["--advantage", "batch", "--value_steps", "3"], "--value_steps has no effect without --advantage value"),
+        (["--advantage", "batch", "--num_samples_per_epoch", "1", "--train_batch_size", "1"], "--advantage batch compares the samples of an epoch"),
+    ):
+        with pytest.raises(SystemExit):
+            script().parse_args([*base, *flags])
+        assert message in capsys.readouterr().err
+
+
 def test_the_papers_kl_the_official_clamp_and_guidance(train):
     rows = train("clamp", kl_form="paper", clip_mode="clamp", eta=0.8, guidance_scale=3.0)
     assert all(row["ratio_error"] == 0.0 for row in rows) and rows[1]["kl"] > 0
@@ -187,7 +220,7 @@ def test_the_papers_kl_the_official_clamp_and_guidance(train):
 
 def test_without_value_and_kl_on_a_flow_pipeline(train):
     flow = {"pretrained_model_name_or_path": "mini-sd3", "call_kwargs": '{"max_sequence_length": 1}', "sde_type": "dance_grpo", "noise_level": 0.4}
-    rows = train("flow", kl_weight=0, **{"no-value_baseline": True}, **flow)
+    rows = train("flow", kl_weight=0, advantage="batch", **flow)
     assert all(row["ratio_error"] == 0.0 and row["grad_norm"] > 0 and not {"kl", "value_error"} & row.keys() for row in rows)
     rows = train("flow_with_both", num_epochs=1, **flow)
     assert rows[0]["value_error"] > 0 and rows[0]["kl"] > 0
@@ -197,7 +230,7 @@ def test_masked_rewards_and_filtered_ones_teach_nothing(train):
     rows = train("masked", reward="no_dogs", invalid_rewards="mask", num_eval_samples=4, num_epochs=1)
     assert rows[0]["invalid_rewards"] > 0 and all(math.isfinite(value) for value in rows[0].values())
     # Every reward is below 0, so the filter leaves equal ones: the batch's advantage is 0, and so is the gradient.
-    rows = train("filtered", reward="terrible", reward_filter=True, kl_weight=0, num_epochs=1, allow_no_signal=True, **{"no-value_baseline": True})
+    rows = train("filtered", reward="terrible", reward_filter=True, kl_weight=0, num_epochs=1, allow_no_signal=True, advantage="batch")
     assert rows[0]["reward"] < -1 and rows[0]["grad_norm"] == 0.0
 
 

@@ -193,8 +193,9 @@ LIBRARY_ONLY = {"algorithms.discrete_adjoint_matching": "for models over tokens,
 
 
 def defined_and_used() -> tuple[set[str], set[str]]:
-    """Public functions of algorithms and rl, as `rl.returns.gae`, and those of them that the package or a script uses by name."""
-    trees = {path: ast.parse(path.read_text()) for path in (*MODULES, *(ROOT / "training_scripts").glob("*.py"), *(ROOT / "pipelines").glob("*.py"))}
+    """Public functions of algorithms and rl, as `rl.returns.gae`, and those of them that the package, a script or the oracle's table uses by name."""
+    others = (ROOT / "training_scripts", ROOT / "pipelines", ROOT / "benchmarks" / "oracle")
+    trees = {path: ast.parse(path.read_text()) for path in (*MODULES, *(path for folder in others for path in folder.glob("*.py")))}
     defined, used = set(), set()
     for path, tree in trees.items():
         if path in MODULES and part_of(path) in ("algorithms", "rl"):
@@ -228,7 +229,8 @@ def names_in(path: Path, tree: ast.AST, modules: set[str]) -> dict[str, set[str]
 
 
 def test_the_mathematics_has_users():
-    """Every public function of algorithms and rl is called by the package or a script: what only tests call describes nothing that runs."""
+    """Every public function of algorithms and rl is called by the package, a script or the oracle's table: what only tests call describes nothing that
+    runs."""
     defined, used = defined_and_used()
     assert {"rl.returns.gae", "algorithms.refl.refl_loss"} <= used & defined
     unused = {name for name in defined - used if name.rpartition(".")[0] not in LIBRARY_ONLY}
@@ -279,7 +281,6 @@ TESTED_WITH = {
     "training/online/step_candidates": "training_scripts/test_train_d3po",
     "training/online/stored_trajectories": "training_scripts/test_train_d3po",
     "training/online/trained_steps": "training_scripts/test_train_flow_grpo",
-    "training/online/value_baseline": "training_scripts/test_train_dpok",
     "training/report/comparison": "training_scripts/test_evaluate",
     "training/report/evaluation": "training_scripts/test_evaluate",
     "training/report/hub": "training/report/test_model_card",

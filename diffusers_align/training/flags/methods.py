@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 from pydantic import model_validator
 
-from .common import WITH_STRENGTH, SDEType, TrainingArguments
+from .common import WITH_STRENGTH, LearningRate, SDEType, TrainingArguments
 from .data import NoisedImageArguments
 from .options import Arguments, Count, NonNegative, Positive, PositiveShare, Probability, Real, StepIndex, Steps, option
 
@@ -16,6 +16,7 @@ NoiseLevel = Annotated[float, Interval(gt=0, le=100)]
 GroupSize = Annotated[int, Interval(ge=2, le=10**6)]
 # Below 1, so that the least ratio has a logarithm.
 ClipRange = Annotated[float, Interval(gt=0, lt=1)]
+LEARNED = {"advantage": ("value", "gae")}
 PAPERS_NOISE = {"flow_grpo": 0.7, "dance_grpo": 0.3, "cps": 0.8}
 
 
@@ -137,6 +138,21 @@ class KLShareArguments(Arguments):
         needs={"kl_weight": True},
         advanced=True,
     )
+
+
+class ValueArguments(Arguments):
+    """value baseline"""
+
+    # The defaults are DPOK's (https://arxiv.org/abs/2305.16381, official code). Used by `online.value_baseline`; the script says in `needs` with which
+    # --advantage they have an effect.
+    gae_lambda: Probability = option(
+        0.95, "of the advantages and of the value's targets: 1, what was earned; below 1 later values stand in for part of it", needs={"advantage": "gae"}
+    )
+    value_learning_rate: LearningRate = option(1e-4, "of the baseline", needs=LEARNED, resume="takes effect")
+    value_batch_size: Count = option(256, "transitions of a minibatch", needs=LEARNED, advanced=True)
+    value_accumulation_steps: Count = option(5, "minibatches of an optimizer step", needs=LEARNED, advanced=True)
+    value_steps: Count = option(1, "optimizer steps of the baseline per epoch", needs=LEARNED, advanced=True, resume="takes effect")
+    value_buffer_size: Count = option(1000, "latest transitions kept; at most half are of one epoch", needs=LEARNED, advanced=True)
 
 
 class PretrainingLossArguments(Arguments):
