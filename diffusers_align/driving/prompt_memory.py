@@ -162,9 +162,13 @@ def _texts(value: Any) -> bool:
 
 
 def _with_texts(call: Call, change: Callable[[list[str]], list[str]]) -> Call:
-    """The call with its lists of texts changed."""
+    """The call with its lists of texts changed, and their number where the call is told it."""
     args, kwargs = call
-    return [change(v) if _texts(v) else v for v in args], {name: change(v) if _texts(v) else v for name, v in kwargs.items()}
+    found = next((value for value in (*args, *kwargs.values()) if _texts(value)), [])
+    changed = {name: change(v) if _texts(v) else v for name, v in kwargs.items()}
+    if found and kwargs.get("batch_size") == len(found):
+        changed["batch_size"] = len(change(found))
+    return [change(v) if _texts(v) else v for v in args], changed
 
 
 def _rows(call: Call) -> list[Call]:
@@ -196,19 +200,24 @@ def _joined(parts: list, single: Any, both: Any) -> Any:
 
 
 def _picked(result: Any, index: list[int], number: int, single: Any, both: Any) -> Any:
-    """The rows `index` of a result for `number` prompts; `single` and `both` as for `_joined`."""
-    if isinstance(both, (Tensor, list)) and len(both) == 2 * len(single):
-        each = len(single)
-        if len(result) != number * each:
-            raise _NotByRows
-        rows = [i * each + j for i in index for j in range(each)]
+    """The rows `index` of a result for `number` prompts; `single` and `both` as for `_joined`.
+
+    Raises:
+        _NotByRows: the result is made otherwise than those two show (a mask that is there for prompts of different lengths alone, say).
+    """
+    if type(result) is not type(both):
+        raise _NotByRows
+    if isinstance(both, (Tensor, list)) and len(both) == 2 * len(single) and len(result) == number * len(single):
+        rows = [i * len(single) + j for i in index for j in range(len(single))]
         return result[rows] if isinstance(result, Tensor) else [result[row] for row in rows]
-    if isinstance(both, Tensor):
+    if isinstance(both, Tensor) and both.shape == single.shape == result.shape:
         return result
-    if isinstance(both, (list, tuple)):
+    if isinstance(both, (list, tuple)) and len(both) == len(single) == len(result):
         return type(both)(_picked(items, index, number, *pair) for items, *pair in zip(result, single, both))
-    if isinstance(both, dict):
+    if isinstance(both, dict) and both.keys() == single.keys() == result.keys():
         return {name: _picked(result[name], index, number, single[name], both[name]) for name in both}
+    if isinstance(both, (Tensor, list, tuple, dict)):
+        raise _NotByRows
     return result
 
 

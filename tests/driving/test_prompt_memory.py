@@ -110,6 +110,36 @@ def test_a_prompt_that_comes_twice_is_encoded_once(name):
     assert pipeline.asked[asked:] == [PROMPTS[:2]], "where none comes twice, nothing is looked for"
 
 
+def test_a_call_that_is_told_the_number_of_its_prompts_is_told_the_new_one():
+    """Hunyuan-Image's reshapes by it."""
+    pipeline = Encoder(lambda rows: torch.cat(rows))
+    plain = pipeline.encode_prompt
+
+    def counted(prompt, batch_size, **others):
+        return plain(prompt).view(batch_size, 4)
+
+    pipeline.encode_prompt = counted
+    batch = ["a fox", "a cat", "a fox"]
+    with PromptMemory().installed(pipeline):
+        torch.testing.assert_close(pipeline.encode_prompt(prompt=batch, batch_size=3), torch.cat([vector(text) for text in batch]), rtol=0, atol=0)
+    assert batch not in pipeline.asked
+
+
+def test_a_mask_that_is_there_for_padded_prompts_alone_is_that_of_all_rows():
+    def masked(rows):
+        lengths = [2 + int(row[0, 0] > 0) for row in rows]
+        mask = None if len(set(lengths)) == 1 else torch.tensor([[i < length for i in range(3)] for length in lengths])
+        return torch.cat(rows), mask
+
+    texts = ["a fox", "two red lemons on grass", "a cat", "dog", "cat"]
+    short, long = (next(text for text in texts if (vector(text)[0, 0] > 0) == longer) for longer in (False, True))
+    pipeline, batch = Encoder(masked), [short, long, short, long]
+    with PromptMemory().installed(pipeline):
+        embeds, mask = pipeline.encode_prompt(batch)
+    assert torch.equal(embeds, torch.cat([vector(text) for text in batch]))
+    assert mask.tolist() == masked([vector(text) for text in batch])[1].tolist()
+
+
 def test_a_repeated_prompt_keeps_its_padding():
     pipeline, batch = Encoder(padded), ["a fox", "dog", "a fox", "dog", "cat"]
     with PromptMemory().installed(pipeline):
