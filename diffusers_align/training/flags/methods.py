@@ -16,7 +16,7 @@ NoiseLevel = Annotated[float, Interval(gt=0, le=100)]
 GroupSize = Annotated[int, Interval(ge=2, le=10**6)]
 # Below 1, so that the least ratio has a logarithm.
 ClipRange = Annotated[float, Interval(gt=0, lt=1)]
-LEARNED = {"advantage": ("value", "gae")}
+LEARNED = {"advantage": ("gae", "value")}
 PAPERS_NOISE = {"flow_grpo": 0.7, "dance_grpo": 0.3, "cps": 0.8}
 
 
