@@ -17,6 +17,7 @@ def test_a_cards_memory_is_read():
             memory(text)
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_plan(capsys):
     main(["plan", "--config", "dpo_mini_sd3", "--gpu", "24GB", "--train_batch_size", "2", "--num_samples_per_epoch", "4"])
     printed = capsys.readouterr().out
@@ -42,6 +43,7 @@ def test_what_no_plan_can_be_made_of_is_said(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_script_needs_no_recipe_and_flags_that_are_not_looked_at_may_be_left_out():
     small = {"pretrained_model_name_or_path": "mini-sd3", "num_samples_per_epoch": 2, "train_batch_size": 2, "call_kwargs": '{"max_sequence_length": 1}'}
     made = plan(script="train_dpo", **small)

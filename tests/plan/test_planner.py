@@ -30,6 +30,7 @@ def test_and_with_a_denoiser_of_fifty_million_weights(name, tmp_path):
     assert max(stage.work.kept for stage in made.stages) == pytest.approx(work.kept, rel=0.1)
 
 
+@pytest.mark.slow
 def test_checkpointing_batches_and_a_small_card_are_weighed():
     made = plan("flow_grpo_mini_sd3", gpu="24GB", train_batch_size=8, num_inference_steps=3, eval_num_inference_steps=3, kl_weight=0)
     (step,) = [stage for stage in made.stages if stage.has_gradient]
