@@ -1,4 +1,4 @@
-"""`diffusers-align list` and `diffusers-align path NAME`: where the scripts, recipes and pipelines of the package are."""
+"""`diffusers-align list` and `path NAME`: where the scripts, recipes and pipelines of the package are; `diffusers-align plan`: what a run takes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,20 @@ def main(argv: list[str] | None = None) -> None:
     lister.add_argument("kind", nargs="?", choices=KINDS, help="of these alone")
     path = commands.add_parser("path", help="the path of one of them, or of the folder of a kind")
     path.add_argument("name", help=f"a name that `list` shows, or one of {', '.join(KINDS)}")
-    args = parser.parse_args(argv)
+    planner = commands.add_parser(
+        "plan",
+        help="the memory, denoiser rows and operations of a run, without weights, network or GPU",
+        description="What a run takes, by running one batch of it on models without weights. All other flags are the script's.",
+        usage="diffusers-align plan --config RECIPE [--gpu 24GB] [FLAGS OF THE SCRIPT]",
+    )
+    planner.add_argument("--gpu", help="the card's memory, such as 24GB: whether it fits, and which flags make it fit")
+    planner.add_argument("--script", help="such as train_dpo; by the recipe's name if absent")
+    args, others = parser.parse_known_args(argv)
+    if args.command == "plan":
+        _plan(parser, others, args.gpu, args.script)
+        return
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     if args.command == "list":
         for kind in [args.kind] if args.kind else KINDS:
             print("\n".join(listed(kind)))
@@ -39,6 +52,16 @@ def main(argv: list[str] | None = None) -> None:
     near = difflib.get_close_matches(args.name, [name for kind in KINDS for name in names(kind)], n=3)
     hint = f" (did you mean {', '.join(near)}?)" if near else ""
     parser.error(f"no {args.name!r}{hint}; `diffusers-align list` shows what there is")
+
+
+def _plan(parser: argparse.ArgumentParser, argv: list[str], gpu: str | None, script: str | None) -> None:
+    from .plan.command import planned  # torch and diffusers take seconds to import
+    from .plan.report import report
+
+    try:
+        print(report(planned(argv, gpu, script)))
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
 
 
 def listed(kind: str) -> list[str]:

@@ -19,6 +19,7 @@ UPSTREAM = {
     "_pytree": "torch: nested lists, dicts and tensors",
     "_version": "torch: how often a tensor was written to",
     "_is_view": "torch: whether a tensor is a view",
+    "_apply": "torch: what `to` does to each weight of a module",
     "_foreach_lerp_": "torch: a moving average of many tensors in one call",
     "_step_count": "torch: position of a learning-rate schedule",
     "_last_lr": "torch: position of a learning-rate schedule",
@@ -45,6 +46,8 @@ UPSTREAM = {
     "_hf_peft_config_loaded": "diffusers: whether a model has adapters",
     "_disable_adapters": "peft: whether a layer's adapters are off",
     "_active_adapter": "peft: which of a layer's adapters are on",
+    "_keep_in_fp32_modules": "diffusers, transformers: parts that are loaded in float32",
+    "_keep_in_fp32_modules_strict": "transformers: parts that are loaded in float32",
     "_lora_layers": "diffusers: end of the names of arguments",
     "_lora_adapter_metadata": "diffusers: end of the names of arguments",
 }

@@ -41,7 +41,8 @@ LAYERS = {
     "pipelines": {"algorithms", "gradients", "policy", "rewards", "rl"} | BELOW_POLICY,
     "training": {"algorithms", "data", "embedded", "gradients", "policy", "rewards", "rl"} | BELOW_POLICY,
     "__init__": {"embedded", "gradients", "policy"} | BELOW_POLICY,
-    "__main__": {"files"},
+    "plan": {"algorithms", "data", "files", "gradients", "policy", "training"} | BELOW_POLICY,
+    "__main__": {"files", "plan"},
 }
 MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
 FAMILY_FREE = [
@@ -258,6 +259,9 @@ TESTED_WITH = {
     "files/weight_files": "test_lora",
     "gradients/walk": "gradients/test_rollout",
     "pipelines/guided_sampling": "pipelines/test_reward_guided",
+    "plan/advice": "plan/test_planner",
+    "plan/report": "plan/test_planner",
+    "plan/steps": "plan/test_command",
     "pipelines/outputs": "pipelines/test_best_of_n",
     "pipelines/particles": "pipelines/test_particle_steering",
     "rewards/learned": "training/offline/test_reward_fitting",

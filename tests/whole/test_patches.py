@@ -394,3 +394,10 @@ def test_adapters_are_where_we_look():
 def test_accelerate_reads_the_variable_that_switches_its_fsdp_off():
     source = Path(accelerate.state.__file__).read_text() + Path(accelerate.accelerator.__file__).read_text()
     holds("ACCELERATE_USE_FSDP" in source, "ACCELERATE_USE_FSDP", "accelerate does not read ACCELERATE_USE_FSDP any more.")
+
+
+def test_a_modules_weights_are_cast_by_what_we_replace():
+    layer, seen = nn.Linear(2, 2), []
+    layer.__dict__["_apply"] = lambda convert, recurse=True: seen.append(convert(layer.weight).dtype) or layer
+    layer.to(torch.bfloat16)
+    holds(seen == [torch.bfloat16], "Models of a plan", "nn.Module.to casts weights otherwise than by `_apply`.")

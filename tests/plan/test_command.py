@@ -1,0 +1,58 @@
+"""`diffusers-align plan`."""
+
+import re
+
+import pytest
+
+from diffusers_align.__main__ import main
+from diffusers_align.plan import plan
+from diffusers_align.plan.command import memory
+from diffusers_align.plan.steps import FAMILIES, stages
+
+
+def test_a_cards_memory_is_read():
+    assert memory("24GB") == memory(" 24 GiB") == 24 * 2**30 and memory("512MB") == 2**29
+    for text in ("24", "GB", "-1GB", "0GB", "24 apples"):
+        with pytest.raises(ValueError, match="such as 24GB"):
+            memory(text)
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_plan(capsys):
+    main(["plan", "--config", "dpo_mini_sd3", "--gpu", "24GB", "--train_batch_size", "2", "--num_samples_per_epoch", "4"])
+    printed = capsys.readouterr().out
+    assert "train_dpo on mini-sd3, --train_batch_size 2" in printed and "Computed, not measured" in printed
+    assert re.search(r"Fits: 0\.\d\d GB within 21\.60 GB", printed)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "A plan is of a recipe"),
+        (["--config", "spo_mini_sd3"], "No plan is known for train_spo.py; there is one for train_adjoint_matching, "),
+        (["--config", "ddpo_mini_sd", "--update", "trpo"], "knows --update adamw alone"),
+        (["--config", "ddpo_mini_sd", "--gpu", "big"], "such as 24GB"),
+        (["--config", "ddpo_sd15", "--pretrained_model_name_or_path", "someone/else"], "hf download someone/else"),
+        (["--config", "ddpo_mini_sd", "--no_such_flag", "1"], "unrecognized arguments: --no_such_flag"),
+        (["--config", "no_such_recipe"], "no recipe 'no_such_recipe'"),
+    ],
+)
+def test_what_no_plan_can_be_made_of_is_said(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", *argv])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_script_needs_no_recipe_and_flags_that_are_not_looked_at_may_be_left_out():
+    small = {"pretrained_model_name_or_path": "mini-sd3", "num_samples_per_epoch": 2, "train_batch_size": 2, "call_kwargs": '{"max_sequence_length": 1}'}
+    made = plan(script="train_dpo", **small)
+    assert made.rows == (4, 4) and made.fits is None and made.stored == 0
+
+
+def test_families_are_scripts():
+    from diffusers_align.files.paths import names
+
+    assert set(FAMILIES) <= set(names("training_scripts"))
+    with pytest.raises(ValueError, match="A script of the same kind"):
+        stages("train_spo", None)

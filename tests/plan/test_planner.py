@@ -1,0 +1,50 @@
+"""Plans against the runs that they are of."""
+
+import pytest
+
+from benchmarks import plan as benchmark
+from diffusers_align.plan import plan, report
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", benchmark.CASES)
+def test_a_plan_is_within_a_tenth_of_the_run(name, tmp_path):
+    base = benchmark.CASES[name][1]
+    made = benchmark.planned(name, base, tmp_path)
+    work, _ = benchmark.run(name, base, tmp_path)
+    assert benchmark.of_an_epoch(made) == pytest.approx(work.peak, rel=0.1)
+    assert max(stage.work.kept for stage in made.stages) == pytest.approx(work.kept, rel=0.1)
+    assert made.rows[1] == work.rows[True]
+    assert made.rows[0] == pytest.approx(work.rows[False], abs=8)  # what a run finds out by trying, once
+    assert made.flops == pytest.approx(work.flops, rel=0.1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["DDPO", "Flow-GRPO", "DPO", "DRaFT-1", "Adjoint Matching"])
+def test_and_with_a_denoiser_of_fifty_million_weights(name, tmp_path):
+    model = benchmark.larger(benchmark.CASES[name][1], tmp_path / "model")
+    made = benchmark.planned(name, str(model), tmp_path)
+    assert 40e6 < max(component.parameters for component in made.components.values()) < 65e6
+    work, _ = benchmark.run(name, str(model), tmp_path)
+    assert benchmark.of_an_epoch(made) == pytest.approx(work.peak, rel=0.1)
+    assert max(stage.work.kept for stage in made.stages) == pytest.approx(work.kept, rel=0.1)
+
+
+@pytest.mark.slow
+def test_checkpointing_batches_and_a_small_card_are_weighed():
+    made = plan("flow_grpo_mini_sd3", gpu="24GB", train_batch_size=8, num_inference_steps=3, eval_num_inference_steps=3, kl_weight=0)
+    (step,) = [stage for stage in made.stages if stage.has_gradient]
+    assert step.peaks[True] < 0.6 * step.peaks[False] and made.fits and not made.advice
+    assert made.total == made.frozen + sum(made.state.values()) + made.stored + made.activations
+    text = report(made)
+    for words in ("transformer", "LoRA", "with --gradient_checkpointing", "decoding", "text encoding", "rows through the denoiser", "Fits: 0.0"):
+        assert words in text
+
+
+@pytest.mark.slow
+def test_a_card_that_is_too_small_gets_advice_that_fits():
+    made = plan("dpo_mini_sd3", gpu="60MB", num_samples_per_epoch=64, train_batch_size=32)
+    assert not made.fits and made.advice and made.advice[0].startswith("--gradient_checkpointing")
+    assert "Does not fit" in report(made)
+    none = plan("dpo_mini_sd3", gpu="10MB", num_samples_per_epoch=2, train_batch_size=2)
+    assert "as small as its flags make it" in report(none)
