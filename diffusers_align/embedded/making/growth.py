@@ -3,7 +3,7 @@
 The shipped mini-sd (two levels, text encoder trained along) draws objects at random places. Its text encoder has become deaf: encodings of
 "on the left" and "on the right" differ by a twentieth of those of two objects, so the UNet has nothing to learn from, and the encoder
 is told nothing because the UNet does not listen. And its lowest level, 8 x 8, shows a place only through the zeros at its rim. With both
-mended it reads sides where it sees nothing else; among all scenes that has not been shown (the models' card has the figures).
+mended, and scenes with a side alone for a start, it reads sides among all scenes too (the models' card has the figures).
 """
 
 from __future__ import annotations
