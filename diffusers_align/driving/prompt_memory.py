@@ -172,9 +172,10 @@ def _with_texts(call: Call, change: Callable[[list[str]], list[str]]) -> Call:
 
 
 def _rows(call: Call) -> list[Call]:
-    """The call for each of its prompts, if its lists of texts (prompts, negative prompts) have one length; otherwise none."""
-    lengths = {len(value) for value in (*call[0], *call[1].values()) if _texts(value)}
-    number = lengths.pop() if len(lengths) == 1 else 0
+    """The call for each of its prompts, if its lists (prompts, negative prompts) are all of texts and of one length; otherwise none."""
+    lists = [value for value in (*call[0], *call[1].values()) if isinstance(value, (list, tuple)) and len(value) > 0]
+    lengths = {len(value) for value in lists}
+    number = lengths.pop() if len(lengths) == 1 and all(map(_texts, lists)) else 0
     return [_with_texts(call, lambda texts, i=i: [texts[i]]) for i in range(number)]
 
 

@@ -125,6 +125,15 @@ def test_a_call_that_is_told_the_number_of_its_prompts_is_told_the_new_one():
     assert batch not in pipeline.asked
 
 
+def test_other_lists_of_a_value_each_keep_a_call_whole():
+    """VisualCloze has descriptions of contents beside its prompts, which may be None."""
+    pipeline = Encoder(lambda rows: torch.cat(rows))
+    batch, contents = ["a fox", "a fox"], [None, None]
+    with PromptMemory().installed(pipeline):
+        pipeline.encode_prompt(batch, contents=contents)
+    assert pipeline.asked == [batch]
+
+
 def test_a_mask_that_is_there_for_padded_prompts_alone_is_that_of_all_rows():
     def masked(rows):
         lengths = [2 + int(row[0, 0] > 0) for row in rows]
