@@ -12,7 +12,7 @@ from annotated_types import Interval
 from pydantic import model_validator
 
 from diffusers_align.training.flags.common import SamplingArguments
-from diffusers_align.training.flags.methods import GroupArguments, KLShareArguments, NoiseArguments, StepArguments
+from diffusers_align.training.flags.methods import KLShareArguments, NoiseArguments, NoisyGroupArguments, StepArguments
 from diffusers_align.training.flags.options import Count, NonNegative, Positive, Steps, option, parse
 from diffusers_align.training.online.trained_steps import first_share
 
@@ -28,7 +28,7 @@ MOVING = {"sde_window_size": True}
 
 
 class FlowGRPOArguments(
-    GroupArguments,
+    NoisyGroupArguments,
     NoiseArguments,
     StepArguments,
     KLShareArguments,

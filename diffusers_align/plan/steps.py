@@ -128,7 +128,7 @@ def policy_gradient(bench: Bench) -> list[Stage]:
         return (value if reference is None else value + (transition.mean - reference.mean).square().flatten(1).sum(1)).sum()
 
     def step() -> None:
-        add_gradient(bench, policy, bench.trajectory, steps[:1], loss, reference=with_reference)
+        add_gradient(bench, policy, bench.trajectory, steps[:1], loss, held_at=steps[:1] if with_reference else ())
 
     return [Stage("roll-out", lambda: _roll_out(bench), batches_of(args), False), Stage("replayed step", step, batches_of(args) * len(steps))]
 

@@ -27,9 +27,6 @@ class GroupArguments(Arguments):
     num_prompts_per_epoch: Count = option(48, "groups per epoch")
     group_size: GroupSize = option(24, "samples per prompt; with one there is nothing to compare")
     same_latent: bool = option(False, "one initial noise per group (DanceGRPO's default)")
-    share_prefix: bool = option(
-        True, "walk the steps before --sde_window once for samples of one initial noise: the same up to rounding", needs={"same_latent": True}, advanced=True
-    )
     adv_clip_max: Positive = option(5.0, "largest advantage, and smallest but for its sign", advanced=True)
     global_std: bool = option(True, "divide advantages by the std of all rewards", needs={"baseline": "group", "multi_reward": "sum"}, advanced=True)
     std_ddof: Annotated[int, Interval(ge=0, le=1)] = option(
@@ -45,6 +42,15 @@ class GroupArguments(Arguments):
         if self.multi_reward == "gdpo" and self.baseline != "group":
             raise ValueError("--multi_reward gdpo normalises each reward in its group: leave out --baseline leave_one_out")
         return self
+
+
+class NoisyGroupArguments(GroupArguments):
+    """groups and advantages"""
+
+    # Of methods that sample with noise in their steps.
+    share_prefix: bool = option(
+        True, "walk the steps before --sde_window once for samples of one initial noise: the same up to rounding", needs={"same_latent": True}, advanced=True
+    )
 
 
 class NoiselessGroupArguments(GroupArguments, advanced={"same_latent"}):

@@ -259,6 +259,7 @@ ONE_NAME = {
     "num_eval_samples": "train_pfm.py judges given outputs",
     "num_inference_steps": "train_pfm.py's are those of its own flow",
     "num_prompts_per_epoch": "groups where there are groups, single samples where not",
+    "advantage": "what it is measured against is each method's",
     "num_samples_per_epoch": "samples are rows, paths, or prompts' one image",
     "num_train_timesteps": "timesteps of the forward process, or steps of stored trajectories",
     "pairs": "the choices' names are those of each method",
