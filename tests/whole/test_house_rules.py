@@ -39,6 +39,7 @@ LAYERS = {
     "gradients": {"policy"} | BELOW_POLICY,
     "rewards": {"checks", "data", "embedded", "files"},
     "pipelines": {"algorithms", "gradients", "policy", "rewards", "rl"} | BELOW_POLICY,
+    "envs": {"pipelines", "policy", "rewards"} | BELOW_POLICY,
     "training": {"algorithms", "data", "embedded", "gradients", "policy", "rewards", "rl"} | BELOW_POLICY,
     "__init__": {"embedded", "gradients", "policy"} | BELOW_POLICY,
     "__main__": {"files"},
@@ -46,7 +47,7 @@ LAYERS = {
 MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
 FAMILY_FREE = [
     "policy", "condition", "trajectory", "transition", "forward_process", "lora", "files/lora_finder", "schedulers/kernels",
-    *sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for room in ("driving", "gradients") for path in (PACKAGE / room).glob("*.py")),
+    *sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for room in ("driving", "envs", "gradients") for path in (PACKAGE / room).glob("*.py")),
     "pipelines/adapter_guidance", "pipelines/guided_sampling", "pipelines/noise_grid", "pipelines/noise_optimization", "pipelines/recurrence",
     "pipelines/reward_guided",
 ]  # fmt: skip
