@@ -49,7 +49,7 @@ FAMILY_FREE = [
     "policy", "condition", "trajectory", "transition", "forward_process", "lora", "files/lora_finder", "schedulers/kernels",
     *sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for room in ("driving", "envs", "gradients") for path in (PACKAGE / room).glob("*.py")),
     "pipelines/adapter_guidance", "pipelines/guided_sampling", "pipelines/noise_grid", "pipelines/noise_optimization", "pipelines/recurrence",
-    "pipelines/reward_guided",
+    "pipelines/reward_guided", "pipelines/value_steering",
 ]  # fmt: skip
 
 
@@ -281,6 +281,7 @@ TESTED_WITH = {
     "training/online/policy_gradient": "training_scripts/test_train_flow_grpo",
     "training/online/step_candidates": "training_scripts/test_train_d3po",
     "training/online/stored_trajectories": "training_scripts/test_train_d3po",
+    "training/online/value_replay": "training_scripts/test_train_value_steering",
     "training/online/trained_steps": "training_scripts/test_train_flow_grpo",
     "training/report/comparison": "training_scripts/test_evaluate",
     "training/report/evaluation": "training_scripts/test_evaluate",
