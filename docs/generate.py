@@ -145,6 +145,12 @@ PAGES = {
     "spo": Page("train_spo", ("spo_mini_sd3", "spo_sd15", "spo_sdxl"), rows=("SPO",), picture=PREFERENCES),
     "srpo": Page("train_draft", ("draft_mini_sd3",), flags="--method srpo"),
     "svdd": Page(pipeline="particle_steering", call='method="svdd", num_particles=8', rows=("SVDD, 8 candidates",), picture=COMPUTE),
+    "value_steering": Page(
+        "train_value_steering",
+        ("value_steering_mini_sd",),
+        note="[Figures](../../benchmarks/README.md#value-steering-python-benchmarksvalue_steeringpy) compare it with best-of-n and SVDD at equal denoiser "
+        "calls. [RL libraries](../guides/rl_libraries.md) learn on the same decision process.",
+    ),
     "vader": Page(
         "train_vader", ("vader_wan",), note="No video model is embedded, so no learning curve was measured; tests compare its gradients with autograd."
     ),

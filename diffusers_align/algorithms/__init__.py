@@ -2,7 +2,7 @@
 
 Route A, at inference: `guidance` (gradients of a reward: DPS, LGD-MC, FreeDoM, MPGD, universal, TFG, FlowChef ...), `noise_optimization` (of
 the initial noise: ReNO, DNO, D-Flow), `best_of_n` (and search over noise), `particle_steering` (sequential Monte Carlo), `svdd` (the best candidate
-of each step).
+of each step), `value_steering` (a learned Q-function picks the noise of each step).
 
 Route B, differentiable rewards: `refl` (one predicted clean sample), `draft` (the chain or its end), `alignprop` (a random cut), `vader`
 (videos), `drtune` (stopped inputs), `srpo` (any noise level, relative rewards), `continuous_adjoint` (one step's memory),

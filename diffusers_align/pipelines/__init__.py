@@ -5,6 +5,7 @@
 | `best_of_n` | `BestOfNPipeline` | the best of several samples; random and zero-order search |
 | `particle_steering` | `ParticleSteeringPipeline` | particles that compete on the way; SVDD |
 | `reward_guided` | `RewardGuidedPipeline` | the reward's gradient guides each step |
+| `value_steering` | `ValueSteeringPipeline` | a learned Q-function picks the noise of each step |
 | `adapter_guidance` | `AdapterGuidancePipeline` | mixes the model with and without its LoRA |
 | `noise_optimization` | `NoiseOptimizationPipeline` | the reward's gradient moves the initial noise |
 | `preference_flow` | `PreferenceFlowPipeline` | carries finished samples to preferred ones; trained, and not around another |
@@ -26,6 +27,7 @@ from .noise_optimization import NoiseOptimizationPipeline
 from .particle_steering import ParticleSteeringPipeline
 from .preference_flow import PreferenceFlowPipeline
 from .reward_guided import RewardGuidedPipeline
+from .value_steering import ValueSteeringPipeline
 
 
 def path(name: str) -> str:
@@ -49,5 +51,5 @@ def push(name: str, repo_id: str, *, token: str | None = None, private: bool | N
 
 __all__ = [
     "AdapterGuidancePipeline", "BestOfNPipeline", "NoiseOptimizationPipeline", "ParticleSteeringPipeline", "PreferenceFlowPipeline",
-    "RewardGuidedPipeline", "WrappedPipeline", "path", "push",
+    "RewardGuidedPipeline", "ValueSteeringPipeline", "WrappedPipeline", "path", "push",
 ]  # fmt: skip

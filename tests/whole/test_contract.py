@@ -48,6 +48,7 @@ from diffusers_align.algorithms.srpo import discounts, recovered_sample, semanti
 from diffusers_align.algorithms.svdd import choose
 from diffusers_align.algorithms.vader import grad_steps as random_steps
 from diffusers_align.algorithms.vader import vader_loss
+from diffusers_align.algorithms.value_steering import candidates_value, q_targets, value_loss
 from diffusers_align.rl import PromptStatistics, batch_advantages, group_advantages, trust_region_step
 from diffusers_align.rl.matching import matching_error
 from diffusers_align.rl.reward_maps import RewardMap
@@ -865,6 +866,43 @@ def test_value_based_decoding_is_the_greedier_the_lower_its_temperature(groups=9
     (greedy, _), (soft, _), (never, error) = mean_reward(0.0), mean_reward(1.0), mean_reward(1e9)
     assert greedy > soft > never
     assert abs(never - chain.objective()) < 4 * error
+
+
+def test_q_learning_over_noises_finds_the_value_of_the_best_of_them(states=5, steps=3, number=4, samples=60_000):
+    """On a small chain: the values behind each step are those of the plain sampler at lambda 1, of the best of so many draws at lambda 0, and the samples
+    that take the best earn what these say."""
+    generator = torch.Generator().manual_seed(0)
+    kernels = torch.randn(steps, states, states, generator=generator).mul(0.7).softmax(2)
+    reward = torch.randn(states, generator=generator)
+    plain, best_of = [reward], [reward]
+    for kernel in kernels.flip(0):
+        order = best_of[0].argsort()
+        shares = kernel[:, order].cumsum(1).pow(number).diff(dim=1, prepend=torch.zeros(states, 1))  # of the largest of `number` draws
+        best_of.insert(0, shares @ best_of[0][order])
+        plain.insert(0, kernel @ plain[0])
+
+    def walk(table, take):
+        state, worth, visited = torch.zeros(samples, dtype=torch.long), [], []
+        for k in range(steps):
+            drawn = torch.multinomial(kernels[k][state], number, replacement=True, generator=generator)
+            worth.append(candidates_value(table[k + 1][drawn]))
+            state = drawn.gather(1, take(table[k + 1][drawn])[:, None])[:, 0]
+            visited.append(state)
+        return torch.stack(visited, 1), torch.stack(worth, 1)
+
+    for lam, exact in ((1.0, plain), (0.0, best_of)):
+        table = torch.zeros(steps + 1, states)
+        for _ in range(steps):  # the loss's minimum: of a table, the mean target of each state
+            visited, worth = walk(table, lambda values: torch.zeros(samples, dtype=torch.long))
+            targets = q_targets(reward[visited[:, -1]], worth, lam=lam)
+            for k in range(steps):
+                here = [targets[:, k][visited[:, k] == s] for s in range(states)]
+                table[k + 1] = torch.stack([found.mean() for found in here])
+                assert all(value_loss(found, found.mean()).mean() <= value_loss(found, found.mean() + 0.1).mean() for found in here)
+        assert (table[1:] - torch.stack(exact[1:])).abs().max() < 0.05
+    earned = reward[walk(torch.stack(best_of), lambda values: best(values))[0][:, -1]]
+    assert abs(earned.mean() - best_of[0][0]) < 4 * earned.std() / samples**0.5
+    assert best_of[0][0] - plain[0][0] > 0.3
 
 
 def test_the_best_of_n_is_distributed_as_the_largest_of_n(groups=9000, number=4):

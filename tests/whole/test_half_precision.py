@@ -112,7 +112,7 @@ def test_scripts_train(name, precision, task, tmp_path):
 
 def test_every_script_is_among_them():
     scripts = {path.stem.removeprefix("train_") for path in RECIPES.parent.glob("train_*.py")}
-    assert {script for script, _ in RUNS.values()} | {"pfm", "reward"} == scripts
+    assert {script for script, _ in RUNS.values()} | {"pfm", "reward", "value_steering"} == scripts
 
 
 def test_a_preference_flow_trains_in_bf16(task, tmp_path):
@@ -124,6 +124,18 @@ def test_a_preference_flow_trains_in_bf16(task, tmp_path):
     load_script("pfm").main(argv)
     (row,) = rows(tmp_path / "flow")
     assert math.isfinite(row["loss"]) and row["grad_norm"] > 0
+
+
+def test_a_value_that_steers_trains_in_bf16(task, tmp_path):
+    """Its network is in float32 whatever the pipeline is in."""
+    values = {"output_dir": tmp_path / "run", "prompts": task / "prompts.jsonl", "reward": f"{task / 'rewards.py'}:brightness", "num_epochs": 1}
+    values |= {"pretrained_model_name_or_path": "mini-sd", "mixed_precision": "bf16", "num_inference_steps": 2, "train_batch_size": 2, "num_updates": 2}
+    values |= {"num_samples_per_epoch": 2, "num_noises": 2, "num_eval_samples": 2, "num_validation_images": 2, "value_width": 8, "num_own_epochs": 1}
+    load_script("value_steering").main([word for key, value in values.items() for word in (f"--{key}", str(value))])
+    (row,) = rows(tmp_path / "run")
+    assert math.isfinite(row["value_loss"]) and row["grad_norm"] > 0
+    weights = load_file(tmp_path / "run" / "value" / "diffusion_pytorch_model.safetensors")
+    assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights.values())
 
 
 def test_a_reward_trains_in_bf16(task, tmp_path):

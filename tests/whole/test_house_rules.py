@@ -39,6 +39,7 @@ LAYERS = {
     "gradients": {"policy"} | BELOW_POLICY,
     "rewards": {"checks", "data", "embedded", "files"},
     "pipelines": {"algorithms", "gradients", "policy", "rewards", "rl"} | BELOW_POLICY,
+    "envs": {"pipelines", "policy", "rewards"} | BELOW_POLICY,
     "training": {"algorithms", "data", "embedded", "gradients", "policy", "rewards", "rl"} | BELOW_POLICY,
     "__init__": {"embedded", "gradients", "policy"} | BELOW_POLICY,
     "plan": {"algorithms", "data", "files", "gradients", "policy", "training"} | BELOW_POLICY,
@@ -47,9 +48,9 @@ LAYERS = {
 MODEL_FAMILIES = re.compile(r"flux|stable_?diffusion|sdxl|qwen|wan2|sana|pixart|lumina|cogvideo|hunyuan", re.IGNORECASE)
 FAMILY_FREE = [
     "policy", "condition", "trajectory", "transition", "forward_process", "lora", "files/lora_finder", "schedulers/kernels",
-    *sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for room in ("driving", "gradients") for path in (PACKAGE / room).glob("*.py")),
+    *sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for room in ("driving", "envs", "gradients") for path in (PACKAGE / room).glob("*.py")),
     "pipelines/adapter_guidance", "pipelines/guided_sampling", "pipelines/noise_grid", "pipelines/noise_optimization", "pipelines/recurrence",
-    "pipelines/reward_guided",
+    "pipelines/reward_guided", "pipelines/value_steering",
 ]  # fmt: skip
 
 
@@ -284,6 +285,7 @@ TESTED_WITH = {
     "training/online/forward_samples": "training_scripts/test_train_nft",
     "training/online/step_candidates": "training_scripts/test_train_d3po",
     "training/online/stored_trajectories": "training_scripts/test_train_d3po",
+    "training/online/value_replay": "training_scripts/test_train_value_steering",
     "training/online/trained_steps": "training_scripts/test_train_flow_grpo",
     "training/report/comparison": "training_scripts/test_evaluate",
     "training/report/evaluation": "training_scripts/test_evaluate",
