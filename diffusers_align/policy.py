@@ -48,7 +48,7 @@ class Policy(Driver):
                 component.requires_grad_(False).eval()
         self._layout: LatentLayout | None = None
         self._prediction = Prediction(self)
-        self._carried, self._compared = CarriedState(self), False
+        self._carried, self.compared = CarriedState(self), False
 
     # --- trajectories ----------------------------------------------------------------------------------------------
 
@@ -77,7 +77,8 @@ class Policy(Driver):
             deterministic: walk the ODE; no step has a log-probability then.
             per_sample, call_kwargs: as of `condition`.
             on_step: gets the number and the kernel of each step that draws noise, which a `replay` before any update would compute again.
-            share_prefix: walk the steps before the first noise once for samples of equal prompt, seed and arguments: the same up to rounding.
+            share_prefix: walk the steps before the SDE window once for samples of equal prompt, seed and arguments: the same up to rounding. For
+                pipelines that carry nothing else from step to step; replays of a window refuse others.
 
         Raises:
             ValueError: what `condition` raises; arguments beside a condition; a generator beside seeds.
@@ -91,6 +92,8 @@ class Policy(Driver):
             condition = self.condition(prompts, seeds=seeds, step_seeds=step_seeds, per_sample=per_sample, **call_kwargs)
         condition = seeded(condition, generator)
         tape = Tape(on_step)
+        if share_prefix:
+            self._carried.refuse_caches("steps that samples share")
         record, needs_denoiser = shared_walk(self, condition, tape) if share_prefix and not deterministic else (tape.record, None)
         with self.noise(condition, deterministic):
             self.drive(condition, record, needs_denoiser=needs_denoiser)
@@ -183,9 +186,9 @@ class Policy(Driver):
         Raises:
             ValueError: they are not, so that replays would be of other samples.
         """
-        if not self._compared:
+        if not self.compared:
             check_first_steps(self, trajectory)
-            self._compared = True
+            self.compared = True
 
     # --- single evaluations ----------------------------------------------------------------------------------------
 

@@ -40,6 +40,8 @@ class DPOKArguments(ValueArguments, NoiseArguments, KLShareArguments, SamplingAr
     @classmethod
     def from_old(cls, given: dict[str, Any]) -> dict[str, Any]:
         learned, lam = given.pop("value_baseline", True), given.get("gae_lambda")
+        if not learned and ({"advantage", "gae_lambda"} & given.keys()):
+            raise ValueError("--no-value_baseline is --advantage batch now, which has no learned value: leave out the others, or give --advantage alone")
         given.setdefault("advantage", "batch" if not learned else "gae" if lam is not None and float(lam) < 1 else "value")
         if given["advantage"] != "gae":
             given.pop("gae_lambda", None)

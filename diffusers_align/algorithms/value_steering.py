@@ -19,7 +19,8 @@ and the exact value the samples are then those of $p\,e^{r/\alpha}$, up to the f
 Source: the variant of SVDD whose value is fitted by Monte Carlo (https://arxiv.org/abs/2408.08252, SVDD-MC) is $\lambda = 1$ on plain samples alone; values of
 the maximum are Q-learning's (Watkins, 1989). There is no official code of the two together.
 
-Logged: `value_loss`, of the minibatches; `explained_variance` of the rewards by the values of the states along the way; `advantage_of_best`, by how much the
+Logged: `value_loss`, of the minibatches; `explained_variance` of the targets by what the choices along the way were
+worth on the value's own word; `advantage_of_best`, by how much the
 best of M noises is above the one that was taken, in units of the reward, on the values' own word.
 """
 

@@ -69,7 +69,8 @@ class Prediction:
     @torch.no_grad()
     def _check_guidance(self, latents: Tensor, timestep: Tensor, condition: Condition) -> None:
         """Once for a kind of call, raise a ValueError if its guidance at a step is another one where the step before was made."""
-        kind = tuple(sorted((name, str(value)) for name, value in condition.kwargs.items() if not isinstance(value, Tensor)))
+        plain = (str, int, float, bool, list, tuple, dict, type(None))
+        kind = tuple(sorted((name, str(value) if isinstance(value, plain) else type(value).__name__) for name, value in condition.kwargs.items()))
         if kind in self._of_one_step or self._edits:
             return
         # In this order: a gate lets the first call of a kind through, to learn its form.

@@ -57,6 +57,11 @@ def run(calls: Calls, call: dict[str, Any], begun: Callable[[], bool] = lambda: 
         raise
 
 
+def takes_one_prompt(calls: Calls) -> bool:
+    """Whether the pipeline is known, by its signature or by a call that it refused, to take one prompt a call."""
+    return type(calls.pipeline) in _SINGLE or ("prompt" in calls.parameters and _declares_a_string(calls))
+
+
 def _run_singly(calls: Calls, call: dict[str, Any], refusal: Exception, begun: Callable[[], bool]) -> Any:
     """The call in the first of the forms that is not refused; if all are, the refusal that says something new is the one to raise."""
     states, tried, last = _states(call), [_unpacked(call, ())], refusal

@@ -17,11 +17,16 @@ from torch import nn
 from .replacements import replaced
 
 
+def _kept(x: torch.Tensor) -> torch.Tensor:
+    """A copy; weights, which no pipeline writes into, as they are."""
+    return x if isinstance(x, nn.Parameter) else x.detach().clone()
+
+
 class SavedApart:
     """Keeps copies, outside of what is called through `without`."""
 
     def __init__(self):
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x.detach().clone(), lambda x: x)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(_kept, lambda x: x)
         self._inside = 1
 
     def without(self, call: Callable, *args: Any, **kwargs: Any):

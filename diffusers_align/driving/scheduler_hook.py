@@ -156,12 +156,12 @@ class _Session:
         return self.of_call if handed_on is None and getattr(scheduler, "generator", None) is None else handed_on
 
     def step(self, scheduler, stock_step: Callable, arguments: dict):
-        child, output, rows = self.adopt(scheduler), arguments["model_output"], len(_first_of(arguments, "sample", "sample_hat"))
-        if isinstance(self.noise, list) and len(self.noise) != rows:
-            raise ValueError(OTHER_NUMBER.format(rows, len(self.noise)))
+        child, output, state = self.adopt(scheduler), arguments["model_output"], _first_of(arguments, "sample", "sample_hat")
+        if child == 0 and isinstance(self.noise, list) and len(self.noise) != len(state):
+            raise ValueError(OTHER_NUMBER.format(len(state), len(self.noise)))
         if (clean := arguments.get("pred_original_sample")) is not None:
             output = implied_output(scheduler, clean, arguments["sample"])
-        time, state = _first_of(arguments, "timestep", "sigma_hat"), _first_of(arguments, "sample", "sample_hat")
+        time = _first_of(arguments, "timestep", "sigma_hat")
         step = Step(self.taken[child], child, scheduler, time, state, output, stock_step, arguments)
         step.portion = len(self.begun[child]) - 1
         result = step.result(self.on_step(step))

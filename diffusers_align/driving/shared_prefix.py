@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,8 +44,9 @@ class _SharedPrefix:
         different = list(dict.fromkeys(rows))
         self.index = torch.tensor([different.index(row) for row in rows])
         self.actions: dict[tuple[int, int], Tensor] = {}
-        late = getattr(driver.scheduler.config, "sde_window", None) not in (None, ()) and driver.scheduler.config.sde_window[0] > 0
-        shared = late and len(different) < len(rows) and condition.seeds is not None
+        window = getattr(driver.scheduler.config, "sde_window", None)
+        # In lockstep every process makes equally many calls, whatever its own rows.
+        shared = bool(window) and window[0] > 0 and not driver.lockstep and len(different) < len(rows) and condition.seeds is not None
         self.length = _steps_before_noise(driver, condition.select([0])) if shared else 0
         if self.length:
             self._walk(driver, condition.select([rows.index(row) for row in different]))
@@ -82,9 +84,12 @@ def _row(condition: Condition, i: int) -> tuple:
 
 
 def _identity(value: Any) -> str:
+    """What is equal for equal numbers and texts, and for one and the same object otherwise."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)}{value.detach().cpu().flatten().tolist()}"
-    return repr([value_ if isinstance(value_, (str, int, float, bool, type(None))) else id(value_) for value_ in value])
+    if isinstance(value, np.ndarray):
+        return f"{value.shape}{value.tobytes()!r}"
+    return repr([item if isinstance(item, (str, int, float, bool, type(None))) else id(item) for item in value])
 
 
 def _steps_before_noise(driver: Driver, condition: Condition) -> int:

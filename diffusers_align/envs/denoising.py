@@ -110,7 +110,9 @@ class DenoisingVectorEnv(VectorEnv):
         Raises:
             ValueError: other options, or a number of seeds that is not that of the environments.
         """
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, (int, np.integer)) else seed or [None] * self.num_envs
+        if seed is None:
+            seed = [None] * self.num_envs
+        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, (int, np.integer)) else list(seed)
         if len(seeds) != self.num_envs:
             raise ValueError(f"{self.num_envs} environments need as many seeds, got {len(seeds)}.")
         self.generators = [g if s is None else seeding.np_random(int(s))[0] for g, s in zip(self.generators, seeds)]

@@ -5,6 +5,7 @@ The algorithm's page: `diffusers_align.algorithms.value_steering`; `training_scr
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..algorithms.svdd import choose
 from ..algorithms.value_steering import candidates_value
 from ..checks.ranges import Count, NonNegative, checked
 from ..condition import Condition
+from ..driving.driver import seeded
 from ..driving.noise import noise_seed
 from ..driving.scheduler_hook import Step
 from ..driving.tape import Tape
@@ -98,25 +100,30 @@ class SteeredPolicy(Policy):
         """As of a policy; a deterministic one has noise where it is steered, since there is nothing to pick otherwise."""
         if self.steering is None:
             return super().rollout(prompts, deterministic=deterministic, **options)
-        condition = prompts if isinstance(prompts, Condition) else self.condition(prompts, **options)
+        on_step, share, generator = options.pop("on_step", None), options.pop("share_prefix", False), options.pop("generator", None)
+        if on_step or share or (options and isinstance(prompts, Condition)):
+            raise ValueError(
+                "A steered roll-out takes a condition, or prompts with the call's arguments: leave out on_step, share_prefix and what is beside one."
+            )
+        condition = seeded(prompts if isinstance(prompts, Condition) else self.condition(prompts, **options), generator)
         walk = _Walk(self, condition, self.steering)
         with self.noise(condition, deterministic=False):
             self.drive(condition, walk.step)
         trajectory = walk.tape.trajectory(condition)
         if not walk.worth:
             raise ValueError("No step of this sampler has noise, so that there is none to pick: raise the scheduler's noise (`eta`, `noise_level`).")
-        self.worth.append(torch.stack(walk.worth, 1))
-        self.taken.append(torch.stack(walk.taken, 1))
         if trajectory.num_steps != self.steering.value.config.num_steps:
             raise ValueError(
                 f"The value is of {self.steering.value.config.num_steps} solver steps, and this call takes {trajectory.num_steps}: give "
                 f"num_inference_steps={self.steering.value.config.num_steps}, with which it was trained."
             )
+        self.worth.append(torch.stack(walk.worth, 1))
+        self.taken.append(torch.stack(walk.taken, 1))
         return trajectory
 
     def check_reproducible(self, trajectory: Trajectory) -> None:
         """As of a policy, by a roll-out that is not steered."""
-        if not self._compared:
+        if not self.compared:
             super().check_reproducible(super().rollout(trajectory.condition))
 
 
@@ -146,9 +153,10 @@ class _Walk:
         steering, number = self.steering, len(own)
         noises = [torch.cat([standard_normal((1, *own.shape[1:]), g, own.device, own.dtype) for g in self.streams]) for _ in range(steering.number - 1)]
         candidates = torch.stack([own, *((kernel.mean + kernel.std * noise).to(own.dtype) for noise in noises)], 1)  # (B, M, *D)
-        steering.value.check(own, self.prompts)
+        prompts = self.prompts.to(own.device)
+        steering.value.check(own, prompts)
         steps = torch.full((number * steering.number,), min(k + 1, steering.value.config.num_steps), device=own.device)
-        values = steering.value(candidates.flatten(0, 1), self.prompts.repeat_interleave(steering.number, 0), steps).unflatten(0, (number, -1)).cpu()
+        values = steering.value(candidates.flatten(0, 1), prompts.repeat_interleave(steering.number, 0), steps).unflatten(0, (number, -1)).cpu()
         uniforms = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in self.streams])
         index = choose(values, uniforms, alpha=steering.alpha) if steering.follow else torch.zeros(number, dtype=torch.long)
         self.worth.append(candidates_value(values, alpha=steering.alpha))
@@ -197,7 +205,7 @@ class ValueSteeringPipeline(WrappedPipeline):
         """
         condition, generator = self.condition(prompt, kwargs)
         seeds = _seeds(generator, len(condition))
-        value = load_value(value).to(self.pipeline.device)
+        value = load_value(value).to(self.pipeline._execution_device)
         with self.as_policy(scheduler) as plain:
             policy = SteeredPolicy(plain.pipeline, plain.scheduler)
             policy.steering = Steering(value, num_noises, alpha)
@@ -208,7 +216,7 @@ class ValueSteeringPipeline(WrappedPipeline):
 
 
 def load_value(source: NoiseValue | str | Path) -> NoiseValue:
-    """A value, or the one in a folder that `train_value_steering.py` has written.
+    """A value, or the one in a folder that `train_value_steering.py` has written, or in a repository of the Hub that such a folder was pushed to.
 
     Raises:
         FileNotFoundError: there is none.
@@ -217,6 +225,11 @@ def load_value(source: NoiseValue | str | Path) -> NoiseValue:
         return source
     folder = Path(source) / "value"
     folder = folder if folder.is_dir() else Path(source)
+    if not Path(source).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        try:
+            return NoiseValue.from_pretrained(str(source), subfolder="value", low_cpu_mem_usage=False).eval()
+        except OSError as error:
+            raise FileNotFoundError(f"No value in {str(source)!r}: there is no such folder here, and from the Hub: {error}") from error
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"No value in {str(source)!r}: give the output folder of train_value_steering.py, or its folder `value`.")
     return NoiseValue.from_pretrained(folder, low_cpu_mem_usage=False).eval()

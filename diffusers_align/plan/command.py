@@ -90,10 +90,16 @@ def _words(name: str, value: Any) -> list[str]:
     return [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
 
 
+def _recipes(argv: list[str]) -> list[str]:
+    """What `--config` is given."""
+    places = [i for i, word in enumerate(argv) if word.partition("=")[0] == "--config"]
+    if any("=" not in argv[i] and i + 1 == len(argv) for i in places):
+        raise ValueError("--config needs the name or the file of a recipe: diffusers-align list recipes shows those that are there.")
+    return [argv[i].partition("=")[2] if "=" in argv[i] else argv[i + 1] for i in places]
+
+
 def _script(argv: list[str]) -> str:
-    given = [
-        word.partition("=")[2] or argv[i + 1] for i, word in enumerate(argv) if word.partition("=")[0] == "--config" and ("=" in word or i + 1 < len(argv))
-    ]
+    given = _recipes(argv)
     if not given:
         raise ValueError("A plan is of a recipe, --config RECIPE, or of a script with its flags: --script train_dpo ...")
     try:
@@ -118,7 +124,6 @@ def _unread(module: Any, argv: list[str]) -> list[str]:
     own = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Arguments) and value.__module__ == module.__name__]
     options = options_of(own[-1])
     given = {word.partition("=")[0].removeprefix("--") for word in argv}
-    if "config" in given:
-        recipe = next(word.partition("=")[2] or argv[i + 1] for i, word in enumerate(argv) if word.startswith("--config"))
+    for recipe in _recipes(argv):
         given |= set(read_recipe(recipe, {name: name for option in options.values() for name in (option.name, *option.was)}))
     return [word for name in _UNREAD if name in options and options[name].is_required and name not in given for word in (f"--{name}", "unread")]

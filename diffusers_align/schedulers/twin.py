@@ -67,7 +67,7 @@ _OFF_THE_TABLE = {
 }
 
 
-def sde_twin(scheduler, **sde_fields):
+def sde_twin(scheduler, *, by_sigmas: bool = False, **sde_fields):
     """The SDE scheduler with the same noise table as `scheduler`.
 
     Diffusion schedulers (DDIM, DDPM, PNDM, Euler, DPM-Solver, CogVideoX's ...) become a `DDIMSDEScheduler` with the same
@@ -77,12 +77,15 @@ def sde_twin(scheduler, **sde_fields):
     flow maps, UnCLIP, Wuerstchen, and DDPM with a learned variance. An SDE scheduler is copied.
 
     Args:
+        by_sigmas: the pipeline reads the scheduler's `sigmas`: the twin has them too, though its levels lie on a table.
         sde_fields: `eta`, or `sde_type`, `noise_level`, `sde_window`; the class's defaults where absent.
 
     Raises:
         ValueError: the scheduler has no Gaussian kernel of these forms, or a field belongs to another form.
     """
     cls = _twin_class(scheduler)
+    if by_sigmas and cls is DDIMSDEScheduler and hasattr(scheduler, "sigmas") and not isinstance(scheduler, SDESchedulerMixin):
+        cls = SigmaSDEScheduler
     if unknown := sorted(set(sde_fields) - set(SDE_FIELDS[cls.__name__])):
         fields = f"its fields are {', '.join(SDE_FIELDS[cls.__name__])}" if SDE_FIELDS[cls.__name__] else "its noise is the sampler's own, and has none to set"
         raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; {fields}.")
@@ -103,9 +106,7 @@ def sde_twins(schedulers: dict, main: SDESchedulerMixin | None = None, by_sigmas
         by_sigmas: the pipeline reads the first one's `sigmas`: its twin has them too, though its levels lie on a table.
     """
     (name, stock), *others = schedulers.items()
-    if main is None:
-        on_table = by_sigmas and hasattr(stock, "sigmas") and _twin_class(stock) is DDIMSDEScheduler
-        main = sde_twin(stock) if not on_table else _sigma_twin(stock, *_configs(stock), {})
+    main = sde_twin(stock, by_sigmas=by_sigmas) if main is None else main
     kind = type(main).__name__
     fields = {field: main.config[field] for field in SDE_FIELDS.get(kind, ())}
     return {name: main, **{other: sde_twin(s, **(fields if _twin_class(s).__name__ == kind else {})) for other, s in others}}

@@ -1,11 +1,14 @@
 """Steps that the samples of a group share are walked once, and nothing else changes."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_align import Policy, embedded, sde_twin
+from diffusers_align.condition import Condition
+from diffusers_align.driving.shared_prefix import _row
 
 torch.set_num_threads(1)
 PROMPTS, SEEDS, STEP_SEEDS = ["a fox", "a cat", "a fox", "a fox", "a cat"], [3, 4, 3, 5, 4], [10, 11, 12, 13, 14]
@@ -56,6 +59,28 @@ def test_nothing_is_shared_where_all_differ_or_a_call_draws_nothing():
     policy.rollout(different, share_prefix=True)
     policy.rollout(policy.condition(PROMPTS, seeds=SEEDS), share_prefix=True, deterministic=True)
     assert rows == [5] * 10
+
+
+def test_in_lockstep_nothing_is_shared():
+    """Processes whose rows differ would make other numbers of calls, and wait for each other."""
+    policy, rows = policy_of((2, 4))
+    policy.lockstep = True
+    policy.rollout(policy.condition(PROMPTS, seeds=SEEDS, step_seeds=STEP_SEEDS), share_prefix=True)
+    assert rows == [5] * 5
+
+
+def test_denoisers_that_remember_steps_are_refused():
+    policy, _ = policy_of((2, 4))
+    policy.pipeline.transformer._cache_config = type("SomeConfig", (), {})()
+    with pytest.raises(ValueError, match="steps that samples share would not be those of a whole pass"):
+        policy.rollout(policy.condition(PROMPTS, seeds=SEEDS), share_prefix=True)
+
+
+def test_arrays_of_equal_numbers_are_equal_and_others_are_not():
+    condition = lambda rows: Condition(["a", "a"], seeds=[1, 1], per_sample={"x": rows})  # noqa: E731
+    for rows, equal in ((np.ones((2, 3)), True), (np.arange(6).reshape(2, 3), False), (torch.arange(6).reshape(2, 3), False), (["u", "u"], True)):
+        own = condition(rows)
+        assert (_row(own, 0) == _row(own, 1)) == equal
 
 
 def test_samples_with_pictures_of_their_own_share_nothing():

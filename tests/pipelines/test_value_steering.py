@@ -107,3 +107,17 @@ def test_what_a_value_was_not_made_for_is_refused(pipes):
     policy.steering = Steering(value, 2)
     with pytest.raises(ValueError, match="none to pick"):
         policy.rollout(["a"], seeds=[0])
+
+
+def test_a_steered_rollout_draws_its_seeds_and_ignores_nothing():
+    call = {**FAMILIES["sd3"].call, "num_inference_steps": 3}
+    policy = SteeredPolicy(FAMILIES["sd3"].build(), **call)
+    policy.steering = Steering(Mean(3), 4)
+    first, second = (policy.rollout(["a", "b"], generator=torch.Generator().manual_seed(s)) for s in (0, 0))
+    assert torch.equal(first.final, second.final) and not torch.equal(policy.rollout(["a", "b"]).final, first.final)
+    number = len(policy.worth)
+    condition = policy.condition(["a"], seeds=[1])
+    for options in ({"share_prefix": True}, {"on_step": print}, {"num_inference_steps": 2}):
+        with pytest.raises(ValueError, match="leave out on_step, share_prefix"):
+            policy.rollout(condition, **options)
+    assert len(policy.worth) == number

@@ -35,6 +35,8 @@ def test_the_command_prints_a_plan(capsys):
         (["--config", "ddpo_sd15", "--pretrained_model_name_or_path", "someone/else"], "hf download someone/else"),
         (["--config", "ddpo_mini_sd", "--no_such_flag", "1"], "unrecognized arguments: --no_such_flag"),
         (["--config", "no_such_recipe"], "no recipe 'no_such_recipe'"),
+        (["--config"], "--config needs the name or the file of a recipe"),
+        (["--script", "train_ddpo", "--config"], "--config needs the name or the file of a recipe"),
     ],
 )
 def test_what_no_plan_can_be_made_of_is_said(argv, message, capsys):

@@ -112,6 +112,7 @@ def test_what_reads_sigmas_gets_a_twin_that_has_them():
     euler, ddim = diffusers.EulerDiscreteScheduler(**SDXL), diffusers.DDIMScheduler(clip_sample=False)
     assert type(sde_twins({"scheduler": euler})["scheduler"]) is DDIMSDEScheduler
     own = sde_twins({"scheduler": euler}, by_sigmas=True)["scheduler"]
+    assert type(sde_twin(euler, by_sigmas=True, eta=0.5)) is type(own)
     assert type(own) is SigmaSDEScheduler
     for scheduler in (own, euler):
         scheduler.set_timesteps(5)

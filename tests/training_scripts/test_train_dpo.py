@@ -192,6 +192,20 @@ def test_winner_loser_and_reference_see_one_noise_time_and_caption(task, tmp_pat
     assert "" in prompts and set(prompts) & set(CAPTIONS)
 
 
+def test_pipelines_of_one_prompt_see_side_after_side(task, tmp_path, monkeypatch):
+    run, policy, found, examples = prepared(tmp_path, task)
+    sides, _, _ = examples.pairs(0, 0)
+    asked, predict_all = [], Policy.predict
+    monkeypatch.setattr(
+        Policy, "predict", lambda self, x, t, condition, guidance=False: (asked.append(len(x)), predict_all(self, x, t, condition, guidance))[1]
+    )
+    for single, rows in ((False, [8]), (True, [4, 4])):
+        monkeypatch.setattr("diffusers_align.training.offline.descent.takes_one_prompt", lambda calls, single=single: single)
+        asked.clear()
+        measure(run, policy, *sides)
+        assert asked == rows
+
+
 def test_sides_together_answer_as_each_by_itself(task, tmp_path):
     """One call of all rows is the calls of each side up to rounding, in outputs and in the LoRA's gradient; a pair's prompts are encoded once."""
     run, policy, found, examples = prepared(tmp_path, task)

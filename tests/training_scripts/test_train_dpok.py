@@ -205,6 +205,8 @@ def test_the_flag_that_advantage_was(capsys):
         assert (args.advantage, args.gae_lambda) == (advantage, lam)
     for flags, message in (
         (["--gae_lambda", "0.5"], "--gae_lambda has no effect without --advantage gae"),
+        (["--no-value_baseline", "--advantage", "gae"], "--no-value_baseline is --advantage batch now"),
+        (["--no-value_baseline", "--gae_lambda", "0.5"], "--no-value_baseline is --advantage batch now"),
         (["--advantage", "batch", "--value_steps", "3"], "--value_steps has no effect without --advantage gae"),
         (["--advantage", "batch", "--num_samples_per_epoch", "1", "--train_batch_size", "1"], "--advantage batch compares the samples of an epoch"),
     ):

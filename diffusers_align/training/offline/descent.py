@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...driving.prompt_form import takes_one_prompt
 from ...policy import Policy
 from ...rl.matching import error_coefficients
 from ..run.weight_copies import LaggingWeights
@@ -41,8 +42,9 @@ class Reference:
 
 
 def answers(run, policy: Policy, sides: Sequence[Noised]) -> Sequence[Tensor]:
-    """The model's answer to each of the sides, (B, *D): all in one forward pass, or with `--two_pass` side by side, which takes half the memory."""
-    if getattr(run.args, "two_pass", False):
+    """The model's answer to each of the sides, (B, *D): all in one forward pass; with `--two_pass`, which takes half the memory, and where the pipeline takes
+    one prompt a call, side by side."""
+    if getattr(run.args, "two_pass", False) or takes_one_prompt(policy.calls):
         return [predict(run, policy, side) for side in sides]
     return predict_together(run, policy, sides)
 

@@ -114,7 +114,8 @@ def sample_epoch(
                 condition = condition_of(policy, [asked[i] for i in part], **noise, **call_kwargs)
                 drawn_from: dict[int, GaussianTransition] = {}
                 keep = drawn_from.__setitem__ if keep_kernels else None
-                shared = same_latent and getattr(args, "share_prefix", False)
+                # The first roll-out is compared with another walk: of equal rows, so that kernels round alike.
+                shared = same_latent and getattr(args, "share_prefix", False) and policy.compared
                 trajectory = policy.rollout(condition, deterministic=deterministic, on_step=keep, share_prefix=shared)
                 policy.check_reproducible(trajectory)
             run.explain_once(*describe_walk(policy, trajectory), *describe_window(policy, trajectory))

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from ... import embedded
 from ...checks.given_names import did_you_mean, hub_reason, is_hub_error, is_repository, nearest_path
 from ...driving.calls import calls_of
+from ...driving.replacements import reads_levels_by_number
 from ...schedulers import sde_twin
 from ...schedulers.twin import SDE_FIELDS, own_noise_twin
 from .decoding import PARTS, decode_in_parts
@@ -109,12 +110,13 @@ def training_scheduler(pipeline, **sde_fields: Any):
     Raises:
         ValueError: it has none, or not one with these fields; then the message names scripts for such models.
     """
-    stock = calls_of(pipeline).main_scheduler
+    calls = calls_of(pipeline)
+    stock = calls.main_scheduler
     if (own := own_noise_twin(stock)) is not None and (unused := sorted(set(sde_fields) - set(SDE_FIELDS[own.__name__]))):
         logger.warning("%s has noise of its own, so %s has no effect.", type(stock).__name__, ", ".join(f"--{name}" for name in unused))
         sde_fields = {name: value for name, value in sde_fields.items() if name not in unused}
     try:
-        return sde_twin(stock, **sde_fields)
+        return sde_twin(stock, by_sigmas=reads_levels_by_number(calls.functions), **sde_fields)
     except ValueError as error:
         name = str(error).split(" ", 1)[0]
         if name not in ELSEWHERE:

@@ -129,7 +129,8 @@ def _ratio(seen) -> Iterator[str]:
 def worse_than_chance(history: list[dict[str, float]], args: Any, made: int) -> str | None:
     """What to say of pairs that are told apart worse than by a fair coin in each of the last epochs of the `history`; nothing before 20 optimizer steps."""
     last = [row["logistic"] for row in history[-PAIR_EPOCHS:] if "logistic" in row]
-    if len(last) < PAIR_EPOCHS or made < PAIR_STEPS or not min(last) > math.log(2) + PAIR_SLACK:
+    # Other losses of pairs (IPO's square, Linear-DPO) do not ask for this one.
+    if getattr(args, "loss", "sigmoid") != "sigmoid" or len(last) < PAIR_EPOCHS or made < PAIR_STEPS or not min(last) > math.log(2) + PAIR_SLACK:
         return None
     beta = next((name for name in ("beta", "dspo_beta") if getattr(args, name, None) is not None), None)
     lower = f"--{beta} (now {getattr(args, beta):g}) and --learning_rate (now {args.learning_rate:g})" if beta else "beta and --learning_rate"

@@ -133,6 +133,16 @@ def test_pairs_that_are_told_apart_worse_than_by_a_coin(rows, steps, said):
         assert "0.900 over the last 3 epochs" in warnings[0] and "--beta (now 200) and --learning_rate (now 0.001)" in warnings[0]
 
 
+def test_losses_of_pairs_that_are_not_logistic_are_left_alone():
+    health, printed = trained([], moved=True)
+    health.run.args.loss, health.run.optimizer_steps = "ipo", 20
+    for _ in range(4):
+        health.run.history.append({"epoch": health.run.epoch, **ALIVE, **NOISE})
+        health.run.epoch += 1
+        health.look()
+    assert not any("above log 2" in text for text in printed)
+
+
 # --- the verdict -------------------------------------------------------------------------------------------------------
 
 
