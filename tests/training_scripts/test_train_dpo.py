@@ -199,11 +199,11 @@ def test_pipelines_of_one_prompt_see_side_after_side(task, tmp_path, monkeypatch
     monkeypatch.setattr(
         Policy, "predict", lambda self, x, t, condition, guidance=False: (asked.append(len(x)), predict_all(self, x, t, condition, guidance))[1]
     )
-    for single, rows in ((False, [8]), (True, [4, 4])):
+    for single, expected in ((False, [8]), (True, [4, 4])):
         monkeypatch.setattr("diffusers_align.training.offline.descent.takes_one_prompt", lambda calls, single=single: single)
         asked.clear()
         measure(run, policy, *sides)
-        assert asked == rows
+        assert asked == expected
 
 
 def test_sides_together_answer_as_each_by_itself(task, tmp_path):
