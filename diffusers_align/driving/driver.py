@@ -160,8 +160,9 @@ class Driver:
 
     @checked
     def remember_prompts(self, batches: Count, store: Store | None = None) -> None:
-        """Cache the encoded prompts of the last `batches` batches, 32 at first, and of all in `store`. Fewer than a loop visits in turn never help."""
-        self.prompt_memory.size, self.prompt_memory.store = batches, store
+        """Cache the encoded prompts of the last `batches` batches, 32 at first, and of all in `store`. Fewer than a loop visits in turn never help. A prompt
+        that comes more than once in a batch is encoded once from now on, which rounds otherwise than the stock call does."""
+        self.prompt_memory.size, self.prompt_memory.store, self.prompt_memory.once_each = batches, store, True
 
     def prompt_features(self, condition: Condition) -> Tensor:
         """One vector a sample, (B, E) float32: the pipeline's encoded prompt, averaged over its tokens.

@@ -1,7 +1,7 @@
 """What a pipeline's `encode_prompt` returned, remembered in memory and, given a store, beyond the process.
 
-In memory a batch's result is one entry, whatever its arguments are; prompts that come more than once in a batch (those of a group, the two sides of a
-pair) are encoded once. A store keeps an entry per prompt, so that batches made up anew, as in each epoch, are put together from prompts that were
+In memory a batch's result is one entry, whatever its arguments are; in training, prompts that come more than once in a batch (those of a group, the two
+sides of a pair) are encoded once. A store keeps an entry per prompt, so that batches made up anew, as in each epoch, are put together from prompts that were
 encoded before. How a pipeline's result for several prompts is made of the results for each is found by a comparison, once; where it cannot be
 (sequences padded to the batch's longest), the batch is encoded at each use and not stored: batches that are made up anew would fill the store and
 never be met again.
@@ -49,15 +49,16 @@ class PromptMemory:
         size: results of the latest batches that are kept in memory.
         store: for what is encoded from plain arguments (strings, numbers, None, lists of them); calls with tensors, images or other
             objects do not go there. It belongs to one model, revision and dtype.
+        once_each: encode a prompt that comes more than once in a batch once: the same up to the rounding of another batch size.
     """
 
-    def __init__(self, size: int = 32, store: Store | None = None):
-        self.size, self.store, self.entries = size, store, OrderedDict()
+    def __init__(self, size: int = 32, store: Store | None = None, once_each: bool = False):
+        self.size, self.store, self.once_each, self.entries = size, store, once_each, OrderedDict()
         self.examples: dict[str, tuple[Any, Any] | None] = {}
 
     def __reduce__(self):
         # Keys are identities of objects, which copies do not share: a copy remembers nothing.
-        return PromptMemory, (self.size, self.store)
+        return PromptMemory, (self.size, self.store, self.once_each)
 
     @contextmanager
     def installed(self, pipeline) -> Iterator[None]:
@@ -81,7 +82,7 @@ class PromptMemory:
         if _plain(call) is None:
             return encode(*call[0], **call[1])
         if self.store is None:
-            return self._once_each(encode, call)
+            return self._once_each(encode, call) if self.once_each else encode(*call[0], **call[1])
         device = next((value for value in (*call[0], *call[1].values()) if isinstance(value, torch.device)), device)
         return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), self._by_rows(encode, call))
 

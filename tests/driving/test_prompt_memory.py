@@ -100,7 +100,7 @@ def test_a_prompt_that_comes_twice_is_encoded_once(name):
     """In memory too: the prompts of a group, and those of a pair's two sides."""
     result, by_rows = RESULTS[name]
     pipeline, batch = Encoder(result), [PROMPTS[i] for i in (0, 0, 1, 0, 2, 1)]
-    with PromptMemory().installed(pipeline):
+    with PromptMemory(once_each=True).installed(pipeline):
         found = pipeline.encode_prompt(batch, scale=2.0)
         torch.testing.assert_close(found, result([vector(text) for text in batch]), rtol=0, atol=0)
         assert (PROMPTS in pipeline.asked) == by_rows and (batch in pipeline.asked) == (not by_rows)
@@ -120,7 +120,7 @@ def test_a_call_that_is_told_the_number_of_its_prompts_is_told_the_new_one():
 
     pipeline.encode_prompt = counted
     batch = ["a fox", "a cat", "a fox"]
-    with PromptMemory().installed(pipeline):
+    with PromptMemory(once_each=True).installed(pipeline):
         torch.testing.assert_close(pipeline.encode_prompt(prompt=batch, batch_size=3), torch.cat([vector(text) for text in batch]), rtol=0, atol=0)
     assert batch not in pipeline.asked
 
@@ -129,7 +129,7 @@ def test_other_lists_of_a_value_each_keep_a_call_whole():
     """VisualCloze has descriptions of contents beside its prompts, which may be None."""
     pipeline = Encoder(lambda rows: torch.cat(rows))
     batch, contents = ["a fox", "a fox"], [None, None]
-    with PromptMemory().installed(pipeline):
+    with PromptMemory(once_each=True).installed(pipeline):
         pipeline.encode_prompt(batch, contents=contents)
     assert pipeline.asked == [batch]
 
@@ -143,7 +143,7 @@ def test_a_mask_that_is_there_for_padded_prompts_alone_is_that_of_all_rows():
     texts = ["a fox", "two red lemons on grass", "a cat", "dog", "cat"]
     short, long = (next(text for text in texts if (vector(text)[0, 0] > 0) == longer) for longer in (False, True))
     pipeline, batch = Encoder(masked), [short, long, short, long]
-    with PromptMemory().installed(pipeline):
+    with PromptMemory(once_each=True).installed(pipeline):
         embeds, mask = pipeline.encode_prompt(batch)
     assert torch.equal(embeds, torch.cat([vector(text) for text in batch]))
     assert mask.tolist() == masked([vector(text) for text in batch])[1].tolist()
@@ -151,7 +151,7 @@ def test_a_mask_that_is_there_for_padded_prompts_alone_is_that_of_all_rows():
 
 def test_a_repeated_prompt_keeps_its_padding():
     pipeline, batch = Encoder(padded), ["a fox", "dog", "a fox", "dog", "cat"]
-    with PromptMemory().installed(pipeline):
+    with PromptMemory(once_each=True).installed(pipeline):
         torch.testing.assert_close(pipeline.encode_prompt(batch), padded([vector(text) for text in batch]), rtol=0, atol=0)
 
 

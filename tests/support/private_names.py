@@ -52,7 +52,7 @@ UPSTREAM = {
     "_lora_adapter_metadata": "diffusers: end of the names of arguments",
 }
 # Names with an underscore that are documented, or no names of attributes.
-PUBLIC = {"_class_name", "_exit", "_getframe", "_uid", "_se"}
+PUBLIC = {"_class_name", "_exit", "_getframe", "_uid", "_se", "_prompt", "_seed"}
 
 
 def defined_in(tree: ast.AST) -> set[str]:
