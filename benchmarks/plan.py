@@ -46,7 +46,7 @@ CASES: dict[str, tuple[str, str, dict[str, str]]] = {
 # Of the embedded denoisers, what is larger.
 WIDER = {
     "mini-sd3": {"num_layers": 9, "num_attention_heads": 8, "attention_head_dim": 64, "caption_projection_dim": 512},
-    "mini-sd": {"block_out_channels": (192, 384, 384)},
+    "mini-sd": {"block_out_channels": (192, 384)},
 }
 # A row of the table: recipe, what is changed of it.
 ROWS = (

@@ -19,17 +19,6 @@ def test_a_plan_is_within_a_tenth_of_the_run(name, tmp_path):
     assert made.flops == pytest.approx(work.flops, rel=0.25)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["DDPO", "Flow-GRPO", "DPO", "DRaFT-1", "Adjoint Matching"])
-def test_and_with_a_denoiser_of_fifty_million_weights(name, tmp_path):
-    model = benchmark.larger(benchmark.CASES[name][1], tmp_path / "model")
-    made = benchmark.planned(name, str(model), tmp_path)
-    assert 40e6 < max(component.parameters for component in made.components.values()) < 65e6
-    work, _ = benchmark.run(name, str(model), tmp_path)
-    assert benchmark.of_an_epoch(made) == pytest.approx(work.peak, rel=0.1)
-    assert max(stage.work.kept for stage in made.stages) == pytest.approx(work.kept, rel=0.1)
-
-
 @pytest.mark.slow
 def test_checkpointing_batches_and_a_small_card_are_weighed():
     made = plan("flow_grpo_mini_sd3", gpu="24GB", train_batch_size=8, num_inference_steps=3, eval_num_inference_steps=3, kl_weight=0)
