@@ -22,6 +22,11 @@ SEVERAL_CHAINS = (
     "sample: {} need one chain. Let the call make one (fewer frames, a single stage) if it can, or choose the best of n: BestOfNPipeline(pipe)."
 )
 
+OTHER_SIZE = (
+    "The pipeline's states change their size on the way, from {} to {} (the stages of a pyramid, an upsampling behind): there is no one chain of states "
+    "to learn on. Use a pipeline that makes one of the sizes, or choose the best of n: BestOfNPipeline(pipe)."
+)
+
 
 class Chains:
     """Says of each step of a call in turn which chain it belongs to: another one begins with another schedule, where states have another size, or where
@@ -80,8 +85,8 @@ class Recorder:
     def _by_output(self, state: Tensor, copies: bool) -> Tensor:
         if len(state) % self.number:
             raise ValueError(f"The pipeline's steps are of {len(state)} samples, its call of {self.number} outputs: give it one prompt a call.")
-        if copies:  # the rows of a batch that is walked twice for guidance
-            return state[: self.number]
+        if copies and all(torch.equal(state[: self.number], block) for block in state.split(self.number)):
+            return state[: self.number]  # the rows of a batch that is walked twice for guidance
         return state.reshape(self.number, -1, *state.shape[1:]) if len(state) > self.number else state
 
 

@@ -23,7 +23,7 @@ from .calls import calls_of
 from .denoisers import denoisers as denoisers_of
 from .noise import noise_seed, step_streams
 from .one_chain import check_one_chain
-from .portions import IN_PORTIONS, in_portions
+from .portions import refuse_portions
 from .prompt_memory import PromptMemory, Store, encoded_prompt
 from .replacements import reads_levels_by_number, replaced
 from .safety_checker import unchecked
@@ -258,8 +258,7 @@ class Driver:
     def refuse_portions(self, condition: Condition, what_to_do: str) -> None:
         """Raise a ValueError if the pipeline, which walks several schedules in a call, walks each of them for a portion of the sample alone."""
         condition = condition if condition.seeds is not None else replace(condition, seeds=list(range(len(condition))))
-        if in_portions(lambda on_step: self.drive(condition, on_step, needs_denoiser=lambda k: False)):
-            raise ValueError(IN_PORTIONS.format(type(self.pipeline).__name__, what_to_do))
+        refuse_portions(self.pipeline, lambda on_step: self.drive(condition, on_step, needs_denoiser=lambda k: False, output_type="pt"), what_to_do)
 
 
 def _global_seed(condition: Condition) -> int | None:

@@ -11,9 +11,7 @@ import ast
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from textwrap import dedent
-from types import CodeType, FunctionType
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .parts import parts_of
-from .replacements import has_constant, reads_global
+from .replacements import has_constant, reads_global, source_of
 
 
 def form_asked(pipeline, wanted: str | None) -> tuple[dict[str, str | None], bool]:
@@ -43,7 +41,7 @@ def returns_latents(pipeline) -> bool:
     """Whether a pipeline's call returns latents for `output_type="latent"`: it looks for that, leaves nothing unassigned then that it returns, and hands
     them to no processor of pictures that fails on it."""
     call = inspect.unwrap(type(pipeline).__call__)
-    source = _source(call)
+    source = source_of(call)
     if source is None:
         return has_constant(call.__code__, "latent")
     return "latent" in _compared(source) and not _forgets_latents(source) and not _refuses(pipeline, "latent")
@@ -67,21 +65,12 @@ def _makes_arrays(pipeline) -> bool:
 def _refuses(pipeline, output_type: str) -> bool:
     """Whether the pipeline's processor of pictures gets all that is made, and has no branch for `output_type`: others look for each that they know."""
     processor = type(getattr(pipeline, "image_processor", None))
-    source = _source(processor.postprocess) if hasattr(processor, "postprocess") and reads_global(_code(pipeline), "postprocess") else None
+    source = source_of(processor.postprocess) if hasattr(processor, "postprocess") and reads_global(_code(pipeline), "postprocess") else None
     return source is not None and output_type not in _compared(source, equal=True)
 
 
 def _code(pipeline) -> CodeType:
     return inspect.unwrap(type(pipeline).__call__).__code__
-
-
-@cache
-def _source(function: FunctionType) -> ast.AST | None:
-    """A function's syntax tree; None where its source is not there."""
-    try:
-        return ast.parse(dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return None
 
 
 def _compared(tree: ast.AST, equal: bool = False) -> set[str]:

@@ -44,6 +44,10 @@ def _generators_of(device: torch.device) -> list[torch.Generator]:
     return [generators[module.current_device() if device.index is None else device.index]] if generators else []
 
 
+class Enough(BaseException):
+    """Raised by a callback that has seen enough: ends the pipeline's call there. Not an Exception: a pipeline may catch those."""
+
+
 @contextmanager
 def restored_if_abandoned(pipeline, tree: ModuleTree) -> Iterator[None]:
     """Context: if the call within raises, what pipelines change while they run is put back, and the pipeline's own clean-up runs: attributes of the

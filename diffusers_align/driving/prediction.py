@@ -33,7 +33,6 @@ class Prediction:
         self._own_times: bool | None = None
         self._edits = False
         self._reads_others: bool | None = None
-        self._whole: bool | None = None
         self._of_one_step: set[tuple] = set()
 
     def __call__(self, latents: Tensor, timesteps: Tensor, condition: Condition, guidance: bool) -> Tensor:
@@ -128,9 +127,8 @@ class Prediction:
         self.driver.drive(condition, capture, timesteps=self._rows(timesteps, condition), needs_denoiser=lambda k: first <= k <= 1, **overrides)
         if not outputs:
             raise ValueError("The pipeline took fewer than two solver steps; raise num_inference_steps (or strength).")
-        if len(portions) > 1 and self._whole is None:
+        if len(portions) > 1:
             self.driver.refuse_portions(condition, "learn on replays, which have all of them")
-            self._whole = True
         return outputs[0], bool(found)
 
     def _at_start(self, latents: Tensor, timesteps: Tensor, condition: Condition, overrides: dict) -> Tensor:

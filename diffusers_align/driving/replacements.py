@@ -86,10 +86,18 @@ def reads_levels_by_number(functions: Iterable[FunctionType]) -> bool:
 
 
 @functools.cache
-def _reads_by_number(function: FunctionType) -> bool:
+def source_of(function: FunctionType) -> ast.AST | None:
+    """A function's syntax tree; None where its source is not there."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, SyntaxError):  # no source: an index beyond the table is met on the way
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+@functools.cache
+def _reads_by_number(function: FunctionType) -> bool:
+    tree = source_of(function)
+    if tree is None:  # an index beyond the table is met on the way
         return False
     for_callbacks = {id(node) for test in ast.walk(tree) if isinstance(test, ast.If) and "callback" in ast.unparse(test.test) for node in ast.walk(test)}
     lookups = (node for node in ast.walk(tree) if isinstance(node, ast.Subscript) and id(node) not in for_callbacks)

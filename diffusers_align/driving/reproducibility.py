@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..trajectory import Trajectory
 from .module_tree import modules_of
+from .pipeline_state import Enough
 from .scheduler_hook import Step
 from .tape import force, kind_of_call
 
@@ -18,10 +20,6 @@ if TYPE_CHECKING:
     from .driver import Driver
 
 logger = logging.get_logger(__name__)
-
-
-class _Enough(BaseException):
-    """Ends a call whose first steps were compared."""
 
 
 @torch.no_grad()
@@ -40,14 +38,11 @@ def check_first_steps(driver: Driver, trajectory: Trajectory, steps: int = 2) ->
 
     def leave(k: int) -> bool:
         if k >= steps:
-            raise _Enough
+            raise Enough
         return True
 
-    try:
-        with driver.noise(condition, deterministic=not bool(trajectory.stochastic.any())):
-            driver.drive(condition, compare, needs_denoiser=leave)
-    except _Enough:
-        pass
+    with suppress(Enough), driver.noise(condition, deterministic=not bool(trajectory.stochastic.any())):
+        driver.drive(condition, compare, needs_denoiser=leave)
     error = max(found for _, found in errors)
     if error == 0:
         return

@@ -7,6 +7,7 @@ same states over and over before it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,15 +15,12 @@ import torch
 from torch import Tensor
 
 from ..condition import Condition
+from .pipeline_state import Enough
 from .scheduler_hook import Step
 
 if TYPE_CHECKING:
     from .driver import Driver
     from .tape import Tape
-
-
-class _Enough(BaseException):
-    """Ends a call where its samples part."""
 
 
 def shared_walk(driver: Driver, condition: Condition, tape: Tape) -> tuple[Callable[[Step], Tensor | None], Callable[[int], bool] | None]:
@@ -71,7 +69,7 @@ class _SharedPrefix:
     def _walk(self, driver: Driver, condition: Condition) -> None:
         def on_step(step: Step) -> None:
             if step.k >= self.length:
-                raise _Enough
+                raise Enough
             self.actions[step.child, step.k] = step.run().prev_sample.detach().clone()
 
         _until_enough(driver, condition, on_step, needs_denoiser=lambda k: k < self.length)
@@ -99,7 +97,7 @@ def _steps_before_noise(driver: Driver, condition: Condition) -> int:
     def look(step: Step) -> Tensor:
         if step.child == 0 and bool((step.run(prev_sample=step.sample).std > 0).any()):
             found.append(step.k)
-            raise _Enough
+            raise Enough
         return step.sample
 
     _until_enough(driver, condition, look, needs_denoiser=lambda k: False)
@@ -107,8 +105,5 @@ def _steps_before_noise(driver: Driver, condition: Condition) -> int:
 
 
 def _until_enough(driver: Driver, condition: Condition, on_step: Callable[[Step], Tensor | None], **options: Any) -> None:
-    try:
-        with torch.no_grad(), driver.noise(condition, deterministic=False):
-            driver.drive(condition, on_step, **options)
-    except _Enough:
-        pass
+    with suppress(Enough), torch.no_grad(), driver.noise(condition, deterministic=False):
+        driver.drive(condition, on_step, **options)

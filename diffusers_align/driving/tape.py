@@ -11,17 +11,12 @@ from torch import Tensor
 from ..condition import Condition
 from ..trajectory import Trajectory
 from ..transition import GaussianTransition
+from .chains import OTHER_SIZE
 from .scheduler_hook import NO_OWN_STEP, OTHER_NUMBER, Step
 from .steps_apart import GraphOfSteps, Recalled, SharedGraph
 
 if TYPE_CHECKING:
     from .driver import Driver
-
-
-OTHER_SIZE = (
-    "The pipeline's states change their size on the way, from {} to {} (the stages of a pyramid, an upsampling behind): there is no one chain of states "
-    "to learn on. Use a pipeline that makes one of the sizes, or choose the best of n: BestOfNPipeline(pipe)."
-)
 
 
 class Tape:

@@ -28,7 +28,7 @@ from ..driving.calls import Calls, calls_of
 from ..driving.chains import SEVERAL_CHAINS, Chains, Finals, Recorder, put_state
 from ..driving.outcome import Outcome, by_sample, outcome
 from ..driving.parts import parts_of
-from ..driving.portions import IN_PORTIONS, in_portions
+from ..driving.portions import refuse_portions
 from ..driving.prompt_memory import PromptMemory
 from ..driving.safety_checker import unchecked
 from ..driving.scheduler_hook import Step, drive
@@ -228,8 +228,10 @@ class WrappedPipeline(DiffusionPipeline):
         closed = {"needs_denoiser": lambda k: False, **quiet}
         output = self.drive(condition, generator, put, gradients=torch.is_grad_enabled(), **closed, **overrides)
         if len(portions) > 1 and isinstance(final, list):
-            if in_portions(lambda on_step: self.drive(condition, copied(before), on_step, global_seed=0, **closed)):
-                raise ValueError(IN_PORTIONS.format(self.calls.name, "choose the best of n, which looks at whole samples"))
+            again = {**closed, "global_seed": 0, "output_type": "pt"}
+            refuse_portions(
+                self.pipeline, lambda on_step: self.drive(condition, copied(before), on_step, **again), "choose the best of n, which looks at whole samples"
+            )
         return output
 
     def decode(self, final: Finals | list[Tensor], condition: Condition, generator: Generators) -> Outcome:

@@ -91,9 +91,10 @@ def sde_twin(scheduler, *, by_sigmas: bool = False, **sde_fields):
         raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; {fields}.")
     if isinstance(scheduler, SDESchedulerMixin):
         return cls.from_config(scheduler.config, **sde_fields)
-    config, source = _configs(scheduler)
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     if issubclass(cls, OwnNoiseMixin):
         return cls.from_config(config, **sde_fields)
+    source = {"_class_name": type(scheduler).__name__, **config}
     build = {FlowMatchSDEScheduler: _flow_twin, DDIMSDEScheduler: _ddim_twin, SigmaSDEScheduler: _sigma_twin}[cls]
     return build(scheduler, config, source, sde_fields)
 
@@ -110,12 +111,6 @@ def sde_twins(schedulers: dict, main: SDESchedulerMixin | None = None, by_sigmas
     kind = type(main).__name__
     fields = {field: main.config[field] for field in SDE_FIELDS.get(kind, ())}
     return {name: main, **{other: sde_twin(s, **(fields if _twin_class(s).__name__ == kind else {})) for other, s in others}}
-
-
-def _configs(scheduler) -> tuple[dict, dict]:
-    """A stock scheduler's config, and the same with its class, as `source` of a twin."""
-    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    return config, {"_class_name": type(scheduler).__name__, **config}
 
 
 def _twin_class(scheduler) -> type:

@@ -66,6 +66,15 @@ def test_schedulers_have_chains_of_their_own():
     assert [chains.of(step(time, 1, 4, child=child)) for time, child in ((3, 0), (9, 1), (2, 0), (8, 1))] == [(0, 0), (1, 0), (0, 0), (1, 0)]
 
 
+def test_frames_that_begin_alike_are_no_copies():
+    record = Recorder(2)
+    state = torch.randn(2, 3).repeat(2, 1)
+    made = step(1.0, state=state)
+    made.run = lambda: SimpleNamespace(prev_sample=torch.arange(12.0).reshape(4, 3))
+    record(made)
+    torch.testing.assert_close(record.finals[0, 0], torch.arange(12.0).reshape(2, 2, 3))
+
+
 def test_rows_of_an_output_are_its_frames_and_equal_halves_are_copies():
     frames, half = torch.randn(4, 3), torch.randn(2, 3)
     for state, expected in ((frames, (frames + 1).reshape(2, 2, 3)), (half.repeat(2, 1), half + 1)):

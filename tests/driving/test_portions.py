@@ -70,14 +70,27 @@ def test_searches_look_at_all_portions():
         ParticleSteeringPipeline(pipeline, reward=reward)(PROMPTS, num_particles=2, generator=generators[1], output_type="pt", **case.call)
 
 
-@pytest.mark.parametrize("carried, expected", [(0.0, True), (0.5, False)])
-def test_a_second_schedule_of_the_same_sample_is_no_portion(carried, expected):
-    """It goes on from where the first one has ended, as a second pass at a larger size does: what it ends at is the whole sample."""
+@pytest.mark.parametrize("carried, kept, expected", [(0.0, 1.0, True), (0.5, 1.0, False), (0.0, 0.0, False)])
+def test_a_second_schedule_of_the_same_sample_is_no_portion(carried, kept, expected):
+    """It goes on from where the first one has ended, as a second pass at a larger size does, or begins anew and leaves nothing of it."""
 
     def drive(on_step):
         x = torch.ones(1, 2)
         for k in range(2):
             x = on_step(SimpleNamespace(k=k, child=0, portion=0, sample=x, skip=lambda: None))
-        on_step(SimpleNamespace(k=2, child=0, portion=1, sample=carried * x + torch.ones(1, 2), skip=lambda: None))
+        y = on_step(SimpleNamespace(k=2, child=0, portion=1, sample=carried * x + torch.ones(1, 2), skip=lambda: None))
+        return (torch.cat([kept * x, y]),)
 
     assert in_portions(drive) == expected
+
+
+def test_it_is_found_out_once():
+    pipeline, case = built(wan, "AnyFlowFARPipeline")
+    policy = Policy(pipeline, **case.call)
+    condition, calls, drive = policy.condition(PROMPTS, seeds=SEEDS), [], policy.drive
+    policy.drive = lambda *args, **kwargs: (calls.append(1), drive(*args, **kwargs))[1]
+    for expected in (4, 0):
+        calls.clear()
+        with pytest.raises(ValueError, match="portion after portion"):
+            policy.refuse_portions(condition, "do something else")
+        assert len(calls) == expected
