@@ -91,8 +91,8 @@ def test_without_strength_it_is_the_plain_pipeline_bit_for_bit(pipeline, clip):
 def test_guidance_fits_images_to_their_prompts_as_other_judges_see_it(pipeline, clip):
     stock, call = pipeline
     guided, prompts = RewardGuidedPipeline(stock, reward=clip), PROMPTS * 4
-    plain, follows = (guided(prompts, preset="glide_clip", reward_scale=s, generator=generators(16), **call).images for s in (0, 1 / 3))
+    plain, follows = (guided(prompts, preset="glide_clip", reward_scale=s, generator=generators(16), **call).images for s in (0, 1 / 2))
     for name, options in (("clip_score", {"model": embedded.path("mini-clip")}), ("scene_score", {})):
         before, after = (load_reward(name, **options)(images, prompts) for images in (plain, follows))
         before, after = (value["reward"] if isinstance(value, dict) else value for value in (before, after))
-        assert float((after - before).mean()) > 0.02, name
+        assert float((after - before).mean()) > 0.03, name

@@ -23,7 +23,7 @@ CALLS = {"mini-sd": {}, "mini-sd3": {"max_sequence_length": 1}}
 CLIMBING = {
     "dps": 0.3,
     "energy": 3.0,
-    "lgd_mc": 2.0,
+    "lgd_mc": 6.0,
     "freedom": 0.2,
     "mpgd": 0.5,
     "universal": 6.0,
@@ -81,8 +81,9 @@ def test_without_strength_a_single_generator_draws_what_the_plain_pipeline_draws
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_guidance_climbs_and_its_opposite_descends(models, solver):
-    plain, up, down = (run(models, solver, "energy", scale, (0,), start=0.2).rewards for scale in (0, 6.0, -6.0))
-    assert (up > plain + 0.005).all() and (plain > down + 0.005).all()
+    strength = 40.0 if solver == "flow" else 6.0
+    plain, up, down = (run(models, solver, "energy", scale, (0,), start=0.2).rewards for scale in (0, strength, -strength))
+    assert (up > plain + 0.02).all() and (plain > down + 0.02).all()
 
 
 @pytest.mark.parametrize("name", CLIMBING)
@@ -90,7 +91,7 @@ def test_every_preset_climbs(models, name):
     solver = "flow" if name in ("flow", "flowchef", "lgd_mc", "freedom", "universal") else "ddim"
     # Not 0: recurrence draws noise, which makes another sample.
     weak, output = run(models, solver, name, 1e-6, (0,)), run(models, solver, name, numbers=(0,))
-    assert output.rewards.mean() > weak.rewards.mean() + 0.002
+    assert output.rewards.mean() > weak.rewards.mean() + 0.005
     assert output.guided_values.shape[0] == 1
 
 

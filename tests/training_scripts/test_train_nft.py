@@ -81,8 +81,8 @@ def test_the_batch_size_changes_nothing(tmp_path, name):
 def test_the_reward_rises(tmp_path, name, model):
     flags = {"num_inference_steps": 6, "num_prompts_per_epoch": 6, "group_size": 8, "train_batch_size": 24, "rank": 16, "num_train_timesteps": 3}
     own = {"beta": 0.5, "shared_timesteps": True} if name == "train_nft" else {"ema_beta": 0.1}
-    rows = train(name, tmp_path / "run", model, num_epochs=5, learning_rate=1e-3, **flags, **own)
-    assert rows[-1]["reward"] > rows[0]["reward"] + 0.02
+    rows = train(name, tmp_path / "run", model, num_epochs=8, learning_rate=1e-3, **flags, **own)
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.05 > rows[0]["reward"] + rows[0]["reward_se"]
 
 
 def test_recipes_parse():
