@@ -78,7 +78,7 @@ class LatentLayout:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) or (B, F, 3, H, W) in [0, 1] -> (B, *D), computed in float32 and rounded to the pipeline's own latents at the end."""
-        z = _autoencode(self.vae, images, video=len(self.z_shape) == 4)
+        z = autoencoded(self.vae, images, video=len(self.z_shape) == 4)
         return self._to_latents(z, len(images)).to(self.dtype)
 
     def _to_latents(self, z: Tensor, batch: int) -> Tensor:
@@ -89,7 +89,7 @@ class LatentLayout:
         return latents.reshape(batch, *self.latent_shape).to(z.dtype)
 
     def _verify(self, tail: _Tail, images: Tensor, tolerance: float) -> None:
-        z = _autoencode(self.vae, images, video=len(self.z_shape) == 4)
+        z = autoencoded(self.vae, images, video=len(self.z_shape) == 4)
         if z.numel() != self.held.numel():
             raise ValueError(
                 f"Images of {tuple(images.shape[1:])} encode to {tuple(z.shape[1:])}, the pipeline's latents decode from {tuple(self.z_shape)}: "
@@ -211,8 +211,8 @@ def in_float32(module: nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
-def _autoencode(vae, images: Tensor, video: bool) -> Tensor:
-    """The autoencoder's latents (B, *Z), float32, the mode where it gives a distribution."""
+def autoencoded(vae, images: Tensor, video: bool) -> Tensor:
+    """The autoencoder's latents (B, *Z) of pictures in [0, 1], float32, the mode where it gives a distribution. `video`: whether it takes (B, C, F, H, W)."""
     pixels = images.to(vae.device, torch.promote_types(vae.dtype, torch.float32)) * 2 - 1
     if video:
         pixels = pixels.unsqueeze(2) if pixels.ndim == 4 else pixels.transpose(1, 2)

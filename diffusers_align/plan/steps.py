@@ -18,6 +18,7 @@ from torch import Tensor
 from ..algorithms import alignprop, draft, drtune, refl, vader
 from ..algorithms.adjoint_matching import matched_steps
 from ..data.prompts import Prompt
+from ..driving.latent_layout import autoencoded
 from ..gradients.rollout import differentiable_rollout
 from ..policy import Policy
 from ..training.gradient.adjoints import make_memoryless, matching_targets, noisy_steps, reward_gradient
@@ -27,7 +28,7 @@ from ..training.offline.descent import Reference, descend
 from ..training.offline.noised_latents import Noised
 from ..training.online.policy_gradient import add_gradient
 from ..training.online.sampling import noise_fields
-from ..training.online.trained_steps import trained_steps
+from ..training.online.trained_steps import some_of, trained_steps
 from ..trajectory import Trajectory
 from .meter import Meter, Work
 
@@ -119,7 +120,7 @@ def policy_gradient(bench: Bench) -> list[Stage]:
         policy.scheduler.register_to_config(sde_window=[args.sde_window[0], args.sde_window[0] + size])
     trajectory = _roll_out(bench)
     shares = getattr(args, "timestep_fraction", 1.0), getattr(args, "random_timestep_fraction", 1.0)
-    steps, with_reference = trained_steps(trajectory, *shares), bool(getattr(args, "kl_weight", 0))
+    steps = trained_steps(trajectory, *shares)
     if not steps:
         raise ValueError("No step with noise is left to train: raise the noise or the timestep fraction.")
 
@@ -127,10 +128,13 @@ def policy_gradient(bench: Bench) -> list[Stage]:
         value = transition.log_prob(bench.trajectory.actions[:, k])
         return (value if reference is None else value + (transition.mean - reference.mean).square().flatten(1).sum(1)).sum()
 
-    def step() -> None:
-        add_gradient(bench, policy, bench.trajectory, steps[:1], loss, held_at=steps[:1] if with_reference else ())
+    def step(held: list[int]) -> None:
+        add_gradient(bench, policy, bench.trajectory, steps[:1], loss, held_at=held)
 
-    return [Stage("roll-out", lambda: _roll_out(bench), batches_of(args), False), Stage("replayed step", step, batches_of(args) * len(steps))]
+    held = len(some_of(steps, args.kl_share, "")) if getattr(args, "kl_weight", 0) else 0
+    found = [Stage("roll-out", lambda: _roll_out(bench), batches_of(args), False)]
+    found += [Stage("replayed step, with KL", lambda: step(steps[:1]), batches_of(args) * held)] if held else []
+    return found + ([Stage("replayed step", lambda: step([]), batches_of(args) * (len(steps) - held))] if held < len(steps) else [])
 
 
 def pairs(bench: Bench) -> list[Stage]:
@@ -148,7 +152,21 @@ def pairs(bench: Bench) -> list[Stage]:
             reference(*sides)
         descend(bench, policy, lambda winner, loser: winner.error - loser.error, sides, 1.0)
 
-    return [Stage("pairs", step, batches_of(args))]
+    return [_pictures(bench, latents, sides=2), Stage("pairs", step, batches_of(args))]
+
+
+def _pictures(bench: Bench, latents: Tensor, sides: int) -> Stage:
+    """The data set's pictures as latents: of every batch, or with `--cache_dir` in the first epoch alone."""
+    policy, vae = bench.policy, bench.policy.pipeline.vae
+    with torch.no_grad():
+        images = torch.zeros_like(policy.decode(latents, bench.condition()), dtype=torch.float32)
+
+    def encode() -> None:
+        for _ in range(sides):
+            with torch.no_grad():
+                autoencoded(vae, images, video=images.ndim == 5)
+
+    return Stage("encoding pictures", encode, 0 if bench.args.cache_dir else batches_of(bench.args), False)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ def test_a_plan_is_within_a_tenth_of_the_run(name, tmp_path):
     assert max(stage.work.kept for stage in made.stages) == pytest.approx(work.kept, rel=0.1, abs=1024)
     assert made.rows[1] == work.rows[True]
     assert made.rows[0] == pytest.approx(work.rows[False], abs=16)  # what a run finds out by trying, once, over two epochs
-    assert made.flops == pytest.approx(work.flops, rel=0.25)
+    assert made.flops == pytest.approx(work.flops, rel=0.1)
 
 
 @pytest.mark.slow
@@ -37,3 +37,18 @@ def test_a_card_that_is_too_small_gets_advice_that_fits():
     assert "Does not fit" in report(made)
     none = plan("dpo_mini_sd3", gpu="10MB", num_samples_per_epoch=2, train_batch_size=2)
     assert "as small as its flags make it" in report(none)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["dspo_mini_sd3", "alignprop_mini_sd", "refl_mini_sd3"])
+def test_scripts_that_share_a_step_have_a_plan(recipe):
+    made = plan(recipe, gpu="24GB", num_samples_per_epoch=8, train_batch_size=4, num_inference_steps=3)
+    assert made.fits and made.rows[1] > 0 and made.flops > 0 and any(stage.has_gradient for stage in made.stages)
+
+
+@pytest.mark.slow
+def test_the_kl_at_a_share_of_the_steps_takes_fewer_rows():
+    flags = {"num_prompts_per_epoch": 1, "group_size": 4, "train_batch_size": 4, "num_inference_steps": 5, "eval_num_inference_steps": 5}
+    whole, half = (plan("flow_grpo_mini_sd3", kl_share=share, **flags) for share in (1.0, 0.5))
+    assert whole.rows[1] == half.rows[1] == 8, "the recipe's window is of two steps"
+    assert (whole.rows[0], half.rows[0]) == (20 + 8, 20 + 4)
