@@ -11,6 +11,7 @@ import ast
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import CodeType
 from typing import Any
 
@@ -73,6 +74,7 @@ def _code(pipeline) -> CodeType:
     return inspect.unwrap(type(pipeline).__call__).__code__
 
 
+@cache
 def _compared(tree: ast.AST, equal: bool = False) -> set[str]:
     """The constants that a function compares its `output_type` with; with `equal`, one by one alone, not those of a list of what is known."""
     found: set[str] = set()
@@ -83,6 +85,7 @@ def _compared(tree: ast.AST, equal: bool = False) -> set[str]:
     return found
 
 
+@cache
 def _forgets_latents(tree: ast.AST) -> bool:
     """Whether a call assigns what it reads at its end in the branch of pictures alone, so that it fails for latents once all is done."""
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_pipelines import FAMILIES
+from short_policies import brightness, policy_of
 
 gymnasium = pytest.importorskip("gymnasium", reason="gymnasium is not installed: pip install gymnasium")
 import numpy as np  # noqa: E402
@@ -16,20 +16,11 @@ from gymnasium.vector import SyncVectorEnv  # noqa: E402
 from gymnasium.wrappers import FlattenObservation  # noqa: E402
 from gymnasium.wrappers.vector import RecordEpisodeStatistics  # noqa: E402
 
-from diffusers_align import Policy  # noqa: E402
 from diffusers_align.driving.noise import step_streams  # noqa: E402
 from diffusers_align.envs import DenoisingEnv, DenoisingVectorEnv  # noqa: E402
 
 PROMPTS = ["a cat", "a red bird"]
 KINDS = {"noise": {"action": "noise"}, "candidates": {"action": "candidates", "num_candidates": 3}}
-
-
-def brightness(images, prompts):
-    return images.mean((1, 2, 3))
-
-
-def policy_of(name="sd3", **call):
-    return Policy(FAMILIES[name].build(), **{**FAMILIES[name].call, "num_inference_steps": 3, **call})
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,10 @@
 
 import pytest
 import torch
-from tiny_pipelines import FAMILIES
+from short_policies import brightness, policy_of
 
 pytest.importorskip("gymnasium", reason="gymnasium is not installed: pip install gymnasium")
-from diffusers_align import Policy  # noqa: E402
 from diffusers_align.envs.episodes import Episodes, make_task  # noqa: E402
-
-
-def brightness(images, prompts):
-    return images.mean((1, 2, 3))
-
-
-def policy_of(name="sd3", **call):
-    return Policy(FAMILIES[name].build(), **{**FAMILIES[name].call, "num_inference_steps": 3, **call})
 
 
 @pytest.fixture(scope="module")
