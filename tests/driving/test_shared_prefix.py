@@ -53,6 +53,20 @@ def test_steps_before_the_noise_are_walked_once_for_equal_prompts_and_seeds(wind
     assert not torch.equal(shared.final[0], shared.final[2])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_a_replay_has_the_log_probabilities_bit_for_bit(dtype):
+    policy, rows = policy_of((2, 4))
+    policy.pipeline.to(dtype)
+    condition = policy.condition(PROMPTS, seeds=SEEDS, step_seeds=STEP_SEEDS)
+    policy.rollout(condition, share_prefix=True)
+    rows.clear()
+    shared = policy.rollout(condition, share_prefix=True)
+    assert rows == [3, 3, 5, 5, 5]
+    again = policy.transitions(shared)
+    for k in shared.noisy_steps:
+        assert torch.equal(again[k].log_prob(shared.actions[:, k]), shared.log_probs[:, k])
+
+
 def test_nothing_is_shared_where_all_differ_or_a_call_draws_nothing():
     policy, rows = policy_of((2, 4))
     different = policy.condition(PROMPTS, seeds=[1, 2, 3, 4, 5])
