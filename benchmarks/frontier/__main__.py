@@ -29,6 +29,7 @@ from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.picture import draw
 from benchmarks.frontier.results import Results
 from benchmarks.frontier.running import Clock
+from benchmarks.frontier.summary import summary
 from benchmarks.frontier.table import page
 from benchmarks.frontier.tasks import CALL, TASKS
 from benchmarks.frontier.work import Plan, Work
@@ -80,7 +81,9 @@ def published() -> str:
     words, rows = PAGE.read_text(encoding="utf-8").partition(MARK)[0], Results(RESULTS).all()
     names = dict.fromkeys(f"frontier_{row['task']}_{row['model']}_g{row['guidance']:g}" for row in rows)
     pictures = "".join(f"![{name.replace('_', ' ')}]({name}.png)\n\n" for name in sorted(names))
-    return f"{words}{MARK}\n\n{pictures}{page(rows)}"
+    short = summary(rows)
+    told = f"## In short\n\nGains over the base are given; a place is taken at two standard errors over the seeds.\n\n{short}\n\n" if short else ""
+    return f"{words}{MARK}\n\n{told}{pictures}{page(rows)}"
 
 
 def main(argv: list[str] | None = None) -> None:

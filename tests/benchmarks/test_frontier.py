@@ -16,6 +16,7 @@ from benchmarks.frontier import controls, data, running
 from benchmarks.frontier.methods import CONTROL, CONTROL_OF, METHODS, grid, settings
 from benchmarks.frontier.picture import draw
 from benchmarks.frontier.results import Results
+from benchmarks.frontier.summary import summary
 from benchmarks.frontier.table import Number, against_controls, groups, over_seeds, page, verdict
 from benchmarks.frontier.tasks import LIKES, PAIRS, SCORES, TASKS, flags_of, fresh_prompts, load_by_name
 from benchmarks.one_thread import Failed
@@ -146,6 +147,17 @@ def controlled(gain, control):
     return against_controls(found, ("Flow-GRPO", 2000))
 
 
+def test_the_summary_says_who_beats_the_controls():
+    def seeds(gain, name, **changes):
+        return [row(gain + 0.01 * seed, seed=seed, method=name, **changes) for seed in range(3)]
+
+    rows = [*seeds(0.3, "AWM"), *seeds(0.5, "Flow-GRPO"), *seeds(0.0, "SPO"), *seeds(0.1, "RWR", route="data")]
+    rows += [*seeds(0.1, "plain fine-tuning", route=CONTROL), *seeds(0.9, "Flow-GRPO", budget=500), row(0.7, method="one seed")]
+    lines = summary(rows).splitlines()[2:]
+    assert lines == ["| `color`, mini-sd3 | 3 | online RL | Flow-GRPO +0.510, AWM +0.310 |  | SPO +0.010 |", "| `color`, mini-sd3 | 3 | data |  | RWR +0.110 |  |"]
+    assert summary([row()]) == ""
+
+
 def test_a_win_is_one_over_the_best_control():
     assert verdict(controlled(0.3, 0.1)) == "wins"
     assert verdict(controlled(0.1, 0.1)) == "even" and verdict(controlled(0.05, 0.2)) == "loses"
@@ -170,7 +182,10 @@ def test_tables_and_pictures_are_made_of_the_rows(tmp_path):
     assert ", one seed |" in page([row()]) and "Trained controls: random reward." in page([row(), row(method="random reward", route=CONTROL)])
     assert text.index("| base |") < text.index("| real scenes |") < text.index("| Flow-GRPO* |")
     (path,) = draw(rows, tmp_path)
-    assert path.stat().st_size > 10_000
+    with Image.open(path) as picture:
+        drawn = np.array(picture.convert("RGB")).reshape(-1, 3)
+    for color in ((31, 119, 180), (0, 0, 0)):
+        assert (drawn == color).all(1).sum() > 50, "the method's curve, and the bound's line"
     assert page([]) == "Nothing has been measured yet.\n"
 
 
