@@ -101,6 +101,8 @@ METHODS = {
     "RWR, shuffled": Method(CONTROL, "rwr_mini_sd3", "temperature", SCORES, wrong=0.5),
     "random reward": Method(CONTROL, "flow_grpo_mini_sd3", "kl_weight", settings=RANDOM, on={"mini-sd": DDIM}),
 }
+# Of a recipe's settings: what belongs to its own reward and data, and what would end a run before its budget.
+DROPPED = ("eval_reward", "eval_reward_model", "reward_model", "cache_dir", "outputs", "early_stop_hacking")
 # A control is trained with what was found for the method that it is the control of.
 CONTROL_OF = {
     "DPO, shuffled": "Diffusion-DPO",
@@ -119,7 +121,7 @@ def settings(method: Method, task: Task, model: str, train: str, tuned: dict[str
         tuned: factors of the search, by `learning_rate` and `strength`.
     """
     found = yaml.safe_load(find_recipe(method.recipe).read_text(encoding="utf-8"))
-    found = {name: value for name, value in found.items() if name not in ("eval_reward", "eval_reward_model", "reward_model", "cache_dir", "outputs")}
+    found = {name: value for name, value in found.items() if name not in DROPPED}
     found |= {"pretrained_model_name_or_path": model, "prompts": train, **flags_of(task.reward), "lr_scheduler": "linear"}
     if method.route != CLOSED:
         found |= {"eval_prompts": train, "call_kwargs": CALL[model]}

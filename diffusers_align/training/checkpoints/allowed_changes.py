@@ -72,7 +72,7 @@ def compare(before: dict[str, Any], now: dict[str, Any], allow: bool, checkpoint
         )
     told, old = meanings(arguments), old_names_of(arguments)
     before = {**before, "flags": old.kept(before["flags"]), "contents": {old.today.get(name, name): value for name, value in before["contents"].items()}}
-    watched = any(now["flags"].get(name) is not None for name in ("early_stop_metric", "early_stop_diversity"))
+    watched = any(now["flags"].get(name) is not None for name in ("early_stop_metric", "early_stop_diversity", "early_stop_hacking"))
     refused, effective, free = [], [], []
     for name, text in _changes(before, now):
         meaning = told.get(name, "learned")

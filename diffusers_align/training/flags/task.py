@@ -102,6 +102,13 @@ class EarlyStopArguments(Arguments):
     early_stop_diversity: Annotated[float, Interval(gt=0, lt=1)] | None = option(
         None, "stop below this share of the pretrained model's diversity (RMS of pixels within prompts)", advanced=True
     )
+    early_stop_hacking: Annotated[float, Interval(gt=0)] | None = option(
+        None,
+        "stop when --eval_reward, which is not trained on, lies below the pretrained model's by more than so many standard errors of the paired difference; "
+        "3 is a sure sign",
+        needs={"eval_reward": True},
+        advanced=True,
+    )
 
     @model_validator(mode="after")
     def _check_early_stop(self):

@@ -1,7 +1,7 @@
-"""Ends a run that no longer gains on held-out prompts, or whose pictures become alike, and keeps its best weights.
+"""Ends a run that no longer gains on held-out prompts, whose pictures become alike or that hacks its reward, and keeps its best weights.
 
 A reward model can be satisfied in ways that nobody wants, and a run that goes on finds them. Every validation is looked at: it is the best
-so far if its pictures are varied enough and its held-out reward is the highest, the pretrained model's included. Papers on reward gradients
+so far if its pictures are varied enough, a reward that took no part has not fallen, and its held-out reward is the highest, the pretrained model's included. Papers on reward gradients
 do this by eye (https://arxiv.org/abs/2309.17400, https://arxiv.org/abs/2310.03739), so none gives a patience: the default is ours.
 """
 
@@ -12,9 +12,10 @@ from collections import Counter
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...data.prompts import Prompt
-from ..online.sampling import Evaluation
+from ..online.sampling import Evaluation, paired_gain
 from ..report.statistics import diversity, mean_and_error, pairwise_rms
 from .weight_copies import LaggingWeights
 
@@ -37,6 +38,8 @@ class EarlyStop:
         self.run, self.args = run, run.args
         self.weights: LaggingWeights | None = None
         self.epoch, self.seen, self.best, self.stale, self.variety, self.first_variety = 0, None, None, 0, None, None
+        self.first_judged: Tensor | None = None
+        self.fall = 0.0  # of the reward that took no part, in standard errors
         number = self.args.num_eval_samples
         counts = Counter(prompts[i % len(prompts)].text for i in range(number))
         if self.args.early_stop_diversity is not None and min(counts.values()) < 2:
@@ -49,7 +52,7 @@ class EarlyStop:
     @classmethod
     def of_run(cls, run, prompts: list[Prompt]) -> EarlyStop | None:
         """What the flags ask for; None if that is nothing."""
-        wanted = run.args.early_stop_metric or run.args.early_stop_diversity is not None
+        wanted = run.args.early_stop_metric or run.args.early_stop_diversity is not None or run.args.early_stop_hacking is not None
         return cls(run, prompts) if wanted else None
 
     @property
@@ -57,7 +60,9 @@ class EarlyStop:
         """Why the run is to stop now; None to go on."""
         if self._uniform:
             return f"diversity fell to {self.variety:.4g}, below {self.args.early_stop_diversity:g} of the pretrained model's {self.first_variety:.4g}"
-        if self.stale >= self.args.early_stop_patience:
+        if self._hacked:
+            return f"{self.args.eval_reward} fell by {self.fall:.1f} standard errors below the pretrained model's, more than {self.args.early_stop_hacking:g}"
+        if self.args.early_stop_metric is not None and self.stale >= self.args.early_stop_patience:
             return f"{self.args.early_stop_metric} has not risen above {self.best:.4g} for {self.stale} validations"
         return None
 
@@ -66,13 +71,21 @@ class EarlyStop:
         share = self.args.early_stop_diversity
         return share is not None and self.variety is not None and self.variety < share * self.first_variety
 
+    @property
+    def _hacked(self) -> bool:
+        return self.args.early_stop_hacking is not None and self.fall > self.args.early_stop_hacking
+
     def look(self, epoch: int, evaluation: Evaluation) -> None:
         """Take in a validation after so many epochs, with all its images, of the weights that are in place: the best are kept."""
         self.seen = epoch
         if self.args.early_stop_diversity is not None:
             self.variety = float(diversity(torch.stack(evaluation.images).flatten(1), evaluation.prompts, pairwise_rms).mean())
             self.first_variety = self.variety if self.first_variety is None else self.first_variety
-        if self._uniform:
+        if self.args.early_stop_hacking is not None:
+            judged = evaluation.rewards[self.args.eval_reward].double().cpu()
+            self.first_judged = judged if self.first_judged is None else self.first_judged
+            self.fall = fall_in_errors(self.first_judged, judged)
+        if self._uniform or self._hacked:
             return
         value = self._value(evaluation)
         if self.best is not None and not value > self.best:
@@ -84,7 +97,7 @@ class EarlyStop:
         self.weights.update(0.0)
 
     def _value(self, evaluation: Evaluation) -> float:
-        """What is to rise: the held-out reward; without one, the epoch, so that the latest of varied enough weights are the best."""
+        """What is to rise: the held-out reward; without one, the epoch, so that the latest weights that are good enough are the best."""
         if self.args.early_stop_metric is None:
             return self.seen
         mean, _ = mean_and_error(evaluation.rewards["reward" if self.args.early_stop_metric == "reward" else self.args.eval_reward])
@@ -96,7 +109,7 @@ class EarlyStop:
         return f"{stopped}The weights are those {f'after epoch {self.epoch}' if self.epoch else 'before training'}, the best of the validations."
 
     def state_dict(self) -> dict[str, Any]:
-        numbers = {name: getattr(self, name) for name in ("epoch", "seen", "best", "stale", "variety", "first_variety")}
+        numbers = {name: getattr(self, name) for name in ("epoch", "seen", "best", "stale", "variety", "first_variety", "first_judged", "fall")}
         return {**numbers, "weights": self.weights and self.weights.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,3 +118,11 @@ class EarlyStop:
         if weights is not None:
             self.weights = LaggingWeights(self.run.parameters)
             self.weights.load_state_dict(weights)
+
+
+def fall_in_errors(before: Tensor, after: Tensor) -> float:
+    """How many standard errors of their paired difference the mean of (N,) rewards has fallen by; negative if it rose, NaN if fewer than two were scored."""
+    gain, error = paired_gain(before, after)
+    if error > 0 or math.isnan(error):
+        return -gain / error
+    return math.copysign(math.inf, -gain) if gain else 0.0

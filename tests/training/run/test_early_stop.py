@@ -9,7 +9,7 @@ from script_tools import assert_same_lora, assert_same_run, load_script, rows, r
 
 from diffusers_align.data.prompts import Prompt
 from diffusers_align.training.online.sampling import Evaluation
-from diffusers_align.training.run.early_stop import EarlyStop
+from diffusers_align.training.run.early_stop import EarlyStop, fall_in_errors
 
 torch.set_num_threads(1)
 PROMPTS = [Prompt("a"), Prompt("b")]
@@ -23,7 +23,8 @@ PLAN = [0.0, 3.0, 1.0, 9.0]
 
 
 def stop_of(number=4, **flags):
-    args = {"early_stop_metric": None, "early_stop_patience": 2, "early_stop_diversity": None, "eval_reward": "other", "num_eval_samples": number, **flags}
+    args = {"early_stop_metric": None, "early_stop_patience": 2, "early_stop_diversity": None, "early_stop_hacking": None}
+    args |= {"eval_reward": "other", "num_eval_samples": number, **flags}
     parameters = [torch.nn.Parameter(torch.zeros(3))]
     return EarlyStop(SimpleNamespace(args=SimpleNamespace(**args), register=lambda name, it, fresh=None: None, parameters=parameters), PROMPTS)
 
@@ -32,7 +33,8 @@ def look(stop, epoch, reward=0.0, other=0.0, spread=1.0):
     """After `epoch` epochs the weights are `epoch`; the two images of each prompt lie `spread` apart."""
     stop.run.parameters[0].data = torch.full((3,), float(epoch))
     images = [torch.zeros(3, 2, 2), torch.zeros(3, 2, 2), torch.full((3, 2, 2), spread), torch.full((3, 2, 2), spread)]
-    rewards = {"reward": torch.tensor([reward, reward]), "other": torch.tensor([other, math.nan])}
+    others = other if isinstance(other, list) else [other, math.nan]
+    rewards = {"reward": torch.tensor([reward, reward]), "other": torch.tensor(others)}
     stop.look(epoch, Evaluation(["a", "b", "a", "b"], [0, 1, 2, 3], images, rewards))
 
 
@@ -68,6 +70,27 @@ def test_diversity_stops_at_once_and_keeps_what_came_before():
     assert kept(stop) == 2.0 and "fell to 1.1, below 0.6 of the pretrained model's 2" in stop.reason
 
 
+def test_a_fall_is_in_standard_errors_of_the_paired_difference():
+    before, change = torch.tensor([0.9, 0.1, 0.5, 0.3]), torch.tensor([-0.1, -0.3, -0.1, -0.3])
+    assert fall_in_errors(before, before + change) == pytest.approx(0.2 / (change.std().item() / 2))
+    assert fall_in_errors(before, before - change) < 0 and fall_in_errors(before, before) == 0
+    assert fall_in_errors(torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.25])) == math.inf
+    assert math.isnan(fall_in_errors(before[:1], before[:1] - 1))
+
+
+def test_a_hacked_reward_stops_the_run_and_what_came_before_is_kept():
+    stop = stop_of(early_stop_hacking=3.0)
+    for epoch, others in enumerate([[0.8, 0.6, 0.7], [0.7, 0.65, 0.7], [0.9, 0.5, 0.6], [0.41, 0.2, 0.3]]):
+        look(stop, epoch, reward=float(epoch), other=others)
+        assert (stop.reason is None) == (epoch < 3)
+    assert kept(stop) == 2.0 and stop.reason == f"other fell by {stop.fall:.1f} standard errors below the pretrained model's, more than 3" and stop.fall > 3
+    again = stop_of(early_stop_hacking=3.0)
+    again.load_state_dict(stop.state_dict())
+    assert again.reason == stop.reason
+    again.args.early_stop_hacking = 1e9
+    assert again.reason is None
+
+
 def test_pictures_that_are_alike_are_no_peak():
     stop = stop_of(early_stop_metric="reward", early_stop_diversity=0.5)
     look(stop, 0, reward=0.0)
@@ -100,6 +123,7 @@ def test_diversity_needs_two_images_of_a_prompt():
     "flags, message",
     [
         (["--early_stop_metric", "eval_reward"], "needs --eval_reward"),
+        (["--early_stop_hacking", "3"], "--early_stop_hacking has no effect without --eval_reward"),
         (["--early_stop_metric", "reward", "--early_stop_patience", "0"], "--early_stop_patience must be a whole number from 1 to 1e9, got 0"),
         (["--early_stop_diversity", "1.5"], "--early_stop_diversity must be a number above 0 and below 1, got 1.5"),
     ],
