@@ -15,7 +15,7 @@ from equal_time import checkpoints, evaluate, train
 
 # name: (base model, script, recipe, more flags)
 RUNS = {
-    "Flow-GRPO": ("mini-sd3", "train_flow_grpo", "flow_grpo_mini_sd3", []),
+    "Flow-GRPO": ("mini-sd3", "train_flow_grpo", "flow_grpo_mini_sd3", ["--prompts", "likes_blue_train", "--eval_prompts", "likes_blue_heldout", "--reward", "background_color"]),
     "Flow-CPS": ("mini-sd3", "train_flow_grpo", "flow_grpo_cps_mini_sd3", []),
     "DanceGRPO": ("mini-sd3", "train_flow_grpo", "flow_grpo_dance_mini_sd3", []),
     "MixGRPO": ("mini-sd3", "train_flow_grpo", "flow_grpo_mix_mini_sd3", []),
