@@ -58,6 +58,7 @@ class Method:
 
 
 FLOW = ("mini-sd3",)
+HELD = {"kl_weight": 0.1}  # as the other recipes of its family: its own is for a sum of two rewards
 NO_RATE = {"learning_rate": None, "lr_scheduler": None}  # steps of a given KL
 PLAIN = {"sft_weight": None, "safeguard_mu": None}
 EQUAL = {"weights": "top_q", "top_q": 1.0, "scope": None, "temperature": None}  # every image weighs the same
@@ -67,7 +68,7 @@ METHODS = {
     "DDPO-IS": Method(ONLINE, "ddpo_mini_sd", "clip_range"),
     "TRPO": Method(ONLINE, "ddpo_mini_sd", "max_kl", settings={"update": "trpo", "cg_iterations": 3, "max_kl": 20.0, "clip_range": None, **NO_RATE}),
     "DPOK": Method(ONLINE, "dpok_mini_sd", "kl_weight"),
-    "Flow-GRPO": Method(ONLINE, "flow_grpo_mini_sd3", "kl_weight", on={"mini-sd": DDIM}),
+    "Flow-GRPO": Method(ONLINE, "flow_grpo_mini_sd3", "kl_weight", settings=HELD, on={"mini-sd": DDIM}),
     "Flow-CPS": Method(ONLINE, "flow_grpo_cps_mini_sd3", "kl_weight", models=FLOW),
     "DanceGRPO": Method(ONLINE, "flow_grpo_dance_mini_sd3", "kl_weight", models=FLOW),
     "MixGRPO": Method(ONLINE, "flow_grpo_mix_mini_sd3", "kl_weight", models=FLOW),
@@ -99,7 +100,7 @@ METHODS = {
     "DPO, shuffled": Method(CONTROL, "dpo_mini_sd3", "beta", PAIRS, PLAIN, wrong=0.5),
     "KTO, shuffled": Method(CONTROL, "kto_mini_sd3", "beta", LIKES, wrong=0.5),
     "RWR, shuffled": Method(CONTROL, "rwr_mini_sd3", "temperature", SCORES, wrong=0.5),
-    "random reward": Method(CONTROL, "flow_grpo_mini_sd3", "kl_weight", settings=RANDOM, on={"mini-sd": DDIM}),
+    "random reward": Method(CONTROL, "flow_grpo_mini_sd3", "kl_weight", settings={**HELD, **RANDOM}, on={"mini-sd": DDIM}),
 }
 # Of a recipe's settings: what belongs to its own reward and data, and what would end a run before its budget.
 DROPPED = ("eval_reward", "eval_reward_model", "reward_model", "cache_dir", "outputs", "early_stop_hacking")
