@@ -18,6 +18,7 @@ from .checks.ranges import CountOrNone, Range, check_value, checked
 from .condition import Condition
 from .driving.chains import SEVERAL_CHAINS, Chains
 from .driving.driver import Driver, seeded
+from .driving.forwards import Forwards
 from .driving.latent_layout import LatentLayout, check_images
 from .driving.noise import noise_seed
 from .driving.outcome import Outcome, by_sample, check_seen, images_of, outcome, sampling_rate_of
@@ -105,6 +106,7 @@ class Policy(Driver):
         on_step: Callable[[int, GaussianTransition], None],
         steps: list[int] | None = None,
         condition: Condition | None = None,
+        forwards: Forwards | None = None,
     ) -> None:
         """One pass of the pipeline with the recorded actions forced, under the current weights and autograd mode. Under the weights of
         the rollout the log-probabilities are its own, bit for bit where kernels round alike with and without gradients (as on the CPU).
@@ -115,18 +117,18 @@ class Policy(Driver):
         Args:
             steps: which solver steps; every stochastic one by default. The denoiser runs for these only.
             condition: in the place of the trajectory's own, for another caption of the same samples.
+            forwards: how the denoiser is evaluated, where `on_step` calls `backward`: several steps at once, say (`driving.forwards`).
 
         Raises:
-            ValueError: the pipeline arrives at another state than the recorded one (other arguments, seeds or weights of a
-                component before the denoiser); steps by themselves of a pipeline that carries state from step to step; a condition of other size;
-                a step that the trajectory does not have.
+            ValueError: the pipeline arrives at another state than the recorded one (other arguments, seeds or weights before the denoiser); steps by
+                themselves where state is carried from step to step; a condition of other size; a step that the trajectory does not have.
         """
         wanted = set(trajectory.noisy_steps if steps is None else steps)
         for k in wanted:
             check_value("steps", k, Annotated[int, Range(0, trajectory.num_steps - 1)])
         condition = _of_samples(condition or trajectory.condition, len(trajectory), "trajectory")
         self._carried.refuse(trajectory, wanted)
-        force(self, trajectory, on_step, wanted, condition)
+        (forwards.force if forwards else force)(self, trajectory, on_step, wanted, condition)
 
     def transition(self, trajectory: Trajectory, k: int, condition: Condition | None = None) -> GaussianTransition:
         """The kernel of solver step k under the current weights, with its graph if autograd is on."""

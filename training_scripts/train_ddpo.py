@@ -12,7 +12,7 @@ from annotated_types import Interval
 from pydantic import model_validator
 
 from diffusers_align.training.flags.common import SamplingArguments
-from diffusers_align.training.flags.methods import Eta
+from diffusers_align.training.flags.methods import Eta, ReplayArguments
 from diffusers_align.training.flags.options import Count, Positive, PositiveShare, option, parse
 
 BY_GRADIENT, TRPO, TRACKED = {"update": "adamw"}, {"update": "trpo"}, {"per_prompt_stat_tracking": True}
@@ -21,9 +21,14 @@ OPTIMIZER = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "
 
 
 class DDPOArguments(
+    ReplayArguments,
     SamplingArguments,
     defaults={"rank": 4, "lora_alpha": 4, "num_inference_steps": 50, "guidance_scale": 5.0},
-    needs={**{name: BY_GRADIENT for name in OPTIMIZER}, "gradient_accumulation_steps": {**BY_GRADIENT, "estimator": "is"}},
+    needs={
+        **{name: BY_GRADIENT for name in OPTIMIZER},
+        "gradient_accumulation_steps": {**BY_GRADIENT, "estimator": "is"},
+        "replay_steps_per_forward": BY_GRADIENT,
+    },
 ):
     """DDPO"""
 
@@ -51,6 +56,8 @@ class DDPOArguments(
             raise ValueError("--update trpo does not scale its gradients, which underflow in fp16: use --mixed_precision bf16")
         if self.update == "trpo" and self.random_timestep_fraction < 1:
             raise ValueError("--update trpo bounds the KL of whole trajectories: leave --random_timestep_fraction at 1")
+        if self.update == "trpo" and not self.unconditional_gradient:
+            raise ValueError("--update trpo goes by the gradient's own geometry, which a biased one does not have: leave out --no-unconditional_gradient")
         return self
 
 

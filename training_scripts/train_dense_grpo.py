@@ -11,7 +11,15 @@ from annotated_types import Interval
 from pydantic import model_validator
 
 from diffusers_align.training.flags.common import SamplingArguments
-from diffusers_align.training.flags.methods import KLShareArguments, NoiseLevel, NoisyGroupArguments, StepArguments, ValueArguments, WindowArguments
+from diffusers_align.training.flags.methods import (
+    KLShareArguments,
+    NoiseLevel,
+    NoisyGroupArguments,
+    ReplayArguments,
+    StepArguments,
+    ValueArguments,
+    WindowArguments,
+)
 from diffusers_align.training.flags.options import NonNegative, Positive, option, parse
 
 CALIBRATED, GROUPED = {"calibration_rounds": True}, {"advantage": "group"}
@@ -19,7 +27,7 @@ OF_GROUPS = {"baseline": GROUPED, "global_std": GROUPED, "std_ddof": GROUPED}
 
 
 class DenseGRPOArguments(
-    NoisyGroupArguments, ValueArguments, WindowArguments, StepArguments, KLShareArguments, SamplingArguments,
+    NoisyGroupArguments, ValueArguments, WindowArguments, StepArguments, ReplayArguments, KLShareArguments, SamplingArguments,
     defaults={"global_std": False}, needs=OF_GROUPS, advanced={"value_learning_rate"},
 ):  # fmt: skip
     """DenseGRPO"""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import model_validator
 
 from diffusers_align.training.flags.common import SamplingArguments
-from diffusers_align.training.flags.methods import KLShareArguments, NoiseArguments, ValueArguments
+from diffusers_align.training.flags.methods import KLShareArguments, NoiseArguments, ReplayArguments, ValueArguments
 from diffusers_align.training.flags.options import Count, NonNegative, Positive, option, parse
 
 KL_WEIGHT = {"official": 0.01, "paper": 0.05}
@@ -21,7 +21,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-class DPOKArguments(ValueArguments, NoiseArguments, KLShareArguments, SamplingArguments, defaults=DEFAULTS, gone={"value_baseline": bool}):
+class DPOKArguments(ValueArguments, NoiseArguments, ReplayArguments, KLShareArguments, SamplingArguments, defaults=DEFAULTS, gone={"value_baseline": bool}):
     """DPOK"""
 
     num_samples_per_epoch: Count = option(10, "samples per epoch, each of a prompt")

@@ -12,7 +12,7 @@ from annotated_types import Interval
 from pydantic import model_validator
 
 from diffusers_align.training.flags.common import SamplingArguments
-from diffusers_align.training.flags.methods import KLShareArguments, NoiseArguments, NoisyGroupArguments, StepArguments
+from diffusers_align.training.flags.methods import KLShareArguments, NoiseArguments, NoisyGroupArguments, ReplayArguments, StepArguments
 from diffusers_align.training.flags.options import Count, NonNegative, Positive, Steps, option, parse
 from diffusers_align.training.online.trained_steps import first_share
 
@@ -31,6 +31,7 @@ class FlowGRPOArguments(
     NoisyGroupArguments,
     NoiseArguments,
     StepArguments,
+    ReplayArguments,
     KLShareArguments,
     SamplingArguments,
     defaults={"sde_type": "flow_grpo"},

@@ -11,13 +11,15 @@ from annotated_types import Interval
 from pydantic import model_validator
 
 from diffusers_align.training.flags.common import SamplingArguments
-from diffusers_align.training.flags.methods import KLShareArguments, NoiseArguments, NoisyGroupArguments, StepArguments
+from diffusers_align.training.flags.methods import KLShareArguments, NoiseArguments, NoisyGroupArguments, ReplayArguments, StepArguments
 from diffusers_align.training.flags.options import NonNegative, Positive, option, parse, required
 
 DEFAULTS = {"global_std": False, "sde_type": "flow_grpo"}
 
 
-class MVGRPOArguments(NoisyGroupArguments, NoiseArguments, StepArguments, KLShareArguments, SamplingArguments, defaults=DEFAULTS, advanced={"eta"}):
+class MVGRPOArguments(
+    NoisyGroupArguments, NoiseArguments, StepArguments, ReplayArguments, KLShareArguments, SamplingArguments, defaults=DEFAULTS, advanced={"eta"}
+):
     """MV-GRPO"""
 
     views: str = required(".json or .jsonl file of captions, or a function (prompt, images or None) -> captions: module:function")

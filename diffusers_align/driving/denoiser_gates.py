@@ -35,17 +35,16 @@ def gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
     known = _OUTPUTS.setdefault(module, {})
     first_hook, found = RemovableHandle.next_id, []
 
-    def is_looked_into() -> bool:
-        """Whether the pipeline has hooks inside the module since this context began: it reads there what gated calls do not compute (its attention)."""
+    def looked_into() -> bool:
         if not found:
-            found.append(RemovableHandle.next_id > first_hook and any(key >= first_hook for part in modules_of(module) for key in part._forward_hooks))
+            found.append(is_looked_into(module, first_hook))
         return found[0]
 
     def gate(forward: Callable, *args: Any, **kwargs: Any):
         inputs = _tensors(args, kwargs)
         key = _kind_of_call(args, kwargs, inputs)
         if not is_open() and known.get(key) is not None:
-            if is_looked_into():
+            if looked_into():
                 with torch.no_grad():
                     return forward(*args, **kwargs)
             return pytree.tree_map(lambda leaf: leaf.zeros(inputs) if type(leaf) is _Zeros else leaf, known[key], is_leaf=lambda x: type(x) is _Zeros)
@@ -59,7 +58,13 @@ def gated(module: nn.Module, is_open: Callable[[], bool]) -> Iterator[None]:
         yield
 
 
-_NUMBERS = (Tensor, int, float, complex, str, NoneType, torch.dtype, torch.device, torch.Size)
+def is_looked_into(module: nn.Module, first_hook: int) -> bool:
+    """Whether somebody has put hooks inside the module since `RemovableHandle.next_id` was `first_hook`, as pipelines do in a call: it reads there what
+    gated calls do not compute (its attention)."""
+    return RemovableHandle.next_id > first_hook and any(key >= first_hook for part in modules_of(module) for key in part._forward_hooks)
+
+
+NUMBERS = (Tensor, int, float, complex, str, NoneType, torch.dtype, torch.device, torch.Size)
 
 
 class Given:
@@ -70,7 +75,7 @@ class Given:
     """
 
     def __init__(self, args: tuple, kwargs: dict[str, Any]):
-        self.objects = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if not isinstance(leaf, _NUMBERS) and hasattr(leaf, "__dict__")]
+        self.objects = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if not isinstance(leaf, NUMBERS) and hasattr(leaf, "__dict__")]
         self._before = _contents(self.objects)
 
     @property
@@ -82,7 +87,7 @@ class Given:
 
 def carries(output: Any, given: Given) -> bool:
     """Whether a denoiser's call did more than return numbers: it handed out something else, or wrote into what it was given."""
-    return given.is_changed or not all(isinstance(leaf, _NUMBERS) for leaf in pytree.tree_leaves(output))
+    return given.is_changed or not all(isinstance(leaf, NUMBERS) for leaf in pytree.tree_leaves(output))
 
 
 def _contents(objects: list[Any]) -> list[tuple[Any, int]]:
@@ -91,7 +96,7 @@ def _contents(objects: list[Any]) -> list[tuple[Any, int]]:
     while left:
         item = left.pop()
         found.append((item, item._version if isinstance(item, Tensor) and not item.is_inference() else 0))
-        if isinstance(item, _NUMBERS) or id(item) in seen:
+        if isinstance(item, NUMBERS) or id(item) in seen:
             continue
         seen.add(id(item))
         left.extend(

@@ -86,7 +86,7 @@ def force(driver: Driver, trajectory: Trajectory, on_step: Callable[[int, Gaussi
     apart = driver.steps_apart.get(kind) if torch.is_grad_enabled() else False
     if not apart:
         try:
-            _pass(driver, trajectory, on_step if apart is False else looked_at, wanted, condition, lambda k: k in wanted)
+            forced_pass(driver, trajectory, on_step if apart is False else looked_at, wanted, condition, lambda k: k in wanted)
             if apart is None:
                 driver.steps_apart[kind] = False
             return
@@ -96,7 +96,7 @@ def force(driver: Driver, trajectory: Trajectory, on_step: Callable[[int, Gaussi
     for k in left:
         recalled.begin(k)
         with driver.denoising(recalled.call):
-            _pass(driver, trajectory, on_step, {k}, condition, recalled.needs_denoiser)
+            forced_pass(driver, trajectory, on_step, {k}, condition, recalled.needs_denoiser)
 
 
 def kind_of_call(trajectory: Trajectory) -> tuple:
@@ -105,7 +105,8 @@ def kind_of_call(trajectory: Trajectory) -> tuple:
     return (trajectory.num_steps, *sorted((name, str(value)) for name, value in kwargs.items() if not isinstance(value, Tensor)))
 
 
-def _pass(driver: Driver, trajectory: Trajectory, on_step, wanted: Collection[int], condition: Condition, needs_denoiser: Callable[[int], bool]) -> None:
+def forced_pass(driver: Driver, trajectory: Trajectory, on_step, wanted: Collection[int], condition: Condition, needs_denoiser: Callable[[int], bool]) -> None:
+    """One walk of the pipeline with the recorded actions forced; `on_step(k, kernel)` at the steps `wanted`, whose denoiser calls `needs_denoiser` opens."""
     # From the recorded actions on, such a pipeline moves its states by the present weights, as a roll-out of these would.
     moves_states = driver.calls.takes_gradients
 

@@ -1,7 +1,7 @@
 """The updates of an epoch by a loss on log-probabilities: each optimizer step's batches are replayed, solver step by solver step.
 
 A script says what a replayed step costs. Everything else is here: the pass under the pretrained model and the KL to it, the backward
-pass of each solver step by itself, so that memory is that of one, the numbers to log, and the optimizer.
+pass of each solver step by itself, so that memory is that of one (or of `--replay_steps_per_forward`), the numbers to log, and the optimizer.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ...driving.forwards import Forwards
 from ...policy import Policy
 from ...rl import describe_clip, ratio_diagnostics
 from ...rl.importance import ClipRange
@@ -91,14 +92,14 @@ def policy_gradient_epoch(
         logged: what else to log, as `metrics.epoch_metrics` takes it.
 
     Raises:
-        ValueError: no step is left to train.
+        ValueError: no step is left to train; `--replay_steps_per_forward` or `--no-unconditional_gradient` can have no effect, or the pipeline cannot have it.
     """
     objective = _Objective(samples, loss, clip_range, kl, kl_weight, log_ratio)
     if log_ratio is None:
         run.explain_once(describe_clip(clip_range[1] if isinstance(clip_range, tuple) else clip_range, samples.batches[0].final[0].numel()))
     views = views or [[trajectory] for trajectory in samples.batches]
     steps = [list(steps if not steps or isinstance(steps[0], int) else steps[b]) for b in range(len(views))]
-    norms = []
+    forwards, norms = forwards_of(run.args, max(map(len, steps))), []
     for chunk in run.chunks(len(views), run.division.batches_a_step):
         objective.diagnostics.append([])
         for b in chunk:
@@ -106,7 +107,7 @@ def policy_gradient_epoch(
             for view, trajectory in enumerate(views[b]):
                 held = some_of(steps[b], kl_share, f"{run.args.seed}/{run.epoch}/{run.division.block(b)}/{view}/kl") if kl_weight > 0 else []
                 part = len(held) / len(steps[b]) * len(views[b])
-                add_gradient(run, policy, trajectory, steps[b], objective.of(b, view, trajectory, weight, part), held)
+                add_gradient(run, policy, trajectory, steps[b], objective.of(b, view, trajectory, weight, part), held, forwards)
         norms.append(run.optimizer_step())
     return run.epoch_metrics(samples, objective.diagnostics, norms, {"kl": objective.kls, **(logged or {})})
 
@@ -118,18 +119,35 @@ def add_gradient(
     steps: list[int],
     loss: Callable[[int, GaussianTransition, GaussianTransition | None], Tensor],
     held_at: Collection[int] = (),
+    forwards: Forwards | None = None,
 ) -> None:
     """Add to the parameters' gradient that of the sum of `loss` over the recorded `steps`, in memory for one denoiser step.
 
     Args:
         loss: of a step's number, its Gaussian, and the pretrained model's there (None at other steps than `held_at`): a number.
+        forwards: how the denoiser is evaluated; step by step if absent.
     """
     held: dict[int, GaussianTransition] = {}
     if held_at:
-        with policy.reference(), run.accelerator.autocast():
-            held = policy.transitions(trajectory, list(held_at))
+        with policy.reference(), run.accelerator.autocast(), torch.no_grad():
+            policy.replay(trajectory, held.__setitem__, list(held_at), forwards=forwards)
     with run.accelerator.autocast():
-        policy.replay(trajectory, lambda k, transition: run.accelerator.backward(loss(k, transition, held.get(k))), steps)
+        policy.replay(trajectory, lambda k, transition: run.accelerator.backward(loss(k, transition, held.get(k))), steps, forwards=forwards)
+
+
+def forwards_of(args, most_steps: int) -> Forwards | None:
+    """What the flags say; None where each step is evaluated by itself, as by default.
+
+    Args:
+        most_steps: solver steps of a trajectory that are trained.
+
+    Raises:
+        ValueError: `--replay_steps_per_forward` has no effect.
+    """
+    number, unconditional = getattr(args, "replay_steps_per_forward", 1), getattr(args, "unconditional_gradient", True)
+    if number > 1 and most_steps < 2:
+        raise ValueError(f"--replay_steps_per_forward {number} has no effect: one solver step of a trajectory is trained at a time. Leave it out")
+    return Forwards(number, unconditional) if number > 1 or not unconditional else None
 
 
 @dataclass
