@@ -26,7 +26,7 @@ from ..training.gradient.losses import total_loss
 from ..training.gradient.reward_check import count_frames
 from ..training.offline.descent import Reference, descend
 from ..training.offline.noised_latents import Noised
-from ..training.online.policy_gradient import add_gradient
+from ..training.online.policy_gradient import add_gradient, forwards_of
 from ..training.online.sampling import noise_fields
 from ..training.online.trained_steps import some_of, trained_steps
 from ..trajectory import Trajectory
@@ -128,13 +128,32 @@ def policy_gradient(bench: Bench) -> list[Stage]:
         value = transition.log_prob(bench.trajectory.actions[:, k])
         return (value if reference is None else value + (transition.mean - reference.mean).square().flatten(1).sum(1)).sum()
 
-    def step(held: list[int]) -> None:
-        add_gradient(bench, policy, bench.trajectory, steps[:1], loss, held_at=held)
+    forwards = forwards_of(args, len(steps))
+    together = min(forwards.steps, len(steps)) if forwards else 1
+    name = "replayed step" if together == 1 else f"{together} replayed steps"
 
+    def step(held: list[int]) -> None:
+        add_gradient(bench, policy, bench.trajectory, steps[:together], loss, held, forwards)
+
+    if forwards:
+        step([])  # what is found out once is no part of an epoch
     held = len(some_of(steps, args.kl_share, "")) if getattr(args, "kl_weight", 0) else 0
-    found = [Stage("roll-out", lambda: _roll_out(bench), batches_of(args), False)]
-    found += [Stage("replayed step, with KL", lambda: step(steps[:1]), batches_of(args) * held)] if held else []
-    return found + ([Stage("replayed step", lambda: step([]), batches_of(args) * (len(steps) - held))] if held < len(steps) else [])
+    found = [Stage("roll-out", lambda: _roll_out(bench), batches_of(args), False), *_scouts(bench)]
+    found += [Stage(f"{name}, with KL", lambda: step(steps[:together]), batches_of(args) * held / together)] if held else []
+    return found + ([Stage(name, lambda: step([]), batches_of(args) * (len(steps) - held) / together)] if held < len(steps) else [])
+
+
+def _scouts(bench: Bench) -> list[Stage]:
+    """The candidates of `--scout_pool`, of which nothing is kept."""
+    args = bench.args
+    if not getattr(args, "scout_pool", 0):
+        return []
+
+    def sample() -> None:
+        with bench.autocast(), torch.no_grad():
+            bench.policy.outcome(bench.policy.rollout(bench.condition(num_inference_steps=args.scout_steps), deterministic=True)).to(torch.float32)
+
+    return [Stage("scouts", sample, -(-args.num_prompts_per_epoch * args.scout_pool // args.train_batch_size), False)]
 
 
 def pairs(bench: Bench) -> list[Stage]:

@@ -52,3 +52,16 @@ def test_the_kl_at_a_share_of_the_steps_takes_fewer_rows():
     whole, half = (plan("flow_grpo_mini_sd3", kl_share=share, **flags) for share in (1.0, 0.5))
     assert whole.rows[1] == half.rows[1] == 8, "the recipe's window is of two steps"
     assert (whole.rows[0], half.rows[0]) == (20 + 8, 20 + 4)
+
+
+@pytest.mark.slow
+def test_less_work_has_its_plan():
+    """Rows are those of the run: several steps in a forward are as many rows, rows without the prompt lose their gradient, scouts take theirs."""
+    flags = {"num_prompts_per_epoch": 1, "group_size": 4, "train_batch_size": 4, "num_inference_steps": 5, "eval_num_inference_steps": 5, "kl_weight": 0}
+    plain, joint, scouts = (
+        plan("flow_grpo_mini_sd3", **flags, **own) for own in ({}, {"replay_steps_per_forward": 2}, {"scout_pool": 12, "same_latent": False})
+    )
+    assert plain.rows == joint.rows == (20, 8) and scouts.rows == (20 + 12 * 2, 8)
+    guided, less = (plan("flow_grpo_mini_sd3", **flags, guidance_scale=3.0, unconditional_gradient=whole) for whole in (True, False))
+    assert guided.rows == (40, 16) and less.rows == (40 + 8, 8)
+    assert joint.activations > 1.5 * plain.activations and less.activations < 0.7 * guided.activations

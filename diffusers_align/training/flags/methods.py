@@ -27,6 +27,15 @@ class GroupArguments(Arguments):
     num_prompts_per_epoch: Count = option(48, "groups per epoch")
     group_size: GroupSize = option(24, "samples per prompt; with one there is nothing to compare")
     same_latent: bool = option(False, "one initial noise per group (DanceGRPO's default)")
+    scout_pool: Annotated[int, Interval(ge=0, le=10**6)] = option(
+        0,
+        "candidates per prompt, sampled along the ODE in --scout_steps: the best and worst of them, --group_size in all, are sampled anew from the same "
+        "initial noise and trained on (Sol-RL); 0 is off",
+        advanced=True,
+    )
+    scout_steps: Steps | None = option(
+        None, "solver steps of those candidates; half of --num_inference_steps if absent", needs={"scout_pool": True}, advanced=True
+    )
     adv_clip_max: Positive = option(5.0, "largest advantage, and smallest but for its sign", advanced=True)
     global_std: bool = option(True, "divide advantages by the std of all rewards", needs={"baseline": "group", "multi_reward": "sum"}, advanced=True)
     std_ddof: Annotated[int, Interval(ge=0, le=1)] = option(
@@ -36,6 +45,17 @@ class GroupArguments(Arguments):
         "group", "of a sample: its group's mean, over the std; or the others' mean alone (RLOO)", advanced=True
     )
     multi_reward: Literal["sum", "gdpo"] = option("sum", "of a sum of rewards: add up first, or normalise each in its group first", advanced=True)
+
+    @model_validator(mode="after")
+    def _check_scout_pool(self):
+        if not self.scout_pool:
+            return self
+        if self.scout_pool <= self.group_size:
+            raise ValueError(f"--scout_pool must be more than --group_size {self.group_size}, which are chosen from it, got {self.scout_pool}")
+        if self.same_latent:
+            raise ValueError("--scout_pool chooses by the initial noise, and --same_latent gives a group one alone: leave out one of the two")
+        self.scout_steps = self.scout_steps or max(1, self.num_inference_steps // 2)
+        return self
 
     @model_validator(mode="after")
     def _check_baseline(self):

@@ -23,6 +23,7 @@ from ..report.statistics import mean_and_error
 from ..run.division import division_of
 from ..run.inputs import batches_by_size, condition_of
 from .scoring import Scorer, columns_of, gather_scores
+from .scouting import Asked, scout_metrics, scouted
 
 # The fields of the SDE schedulers that flags choose.
 NOISE_FIELDS = ("sde_type", "noise_level", "sde_window", "eta")
@@ -46,6 +47,7 @@ class Samples:
         components: every reward by name, (N,).
         asked: the N prompts with the data set's other fields.
         kernels: for each of `batches`, the Gaussians of its noisy steps under the policy that sampled; empty unless they were to be kept.
+        scouted: (N,), the rewards by which they were chosen from a pool; None without one.
     """
 
     batches: list[Trajectory]
@@ -56,13 +58,16 @@ class Samples:
     components: dict[str, Tensor]
     asked: list[Prompt]
     kernels: list[dict[int, GaussianTransition]] = field(default_factory=list)
+    scouted: Tensor | None = None
 
     def metrics(self) -> dict[str, float]:
-        """Mean and s.e. of the reward, its spread within groups, the share of groups without any (`zero_std`), means of its components."""
+        """Mean and s.e. of the reward, its spread within groups, the share of groups without any (`zero_std`), means of its components; how a pool's
+        rewards go with them."""
         valid = self.rewards[~self.rewards.isnan()]
         out = {"reward": valid.mean(), **({"reward_se": valid.std() / len(valid) ** 0.5} if len(valid) > 1 else {})}
         spread = torch.stack([_spread(self.rewards[self.groups == g]) for g in self.groups.unique()])
         out |= {"reward_std": spread.mean(), "zero_std": (spread < 1e-6).float().mean()}
+        out |= {} if self.scouted is None else scout_metrics(self.scouted, self.rewards, self.groups)
         parts = {f"reward/{name}": values[~values.isnan()].mean() for name, values in self.components.items() if name != "reward" and not values.isnan().all()}
         invalid = {"invalid_rewards": self.rewards.isnan().sum()} if len(valid) < len(self.rewards) else {}
         return {name: float(value) for name, value in {**out, **parts, **invalid}.items()}
@@ -84,17 +89,20 @@ def sample_epoch(
     same_latent: bool = False,
     deterministic: bool = False,
     keep_kernels: bool = False,
+    scout: bool = True,
     **call_kwargs: Any,
 ) -> Samples:
     """Roll out `group_size` samples of each of `num_prompts` prompts and score them.
 
-    Noise is keyed by (seed, epoch, prompt, sample), so neither the batch size nor the number of processes changes a sample.
+    Noise is keyed by (seed, epoch, prompt, sample), so neither the batch size nor the number of processes changes a sample. With `--scout_pool` the samples
+    of a group are the extremes among so many (`online.scouting`).
 
     Args:
         group_size: None for one sample of each and no groups: all of the epoch are compared with each other.
         same_latent: the samples of a group share their initial noise, so that their rewards differ by the steps' noise alone.
         deterministic: walk the ODE, for methods that need no log-probabilities.
         keep_kernels: keep the Gaussians that the steps drew from; their means take as much memory as the states.
+        scout: choose from the pool that the flags ask for; otherwise samples are as they come.
         call_kwargs: arguments of the pipeline's calls that override the policy's.
 
     Raises:
@@ -103,15 +111,19 @@ def sample_epoch(
     if same_latent and deterministic:
         raise ValueError("One initial noise a group (same_latent) and no other noise (deterministic) make equal images: leave out one of the two.")
     args = run.args
-    asked, groups, seeds, step_seeds = _asked(args, prompts, epoch, num_prompts, group_size or 1, same_latent)
+    pool = getattr(args, "scout_pool", 0) if scout and group_size else 0
+    all_asked, scouted_rewards = _asked(args, prompts, epoch, num_prompts, pool or group_size or 1, same_latent), None
+    if pool:
+        all_asked, scouted_rewards = scouted(run, policy, reward, all_asked, group_size, **call_kwargs)
+    asked = all_asked.prompts
     parts = [list(part) for part in division_of(run, len(asked)).batches]
     run.meter.count_images(sum(map(len, parts)))
     batches, index, kernels = [], [], []
     with Scorer.of_run(reward, args) as scorer:
         for part in parts:
             with run.accelerator.autocast():
-                noise = {"seeds": [seeds[i] for i in part], "step_seeds": [step_seeds[i] for i in part]}
-                condition = condition_of(policy, [asked[i] for i in part], **noise, **call_kwargs)
+                own = all_asked.select(part)
+                condition = condition_of(policy, own.prompts, seeds=own.seeds, step_seeds=own.step_seeds, **call_kwargs)
                 drawn_from: dict[int, GaussianTransition] = {}
                 keep = drawn_from.__setitem__ if keep_kernels else None
                 # The first roll-out is compared with another walk: of equal rows, so that kernels round alike.
@@ -124,22 +136,20 @@ def sample_epoch(
             index.append(torch.tensor(part))
             with torch.no_grad():
                 made = policy.outcome(trajectory).to(torch.float32)
-            scorer.submit(part, made, [asked[i] for i in part])
+            scorer.submit(part, made, own.prompts)
         components = gather_scores(run, scorer, asked)
-    groups = torch.tensor(groups if group_size else [0] * len(asked))
-    return Samples(batches, index, [p.text for p in asked], groups, components["reward"], components, asked, kernels if keep_kernels else [])
+    groups, kept = torch.tensor(all_asked.groups if group_size else [0] * len(asked)), kernels if keep_kernels else []
+    return Samples(batches, index, [p.text for p in asked], groups, components["reward"], components, asked, kept, scouted_rewards)
 
 
-def _asked(
-    args, prompts: list[Prompt], epoch: int, num_prompts: int, group_size: int, same_latent: bool
-) -> tuple[list[Prompt], list[int], list[int], list[int]]:
+def _asked(args, prompts: list[Prompt], epoch: int, num_prompts: int, group_size: int, same_latent: bool) -> Asked:
     """Of each of an epoch's samples its prompt, its group, and the seeds of its initial noise and of its steps, in an order that mixes the groups."""
     chosen = prompts_of_epoch(prompts, num_prompts, args.seed, epoch)
     order = [(group, sample) for group in range(num_prompts) for sample in range(group_size)]
     random.Random(f"{args.seed}/{epoch}/order").shuffle(order)
     step_seeds = [noise_seed(args.seed, epoch, group, chosen[group], sample) for group, sample in order]
     seeds = [noise_seed(args.seed, epoch, group, chosen[group]) for group, _ in order] if same_latent else step_seeds
-    return [prompts[chosen[group]] for group, _ in order], [group for group, _ in order], seeds, step_seeds
+    return Asked([prompts[chosen[group]] for group, _ in order], [group for group, _ in order], seeds, step_seeds)
 
 
 def describe_walk(policy: Policy, trajectory: Trajectory) -> list[str]:

@@ -65,7 +65,7 @@ def calibrate_noise(run, policy: Policy, reward, prompts: list[Prompt], levels: 
     with run.meter.running():
         for number in tqdm(range(levels.rounds, args.calibration_rounds), desc="calibration", unit="round", disable=not run.is_main):
             policy.scheduler.register_to_config(noise_level=levels.psi.tolist())
-            samples = sample_epoch(run, policy, reward, prompts, -1 - number, args.num_prompts_per_epoch, args.group_size, args.same_latent)
+            samples = sample_epoch(run, policy, reward, prompts, -1 - number, args.num_prompts_per_epoch, args.group_size, args.same_latent, scout=False)
             noisy = samples.batches[0].noisy_steps
             gains = step_gains(completion_rewards(run, policy, reward, samples, noisy))
             if gains.shape[1] != len(levels.psi):

@@ -23,7 +23,7 @@ class Cost:
     """What training has cost, evaluation left out.
 
     Attributes:
-        images: samples that were generated to train on.
+        images: samples that were generated to train on, and candidates of which they were chosen.
         denoiser_evaluations: rows through the denoisers: a call on a batch of 8 under classifier-free guidance counts 16. Gated calls,
             which return zeros, count nothing.
         denoiser_evaluations_with_gradients: those among them that built a graph; gradient checkpointing computes them once more.
