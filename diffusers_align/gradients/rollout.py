@@ -5,7 +5,7 @@ part. So there is one roll-out, and the methods are choices of `grad_steps` (`di
 
 * A denoiser call outside `grad_steps` runs under `no_grad`: no graph, no buffers. The solver's own arithmetic stays in the graph as
   soon as the state does, so a gradient passes such a step along its linear path, $x_{k+1} = A_k x_k + B_k \epsilon_k$.
-* A call inside is checkpointed: its activations are computed again on the way back, so memory does not grow with their number.
+* Several calls inside are checkpointed: their activations are computed again on the way back, so memory does not grow with their number.
 * `detach_input` cuts what the denoiser sees, not what the solver carries on.
 * With `noise_gradient` the initial noise is a leaf of the graph (`diffusers_align.driving.initial_noise`).
 
@@ -83,7 +83,7 @@ def differentiable_rollout(
     stop_step: int | None = None,
     stochastic: bool = False,
     detach_input: bool = False,
-    checkpoint: bool = True,
+    checkpoint: bool | None = None,
     decode: bool = True,
     decode_checkpoint: bool = True,
     frames: list[int] | None = None,
@@ -100,7 +100,8 @@ def differentiable_rollout(
         stop_step: ends the walk there: the clean sample that the model predicts at this step is decoded, later calls are not made.
         stochastic: draw from the policy's SDE kernels; otherwise walk the scheduler that the pipeline came with.
         detach_input: the denoiser's inputs are constants, so gradients pass through the solver alone (DRTune).
-        checkpoint: compute the activations of each gradient step again on the way back.
+        checkpoint: compute the activations of each gradient step again on the way back. None: where there are several. A single one's, kept, take
+            no more than they would on the way back, but beside what the decoding keeps.
         decode, decode_checkpoint: whether to decode, and the same for the autoencoder.
         frames: decode these frames of a video only; see `gradients.decoding.decode_latents`.
         noise: (B, *D), standard normal, to start from in the place of the noise that the pipeline draws.

@@ -46,10 +46,12 @@ class Walk:
         ValueError: steps that are no whole numbers from 0 on, or gradient steps beyond the last.
     """
 
-    def __init__(self, grad_steps: Iterable[int], stop_step: int | None, detach_input: bool, checkpoint: bool, differentiated: bool = False):
+    def __init__(self, grad_steps: Iterable[int], stop_step: int | None, detach_input: bool, checkpoint: bool | None, differentiated: bool = False):
         self.differentiated = differentiated
         self.stop_step = None if stop_step is None else _step_numbers("stop_step", [stop_step])[0]
         self.grad_steps, self.detach_input, self.checkpoint = frozenset(_step_numbers("grad_steps", grad_steps)), detach_input, checkpoint
+        if checkpoint is None:
+            self.checkpoint = len(self.grad_steps) > 1
         if self.stop_step is not None and any(k > self.stop_step for k in self.grad_steps):
             raise ValueError(f"grad_steps {sorted(self.grad_steps)} reach beyond stop_step {self.stop_step}, where the walk ends.")
         self.k = 0

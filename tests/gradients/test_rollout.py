@@ -238,6 +238,26 @@ def test_memory_of_the_noises_gradient_does_not_grow_with_the_steps():
     assert kept(many, 8) - kept(few, 2) <= 8 * 6 * latents.numel() * latents.element_size()
 
 
+@pytest.mark.parametrize("steps, again", [([2], 0), ([1, 2], 2)])
+def test_a_single_step_with_gradient_is_not_computed_again_by_itself(steps, again):
+    it = subject("sd3")
+    gradients, calls = [], []
+    for checkpoint in (None, True, False):
+        number = []
+
+        def count(forward, *args, number=number, **kwargs):
+            number.append(1)
+            return forward(*args, **kwargs)
+
+        with it.policy.denoising(count):
+            images = it.rollout(steps, checkpoint=checkpoint).images
+        gradients.append(it.gradient(images.square().sum()))
+        calls.append(len(number) - it.steps())
+    assert calls == [again, len(steps), 0]
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+    assert gradients[0].abs().max() > 0
+
+
 def saved_bytes(make):
     """What autograd keeps for the way back, and checkpoints do not."""
     total = [0]
@@ -255,7 +275,7 @@ def saved_bytes(make):
 def test_memory_does_not_grow_with_the_gradient_steps(family, solver):
     it = subject(family, solver)
     number = it.steps()
-    one, all_ = (saved_bytes(lambda s=s: it.rollout(range(s, number))) for s in (number - 1, 0))
+    one, all_ = (saved_bytes(lambda s=s: it.rollout(range(s, number), checkpoint=True)) for s in (number - 1, 0))
     plain_one, plain_all = (saved_bytes(lambda s=s: it.rollout(range(s, number), checkpoint=False)) for s in (number - 1, 0))
     latents = it.rollout([]).latents
     assert plain_all > 3 * plain_one > 30 * one

@@ -155,6 +155,21 @@ class StepArguments(Arguments):
     random_timestep_fraction: PositiveShare = option(1.0, "train a random share of those, drawn anew each epoch (DanceGRPO)", advanced=True)
 
 
+class ReplayArguments(Arguments):
+    """trained steps"""
+
+    # Used by `online.policy_gradient`.
+    replay_steps_per_forward: Steps = option(
+        1,
+        "solver steps of an update in one denoiser call: equal gradients up to rounding, so many times the activations; for small batches on a GPU",
+        advanced=True,
+        resume="free",
+    )
+    unconditional_gradient: bool = option(
+        True, "without it, guidance's rows without the prompt get no gradient in the updates: faster, and the gradient is biased", advanced=True
+    )
+
+
 class KLShareArguments(Arguments):
     """KL to the pretrained model"""
 
@@ -175,21 +190,6 @@ class ValueArguments(Arguments):
         0.95, "of the advantages and of the value's targets: 1, what was earned; below 1 later values stand in for part of it", needs={"advantage": "gae"}
     )
     value_learning_rate: LearningRate = option(1e-4, "of the baseline", needs=LEARNED, resume="takes effect")
-class ReplayArguments(Arguments):
-    """trained steps"""
-
-    # Used by `online.policy_gradient`.
-    replay_steps_per_forward: Steps = option(
-        1,
-        "solver steps of an update in one denoiser call: equal gradients up to rounding, so many times the activations; for small batches on a GPU",
-        advanced=True,
-        resume="free",
-    )
-    unconditional_gradient: bool = option(
-        True, "without it, guidance's rows without the prompt get no gradient in the updates: faster, and the gradient is biased", advanced=True
-    )
-
-
     value_batch_size: Count = option(256, "transitions of a minibatch", needs=LEARNED, advanced=True)
     value_accumulation_steps: Count = option(5, "minibatches of an optimizer step", needs=LEARNED, advanced=True)
     value_steps: Count = option(1, "optimizer steps of the baseline per epoch", needs=LEARNED, advanced=True, resume="takes effect")
@@ -236,7 +236,9 @@ class RewardGradientArguments(PretrainingArguments, TrainingArguments, defaults=
     eta: Probability | None = option(
         None, "of that noise for diffusion: 0 is DDIM's ODE, 1 (if absent) ancestral sampling", needs={"stochastic": True}, advanced=True
     )
-    checkpoint_steps: bool = option(True, "compute each step's activations again on the way back", advanced=True, resume="free")
+    checkpoint_steps: bool | None = option(
+        None, "compute each step's activations again on the way back; if absent, where a sample has several with gradient", advanced=True, resume="free"
+    )
     checkpoint_decoder: bool = option(True, "compute the autoencoder's activations again on the way back", advanced=True, resume="free")
 
     @model_validator(mode="after")

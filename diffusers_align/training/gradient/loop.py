@@ -37,7 +37,7 @@ from .pretraining import Pretraining
 from .reward_check import check_on_prompts
 
 
-def checkpoint_options(args: RewardGradientArguments) -> dict[str, bool]:
+def checkpoint_options(args: RewardGradientArguments) -> dict[str, bool | None]:
     """What is computed again on the way back."""
     return {"checkpoint": args.checkpoint_steps, "decode_checkpoint": args.checkpoint_decoder}
 

@@ -33,12 +33,12 @@ def noising_times(policy: Policy, rollout: DifferentiableRollout) -> Tensor:
 
 
 def renoised_images(
-    policy: Policy, rollout: DifferentiableRollout, number: int, *, checkpoint: bool = True, decode_checkpoint: bool = True
+    policy: Policy, rollout: DifferentiableRollout, number: int, *, checkpoint: bool | None = None, decode_checkpoint: bool = True
 ) -> Iterator[Tensor]:
     """`number` times the images of the samples noised to the last solver step's level and denoised again (DRaFT-LV).
 
     Args:
-        checkpoint, decode_checkpoint: compute the denoiser's and the autoencoder's activations again on the way back.
+        checkpoint, decode_checkpoint: compute the denoiser's (of None, too) and the autoencoder's activations again on the way back.
     """
     forward, t = ForwardProcess(policy.scheduler), noising_times(policy, rollout)[-1:].expand(len(rollout.latents)).to(rollout.latents.device)
     alpha, sigma = (level(t).reshape(-1, *[1] * (rollout.latents.ndim - 1)) for level in (forward.alpha, forward.sigma))
@@ -60,11 +60,13 @@ def alignable_steps(policy: Policy, rollout: DifferentiableRollout) -> list[int]
     return steps
 
 
-def aligned_images(policy: Policy, rollout: DifferentiableRollout, k: int, *, checkpoint: bool = True, decode_checkpoint: bool = True) -> tuple[Tensor, Tensor]:
+def aligned_images(
+    policy: Policy, rollout: DifferentiableRollout, k: int, *, checkpoint: bool | None = None, decode_checkpoint: bool = True
+) -> tuple[Tensor, Tensor]:
     """The samples noised to the k-th of `noising_times`, and what one model call makes of them (SRPO): a step denoised, and a step inverted.
 
     Args:
-        checkpoint, decode_checkpoint: compute the denoiser's and the autoencoder's activations again on the way back.
+        checkpoint, decode_checkpoint: compute the denoiser's (of None, too) and the autoencoder's activations again on the way back.
     """
     forward, x0, noise = ForwardProcess(policy.scheduler), rollout.latents.detach(), drawn_noise(rollout, "aligned")
     times = noising_times(policy, rollout)
@@ -89,7 +91,7 @@ def relative_rewards(run, batch, images: Tensor, words: tuple[str, str], discoun
     return semantic_relative_preference(wanted, unwanted, discount)
 
 
-def _predicted(policy: Policy, x: Tensor, t: Tensor, rollout: DifferentiableRollout, checkpoint: bool) -> Tensor:
+def _predicted(policy: Policy, x: Tensor, t: Tensor, rollout: DifferentiableRollout, checkpoint: bool | None) -> Tensor:
     """The model's output at x (B, *D), guidance included."""
-    with policy.denoising(recomputed) if checkpoint else nullcontext():
+    with nullcontext() if checkpoint is False else policy.denoising(recomputed):
         return policy.predict(x, t, rollout.condition, guidance=True)
