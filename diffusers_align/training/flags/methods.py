@@ -51,7 +51,10 @@ class GroupArguments(Arguments):
         if not self.scout_pool:
             return self
         if self.scout_pool <= self.group_size:
-            raise ValueError(f"--scout_pool must be more than --group_size {self.group_size}, which are chosen from it, got {self.scout_pool}")
+            raise ValueError(
+                f"--scout_pool must be more than --group_size {self.group_size}, so many of which are chosen by their samples of --scout_steps, "
+                f"got {self.scout_pool}"
+            )
         if self.same_latent:
             raise ValueError("--scout_pool chooses by the initial noise, and --same_latent gives a group one alone: leave out one of the two")
         self.scout_steps = self.scout_steps or max(1, self.num_inference_steps // 2)
