@@ -54,6 +54,8 @@ class DDPOArguments(
     def _check_trust_region(self):
         if self.update == "trpo" and self.mixed_precision == "fp16":
             raise ValueError("--update trpo does not scale its gradients, which underflow in fp16: use --mixed_precision bf16")
+        if self.update == "trpo" and self.compile:
+            raise ValueError("--update trpo takes second derivatives, which compiled graphs do not have: leave out --compile")
         if self.update == "trpo" and self.random_timestep_fraction < 1:
             raise ValueError("--update trpo bounds the KL of whole trajectories: leave --random_timestep_fraction at 1")
         if self.update == "trpo" and not self.unconditional_gradient:

@@ -26,6 +26,7 @@ UPSTREAM = {
     "_hf_hook": "accelerate: offloading of a module",
     "_diffusers_hook": "diffusers: hooks of a module",
     "_is_stateful": "diffusers: whether a hook remembers earlier calls",
+    "_attention_backend": "diffusers: the kernels of an attention processor",
     "_cache_config": "diffusers: the cache of a denoiser",
     "_progress_bar_config": "diffusers: of a pipeline",
     "_execution_device": "diffusers: of a pipeline",

@@ -277,6 +277,15 @@ def test_wrappers_keep_the_module_where_we_look():
     holds("_checkpoint_wrapped_module" in checkpoint_wrapper.checkpoint_wrapper(nn.Linear(1, 1))._modules, row, "checkpoint_wrapper has another name for it.")
 
 
+def test_attention_goes_by_the_back_end_that_we_set():
+    from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+    row = "_attention_backend"
+    holds(hasattr(FluxAttnProcessor, row), row, "FLUX's attention processor does not keep its back end in _attention_backend any more.")
+    source = inspect.getsource(diffusers.ModelMixin.set_attention_backend)
+    holds(f"processor.{row} = backend" in source, row, "set_attention_backend sets something else than a processor's _attention_backend.")
+
+
 def test_hooks_are_where_we_look():
     from accelerate.hooks import AlignDevicesHook, CpuOffload, add_hook_to_module
     from diffusers.hooks import ModelHook

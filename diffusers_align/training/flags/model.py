@@ -92,6 +92,15 @@ class ModelArguments(EvalSchedulerArguments, PipelineArguments, DecodingArgument
     """model"""
 
     shard_denoiser: bool = option(False, "spread the frozen denoiser over the processes (FSDP2); the LoRA stays whole", advanced=True, resume="free")
+    compile: bool = option(
+        False,
+        "torch.compile of the denoiser, of its repeated blocks where it names them: its first calls take minutes; roll-outs hold a call's activations",
+        advanced=True,
+        resume="takes effect",
+    )
+    attention_backend: str | None = option(
+        None, "diffusers' attention kernels for the denoiser, such as native, flash or xformers; its own if absent", advanced=True, resume="takes effect"
+    )
     rank: Rank = option(32, "rank of the LoRA")
     lora_alpha: Annotated[int, Interval(ge=1, le=65536)] | None = option(None, "scale of the LoRA; twice the rank if absent", advanced=True)
     lora_layers: str | None = option(None, "comma-separated modules that get a LoRA; the attention projections if absent", advanced=True)
@@ -99,6 +108,12 @@ class ModelArguments(EvalSchedulerArguments, PipelineArguments, DecodingArgument
     eval_num_inference_steps: Steps | None = option(None, "solver steps of evaluation; as in training if absent", advanced=True, resume="measured")
     guidance_scale: Guidance | None = option(None, "classifier-free guidance of rollouts, replays and evaluation; the pipeline's default if absent")
     eval_guidance_scale: Guidance | None = option(None, "guidance of evaluation and pictures; as in training if absent", advanced=True, resume="measured")
+
+    @model_validator(mode="after")
+    def _check_compile(self):
+        if self.compile and self.shard_denoiser:
+            raise ValueError("--compile with --shard_denoiser: the weights that FSDP gathers for each call would break the graph; leave out one of them")
+        return self
 
     @field_validator("lora_layers")
     @classmethod

@@ -27,6 +27,7 @@ from ..report import hub
 from . import costs, endings, failures, sharding
 from .division import Division, divide
 from .health import Health
+from .kernels import set_up
 from .metrics import draw_curve, epoch_metrics, write_history
 from .model_loading import call_arguments, load_pipeline, training_scheduler
 from .weight_copies import Averaged, CheckpointedWeights
@@ -115,9 +116,8 @@ class Run:
         config = {"target_modules": args.lora_layers.split(",")} if args.lora_layers else {}
         policy.add_lora(args.rank, args.lora_alpha, **config)
         policy.remember_prompts(max(32, self.num_batches + 2))  # each batch of an epoch, and the evaluation's
-        if args.gradient_checkpointing:
-            for module in policy.denoisers.values():
-                module.enable_gradient_checkpointing()
+        for name, module in policy.denoisers.items():
+            set_up(args, name, module)
         self.meter.watch(policy.denoisers.values())
         self.policy = policy
         self.train_parameters(policy.trainable_parameters(), lambda folder: policy.save_lora(folder))

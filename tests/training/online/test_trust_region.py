@@ -110,7 +110,12 @@ def test_two_processes_take_the_step_of_one(trained, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, message", [(["--mixed_precision", "fp16"], "bf16"), (["--random_timestep_fraction", "0.5"], "--random_timestep_fraction at 1")]
+    "flags, message",
+    [
+        (["--mixed_precision", "fp16"], "bf16"),
+        (["--random_timestep_fraction", "0.5"], "--random_timestep_fraction at 1"),
+        (["--compile"], "leave out --compile"),
+    ],
 )
 def test_flags_that_do_not_fit_are_refused(flags, message, capsys):
     required = ["--pretrained_model_name_or_path", "mini-sd", "--prompts", "p", "--reward", "r", "--output_dir", "o", "--update", "trpo"]

@@ -77,6 +77,7 @@ def test_bad_recipes_are_named(tmp_path, capsys, recipe, message):
         (["--report_to", "mlflow"], "unknown tracker 'mlflow'"),
         (["--push_to_hub", "--hub_token", "secret", "--report_to", "wandb"], "would be logged"),
         (["--call_kwargs", "[1]"], "must be a JSON object"),
+        (["--compile", "--shard_denoiser"], "--compile with --shard_denoiser"),
     ],
 )
 def test_bad_flags_are_named(capsys, argv, message):
