@@ -32,6 +32,14 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
     return found
 
 
+def caches(module: nn.Module) -> list[str]:
+    """Names of diffusers' caches in a denoiser whose outputs depend on earlier calls."""
+    config = getattr(module, "_cache_config", None)
+    registries = [own["_diffusers_hook"] for own in map(vars, modules_of(module)) if "_diffusers_hook" in own]
+    names = {type(hook).__name__ for registry in registries for hook in registry.hooks.values() if getattr(hook, "_is_stateful", False)}
+    return [type(config).__name__.removesuffix("Config")] if config is not None else sorted(names)
+
+
 class ModuleTree(NamedTuple):
     """The modules that matter, of all of a pipeline's models.
 
@@ -105,6 +113,21 @@ class ModuleTree(NamedTuple):
                 raise ValueError(
                     f"The pipeline's {name} is offloaded, and its weights would be elsewhere when a gradient comes back. Gradients need them in place: "
                     "load the pipeline without offloading and move it, pipe.to(device); where none is wanted, call under torch.no_grad()."
+                )
+
+    def refuse_caches(self, pipeline) -> None:
+        """What a denoiser's cache hands out was computed at an earlier step, whose graph is gone; and some caches stand aside where autograd is on, so that
+        a replay would be of another policy than the roll-out.
+
+        Raises:
+            ValueError: a model has one.
+        """
+        for name, hook in self.moving:
+            hooks = getattr(hook, "hooks", None)
+            if isinstance(hooks, dict) and any(getattr(h, "_is_stateful", False) for h in hooks.values()):
+                raise ValueError(
+                    f"{name} has a {caches(pipeline.components[name])[0]}, which hands out what it has computed at earlier steps: gradients would not be those "
+                    f"of this step. Samples may be drawn with it, without gradients; switch it off for these, pipeline.{name}.disable_cache()."
                 )
 
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers.utils import logging
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..trajectory import Trajectory
-from .module_tree import modules_of
+from .module_tree import caches
 from .pipeline_state import Enough
 from .scheduler_hook import Step
 from .tape import force, kind_of_call
@@ -97,14 +97,6 @@ class CarriedState:
             force(self.driver, trajectory, lambda k, kernel: means[-1].__setitem__(k, kernel.mean), steps, trajectory.condition)
         whole, alone = means
         return max(_error(alone[k], whole[k]) for k in alone)
-
-
-def caches(module: nn.Module) -> list[str]:
-    """Names of diffusers' caches in a denoiser whose outputs depend on earlier calls."""
-    config = getattr(module, "_cache_config", None)
-    registries = [own["_diffusers_hook"] for own in map(vars, modules_of(module)) if "_diffusers_hook" in own]
-    names = {type(hook).__name__ for registry in registries for hook in registry.hooks.values() if getattr(hook, "_is_stateful", False)}
-    return [type(config).__name__.removesuffix("Config")] if config is not None else sorted(names)
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:

@@ -296,8 +296,8 @@ def drive(
     Everything is restored when it returns or raises, and the pipeline gets copies of the call's lists, dicts and tensors.
 
     Raises:
-        ValueError: a pipeline without a scheduler, or whose steps are no chain of states; gradients through an offloaded component, a pipeline that reads
-            what the scheduler does not have, or several prompts for one that takes one.
+        ValueError: a pipeline without a scheduler, or whose steps are no chain of states; gradients through an offloaded component or a
+            denoiser's cache, a pipeline that reads what the scheduler does not have, or several prompts for one that takes one.
     """
     tree = ModuleTree.of(pipeline)
     if gradients:
@@ -306,6 +306,16 @@ def drive(
     check_whole_steps(calls)
     session.asks_first = _asks_first(calls)
     session.adopt(calls.main_scheduler)
+    gates = needs_denoiser is not None and not calls.takes_gradients
+    if gradients and not gates:
+        tree.refuse_caches(pipeline)
+
+    def opens() -> bool:
+        wanted = needs_denoiser(session.taken[0])
+        if wanted and gradients:
+            tree.refuse_caches(pipeline)
+        return wanted
+
     with ExitStack() as stack:
         stack.enter_context(restored_if_abandoned(pipeline, tree))
         stack.enter_context(walks_spared(pipeline, tree))
@@ -314,9 +324,8 @@ def drive(
         stack.enter_context(parts_follow(pipeline))
         stack.enter_context(no_cast_weights_kept())
         stack.enter_context(checkpointing_switches(pipeline))
-        if needs_denoiser is not None and not calls.takes_gradients:
-            for module in denoisers(pipeline).values():
-                stack.enter_context(gated(module, lambda: needs_denoiser(session.taken[0])))
+        for module in denoisers(pipeline).values() if gates else ():
+            stack.enter_context(gated(module, opens))
         if memory is not None:
             stack.enter_context(memory.installed(pipeline))
         stack.enter_context(torch.set_grad_enabled(gradients))

@@ -19,9 +19,9 @@ from torch import Tensor
 from ..condition import Condition
 from ..driving.chains import SEVERAL_CHAINS, Chains
 from ..driving.denoisers import denoisers
+from ..driving.module_tree import caches
 from ..driving.noise import noise_seed, step_streams
 from ..driving.outcome import Outcome
-from ..driving.reproducibility import caches
 from ..driving.scheduler_hook import NO_OWN_STEP, OTHER_NUMBER, Step
 from ..transition import GaussianTransition
 from .base import Generators, WrappedPipeline

@@ -5,13 +5,15 @@ import inspect
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, MagCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
 from policies_again import changed, errors_of_replay, policy_of
 from several_schedulers import HalvesApart
 from tiny_pipelines import FAMILIES
 from wrapping import brightness
 
 from diffusers_align import Policy
+from diffusers_align.driving.stock import stock_images
+from diffusers_align.gradients.rollout import differentiable_rollout
 from diffusers_align.pipelines import BestOfNPipeline, ParticleSteeringPipeline, RewardGuidedPipeline
 
 PROMPTS, SEEDS = ["a cat", "a dog"], [1, 2]
@@ -169,6 +171,46 @@ def test_whole_replays_of_a_cached_denoiser_are_exact_and_others_refused():
     assert policy.decode(trajectory.final, trajectory.condition).shape == (2, 3, 16, 16)
     policy.pipeline.transformer.disable_cache()
     assert policy.transition(policy.rollout(PROMPTS, seeds=SEEDS), 1).mean.isfinite().all()
+
+
+def caches_of(pipeline) -> dict:
+    attention = {"spatial_attention_block_skip_range": 2, "spatial_attention_timestep_skip_range": (-1, 1001)}
+    return {
+        "FirstBlockCache": FirstBlockCacheConfig(threshold=1e9),
+        "MagCache": MagCacheConfig(threshold=10.0, max_skip_steps=2, retention_ratio=0.0, num_inference_steps=4, mag_ratios=torch.ones(4)),
+        "TaylorSeerCache": TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1),
+        "PyramidAttentionBroadcast": PyramidAttentionBroadcastConfig(**attention, current_timestep_callback=lambda: pipeline.current_timestep),
+    }
+
+
+@pytest.mark.parametrize("name", ["FirstBlockCache", "MagCache", "TaylorSeerCache", "PyramidAttentionBroadcast"])
+def test_samples_may_be_drawn_with_a_cache_and_gradients_are_refused_by_its_name(name):
+    policy = policy_of("flux", num_inference_steps=4)
+    policy.add_lora(rank=2)
+    denoiser, condition = policy.pipeline.transformer, policy.condition(PROMPTS, seeds=SEEDS)
+    plain = policy.rollout(condition)
+    denoiser.enable_cache(caches_of(policy.pipeline)[name])
+    first = policy.rollout(condition)
+    assert not torch.equal(first.actions, plain.actions)
+    policy.check_reproducible(first)  # leaves its second call in the middle
+    policy.decode(first.final, condition)  # calls no denoiser
+    stock_images(policy, condition)
+    assert torch.equal(policy.rollout(condition).actions, first.actions), "no call goes on with what another one has computed"
+    for graded in (lambda: policy.replay(first, lambda k, kernel: None), lambda: differentiable_rollout(policy, condition, grad_steps=[1])):
+        with pytest.raises(ValueError, match=f"transformer has a {name}, which hands out .* pipeline.transformer.disable_cache()"):
+            graded()
+    # An update that needs no log-probabilities goes on without it, from the samples that were drawn with it.
+    denoiser.disable_cache()
+    assert policy.predict(first.final, first.timesteps[[1, 1]], condition).requires_grad
+    assert torch.equal(policy.rollout(condition).actions, plain.actions)
+
+
+def test_candidates_are_drawn_with_a_cache_as_the_pipeline_draws_them():
+    pipeline, call = FAMILIES["flux"].build(), {**FAMILIES["flux"].call, "output_type": "latent"}
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    own = pipeline("a cat", generator=torch.Generator().manual_seed(3), **call)[0]
+    found = BestOfNPipeline(pipeline, brightness)("a cat", num_candidates=1, generator=torch.Generator().manual_seed(3), **call)
+    torch.testing.assert_close(found[0], own)
 
 
 def with_momentum(policy: Policy) -> None:
