@@ -1,99 +1,208 @@
-"""Where one training iteration goes: seconds in denoiser, backward, autoencoder, reward, optimizer, and in everything else.
+"""Where one training iteration goes: seconds in denoiser, backward, autoencoder, text encoders, reward, optimizer, and in everything else.
 
-    python benchmarks/iteration_profile.py flow_grpo
-    python benchmarks/iteration_profile.py ddpo
+    python -m benchmarks.iteration_profile flow_grpo_mini_sd3
+    python -m benchmarks.iteration_profile --recipes
+    python -m benchmarks.iteration_profile --recipes --larger
 
-Runs the training script on the embedded model for three epochs and reports the median epoch.
+With the name of a recipe: the parts of its epoch, in its own sizes. With `--recipes`: a row each of all mini recipes, or of those that are named, in small
+sizes (16 samples in batches of 8; with `--larger` 4 samples of 4 steps in batches of 4, and denoisers of random weights, 40 to 65 million of them). Seconds of
+processor time on one thread, medians of three epochs after one that is thrown away. Own time is everything outside of the named parts, so total / parts says
+what an epoch costs beside those alone. Each recipe is a process of its own; data sets are pictures that are made here.
 """
 
+from __future__ import annotations
+
 import argparse
-import importlib.util
+import functools
+import json
+import random
+import resource
+import shlex
 import statistics
+import sys
 import tempfile
 import time
-from collections import defaultdict
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import yaml
 
-from diffusers_align.files.paths import front_door
-from diffusers_align.training.online import sampling
-from diffusers_align.training.run import run as run_module
+from benchmarks import plan
+from benchmarks.one_thread import Failed, call
+from benchmarks.parts import REWARD, Parts
+from diffusers_align.files.levels import made_by, script_of
+from diffusers_align.files.paths import find_recipe, folder
+from diffusers_align.plan import command
+from diffusers_align.training.online import scoring
+from diffusers_align.training.run.run import Run
 
-RECIPES = {"flow_grpo": "flow_grpo_mini_sd3.yaml", "ddpo": "ddpo_mini_sd.yaml"}
-SPENT: dict[str, float] = defaultdict(float)
-
-
-@contextmanager
-def timed(name: str):
-    """Charge the time inside to `name`, nested timers' time to themselves only."""
-    start, before = time.perf_counter(), sum(SPENT.values())
-    try:
-        yield
-    finally:
-        SPENT[name] += time.perf_counter() - start - (sum(SPENT.values()) - before)
-
-
-def wrap(owner, attribute: str, name: str) -> None:
-    original = getattr(owner, attribute)
-
-    def timed_call(*args, **kwargs):
-        with timed(name):
-            return original(*args, **kwargs)
-
-    setattr(owner, attribute, timed_call)
+EPOCHS = 3
+NEVER = "999"
+EVALUATION = {"num_eval_samples": "2", "num_validation_images": "2", "validation_epochs": NEVER, "checkpointing_epochs": NEVER, "allow_no_signal": ""}
+# No recipe has an embedded model for it: what it is tried with.
+ALSO = {"vader_mini_sd3": ("train_vader", "draft_mini_sd3", {"method": None, "truncation": None, "backprop_mode": "random"})}
+# Keys of a recipe that are no flags of a number of samples, made small.
+SMALL = {"num_updates": 10, "update_batch_size": 32, "num_own_epochs": 1}
 
 
-class ProfiledRun(run_module.Run):
-    """A run that times its parts and prints each epoch's share."""
+def recipes() -> list[str]:
+    """All that train an embedded model."""
+    return sorted([path.stem for path in (folder("training_scripts") / "recipes").glob("*_mini_*.yaml")] + list(ALSO))
 
-    epochs_seen: list[dict[str, float]] = []
 
-    def load_policy(self, **fields):
-        policy = super().load_policy(**fields)
-        for module in policy.denoisers.values():
-            wrap(module, "forward", "denoiser, forward")
-        wrap(policy.pipeline.vae, "decode", "autoencoder")
-        wrap(self.accelerator, "backward", "backward")
-        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-            if getattr(policy.pipeline, name, None) is not None:
-                wrap(getattr(policy.pipeline, name), "forward", "text encoders")
-        return policy
+def settings(recipe: str) -> tuple[str, dict]:
+    """The script of a recipe and what it is given."""
+    script, base, changes = ALSO.get(recipe, (None, recipe, {}))
+    given = yaml.safe_load(find_recipe(base).read_text(encoding="utf-8")) | changes
+    return script or script_of(recipe), {name: value for name, value in given.items() if value is not None}
 
-    def load_optimizer(self, steps):
-        super().load_optimizer(steps)
-        wrap(self.optimizer, "step", "optimizer")
 
-    def epochs(self):
-        for epoch in super().epochs():
-            SPENT.clear()
-            start = time.perf_counter()
+def small(given: dict, samples: int, batch: int) -> dict:
+    """The recipe with so many samples an epoch."""
+    sizes = {"num_samples_per_epoch": samples, "train_batch_size": batch, "group_size": min(4, samples // 2), **SMALL}
+    sizes["num_prompts_per_epoch"] = samples // sizes["group_size"] if "group_size" in given else samples
+    return given | {name: size for name, size in sizes.items() if name in given}
+
+
+def larger(given: dict, place: Path) -> dict:
+    """On a denoiser of random weights, in four steps."""
+    name = given["pretrained_model_name_or_path"]
+    changes = {"num_inference_steps": 4, "eval_num_inference_steps": 2}
+    return given | {"pretrained_model_name_or_path": str(plan.larger(name, place / "model"))} | {key: size for key, size in changes.items() if key in given}
+
+
+def data(given: dict, place: Path, recipe: str) -> dict:
+    """A data set of 32 pictures in the place of the one that the recipe is about, of each kind."""
+    for lines in made_by(recipe) if recipe not in ALSO else ():
+        words = shlex.split(" ".join(lines))
+        if words[0] == "python":
+            call([sys.executable, *words[1:]], place / "data.log", place)
+    if "dataset_name" not in given:
+        return given
+    from PIL import Image
+
+    draws, rows = random.Random(0), {"pairs": [], "binary": [], "scored": []}
+    for i in range(32):
+        prompt, files = f"a fox on a background of kind {i // 4}", [f"{i}_{side}.png" for side in range(2)]
+        for file in files:
+            Image.frombytes("RGB", (32, 32), draws.randbytes(32 * 32 * 3)).save(place / file)
+        rows["pairs"].append({"prompt": prompt, "image_0": files[0], "image_1": files[1], "label_0": i % 2})
+        rows["binary"].append({"prompt": prompt, "image": files[0], "label": bool(i % 2)})
+        rows["scored"].append({"prompt": prompt, "image": files[0], "reward": i / 32})
+    for kind, found in rows.items():
+        (place / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    given = given | {"dataset_name": str(place / f"{Path(given['dataset_name']).name}.jsonl")}
+    if "outputs" in given:  # which are judged by rewards that know the prompts of the recipe
+        (place / "reward.py").write_text(plan.REWARD)
+        given |= {"outputs": str(place / "scored.jsonl"), "num_eval_samples": 2, "reward": f"{place / 'reward.py'}:brightness"}
+        given = {name: value for name, value in given.items() if name not in ("prompts", "eval_reward")}
+    return given
+
+
+def watch_rewards(parts: Parts) -> None:
+    """Rewards that are loaded from now on are measured, whatever they are."""
+    load, known = scoring.load_reward, set()
+
+    @functools.wraps(load)
+    def loaded(*args, **kwargs):
+        reward = load(*args, **kwargs)
+        if isinstance(reward, type(loaded)):
+
+            @functools.wraps(reward)
+            def measured(*args, **kwargs):
+                with parts.timed(REWARD):
+                    return reward(*args, **kwargs)
+
+            return measured
+        if type(reward) not in known:
+            known.add(type(reward))
+            parts.wrap(type(reward), "__call__", REWARD)
+        return reward
+
+    scoring.load_reward = loaded
+
+
+def profile(script: str, words: list[str]) -> list[dict[str, float]]:
+    """Run a script; what each epoch took but for the first and the last, by part, and `total`."""
+    parts, found = Parts(), []
+    parts.watch()
+    watch_rewards(parts)
+    original = Run.epochs
+
+    def epochs(run: Run) -> Iterator[int]:
+        began = None
+        for epoch in original(run):
+            if began is not None:
+                found.append({**parts.seconds, "total": time.process_time() - began})
+            parts.clear()
+            began = time.process_time()
             yield epoch
-            total = time.perf_counter() - start
-            self.epochs_seen.append({**SPENT, "everything else": total - sum(SPENT.values()), "total": total})
+
+    Run.epochs = epochs
+    module = command.module_of(script)
+    module.main(words)
+    return found[1:]
+
+
+def medians(found: list[dict[str, float]]) -> dict[str, float]:
+    """Of each part, with `own` and the peak of the process in MiB."""
+    names = dict.fromkeys(name for epoch in found for name in epoch)
+    of_all = {name: statistics.median(epoch.get(name, 0.0) for epoch in found) for name in names}
+    own = statistics.median(epoch["total"] - sum(value for name, value in epoch.items() if name != "total") for epoch in found)
+    return {**of_all, "everything else": own, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def of_recipe(recipe: str, how: str, place: Path) -> dict[str, float]:
+    """The medians of a recipe: `whole`, `small` or `larger`."""
+    script, given = settings(recipe)
+    if how != "whole":
+        given = small(given, *((16, 8) if how == "small" else (4, 4)))
+        if how == "larger":
+            given = larger(given, place)
+        given = data(given, place, recipe)
+    given |= {"output_dir": str(place / "out"), "num_epochs": EPOCHS + 2, **({"cache_dir": str(place / "cache")} if "cache_dir" in given else {})}
+    path = place / "recipe.yaml"
+    path.write_text(yaml.safe_dump(given))
+    return medians(profile(script, ["--config", str(path), *plan.words(EVALUATION)]))
+
+
+def report(recipe: str, how: str) -> str:
+    """A row of the table, from a process of its own."""
+    place = Path(tempfile.mkdtemp(prefix=f"{recipe}-"))
+    told = place / "told.json"
+    try:
+        call([sys.executable, "-m", "benchmarks.iteration_profile", recipe, "--how", how, "--json", str(told)], place / "log.txt", place)
+    except Failed as error:
+        return f"| {recipe} | {str(error).splitlines()[-1]} |"
+    found = json.loads(told.read_text())
+    own, total = found["everything else"], found["total"]
+    return f"| {recipe} | {total:.2f} | {own:.3f} | {own / total:.1%} | {total / (total - own):.3f} | {found['peak']:.0f} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("algorithm", choices=list(RECIPES))
+    parser.add_argument("names", nargs="*", choices=[*recipes(), []], metavar="RECIPE")
+    parser.add_argument("--recipes", action="store_true", help="a row of each, in small sizes")
+    parser.add_argument("--larger", action="store_true", help="with --recipes: denoisers of 40 to 65 million weights")
+    parser.add_argument("--how", choices=["whole", "small", "larger"], default="whole", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    script = front_door("training_scripts", f"train_{args.algorithm}")
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.Run = ProfiledRun
-    wrap(sampling, "score", "reward")
-    recipe = Path(script).parent / "recipes" / RECIPES[args.algorithm]
-    with tempfile.TemporaryDirectory() as folder:
-        small = ["--num_epochs", "3", "--num_eval_samples", "2", "--num_validation_images", "2", "--validation_epochs", "99", "--checkpointing_epochs", "99"]
-        module.main(["--config", str(recipe), "--output_dir", folder, *small])
-    print(
-        f"\n{args.algorithm}, median of {len(ProfiledRun.epochs_seen)} epochs, {torch.get_num_threads()} threads\n\n| part | seconds | share |\n|---|---|---|"
-    )
-    medians = {name: statistics.median(epoch.get(name, 0.0) for epoch in ProfiledRun.epochs_seen) for name in ProfiledRun.epochs_seen[-1]}
-    for name, seconds in sorted(medians.items(), key=lambda item: -item[1]):
-        print(f"| {name} | {seconds:.2f} | {seconds / medians['total']:.0%} |")
+    if args.recipes:
+        print("| recipe | an epoch, s | own time, s | share | total / parts | peak RSS, MiB |\n|---|---|---|---|---|---|")
+        for recipe in args.names or recipes():
+            print(report(recipe, "larger" if args.larger else "small"), flush=True)
+        return
+    torch.set_num_threads(1)
+    for recipe in args.names:
+        found = of_recipe(recipe, args.how, Path.cwd() if args.json else Path(tempfile.mkdtemp()))
+        if args.json:
+            args.json.write_text(json.dumps(found))
+            return
+        peak = found.pop("peak")
+        print(f"\n{recipe}, medians of {EPOCHS} epochs, one thread, peak RSS {peak:.0f} MiB\n\n| part | seconds | share |\n|---|---|---|")
+        for name, seconds in sorted(found.items(), key=lambda item: -item[1]):
+            print(f"| {name} | {seconds:.2f} | {seconds / found['total']:.0%} |")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Training epochs beside those of other programs, in turns, on the same work."""
