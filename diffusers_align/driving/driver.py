@@ -21,6 +21,7 @@ from . import scheduler_hook
 from .arguments import check_arguments, checked_prompts, maybe_of_samples, unknown_prompts
 from .calls import calls_of
 from .denoisers import denoisers as denoisers_of
+from .module_tree import device_of
 from .noise import noise_seed, step_streams
 from .one_chain import check_one_chain
 from .portions import refuse_portions
@@ -100,7 +101,7 @@ class Driver:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.denoisers.values())).device
+        return device_of(next(iter(self.denoisers.values())))
 
     # --- conditions ------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..condition import Condition
+from .module_tree import device_of
 from .replacements import replaced
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ class _Tail:
             late.enter_context(in_float32(vae))
             return latents_of(step.sample.to(torch.promote_types(self.dtype, torch.float32)))
 
-        with late, torch.autocast(vae.device.type, enabled=False):
+        with late, torch.autocast(device_of(vae).type, enabled=False):
             return self.driver.drive(self.condition, put, needs_denoiser=lambda k: False, output_type=output_type)
 
 
@@ -213,7 +214,7 @@ def in_float32(module: nn.Module) -> Iterator[None]:
 
 def autoencoded(vae, images: Tensor, video: bool) -> Tensor:
     """The autoencoder's latents (B, *Z) of pictures in [0, 1], float32, the mode where it gives a distribution. `video`: whether it takes (B, C, F, H, W)."""
-    pixels = images.to(vae.device, torch.promote_types(vae.dtype, torch.float32)) * 2 - 1
+    pixels = images.to(device_of(vae), torch.promote_types(vae.dtype, torch.float32)) * 2 - 1
     if video:
         pixels = pixels.unsqueeze(2) if pixels.ndim == 4 else pixels.transpose(1, 2)
     elif pixels.ndim == 5:
@@ -225,7 +226,7 @@ def autoencoded(vae, images: Tensor, video: bool) -> Tensor:
         )
     if channels == 4:  # of which the fourth says how opaque pictures are
         pixels = torch.cat([pixels, torch.ones_like(pixels[:, :1])], 1)
-    with in_float32(vae), torch.autocast(vae.device.type, enabled=False):
+    with in_float32(vae), torch.autocast(device_of(vae).type, enabled=False):
         encoded = vae.encode(pixels)
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mode()

@@ -142,12 +142,13 @@ def walks_spared(pipeline, tree: ModuleTree) -> Iterator[None]:
     """Context: diffusers walks no modules to find what is known.
 
     `pipeline.device` and `pipeline._execution_device`, which calls read several times, are looked up at most once, and not again while the models stay
-    where they are; and no caches are looked for at the end, where no model has any. Pipelines with hooks, whose weights may move during a call, are left as
-    they are.
+    where they are; which components there are is asked once; and no caches are looked for at the end, where no model has any. Pipelines with hooks, whose
+    weights may move during a call, are left as they are.
     """
     with ExitStack() as stack:
         for own in () if tree.moving else (pipeline, *parts_of(pipeline)):
             stack.enter_context(held(own, "_devices", _devices(own)))
+            stack.enter_context(held(own, "_names", tuple(own.components)))
             stack.enter_context(_of_class(own, _settled(type(own))))
             if getattr(type(own), "maybe_free_model_hooks", None) is DiffusionPipeline.maybe_free_model_hooks:
                 stack.enter_context(held(own, "maybe_free_model_hooks", lambda: None))
@@ -167,13 +168,23 @@ def _place(model: nn.Module) -> torch.device | None:
     return None if tensor is None else tensor.device
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """`model.device`, without diffusers' walk over all modules where it can find nothing: weights that wait on the CPU for an accelerator."""
+    place, accelerator = _place(model), getattr(torch, "accelerator", None)  # torch 2.5 has none
+    if place is not None and (place.type not in ("cpu", "meta") or (accelerator is not None and not accelerator.is_available())):
+        return place
+    return model.device
+
+
 _LOOK_UPS = ("device", "_execution_device")
 
 
 @lru_cache(maxsize=256)
 def _settled(cls: type) -> type:
-    """A subclass of a pipeline's class, of the same name, that knows its devices."""
+    """A subclass of a pipeline's class, of the same name, that knows its devices and the names of its components."""
     known = {name: property(lambda self, name=name: self.__dict__["_devices"][name]) for name in _LOOK_UPS if hasattr(cls, name)}
+    if getattr(cls, "components", None) is DiffusionPipeline.components:  # which reads the signature of `__init__` each time
+        known["components"] = property(lambda self: {name: getattr(self, name) for name in self.__dict__["_names"]})
     return type(cls.__name__, (cls,), {**known, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 

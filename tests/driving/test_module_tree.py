@@ -9,7 +9,7 @@ from tiny_pipelines import FAMILIES
 from torch import nn
 
 from diffusers_align import Policy
-from diffusers_align.driving.module_tree import ModuleTree, modules_of, walks_spared
+from diffusers_align.driving.module_tree import ModuleTree, device_of, modules_of, walks_spared
 
 PROMPTS, SEEDS = ["a cat", "a dog"], [1, 2]
 
@@ -62,6 +62,27 @@ def test_devices_follow_the_models():
         assert expected[0].type == device
         with walks_spared(pipeline, ModuleTree.of(pipeline)):
             assert (pipeline.device, pipeline._execution_device) == expected
+
+
+def test_components_are_those_of_now_within_a_call():
+    pipeline = FAMILIES["sd3"].build()
+    expected, other = pipeline.components, nn.Linear(1, 1)
+    with walks_spared(pipeline, ModuleTree.of(pipeline)):
+        assert pipeline.components == expected and list(pipeline.components) == list(expected)
+        pipeline.vae = other
+        assert pipeline.components["vae"] is other
+    assert "_names" not in vars(pipeline) and pipeline.components == {**expected, "vae": other}
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_a_models_device_is_looked_up_without_a_walk_where_nothing_can_wait_elsewhere(looked, monkeypatch, accelerator):
+    model = FAMILIES["sd3"].build().transformer
+    looked.clear()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    assert device_of(model) == torch.device("cpu") and bool(looked) is accelerator
+    model.to("meta")
+    looked.clear()
+    assert device_of(model) == torch.device("meta") and bool(looked) is accelerator
 
 
 @pytest.mark.parametrize("kind", ["accelerate", "diffusers"])
