@@ -23,10 +23,14 @@ class Player:
     """
 
     def __init__(self, name: str, command: list[str], log: Path):
-        self.name, self.log = name, log
+        self.name, self.command, self.log, self.process = name, command, log, None
+
+    def begin(self) -> None:
+        """Start the process, and wait until its first epoch can begin."""
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log.open("w"), "text": True}
-        self.process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path}, cwd=ROOT, **pipes)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log.open("w"), "text": True}
+        self.process = subprocess.Popen(self.command, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path}, cwd=ROOT, **pipes)
+        self.answer()
 
     def answer(self) -> Epoch:
         """What the worker says next.
@@ -47,6 +51,8 @@ class Player:
         return self.answer()
 
     def end(self) -> None:
+        if self.process is None:
+            return
         self.process.stdin.close()
         self.process.wait()
 
@@ -54,7 +60,7 @@ class Player:
 def play(players: list[Player], rounds: int) -> dict[str, list[Epoch]]:
     """`rounds` epochs of each, in turns, after one that is thrown away."""
     for player in players:
-        player.answer()
+        player.begin()
     found: dict[str, list[Epoch]] = {player.name: [] for player in players}
     for number in range(rounds + 1):
         for player in players if number % 2 == 0 else players[::-1]:
