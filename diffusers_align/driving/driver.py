@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,6 +21,7 @@ from . import scheduler_hook
 from .arguments import check_arguments, checked_prompts, maybe_of_samples, unknown_prompts
 from .calls import calls_of
 from .denoisers import denoisers as denoisers_of
+from .encoders_away import EncodersAway, KeptOnCPU
 from .module_tree import device_of
 from .noise import noise_seed, step_streams
 from .one_chain import check_one_chain
@@ -163,7 +164,25 @@ class Driver:
     def remember_prompts(self, batches: Count, store: Store | None = None) -> None:
         """Cache the encoded prompts of the last `batches` batches, 32 at first, and of all in `store`. Fewer than a loop visits in turn never help. A prompt
         that comes more than once in a batch is encoded once from now on, which rounds otherwise than the stock call does."""
-        self.prompt_memory.size, self.prompt_memory.store, self.prompt_memory.once_each = batches, store, True
+        memory = self.prompt_memory
+        memory.size, memory.store, memory.once_each = batches, store or (memory.store if memory.encoders else None), True
+
+    def offload_text_encoders(self) -> None:
+        """Keep the pipeline's text encoders on the CPU: they are on the device only while they encode, and what they make of each prompt is kept on the CPU
+        (the latest 8 GB of it). Prompts are encoded one by one from now on, which rounds otherwise than a batch of them does.
+
+        Raises:
+            ValueError: there are none, or the pipeline has no `encode_prompt` to keep the results of.
+        """
+        if not self.calls.encodes:
+            raise ValueError(f"{self.calls.name} has no encode_prompt, so it runs its text encoders in each call: leave out --offload_text_encoders.")
+        memory = self.prompt_memory
+        memory.encoders = memory.encoders or EncodersAway(self.pipeline, self.device)
+        memory.store = memory.store or KeptOnCPU()
+
+    def expect_prompts(self, prompts: Iterable[str]) -> None:
+        """What conditions will ask for, until other prompts are announced: text encoders that are off the device encode them in one visit."""
+        self.prompt_memory.expected = list(prompts)
 
     def prompt_features(self, condition: Condition) -> Tensor:
         """One vector a sample, (B, E) float32: the pipeline's encoded prompt, averaged over its tokens.
@@ -174,7 +193,8 @@ class Driver:
         Raises:
             ValueError: the pipeline has no `encode_prompt`.
         """
-        encoded = [encoded_prompt(self.pipeline, self.call(condition.select([i]))) for i in range(len(condition))]
+        memory = self.prompt_memory if self.prompt_memory.encoders else None
+        encoded = [encoded_prompt(self.pipeline, self.call(condition.select([i])), memory) for i in range(len(condition))]
         return torch.stack([_pooled(e) for e in encoded])
 
     # --- calls -----------------------------------------------------------------------------------------------------

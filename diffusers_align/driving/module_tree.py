@@ -16,6 +16,8 @@ from torch import nn
 from .parts import parts_of
 from .replacements import held
 
+# The name of the hooks of `apply_group_offloading`.
+_GROUPS = "group_offloading"
 _TORCH_HOOKS, _OWN_HOOKS = ("_forward_hooks", "_forward_pre_hooks"), ("forward", "_diffusers_hook")
 
 
@@ -109,10 +111,12 @@ class ModuleTree(NamedTuple):
             ValueError: a component is offloaded.
         """
         for name, hook in self.moving:
-            if any(isinstance(h, CpuOffload) or getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
+            hooks = getattr(hook, "hooks", [hook])  # by name in diffusers' registry
+            if _GROUPS in hooks or any(isinstance(h, CpuOffload) or getattr(h, "offload", False) for h in hooks):
                 raise ValueError(
                     f"The pipeline's {name} is offloaded, and its weights would be elsewhere when a gradient comes back. Gradients need them in place: "
-                    "load the pipeline without offloading and move it, pipe.to(device); where none is wanted, call under torch.no_grad()."
+                    "load the pipeline without offloading and move it, pipe.to(device), with text encoders away (policy.offload_text_encoders(), "
+                    "--offload_text_encoders) or quantised weights if it does not fit; where no gradient is wanted, call under torch.no_grad()."
                 )
 
     def refuse_caches(self, pipeline) -> None:
@@ -158,8 +162,14 @@ def walks_spared(pipeline, tree: ModuleTree) -> Iterator[None]:
 def _devices(pipeline) -> dict[str, torch.device]:
     places = [_place(component) for component in pipeline.components.values() if isinstance(component, nn.Module)]
     if (known := _DEVICES.get(pipeline)) is None or known[0] != places:
-        _DEVICES[pipeline] = known = places, {name: getattr(pipeline, name) for name in _LOOK_UPS if hasattr(pipeline, name)}
+        _DEVICES[pipeline] = known = places, {name: _looked_up(pipeline, name, places) for name in _LOOK_UPS if hasattr(pipeline, name)}
     return known[1]
+
+
+def _looked_up(pipeline, name: str, places: list[torch.device | None]) -> torch.device:
+    """Where some models are on the CPU (text encoders that are away, say), the others' device, as newer diffusers have it; older ones take the first."""
+    device = getattr(pipeline, name)
+    return next((place for place in places if place is not None and place.type not in ("cpu", "meta")), device) if device.type == "cpu" else device
 
 
 def _place(model: nn.Module) -> torch.device | None:

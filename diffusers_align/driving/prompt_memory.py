@@ -5,6 +5,9 @@ sides of a pair) are encoded once. A store keeps an entry per prompt, so that ba
 encoded before. How a pipeline's result for several prompts is made of the results for each is found by a comparison, once; where it cannot be
 (sequences padded to the batch's longest), the batch is encoded at each use and not stored: batches that are made up anew would fill the store and
 never be met again.
+
+Text encoders may be off the device meanwhile (`encoders_away`). What is encoded when they come is then not the batch's prompts alone but all that were
+announced.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -22,11 +25,14 @@ from torch.utils import _pytree as pytree
 
 from . import prompt_form
 from .calls import calls_of
-from .module_tree import ModuleTree
+from .encoders_away import EncodersAway
+from .module_tree import ModuleTree, walks_spared
 from .pipeline_state import restored_if_abandoned
 
 # Two prompts by which a pipeline shows how it joins rows: of different meaning, and one token each in any vocabulary.
 PROBE = ("dog", "cat")
+# Results that are put together anew from a store in a moment, and so need not be many on the device, where its room counts.
+AT_HAND = 2
 Call = tuple[list, dict[str, Any]]
 
 
@@ -50,41 +56,63 @@ class PromptMemory:
         store: for what is encoded from plain arguments (strings, numbers, None, lists of them); calls with tensors, images or other
             objects do not go there. It belongs to one model, revision and dtype.
         once_each: encode a prompt that comes more than once in a batch once: the same up to the rounding of another batch size.
+        encoders: of the pipeline, where they are on the device only while they encode; it needs a store.
+
+    Attributes:
+        expected: prompts that will be asked for. With a store they are encoded together with the first of them that is.
     """
 
-    def __init__(self, size: int = 32, store: Store | None = None, once_each: bool = False):
-        self.size, self.store, self.once_each, self.entries = size, store, once_each, OrderedDict()
+    def __init__(self, size: int = 32, store: Store | None = None, once_each: bool = False, encoders: EncodersAway | None = None):
+        self.size, self.store, self.once_each, self.encoders, self.entries = size, store, once_each, encoders, OrderedDict()
         self.examples: dict[str, tuple[Any, Any] | None] = {}
+        self.expected: list[str] = []
 
     def __reduce__(self):
         # Keys are identities of objects, which copies do not share: a copy remembers nothing.
-        return PromptMemory, (self.size, self.store, self.once_each)
+        return PromptMemory, (self.size, self.store, self.once_each, self.encoders)
 
     @contextmanager
     def installed(self, pipeline) -> Iterator[None]:
         """Context: what encodes the pipeline's prompts, `encode_prompt` or a block, remembers; nothing where there is no such thing."""
 
         def remembered(encode: Callable, *args: Any, **kwargs: Any):
-            key = (_key((args, kwargs)), pipeline.dtype, pipeline.device)
-            if key not in self.entries:
-                with torch.no_grad():
-                    # The arguments are kept as well: keys of tensors and images are their identities.
-                    self.entries[key] = (self._encoded(encode, (list(args), kwargs), pipeline._execution_device), args, kwargs)
-                while len(self.entries) > self.size:
-                    self.entries.popitem(last=False)
-            self.entries.move_to_end(key)
-            return self.entries[key][0]
+            return self.recall(pipeline, encode, args, kwargs)
 
         with calls_of(pipeline).encoding(remembered):
             yield
 
-    def _encoded(self, encode: Callable, call: Call, device: torch.device) -> Any:
+    def recall(self, pipeline, encode: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """`encode(*args, **kwargs)`, or what it returned before."""
+        key = (_key((args, kwargs)), pipeline.dtype, pipeline.device)
+        if key not in self.entries:
+            with torch.no_grad(), self.encoders.called(encode) if self.encoders else nullcontext(encode) as encode:
+                # The arguments are kept as well: keys of tensors and images are their identities.
+                self.entries[key] = (*self._encoded(encode, (list(args), kwargs), pipeline._execution_device), args, kwargs)
+            self._forget()
+        self.entries.move_to_end(key)
+        return self.entries[key][0]
+
+    def _forget(self) -> None:
+        while len(self.entries) > self.size:
+            self.entries.popitem(last=False)
+        for key in [key for key, entry in self.entries.items() if entry[1]][:-AT_HAND] if self.encoders else ():
+            del self.entries[key]
+
+    def _encoded(self, encode: Callable, call: Call, device: torch.device) -> tuple[Any, bool]:
+        """The result, and whether it can be had again without encoding."""
         if _plain(call) is None:
-            return encode(*call[0], **call[1])
+            result = encode(*call[0], **call[1])
+            self._explain("what encodes the prompts is given more than texts (pictures, embeddings)")
+            return result, False
         if self.store is None:
-            return self._once_each(encode, call) if self.once_each else encode(*call[0], **call[1])
+            return (self._once_each(encode, call) if self.once_each else encode(*call[0], **call[1])), False
         device = next((value for value in (*call[0], *call[1].values()) if isinstance(value, torch.device)), device)
-        return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), self._by_rows(encode, call))
+        result, by_rows = self._by_rows(encode, call)
+        return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), result), by_rows
+
+    def _explain(self, why: str) -> None:
+        if self.encoders is not None:
+            self.encoders.explain(why)
 
     def _once_each(self, encode: Callable, call: Call) -> Any:
         """The result with each different prompt encoded once, where the pipeline's allow it."""
@@ -99,17 +127,28 @@ class PromptMemory:
                 pass
         return encode(*call[0], **call[1])
 
-    def _by_rows(self, encode: Callable, call: Call) -> Any:
-        """The stored result, put together from those of the prompts where the pipeline's allow it."""
+    def _by_rows(self, encode: Callable, call: Call) -> tuple[Any, bool]:
+        """The stored result, put together from those of the prompts where the pipeline's allow it; and whether it was."""
         rows = _rows(call)
+        if rows and any(self.store.get(_name(row)) is None for row in rows):
+            self._ahead(encode, rows)
         if len(rows) > 1 and (example := self._example(encode, call)) is not None:
             try:
-                return _joined([self._entry(encode, row) for row in rows], *example)
+                return _joined([self._entry(encode, row) for row in rows], *example), True
             except _NotByRows:  # of different lengths
                 pass
         if any(_texts(value) and len(value) > 1 for value in (*call[0], *call[1].values())):
-            return encode(*call[0], **call[1])
-        return self._entry(encode, call)
+            result = self._once_each(encode, call) if self.once_each else encode(*call[0], **call[1])
+            self._explain("what is made of several prompts is not put together from what is made of each (they are padded to the longest, say)")
+            return result, False
+        return self._entry(encode, call), True
+
+    def _ahead(self, encode: Callable, rows: list[Call]) -> None:
+        """Encode what is expected, with the other arguments of these calls, while the encoders are there."""
+        own, expected = [_only_text(row) for row in rows], dict.fromkeys(self.expected)
+        if self.encoders is not None and all(text in expected for text in own):
+            for text in expected:
+                self._entry(encode, _with_texts(rows[0], lambda texts, text=text: [text]))
 
     def _example(self, encode: Callable, call: Call) -> tuple[Any, Any] | None:
         """What the pipeline makes of one text and of two, with the call's other arguments; None if it does not do so by rows."""
@@ -133,21 +172,24 @@ class _Encoded(BaseException):
     """Carries an encoded prompt out of a call that need not go on."""
 
 
-def encoded_prompt(pipeline, call: dict[str, Any]) -> Any:
+def encoded_prompt(pipeline, call: dict[str, Any], memory: PromptMemory | None = None) -> Any:
     """What the first `encode_prompt` of `pipeline(**call)`, or the first block that encodes prompts, returns; the call ends there.
+
+    Args:
+        memory: that recalls it.
 
     Raises:
         ValueError: the pipeline has nothing of the kind, or its call does not use it.
     """
-    calls = calls_of(pipeline)
+    calls, tree = calls_of(pipeline), ModuleTree.of(pipeline)
     if not calls.encodes:
         raise ValueError(f"{calls.name} has no encode_prompt, so its prompts have no features for a learned value: choose another --advantage.")
 
     def encode_and_leave(encode: Callable, *args: Any, **kwargs: Any):
-        raise _Encoded(encode(*args, **kwargs))
+        raise _Encoded(encode(*args, **kwargs) if memory is None else memory.recall(pipeline, encode, args, kwargs))
 
     try:
-        with restored_if_abandoned(pipeline, ModuleTree.of(pipeline)), calls.encoding(encode_and_leave), torch.no_grad():
+        with restored_if_abandoned(pipeline, tree), walks_spared(pipeline, tree), calls.encoding(encode_and_leave), torch.no_grad():
             prompt_form.run(calls, call)
     except _Encoded as encoded:
         return encoded.args[0]
@@ -178,6 +220,12 @@ def _rows(call: Call) -> list[Call]:
     lengths = {len(value) for value in lists}
     number = lengths.pop() if len(lengths) == 1 and all(map(_texts, lists)) else 0
     return [_with_texts(call, lambda texts, i=i: [texts[i]]) for i in range(number)]
+
+
+def _only_text(call: Call) -> str | None:
+    """The text of a call for one prompt that is given nothing else of its own (a negative prompt)."""
+    found = [value[0] for value in (*call[0], *call[1].values()) if _texts(value)]
+    return found[0] if len(found) == 1 else None
 
 
 def _joined(parts: list, single: Any, both: Any) -> Any:

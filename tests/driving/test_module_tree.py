@@ -106,3 +106,45 @@ def test_gradients_through_an_offloaded_part_are_refused():
     add_hook_to_module(policy.pipeline.transformer.transformer_blocks[0].attn.to_q, AlignDevicesHook(execution_device="cpu", offload=True))
     with pytest.raises(ValueError, match="The pipeline's transformer is offloaded"):
         policy.transition(trajectory, 1)
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_groups_that_are_offloaded_sample_and_have_no_gradients(kind):
+    chosen = FAMILIES["flux"]
+    policy = Policy(chosen.build(), **{**chosen.call, "num_inference_steps": 2})
+    whole = policy.rollout(["a cat"], seeds=[0])
+    groups = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    policy.pipeline.transformer.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type=kind, **groups)
+    assert torch.equal(policy.rollout(["a cat"], seeds=[0]).final, whole.final)
+    with torch.no_grad():
+        policy.replay(whole, lambda k, transition: None)
+    with pytest.raises(ValueError, match="The pipeline's transformer is offloaded.*--offload_text_encoders"):
+        policy.replay(whole, lambda k, transition: None)
+
+
+def test_weights_that_are_cast_layer_by_layer_are_those_that_were_rounded():
+    """`enable_layerwise_casting`: the gradients, too, are those of a model with these weights."""
+    chosen, found = FAMILIES["flux"], []
+    for cast in (True, False):
+        pipeline = chosen.build()
+        if cast:
+            pipeline.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+        policy = Policy(pipeline, **{**chosen.call, "num_inference_steps": 2})
+        lora = policy.add_lora(4)
+        assert {weight.dtype for weight in lora} == {torch.float32}
+        for weight in lora:
+            nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
+        if cast:
+            policy.rollout(["a cat"], seeds=[0])
+            stored = {name for name, weight in pipeline.transformer.named_parameters() if weight.dtype == torch.float8_e4m3fn}
+            assert stored
+        for name, weight in pipeline.transformer.named_parameters():
+            if not cast and name in stored:
+                weight.data = weight.data.to(torch.float8_e4m3fn).float()
+        trajectory = policy.rollout(["a cat"], seeds=[0])
+        policy.replay(trajectory, lambda k, transition, actions=trajectory.actions: transition.log_prob(actions[:, k]).sum().backward())
+        found.append([trajectory.final, *(weight.grad for weight in lora)])
+    assert all(map(torch.equal, *found))

@@ -80,6 +80,7 @@ def updates_of_epoch(run, policy: Policy, report, epoch: int) -> Iterator[Update
     chosen = prompts_of_epoch(report.prompts, args.num_samples_per_epoch, args.seed, epoch)
     parts = division_of(run, args.num_samples_per_epoch).batches
     run.meter.count_images(sum(map(len, parts)))
+    policy.expect_prompts(report.prompts[chosen[i]].text for part in parts for i in part)
 
     def batch(b: int) -> Batch:
         places = parts[b]

@@ -86,6 +86,7 @@ class OfflineTraining:
         self.report.start()
         for epoch in run.epochs():
             norms, logged = [], defaultdict(list)
+            self.policy.expect_prompts(self.examples.captions([place for b in range(run.num_batches) for place in self.examples.positions(epoch, b)]))
             for batches, weight in epoch_batches(run):
                 yield Step(epoch, batches, weight, logged)
                 norms.append(run.optimizer_step())

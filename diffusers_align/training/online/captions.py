@@ -115,6 +115,7 @@ def view_trajectories(run, policy: Policy, samples: Samples, captions: list[list
     `steps` have under them and the current weights. Before the first update those are of the policy that sampled. The first view is the
     batch itself."""
     views = []
+    policy.expect_prompts(view[i] for view in captions for index in samples.index for i in index.tolist())
     for trajectory, index in zip(samples.batches, samples.index):
         others = [replace(trajectory.condition, prompts=[view[i] for i in index.tolist()]) for view in captions[1:]]
         views.append([trajectory, *(_under(run, policy, trajectory, condition, steps) for condition in others)])

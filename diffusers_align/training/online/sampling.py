@@ -118,6 +118,7 @@ def sample_epoch(
     asked = all_asked.prompts
     parts = [list(part) for part in division_of(run, len(asked)).batches]
     run.meter.count_images(sum(map(len, parts)))
+    policy.expect_prompts(asked[i].text for part in parts for i in part)
     batches, index, kernels = [], [], []
     with Scorer.of_run(reward, args) as scorer:
         for part in parts:
@@ -245,6 +246,7 @@ def evaluate(
     mine = batches_by_size([prompt for _, prompt, _ in jobs], args.train_batch_size, accelerator.process_index, processes)
     call = {"num_inference_steps": args.eval_num_inference_steps, "guidance_scale": args.eval_guidance_scale}
     call = {name: value for name, value in call.items() if value is not None and name in policy.parameters}
+    policy.expect_prompts(jobs[i][1].text for batch in mine for i in batch)
     scorers = {name: Scorer(reward, on_nan="mask", on_failure=args.invalid_rewards, timeout=args.reward_timeout) for name, reward in rewards.items()}
     for batch in mine:
         part = [jobs[i] for i in batch]

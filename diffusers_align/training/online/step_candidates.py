@@ -128,6 +128,7 @@ def sample_pairs(run, policy: Policy, reward, prompts, epoch: int, number: int) 
     asked = [prompts[i] for i in chosen]
     parts = [list(part) for part in division_of(run, number).batches]
     run.meter.count_images(sum(map(len, parts)))
+    policy.expect_prompts(asked[i].text for part in parts for i in part)
     found, index, steps = [], [], []
     with Scorer.of_run(reward, args) as scorer, Scorer.of_run(reward, args) as final:
         for part in parts:
