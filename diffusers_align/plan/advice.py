@@ -19,7 +19,7 @@ def fitted(script: str, args: Any, gpu: int | None, as_on_gpu: bool = True) -> P
     while not best.fits and gpu is not None:
         for changes in options(best):
             own = best.args.model_copy(update=changes)
-            if "mixed_precision" in changes:
+            if changes.keys() & {"mixed_precision", "base_quantization"}:
                 planner = Planner(script, own, as_on_gpu)
             try:
                 found = planner.plan(own, gpu)
@@ -41,6 +41,8 @@ def options(plan: Plan) -> Iterator[dict[str, Any]]:
         yield {"gradient_checkpointing": True}
     if args.mixed_precision == "no":
         yield {"mixed_precision": "bf16"}
+    if "offload_text_encoders" in fields and not args.offload_text_encoders:
+        yield {"offload_text_encoders": True}
     largest = max(plan.stages, key=lambda stage: stage.work.peak).work
     if largest.peaks.get("vae", 0) >= largest.peak:
         yield from ({name: True} for name in ("vae_slicing", "vae_tiling") if name in fields and not getattr(args, name))
@@ -52,6 +54,10 @@ def options(plan: Plan) -> Iterator[dict[str, Any]]:
             yield {"train_batch_size": size, **more}
     if "two_pass" in fields and not args.two_pass:
         yield {"two_pass": True}
+    if "base_quantization" in fields and args.base_quantization == "none" and not args.shard_denoiser:
+        yield {"base_quantization": "bnb_4bit"}
+    if "use_8bit_adam" in fields and not args.use_8bit_adam:
+        yield {"use_8bit_adam": True}
 
 
 def flag(name: str, value: Any) -> str:

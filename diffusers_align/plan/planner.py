@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..driving.encoders_away import PREFIX
+from ..driving.prompt_memory import AT_HAND
 from ..policy import Policy
 from ..training.run.decoding import PARTS, decode_in_parts
 from ..training.run.model_loading import DTYPES, call_arguments, model_source, training_scheduler
+from ..training.run.optimizer import bytes_of_moments
+from ..training.run.quantized_base import BYTES, LIBRARIES, quantized_names
 from ..training.run.single_file import is_single_file
 from .fakes import FakeModels
 from .meter import Meter, Work
@@ -21,22 +30,26 @@ SHARE = 0.9
 
 @dataclass(frozen=True)
 class Component:
-    """A model of the pipeline: its class, its parameters, and their bytes (buffers with them) in the run's precision."""
+    """A model of the pipeline: its class, its parameters, and their bytes (buffers with them) in the run's precision, or quantised as the flags say; then
+    also the bytes of those weights that are unpacked at a time."""
 
     kind: str
     parameters: int
     size: int
+    unpacked: int = 0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A stage of an epoch: what it takes once, how often it comes, and its `peak` with the denoiser's activations kept, and computed again."""
+    """A stage of an epoch: what it takes once, how often it comes, its `peak` with the denoiser's activations kept, and computed again, and the bytes of the
+    encoded prompts that are left of it."""
 
     name: str
     work: Work
     times: float
     has_gradient: bool
     peaks: dict[bool, int]
+    prompts: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,9 +79,20 @@ class Plan:
         return sum(component.size for component in self.components.values())
 
     @property
+    def away(self) -> int:
+        """Weights of the text encoders where they are on the device only while they encode (`--offload_text_encoders`)."""
+        sizes = [component.size for name, component in self.components.items() if name.startswith(PREFIX)]
+        return sum(sizes) if self.args.offload_text_encoders else 0
+
+    @property
     def stored(self) -> int:
         """Trajectories and encoded prompts of an epoch."""
-        return int(sum(stage.work.left * stage.times for stage in self.stages if not stage.has_gradient))
+        kept = 0
+        for stage in self.stages:
+            if not stage.has_gradient:  # of encoded prompts, the latest alone are here where the text encoders are not
+                elsewhere = stage.prompts * max(stage.times - AT_HAND, 0) if self.away else 0
+                kept += stage.work.left * stage.times - elsewhere
+        return int(kept)
 
     @property
     def activations(self) -> int:
@@ -77,8 +101,14 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """The peak of the run."""
-        return self.frozen + sum(self.state.values()) + self.stored + self.activations
+        """The peak of the run: of an epoch, or of text encoders' visit to the device."""
+        whole = self.frozen + sum(self.state.values()) + self.stored
+        return max(whole - self.away + self.activations + self.unpacked, whole + self.peak_of(PREFIX) if self.away else 0)
+
+    @property
+    def unpacked(self) -> int:
+        """Of quantised weights, what is there in the run's precision at a time."""
+        return max(component.unpacked for component in self.components.values())
 
     @property
     def fits(self) -> bool | None:
@@ -116,7 +146,9 @@ class Planner:
         folder = Path(source) if Path(source).is_dir() else None
         self.fakes = FakeModels(self.meter, as_on_gpu)
         self.pipeline = build(self.fakes, configs_of(source, folder), DTYPES[args.mixed_precision], folder)
-        self.components = {name: component_of(part) for name, part in self.pipeline.components.items() if hasattr(part, "parameters")}
+        parts = {name: part for name, part in self.pipeline.components.items() if hasattr(part, "parameters")}
+        quantised = quantized_names(parts, args.quantize_text_encoders)
+        self.components = {name: component_of(part, args.base_quantization if name in quantised else "none") for name, part in parts.items()}
         self.policy = Policy(self.pipeline, training_scheduler(self.pipeline, **noise_of(args)), **call_arguments(args, self.pipeline))
         self.fakes.denoisers |= set(self.policy.denoisers)
         config = {"target_modules": args.lora_layers.split(",")} if args.lora_layers else {}
@@ -131,7 +163,8 @@ class Planner:
         found = [self.measured(bench, stage) for stage in self.prepared(bench, args)]
         trained = sum(parameter.numel() for parameter in bench.parameters)
         copies = {"average": bool(getattr(args, "use_ema", False)), "moving reference": bool(getattr(args, "reference_decay", None))}
-        state = {"weights": 4 * trained, "gradients": 4 * trained, "Adam": 8 * trained, **{name: 4 * trained for name, has in copies.items() if has}}
+        moments = bytes_of_moments(args, [parameter.numel() for parameter in bench.parameters])
+        state = {"weights": 4 * trained, "gradients": 4 * trained, "Adam": moments, **{name: 4 * trained for name, has in copies.items() if has}}
         return Plan(self.script, args, self.components, trained, state, found, gpu)
 
     def prepared(self, bench: Bench, args: Any) -> list[Stage]:
@@ -152,7 +185,9 @@ class Planner:
             self.policy.prompt_memory.entries.clear()
             with bench.measured() as works[recompute]:
                 stage.once()
-        return Measured(stage.name, works[chosen], stage.times, stage.has_gradient, {recompute: work.peak for recompute, work in works.items()})
+        encoded = [x for result, *_ in self.policy.prompt_memory.entries.values() for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        peaks = {recompute: work.peak for recompute, work in works.items()}
+        return Measured(stage.name, works[chosen], stage.times, stage.has_gradient, peaks, sum(x.nbytes for x in encoded))
 
     def recompute(self, on: bool) -> None:
         """The denoisers' activations are computed again on the way back, or not."""
@@ -169,8 +204,19 @@ class Planner:
         decode_in_parts(self.pipeline, *(flag for flag in PARTS if getattr(args, flag, False)))
 
 
-def component_of(module: Any) -> Component:
-    """What a model is and weighs."""
+def component_of(module: Any, quantization: str = "none") -> Component:
+    """What a model is and weighs, its linear layers quantised as `--base_quantization` says."""
     parameters = list(module.parameters())
     size = sum(x.numel() * x.element_size() for x in (*parameters, *module.buffers()))
-    return Component(type(module).__name__, sum(x.numel() for x in parameters), size)
+    if quantization == "none":
+        return Component(type(module).__name__, sum(x.numel() for x in parameters), size)
+    blocks: Counter[str] = Counter()
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear):
+            weight = part.weight
+            scales = 0 if quantization == "bnb_4bit" else 4 * len(weight)
+            size -= int(weight.numel() * (weight.element_size() - BYTES[quantization])) - scales
+            # torchao's are unpacked for the way back, of a block that is computed again; those of bitsandbytes one by one.
+            block = re.match(r"(.*?\.\d+|)", name)[0] if LIBRARIES[quantization] == "torchao" else name
+            blocks[block] += weight.numel() * weight.element_size()
+    return Component(type(module).__name__, sum(x.numel() for x in parameters), size, max(blocks.values(), default=0))

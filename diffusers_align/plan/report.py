@@ -23,6 +23,10 @@ def report(plan: Plan) -> str:
     ]
     for name, component in plan.components.items():
         lines.append(row(name, component.size, f"{component.parameters / 1e6:,.1f} M parameters, {component.kind}"))
+    if plan.away:
+        lines.append(row("text encoders, away", -plan.away, "they are on the CPU except while they encode"))
+    if plan.unpacked:
+        lines.append(row("unpacked weights", plan.unpacked, "of those that are quantised, at a time"))
     copies = "".join(f", {name}" for name in plan.state if name not in ("weights", "gradients", "Adam"))
     lines.append(row("LoRA", sum(plan.state.values()), f"{plan.trained / 1e6:,.2f} M parameters: weights, gradients, Adam's moments{copies}, in float32"))
     if plan.stored:

@@ -1,9 +1,11 @@
 """Plans against the runs that they are of."""
 
 import pytest
+import torch
 
 from benchmarks import plan as benchmark
 from diffusers_align.plan import plan, report
+from diffusers_align.plan.planner import component_of
 
 
 @pytest.mark.slow
@@ -65,3 +67,26 @@ def test_less_work_has_its_plan():
     guided, less = (plan("flow_grpo_mini_sd3", **flags, guidance_scale=3.0, unconditional_gradient=whole) for whole in (True, False))
     assert guided.rows == (40, 16) and less.rows == (40 + 8, 8)
     assert joint.activations > 1.5 * plain.activations and less.activations < 0.7 * guided.activations
+
+
+def test_a_plan_knows_what_is_away_and_what_is_packed():
+    """By arithmetic on the components of one plan: each flag takes off what it says."""
+    size = {"num_samples_per_epoch": 4, "train_batch_size": 2, "num_inference_steps": 2, "call_kwargs": '{"max_sequence_length": 1}'}
+    whole = plan("ddpo_mini_sd", **{**size, "call_kwargs": "{}"})
+    away = plan("ddpo_mini_sd", **{**size, "call_kwargs": "{}", "offload_text_encoders": True})
+    encoders = sum(part.size for name, part in whole.components.items() if name.startswith("text_encoder"))
+    assert away.away == encoders > 0 == whole.away and away.stored <= whole.stored
+    assert whole.total - away.total == encoders + whole.stored - away.stored
+    packed = plan("ddpo_mini_sd", **{**size, "call_kwargs": "{}", "base_quantization": "torchao_int8", "gradient_checkpointing": True})
+    assert packed.components["text_encoder"] == whole.components["text_encoder"]
+    assert packed.components["unet"].size < whole.components["unet"].size and packed.unpacked > 0 == whole.unpacked
+
+
+def test_a_quantised_layer_weighs_its_bytes_and_scales():
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 64)) for _ in range(2)])})
+    weights, biases = 4 * 64 * 32, 2 * 4 * (32 + 64)
+    assert component_of(model).size == 4 * weights + biases and component_of(model).unpacked == 0
+    eight, four = component_of(model, "torchao_int8"), component_of(model, "bnb_4bit")
+    assert eight.size == weights + 2 * 4 * (32 + 64) + biases and four.size == weights // 2 + 4 * weights // 64 + biases
+    assert eight.unpacked == 2 * 4 * 64 * 32, "a block's two layers"
+    assert four.unpacked == 4 * 64 * 32, "one layer"

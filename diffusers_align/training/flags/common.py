@@ -64,6 +64,7 @@ class OptimisationArguments(SeedArguments, SignalArguments):
         1e-4, "times the learning rate, the share of the weights that a step takes off", advanced=True, resume="takes effect"
     )
     adam_epsilon: Annotated[float, Interval(gt=0, le=1)] = option(1e-8, "added to the denominator", advanced=True, resume="takes effect")
+    use_8bit_adam: bool = option(False, "Adam's moments in 8 bits, by bitsandbytes: a quarter of their memory", advanced=True)
     max_grad_norm: NonNegative = option(1.0, "clip the gradient at this norm; 0 does not clip", advanced=True, resume="takes effect")
     use_ema: bool = option(False, "evaluate and save an exponential moving average of the LoRA", advanced=True)
     ema_decay: Decay = option(0.9, "of the average, every --ema_interval optimizer steps", needs={"use_ema": True}, advanced=True, resume="takes effect")

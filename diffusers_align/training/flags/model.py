@@ -91,6 +91,15 @@ class DecodingArguments(Arguments):
 class ModelArguments(EvalSchedulerArguments, PipelineArguments, DecodingArguments, CallArguments):
     """model"""
 
+    offload_text_encoders: bool = option(
+        False, "text encoders are on the CPU except while they encode; each prompt is encoded by itself, once a run", advanced=True, resume="free"
+    )
+    base_quantization: Literal["none", "torchao_int8", "bnb_8bit", "bnb_4bit"] = option(
+        "none", "frozen denoiser weights in 8 or 4 bits (torchao, bitsandbytes), under a LoRA in float32", advanced=True
+    )
+    quantize_text_encoders: bool = option(
+        False, "quantise the text encoders, too", needs={"base_quantization": ("bnb_4bit", "bnb_8bit", "torchao_int8")}, advanced=True
+    )
     shard_denoiser: bool = option(False, "spread the frozen denoiser over the processes (FSDP2); the LoRA stays whole", advanced=True, resume="free")
     compile: bool = option(
         False,
@@ -113,6 +122,23 @@ class ModelArguments(EvalSchedulerArguments, PipelineArguments, DecodingArgument
     def _check_compile(self):
         if self.compile and self.shard_denoiser:
             raise ValueError("--compile with --shard_denoiser: the weights that FSDP gathers for each call would break the graph; leave out one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_quantization(self):
+        if self.base_quantization == "torchao_int8" and not getattr(self, "gradient_checkpointing", True):
+            raise ValueError(
+                "--base_quantization torchao_int8 needs --gradient_checkpointing: autograd keeps torchao's weights unpacked, all of them where the "
+                "activations are kept, and those of a block at a time where they are computed again"
+            )
+        if self.base_quantization != "none" and self.shard_denoiser:
+            raise ValueError("--shard_denoiser spreads weights of one precision, and --base_quantization packs them into bytes with scales: leave one out")
+        if self.base_quantization != "none" and self.pretrained_model_name_or_path.endswith((".safetensors", ".ckpt")):
+            raise ValueError("--base_quantization is for a pipeline's folder or repository, which diffusers quantises while it loads: convert the single file")
+        if self.quantize_text_encoders and self.offload_text_encoders and self.base_quantization == "bnb_8bit":
+            raise ValueError(
+                "--offload_text_encoders moves the text encoders, which those of bitsandbytes in 8 bits cannot do: take bnb_4bit, or leave one out"
+            )
         return self
 
     @field_validator("lora_layers")

@@ -19,6 +19,7 @@ from .decoding import PARTS, decode_in_parts
 from .load_dtype import in_dtype
 from .modular_loading import INDEX as MODULAR_INDEX
 from .modular_loading import is_modular, load_modular
+from .quantized_base import quantization
 from .single_file import SUFFIXES, is_single_file, load_single_file
 
 logger = logging.getLogger(__name__)
@@ -55,8 +56,10 @@ def _loaded(args) -> DiffusionPipeline | ModularPipeline:
     source = model_source(name)
     try:
         if is_modular(source, args.revision):
+            if getattr(args, "base_quantization", "none") != "none":
+                raise ValueError(f"--base_quantization is for classic pipelines, and {name} is modular, whose components load one by one: leave it out.")
             return load_modular(source, dtype, args.revision, args.variant)
-        return DiffusionPipeline.from_pretrained(source, **in_dtype(dtype), revision=args.revision, variant=args.variant)
+        return DiffusionPipeline.from_pretrained(source, **in_dtype(dtype), revision=args.revision, variant=args.variant, **quantization(args, source, dtype))
     except Exception as error:
         raise_if_missing(name, error)
         raise

@@ -30,6 +30,7 @@ from .health import Health
 from .kernels import set_up
 from .metrics import draw_curve, epoch_metrics, write_history
 from .model_loading import call_arguments, load_pipeline, training_scheduler
+from .optimizer import adamw, check_average, check_library
 from .weight_copies import Averaged, CheckpointedWeights
 
 
@@ -54,6 +55,7 @@ class Run:
         self.args, self.algorithm = args, algorithm
         self.output_dir = check_output_dir(args.output_dir)
         self.sharded = sharding.wanted(args.shard_denoiser)
+        check_library(args)
         project = ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir / checkpoints.LOGS))
         self.accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=args.trackers or None, project_config=project)
         self.services, self.doing = ExitStack(), "before training"
@@ -113,6 +115,8 @@ class Run:
         pipeline.to(self.accelerator.device)
         policy = Policy(pipeline, training_scheduler(pipeline, **sde_fields), **call_arguments(args, pipeline))
         policy.lockstep = self.sharded
+        if args.offload_text_encoders:
+            policy.offload_text_encoders()
         config = {"target_modules": args.lora_layers.split(",")} if args.lora_layers else {}
         policy.add_lora(args.rank, args.lora_alpha, **config)
         policy.remember_prompts(max(32, self.num_batches + 2))  # each batch of an epoch, and the evaluation's
@@ -136,13 +140,8 @@ class Run:
             ValueError: the average would never begin.
         """
         args, parameters = self.args, self.parameters
-        if args.use_ema and steps < args.ema_interval:
-            raise ValueError(
-                f"--use_ema takes a step every --ema_interval {args.ema_interval} optimizer steps, and the run makes {steps}: the average would never begin. "
-                "Lower --ema_interval, train for longer, or leave out --use_ema."
-            )
-        betas = (args.adam_beta1, args.adam_beta2)
-        optimizer = torch.optim.AdamW(parameters, args.learning_rate, betas, args.adam_epsilon, args.adam_weight_decay)
+        check_average(args, steps)
+        optimizer = adamw(args, parameters)
         self.optimizer = self.accelerator.prepare(optimizer)
         self.lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=steps)
         self.register("optimizer", OptimizerState(optimizer))
