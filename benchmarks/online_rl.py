@@ -13,9 +13,11 @@ from pathlib import Path
 
 from equal_time import checkpoints, evaluate, train
 
+# For a recipe of another wish, what the others want.
+LIKES_BLUE = ["--prompts", "likes_blue_train", "--eval_prompts", "likes_blue_heldout", "--reward", "background_color", "--eval_reward", "scene_score"]
 # name: (base model, script, recipe, more flags)
 RUNS = {
-    "Flow-GRPO": ("mini-sd3", "train_flow_grpo", "flow_grpo_mini_sd3", ["--prompts", "likes_blue_train", "--eval_prompts", "likes_blue_heldout", "--reward", "background_color"]),
+    "Flow-GRPO": ("mini-sd3", "train_flow_grpo", "flow_grpo_mini_sd3", [*LIKES_BLUE, "--kl_weight", "0.1"]),
     "Flow-CPS": ("mini-sd3", "train_flow_grpo", "flow_grpo_cps_mini_sd3", []),
     "DanceGRPO": ("mini-sd3", "train_flow_grpo", "flow_grpo_dance_mini_sd3", []),
     "MixGRPO": ("mini-sd3", "train_flow_grpo", "flow_grpo_mix_mini_sd3", []),

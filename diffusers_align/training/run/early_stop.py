@@ -1,8 +1,9 @@
 """Ends a run that no longer gains on held-out prompts, whose pictures become alike or that hacks its reward, and keeps its best weights.
 
 A reward model can be satisfied in ways that nobody wants, and a run that goes on finds them. Every validation is looked at: it is the best
-so far if its pictures are varied enough, a reward that took no part has not fallen, and its held-out reward is the highest, the pretrained model's included. Papers on reward gradients
-do this by eye (https://arxiv.org/abs/2309.17400, https://arxiv.org/abs/2310.03739), so none gives a patience: the default is ours.
+so far if its pictures are varied enough, a reward that took no part has not fallen, and its held-out reward is the highest, the pretrained
+model's included. Papers on reward gradients do this by eye (https://arxiv.org/abs/2309.17400, https://arxiv.org/abs/2310.03739), so none
+gives a patience or a bound: the defaults are ours.
 """
 
 from __future__ import annotations
