@@ -102,7 +102,7 @@ class EarlyStopArguments(Arguments):
     early_stop_diversity: Annotated[float, Interval(gt=0, lt=1)] | None = option(
         None, "stop below this share of the pretrained model's diversity (RMS of pixels within prompts)", advanced=True
     )
-    early_stop_hacking: Annotated[float, Interval(gt=0)] | None = option(
+    early_stop_hacking: Annotated[float, Interval(gt=0, le=1000)] | None = option(
         None,
         "stop when --eval_reward, which is not trained on, lies below the pretrained model's by more than so many standard errors of the paired difference; "
         "3 is a sure sign",
