@@ -62,9 +62,8 @@ def test_flags_that_contradict_it_are_refused(flags, message):
 
 @pytest.mark.skipif(not has_torchao, reason="torchao is not installed")
 def test_a_lora_on_an_int8_base_learns_and_fits_the_whole_one(tmp_path):
-    pipeline = load_pipeline(args("torchao_int8", quantize_text_encoders=True))
+    pipeline = load_pipeline(args("torchao_int8"))
     assert type(pipeline.transformer.transformer_blocks[0].attn.to_q.weight).__module__.startswith("torchao")
-    assert type(next(p for p in pipeline.text_encoder.parameters() if p.ndim == 2 and "embed" not in str(type(p)))).__name__
     policy, whole = Policy(pipeline, **CALL), Policy(DiffusionPipeline.from_pretrained(embedded.path("mini-sd3")), **CALL)
     condition = policy.condition(["a red fox", "a blue cat"], seeds=[0, 1])
     latents = torch.randn(2, *whole.rollout(["a"], seeds=[0]).final.shape[1:], generator=torch.Generator().manual_seed(0))
