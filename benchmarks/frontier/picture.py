@@ -82,6 +82,8 @@ def panel(axis, rows: Rows, route: str, y: str, x: Callable[[Entry], Number]) ->
             axis.axhline(height, color="black", linestyle=":" if name == UNTRAINED[0] else "-.", linewidth=1, label=name)
             continue
         across, means, errors = points(rows, name, y, x)
+        if bound:  # in the legend it is the line of the other panels
+            axis.annotate(name, (across[0], means[0]), textcoords="offset points", xytext=(-6, -12), ha="right", fontsize=7)
         axis.plot(across, means, linestyle="--" if look["color"] == "black" else "-", linewidth=1.2, label=name, **look)
         low, high = [m - e for m, e in zip(means, errors)], [m + e for m, e in zip(means, errors)]
         axis.fill_between(across, low, high, color=look["color"], alpha=0.15)
