@@ -7,8 +7,9 @@
 
 `search` tries the same factors of the recipe's learning rate and strength for each method, at the smallest budget, on training prompts and by the reward
 alone, and freezes the best; `run` trains and judges; `report` writes tables and pictures into the output folder; `publish` puts them into the repository
-(benchmarks/frontier/results.jsonl, docs/frontier.md and its pictures). Everything runs one after the other on one thread. What is there is not done again,
-what was interrupted goes on, and --minutes ends a call after the run that is under way, so parts of it fit in between other work.
+(benchmarks/frontier/results.jsonl and frozen.json, docs/frontier.md and its pictures), from which --from_published goes on elsewhere. Everything runs one
+after the other on one thread. What is there is not done again, what was interrupted goes on, and --minutes ends a call after the run that is under way, so
+parts of it fit in between other work.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ from benchmarks.frontier.tasks import CALL, TASKS
 from benchmarks.frontier.work import Plan, Work
 from benchmarks.one_thread import ROOT
 
-RESULTS, PAGE = ROOT / "benchmarks" / "frontier" / "results.jsonl", ROOT / "docs" / "frontier.md"
+PUBLISHED, PAGE = ROOT / "benchmarks" / "frontier", ROOT / "docs" / "frontier.md"
+KEPT = ("results.jsonl", "frozen.json")  # of an output folder: what was measured, and what the search has found
 MARK = "<!-- What follows is written by `python -m benchmarks.frontier publish`. -->"
 
 
@@ -55,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--data_prompts", type=int, default=500, help="prompts of the model's own images; four pairs each")
     found.add_argument("--swaps", type=int, default=2400, help="pairs of swapped objects")
     found.add_argument("--minutes", type=float, help="begin nothing new after so long")
+    found.add_argument("--from_published", action="store_true", help="a new folder begins with the repository's results, which are not measured again")
     found.add_argument("--output_dir", type=Path, default=Path("runs/frontier"))
     return found
 
@@ -70,15 +73,23 @@ def plan_of(args) -> Plan:
 
 def publish(output_dir: Path) -> None:
     """Results, tables and pictures into the repository."""
-    shutil.copyfile(output_dir / "results.jsonl", RESULTS)
-    draw(Results(RESULTS).all(), PAGE.parent)
+    copy(output_dir, PUBLISHED)
+    draw(Results(PUBLISHED / "results.jsonl").all(), PAGE.parent)
     PAGE.write_text(published(), encoding="utf-8")
-    print(f"{RESULTS}, {PAGE} and its pictures: commit them.")
+    print(f"{', '.join(KEPT)} in {PUBLISHED}, {PAGE} and its pictures: commit them.")
+
+
+def copy(source: Path, target: Path) -> None:
+    """What is kept of a folder, where there is any."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def published() -> str:
     """docs/frontier.md: its own words up to the mark, then the pictures and tables of the committed results."""
-    words, rows = PAGE.read_text(encoding="utf-8").partition(MARK)[0], Results(RESULTS).all()
+    words, rows = PAGE.read_text(encoding="utf-8").partition(MARK)[0], Results(PUBLISHED / "results.jsonl").all()
     names = dict.fromkeys(f"frontier_{row['task']}_{row['model']}_g{row['guidance']:g}" for row in rows)
     pictures = "".join(f"![{name.replace('_', ' ')}]({name}.png)\n\n" for name in sorted(names))
     short = summary(rows)
@@ -101,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         (args.output_dir / "frontier.md").write_text(page(rows), encoding="utf-8")
         print("\n".join(map(str, [args.output_dir / "frontier.md", *draw(rows, args.output_dir)])))
         return None
+    if args.from_published and not (args.output_dir / "results.jsonl").is_file():
+        copy(PUBLISHED, args.output_dir)
     work = Work(plan_of(args), lambda text: print(text, flush=True))
     try:
         getattr(work, args.part)()

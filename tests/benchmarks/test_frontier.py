@@ -235,6 +235,20 @@ def test_a_run_is_trained_judged_and_not_done_again(tmp_path, small, capsys):
     assert "| Diffusion-DPO |" in (tmp_path / "frontier.md").read_text() and (tmp_path / "frontier_swaps_mini-sd3_g1.png").is_file()
 
 
+def test_a_new_folder_may_begin_with_what_is_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier, "PUBLISHED", tmp_path / "published")
+    Results(tmp_path / "published" / "results.jsonl").add(row())
+    (tmp_path / "published" / "frozen.json").write_text('{"color/mini-sd3/AWM": {}}')
+    found = []
+    monkeypatch.setattr(frontier.Work, "run", lambda work: found.append((work.results.all(), work.frozen())))
+    for words in (["--from_published", "--output_dir", str(tmp_path / "on")], ["--output_dir", str(tmp_path / "anew")]):
+        frontier.main(["run", *words])
+    assert found == [(Results(tmp_path / "published" / "results.jsonl").all(), {"color/mini-sd3/AWM": {}}), ([], {})]
+    Results(tmp_path / "on" / "results.jsonl").add(row(seed=1))
+    frontier.main(["run", "--from_published", "--output_dir", str(tmp_path / "on")])
+    assert len(found[-1][0]) == 2, "a folder with results keeps them"
+
+
 @pytest.mark.slow
 def test_a_failure_is_told_and_the_others_run(tmp_path, monkeypatch):
     def refuse(script, *args):
