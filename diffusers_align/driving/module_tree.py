@@ -152,7 +152,7 @@ def walks_spared(pipeline, tree: ModuleTree) -> Iterator[None]:
     with ExitStack() as stack:
         for own in () if tree.moving else (pipeline, *parts_of(pipeline)):
             stack.enter_context(held(own, "_devices", _devices(own)))
-            stack.enter_context(held(own, "_names", tuple(own.components)))
+            stack.enter_context(held(own, "names_of_components", tuple(own.components)))
             stack.enter_context(_of_class(own, _settled(type(own))))
             if getattr(type(own), "maybe_free_model_hooks", None) is DiffusionPipeline.maybe_free_model_hooks:
                 stack.enter_context(held(own, "maybe_free_model_hooks", lambda: None))
@@ -194,7 +194,7 @@ def _settled(cls: type) -> type:
     """A subclass of a pipeline's class, of the same name, that knows its devices and the names of its components."""
     known = {name: property(lambda self, name=name: self.__dict__["_devices"][name]) for name in _LOOK_UPS if hasattr(cls, name)}
     if getattr(cls, "components", None) is DiffusionPipeline.components:  # which reads the signature of `__init__` each time
-        known["components"] = property(lambda self: {name: getattr(self, name) for name in self.__dict__["_names"]})
+        known["components"] = property(lambda self: {name: getattr(self, name) for name in self.__dict__["names_of_components"]})
     return type(cls.__name__, (cls,), {**known, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 

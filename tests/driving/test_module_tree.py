@@ -71,7 +71,7 @@ def test_components_are_those_of_now_within_a_call():
         assert pipeline.components == expected and list(pipeline.components) == list(expected)
         pipeline.vae = other
         assert pipeline.components["vae"] is other
-    assert "_names" not in vars(pipeline) and pipeline.components == {**expected, "vae": other}
+    assert "names_of_components" not in vars(pipeline) and pipeline.components == {**expected, "vae": other}
 
 
 @pytest.mark.parametrize("accelerator", [False, True])

@@ -106,7 +106,7 @@ def test_a_cached_denoiser_starts_anew_after_a_call_that_raised():
     def leave(k, kernel):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
         policy.replay(trajectory, leave)
     assert torch.equal(policy.rollout(PROMPTS, seeds=SEEDS).actions, trajectory.actions)
 

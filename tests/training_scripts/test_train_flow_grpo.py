@@ -83,7 +83,7 @@ def test_a_run_of_each_variant(variant, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Policy,
         "replay",
-        lambda self, trajectory, on_step, steps=None, condition=None: (replayed.append(steps), replay(self, trajectory, on_step, steps, condition)),
+        lambda self, trajectory, on_step, steps=None, *others, **named: (replayed.append(steps), replay(self, trajectory, on_step, steps, *others, **named)),
     )
     flags = dict(VARIANTS[variant])
     if variant == "cps":  # background_color has a column of its own
@@ -173,7 +173,9 @@ def test_every_window_of_a_run_has_noise_at_each_of_its_steps(sde_type, strategy
 def test_the_clip_is_explained_where_one_number_says_it(clip_range, log_ratio, said):
     """A scaled ratio's clip leaves each step another share of the true ratio: no one number."""
     lines, final = [], torch.zeros(1, 1024)
-    run = SimpleNamespace(explain_once=lines.append, division=SimpleNamespace(batches_a_step=1), chunks=lambda *_: [], epoch_metrics=lambda *_: {})
+    args = SimpleNamespace(replay_steps_per_forward=1, unconditional_gradient=True)
+    division = SimpleNamespace(batches_a_step=1)
+    run = SimpleNamespace(args=args, explain_once=lines.append, division=division, chunks=lambda *_: [], epoch_metrics=lambda *_: {})
     samples = SimpleNamespace(batches=[SimpleNamespace(final=final)], kernels=[])
     policy_gradient_epoch(run, None, samples, [0], None, clip_range=clip_range, log_ratio=log_ratio)
     assert len(lines) == bool(said) and all(said in line for line in lines), "(1 + c)^1024"
