@@ -32,7 +32,7 @@ def test_checkpointing_batches_and_a_small_card_are_weighed():
         assert words in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_card_that_is_too_small_gets_advice_that_fits():
     made = plan("dpo_mini_sd3", gpu="60MB", num_samples_per_epoch=64, train_batch_size=32)
     assert not made.fits and made.advice and made.advice[0].startswith("--gradient_checkpointing")
@@ -56,7 +56,7 @@ def test_the_kl_at_a_share_of_the_steps_takes_fewer_rows():
     assert (whole.rows[0], half.rows[0]) == (20 + 8, 20 + 4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_less_work_has_its_plan():
     """Rows are those of the run: several steps in a forward are as many rows, rows without the prompt lose their gradient, scouts take theirs."""
     flags = {"num_prompts_per_epoch": 1, "group_size": 4, "train_batch_size": 4, "num_inference_steps": 5, "eval_num_inference_steps": 5, "kl_weight": 0}
