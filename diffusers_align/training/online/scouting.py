@@ -71,6 +71,7 @@ def _scout_rewards(run, policy: Policy, reward, asked: Asked, **call_kwargs: Any
     rank, world, size = run.accelerator.process_index, run.accelerator.num_processes, run.args.train_batch_size
     number = len(asked.prompts)
     mine = range(rank, -(-number // world) * world, world)  # beyond the last one the first again, so that all processes make as many calls
+    policy.expect_prompts(asked.prompts[i % number].text for i in mine)
     with Scorer.of_run(reward, run.args) as scorer:
         for start in range(0, len(mine), size):
             part = mine[start : start + size]
