@@ -35,6 +35,7 @@ from diffusers_align.data import load_prompts
 from diffusers_align.driving.forwards import Forwards
 from diffusers_align.files.paths import find_recipe, front_door
 from diffusers_align.rewards import load_reward
+from diffusers_align.training.run.costs import Cost
 from diffusers_align.training.run.run import Run
 
 STEPS = 6
@@ -132,12 +133,13 @@ def run_in_turn(script: str, argv: list[str], turn: Connection) -> None:
     module.main(argv)
 
 
-def in_turns(script: str, variants: list[list[str]], number: int) -> list[list[float]]:
-    """Process seconds of the epochs of runs that take turns, the first one left out."""
-    context, turns, processes = multiprocessing.get_context("spawn"), [], []
+def in_turns(script: str, variants: list[list[str]], number: int) -> tuple[list[list[float]], list[int]]:
+    """Of runs that take turns, the process seconds of their epochs, the first one left out, and the denoiser rows of all epochs."""
+    context, turns, processes, folders = multiprocessing.get_context("spawn"), [], [], []
     for argv in variants:
         ours, theirs = context.Pipe()
-        own = [*argv, "--num_epochs", str(number + 1), "--output_dir", tempfile.mkdtemp()]
+        folders.append(Path(tempfile.mkdtemp()))
+        own = [*argv, "--num_epochs", str(number + 1), "--output_dir", str(folders[-1])]
         processes.append(context.Process(target=run_in_turn, args=(script, own, theirs), daemon=True))
         processes[-1].start()
         theirs.close()
@@ -150,19 +152,20 @@ def in_turns(script: str, variants: list[list[str]], number: int) -> list[list[f
             times[-1].append(turn.recv())
     for process in processes:
         process.join()
-    return [list(column) for column in zip(*times[1:])]
+    return [list(column) for column in zip(*times[1:])], [Cost.read(folder).denoiser_evaluations for folder in folders]
 
 
 def epochs(args) -> None:
-    rows = ["| option | recipe | without, s an epoch | with, s | with / without, medians of pairs [least, most] |", "|---|---|---|---|---|"]
+    rows = ["| option | recipe | without, s an epoch | with, s | with / without, medians of pairs [least, most] | denoiser rows |"]
+    rows.append("|---" * 6 + "|")
     for name, (script, recipe, common, without, own) in PAIRS.items():
         if args.only and not name.startswith(args.only):
             continue
         argv = ["--config", str(find_recipe(recipe)), *common, *SMALL]
-        plain, less = in_turns(script, [[*argv, *without], [*argv, *own]], args.epochs)
+        (plain, less), (all_rows, fewer) = in_turns(script, [[*argv, *without], [*argv, *own]], args.epochs)
         ratios, medians = sorted(b / a for a, b in zip(plain, less)), [statistics.median(times) for times in (plain, less)]
         spread = f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
-        rows.append(f"| `{name}` | `{recipe}` | {medians[0]:.2f} | {medians[1]:.2f} | {spread} |")
+        rows.append(f"| `{name}` | `{recipe}` | {medians[0]:.2f} | {medians[1]:.2f} | {spread} | {fewer / all_rows - 1:+.0%} |")
     print("\n".join(rows))
 
 
