@@ -122,16 +122,9 @@ def sample_epoch(
     batches, index, kernels = [], [], []
     with Scorer.of_run(reward, args) as scorer:
         for part in parts:
-            with run.accelerator.autocast():
-                own = all_asked.select(part)
-                condition = condition_of(policy, own.prompts, seeds=own.seeds, step_seeds=own.step_seeds, **call_kwargs)
-                drawn_from: dict[int, GaussianTransition] = {}
-                keep = drawn_from.__setitem__ if keep_kernels else None
-                # The first roll-out is compared with another walk: of equal rows, so that kernels round alike.
-                shared = same_latent and getattr(args, "share_prefix", False) and policy.compared
-                trajectory = policy.rollout(condition, deterministic=deterministic, on_step=keep, share_prefix=shared)
-                policy.check_reproducible(trajectory)
-            run.explain_once(*describe_walk(policy, trajectory), *describe_window(policy, trajectory))
+            own, drawn_from = all_asked.select(part), {}
+            keep = drawn_from.__setitem__ if keep_kernels else None
+            trajectory = _rolled_out(run, policy, own, same_latent, deterministic=deterministic, on_step=keep, **call_kwargs)
             batches.append(trajectory)
             kernels.append(drawn_from)
             index.append(torch.tensor(part))
@@ -141,6 +134,18 @@ def sample_epoch(
         components = gather_scores(run, scorer, asked)
     groups, kept = torch.tensor(all_asked.groups if group_size else [0] * len(asked)), kernels if keep_kernels else []
     return Samples(batches, index, [p.text for p in asked], groups, components["reward"], components, asked, kept, scouted_rewards)
+
+
+def _rolled_out(run, policy: Policy, own: Asked, same_latent: bool, deterministic: bool, on_step, **call_kwargs: Any) -> Trajectory:
+    """One batch, held to a second walk if it is the first, and explained."""
+    with run.accelerator.autocast():
+        condition = condition_of(policy, own.prompts, seeds=own.seeds, step_seeds=own.step_seeds, **call_kwargs)
+        # The first roll-out is compared with another walk: of equal rows, so that kernels round alike.
+        shared = same_latent and getattr(run.args, "share_prefix", False) and policy.compared
+        trajectory = policy.rollout(condition, deterministic=deterministic, on_step=on_step, share_prefix=shared)
+        policy.check_reproducible(trajectory)
+    run.explain_once(*describe_walk(policy, trajectory), *describe_window(policy, trajectory))
+    return trajectory
 
 
 def _asked(args, prompts: list[Prompt], epoch: int, num_prompts: int, group_size: int, same_latent: bool) -> Asked:
