@@ -3,8 +3,8 @@
     python -m benchmarks.half_precision --seeds 0 1 2 --precisions no bf16 fp16 --minutes 30
     python -m benchmarks.half_precision report
 
-The recipes as they are, for the epochs of `METHODS`, at the same seeds in each precision. Weights in half precision, autocast and the loss scaler are the
-flag's own. Every LoRA is judged in float32, on 96 pictures of held-out prompts (12 steps, guidance 1), paired with the base's and with those of the float32
+The recipes, for the epochs of `METHODS` and the rewards of the frontier's tasks, at the same seeds in each precision. Weights in half precision, autocast
+and the loss scaler are the flag's own. Every LoRA is judged in float32, on 96 pictures of held-out prompts (12 steps, guidance 1), paired with the base's and with those of the float32
 training at equal prompts and seeds. A CPU without AVX-512 takes six to eight times as long for a product in half precision (a hundred times for a
 convolution): `Products` computes them from the same rounded factors, with sums in float32, and rounds the result, as tensor cores do. A line of
 `results.jsonl` a training; what is there is not done again, and --minutes ends a call after the training that is under way.
@@ -18,8 +18,9 @@ import math
 import runpy
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -32,7 +33,7 @@ from benchmarks.frontier.results import weights_of
 from benchmarks.frontier.running import UNWATCHED, Clock, spent
 from benchmarks.frontier.tasks import TASKS, write_lines
 from benchmarks.one_thread import call
-from diffusers_align.files.levels import script_of
+from diffusers_align.files.levels import digest_of, script_of
 from diffusers_align.files.paths import find_recipe, front_door
 from diffusers_align.training.report.statistics import mean_and_error
 
@@ -42,15 +43,24 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe, how many epochs of it, and the task of the frontier whose reward it has."""
+    """A recipe, how many epochs of it, the task of the frontier whose reward it is judged by, and what is put over the recipe's settings."""
 
     recipe: str
     epochs: int
     task: str
+    over: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a training is run with, but for its seed and precision."""
+        recipe = yaml.safe_load(find_recipe(self.recipe).read_text(encoding="utf-8"))
+        kept = {name: value for name, value in recipe.items() if name not in ("early_stop_hacking", "output_dir")}  # it is to come to its end
+        return {**kept, **self.over, **UNWATCHED, "num_epochs": self.epochs, "checkpointing_epochs": self.epochs}
 
 
+BLUE = {"prompts": "likes_blue_train", "eval_prompts": "likes_blue_heldout", "reward": "background_color", "eval_reward": "scene_score", "kl_weight": 0.1}
 METHODS = {
-    "Flow-GRPO": Method("flow_grpo_mini_sd3", 6, "color"),
+    "Flow-GRPO": Method("flow_grpo_mini_sd3", 6, "color", BLUE),
     "DiffusionNFT": Method("nft_mini_sd3", 5, "color"),
     "DRaFT-3": Method("draft_mini_sd3", 12, "clip"),
 }
@@ -82,9 +92,7 @@ def run_here(script: str, words: list[str]) -> None:
 
 def train(method: Method, precision: str, seed: int, folder: Path) -> dict:
     """One training in a process of its own, from its beginning: what it cost, and the logged numbers of its last epoch."""
-    recipe = yaml.safe_load(find_recipe(method.recipe).read_text(encoding="utf-8"))
-    settings = {**recipe, **UNWATCHED, "num_epochs": method.epochs, "checkpointing_epochs": method.epochs, "output_dir": str(folder)}
-    settings |= {"seed": seed, "mixed_precision": precision}
+    settings = {**method.settings, "output_dir": str(folder), "seed": seed, "mixed_precision": precision}
     shutil.rmtree(folder, ignore_errors=True)  # what was killed begins anew
     folder.mkdir(parents=True)
     (folder / "settings.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
@@ -103,6 +111,11 @@ class Study:
         self.folder, self.file, self._benches = folder, folder / "results.jsonl", {}
         self.rows = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.is_file() else []
 
+    @property
+    def comparable(self) -> list[dict]:
+        """The rows of today's settings."""
+        return [row for row in self.rows if row["settings"] == digest_of(METHODS[row["method"]].settings)[:8]]
+
     def bench(self, task: str) -> Bench:
         if task not in self._benches:
             terms = Terms(guidance=1.0, judge=TASKS[task].judge, images=IMAGES, kl=0)
@@ -112,7 +125,7 @@ class Study:
 
     def add(self, name: str, precision: str, seed: int) -> None:
         """Train and judge, unless that has been done."""
-        key = {"method": name, "precision": precision, "seed": seed, "epochs": METHODS[name].epochs}
+        key = {"method": name, "precision": precision, "seed": seed, "settings": digest_of(METHODS[name].settings)[:8]}
         if any(key.items() <= row.items() for row in self.rows):
             return
         folder = self.folder / f"{METHODS[name].recipe}-{precision}-{seed}"
@@ -184,7 +197,7 @@ def main() -> None:
             for precision in args.precisions:
                 if not clock.over:
                     study.add(name, precision, seed)
-    print("\n".join(table(study.rows)))
+    print("\n".join(table(study.comparable)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """The study of half precision: its products are those of the precision, its table compares equal pictures."""
 
+import json
+
 import pytest
 import torch
+import yaml
+from flag_tools import load_script
 from torch.nn import functional as F
 
-from benchmarks.half_precision import METHODS, Products, table
-from diffusers_align.files.paths import find_recipe
+from benchmarks.frontier.tasks import TASKS, flags_of
+from benchmarks.half_precision import METHODS, Products, Study, table
+from diffusers_align.files.levels import digest_of, script_of
 
 torch.set_num_threads(1)
 
@@ -55,5 +60,17 @@ def test_the_table_compares_equal_seeds_by_the_larger_of_both_errors():
     assert half == "| Flow-GRPO | bf16 | 5,856 | +2.8000 ± 0.6028 | +0.3000 ± 0.2000 | +0.0000 ± 0.0000 | 0.01 |"
 
 
-def test_recipes_are_there():
-    assert all(find_recipe(method.recipe).is_file() for method in METHODS.values())
+@pytest.mark.parametrize("name", list(METHODS))
+def test_scripts_take_the_settings_and_nothing_ends_a_run_early(name, tmp_path):
+    method = METHODS[name]
+    (tmp_path / "settings.yaml").write_text(yaml.safe_dump({**method.settings, "output_dir": "out"}))
+    args = load_script(script_of(method.recipe)).parse_args(["--config", str(tmp_path / "settings.yaml")])
+    assert args.reward == flags_of(TASKS[method.task].reward)["reward"] and args.num_epochs == method.epochs
+    assert args.early_stop_hacking is None and args.early_stop_metric is None
+
+
+def test_trainings_with_other_settings_are_kept_and_not_compared(tmp_path):
+    own = [{**row("no", seed, [1.0, 2.0]), "settings": digest_of(METHODS["Flow-GRPO"].settings)[:8]} for seed in (0, 1)]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (own[0], {**own[1], "settings": "others"})))
+    study = Study(tmp_path)
+    assert len(study.rows) == 2 and [line["seed"] for line in study.comparable] == [0]
