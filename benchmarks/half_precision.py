@@ -3,11 +3,11 @@
     python -m benchmarks.half_precision --seeds 0 1 2 --precisions no bf16 fp16 --minutes 30
     python -m benchmarks.half_precision report
 
-The recipes, for the epochs of `METHODS` and the rewards of the frontier's tasks, at the same seeds in each precision. Weights in half precision, autocast
-and the loss scaler are the flag's own. Every LoRA is judged in float32, on 96 pictures of held-out prompts (12 steps, guidance 1), paired with the base's and with those of the float32
-training at equal prompts and seeds. A CPU without AVX-512 takes six to eight times as long for a product in half precision (a hundred times for a
-convolution): `Products` computes them from the same rounded factors, with sums in float32, and rounds the result, as tensor cores do. A line of
-`results.jsonl` a training; what is there is not done again, and --minutes ends a call after the training that is under way.
+The recipes, for the epochs of `METHODS` and the rewards of the frontier's tasks, at the same seeds in each precision. Weights in half precision, autocast and
+the loss scaler are the flag's own. Every LoRA is judged in float32, on 96 pictures of held-out prompts (12 steps, guidance 1), paired with the base's and
+with those of the float32 training at equal prompts and seeds. A CPU without AVX-512 takes six to eight times as long for a product in half precision (a
+hundred times for a convolution): `Products` computes them from the same rounded factors, with sums in float32, and rounds the result, as tensor cores do. A
+line of `results.jsonl` a training; what is there is not done again, and --minutes ends a call after the training that is under way.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from benchmarks.frontier.tasks import CALL, TASKS
 from diffusers_align import Policy, embedded
 from diffusers_align.data import load_prompts
 from diffusers_align.driving.forwards import Forwards
+from diffusers_align.files.levels import digest_of
 from diffusers_align.files.paths import find_recipe, front_door
 from diffusers_align.rewards import load_reward
 from diffusers_align.training.run.costs import Cost
@@ -219,10 +220,14 @@ GAINS = {
 }
 
 
+def settings_of(method: Method) -> dict:
+    return settings(method, TASKS["color"], "mini-sd3", TASKS["color"].train, {})
+
+
 def trained(name: str, seed: int, folder: Path):
     """The folder of the weights, and what they cost."""
     method, budget = GAINS[name]
-    own = settings(method, TASKS["color"], "mini-sd3", TASKS["color"].train, {}) | {"seed": seed}
+    own = settings_of(method) | {"seed": seed}
     place = folder / "".join(c if c.isalnum() else "_" for c in name)
     if budget is not None:
         return place / str(seed), train(method.script, own, budget, place / str(seed), place / "probes")
@@ -242,7 +247,7 @@ def gains(args) -> None:
     for seed in args.seeds:
         for name in names:
             key = {"task": "color", "model": "mini-sd3", "method": name, "budget": 0, "seed": seed, "guidance": 3.0, "judge": task.judge, "images": args.images,
-                   "weights": weights}  # fmt: skip
+                   "weights": weights, "settings": digest_of(settings_of(GAINS[name][0]))[:8]}  # fmt: skip
             if key in results or clock.over:
                 continue
             place, cost = trained(name, seed, folder)
@@ -251,7 +256,7 @@ def gains(args) -> None:
             print(f"{name}, seed {seed}: {row['reward_gain']['mean']:+.3f} ± {row['reward_gain']['se']:.3f}, {cost.rows} rows", flush=True)
     print("| | denoiser rows | images | CPU s | background_color: gain by seed | mean ± s.e. over seeds | scene_score: gain |\n|" + "---|" * 7)
     for name in names:
-        found = [row for row in results.all() if row["method"] == name]
+        found = [row for row in results.all() if row["method"] == name and row["settings"] == digest_of(settings_of(GAINS[name][0]))[:8]]
         if found:
             print(gains_row(name, found))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffusers_align.files.levels import content_digest
 
-KEY = ("task", "model", "method", "budget", "seed", "guidance", "judge", "images")
+KEY = ("task", "model", "method", "budget", "seed", "guidance", "judge", "images", "settings")
 PACKAGE = Path(__file__).parents[2] / "diffusers_align"
 
 
@@ -27,7 +27,7 @@ class Results:
 
     @staticmethod
     def key(row: dict) -> tuple:
-        """What tells a line from the others, the models' weights included: results of other weights are other results."""
+        """What tells a line from the others, the models' weights and the method's settings included: results of others are other results."""
         return (*(row[name] for name in KEY), row["weights"])
 
     def __contains__(self, row: dict) -> bool:

@@ -44,7 +44,8 @@ def groups(rows: Iterable[dict]) -> dict[tuple, dict[tuple[str, int], list[dict]
     found: dict[tuple, dict[tuple[str, int], list[dict]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         found[row["task"], row["model"], row["guidance"], row["judge"], row["images"], row["weights"]][row["method"], row["budget"]].append(row)
-    return found
+    # Of a method whose settings have changed the latest alone, so that no mean is over two of them.
+    return {key: {name: [row for row in entry if row["settings"] == entry[-1]["settings"]] for name, entry in group.items()} for key, group in found.items()}
 
 
 def against_controls(rows: dict[tuple[str, int], list[dict]], key: tuple[str, int]) -> Number:

@@ -164,7 +164,8 @@ class Work:
 
     def _named(self, run: Run, guidance: float, images: int) -> dict:
         identity = {"task": run.task, "model": run.model, "method": run.method, "budget": run.budget, "seed": run.seed, "guidance": guidance}
-        return {**identity, "judge": self.judge_of(run.task), "images": images, "weights": self.weights(run.task, run.model)}
+        identity |= {"judge": self.judge_of(run.task), "images": images, "weights": self.weights(run.task, run.model)}
+        return {**identity, "settings": settings_digest(run)}
 
     def run(self) -> None:
         """All rows that are asked for and not there: those without training, then every training, judged at each guidance."""
@@ -206,6 +207,14 @@ class Work:
         gains = [f"{name} {row[f'{name}_gain']['mean']:+.4f} ± {row[f'{name}_gain']['se']:.4f}" for name in ("reward", "judge")]
         where = f"{row['task']}, {row['model']}, guidance {row['guidance']:g}"
         self.say(f"{where}: {row['method']}, {row['budget']} rows, seed {row['seed']}: {', '.join(gains)}, {row['processor_seconds']:.0f} CPU s")
+
+
+def settings_digest(run: Run) -> str:
+    """Of a method's numbers on a task, wherever its data lie; empty where nothing is trained."""
+    if run.method not in METHODS:
+        return ""
+    task = TASKS[run.task]
+    return digest_of(settings(METHODS[run.method], task, run.model, task.train, run.factors))[:8]
 
 
 def as_fields(cost: Spent) -> dict[str, Any]:

@@ -120,7 +120,18 @@ def test_every_method_has_the_same_search():
 
 
 ROW = {"task": "color", "model": "mini-sd3", "method": "Flow-GRPO", "route": "online RL", "budget": 2000, "seed": 0, "guidance": 3.0, "judge": "scene_score"}
-ROW |= {"images": 192, "weights": "w", "tuned": True, "rows": 2100, "updates": 4, "distinct": 192, "processor_seconds": 20.0, "rows_an_image": 24.0, "gap": 0.5}
+ROW |= {
+    "images": 192,
+    "weights": "w",
+    "settings": "s",
+    "tuned": True,
+    "rows": 2100,
+    "updates": 4,
+    "distinct": 192,
+    "processor_seconds": 20.0,
+    "rows_an_image": 24.0,
+    "gap": 0.5,
+}
 
 
 def row(gain=0.1, error=0.01, **changes):
@@ -135,6 +146,7 @@ def test_results_survive_a_torn_line_and_tell_weights_apart(tmp_path):
         file.write('{"task": "col')
     again = Results(results.path)
     assert row() in again and len(again.all()) == 1 and row(weights="other") not in again and row(seed=1) not in again
+    assert row(settings="other") not in again
     again.add(row(seed=1))
     assert len(Results(results.path).all()) == 2 and again.all()[0]["kl"]["mean"] is None
 
@@ -157,6 +169,11 @@ def test_the_summary_says_who_beats_the_controls():
     where = "| `color`, mini-sd3 | 3 |"
     assert lines == [f"{where} online RL | Flow-GRPO +0.510, AWM +0.310 |  | SPO +0.010 |", f"{where} data |  | RWR +0.110 |  |"]
     assert summary([row()]) == ""
+
+
+def test_no_mean_is_over_two_settings():
+    (found,) = groups([row(0.5, settings="before"), row(0.1, seed=0), row(0.3, seed=1)]).values()
+    assert over_seeds(found["Flow-GRPO", 2000], "reward_gain").mean == pytest.approx(0.2)
 
 
 def test_a_win_is_one_over_the_best_control():
