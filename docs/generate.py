@@ -3,7 +3,7 @@
     python docs/generate.py
 
 A page is its module's docstring (idea, objective, differences, logged numbers), then how to run it, its recipes, the rows of
-benchmarks/README.md that name it, its picture, and its functions. `PAGES` says which script, recipes, rows and picture belong to which
+docs/frontier.md and benchmarks/README.md that name it, its picture, and its functions. `PAGES` says which script, recipes, rows and picture belong to which
 algorithm. The pages are committed, so that they can be read without building the site; a test compares them with this script's output.
 """
 
@@ -39,7 +39,7 @@ class Page:
         recipes: names of its recipes; the first one is run in the command.
         flags: what the command adds to that recipe.
         pipeline: of `pipelines/`, where nothing is trained; `call` and `load` are arguments of the example, `quick` what its test replaces.
-        rows: first cells of its rows in benchmarks/README.md.
+        rows: first cells of its rows in docs/frontier.md and benchmarks/README.md.
         picture: a file of docs/ and what it shows.
         note: a sentence of its own.
     """
@@ -247,22 +247,37 @@ Pipeline: [`pipelines/{page.pipeline}.py`](../../pipelines/README.md), with ever
 # what was measured
 
 
-def measured(rows: tuple[str, ...]) -> str:
-    """The rows of benchmarks/README.md with these first cells, under the headings of their tables, each beside the base."""
+# Rows that a method's own stands beside, where a table has them.
+BESIDE = ("base", "stock (best of 1)", "plain fine-tuning", "random reward", "DPO, shuffled", "KTO, shuffled", "RWR, shuffled")
+
+
+def first_cell(line: str) -> str:
+    """Of a row, without the star that a note explains."""
+    return line.split("|")[1].strip().rstrip("*") if line.startswith("|") else ""
+
+
+def tables_with(page: Path, rows: tuple[str, ...]) -> list[str]:
+    """The tables of a page that have rows with these first cells, cut down to them and what they stand beside, each below its heading."""
     found, heading, caption = [], "", ""
-    for block in re.split(r"\n\n+", (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")):
+    for block in re.split(r"\n\n+", page.read_text(encoding="utf-8")):
         lines = block.splitlines()
         if lines[0].startswith("#"):
             heading, caption = lines[0].lstrip("# "), ""
         elif not lines[0].startswith("|"):
             caption = lines[-1] if len(lines) == 1 and len(lines[0]) < 80 else ""
-        kept = [line for line in lines[2:] if line.split("|")[1:2] and line.split("|")[1].strip() in ("base", "stock (best of 1)", *rows)]
-        if lines[0].startswith("|") and any(line.split("|")[1].strip() in rows for line in kept):
-            kept = list(dict.fromkeys(kept))
+        kept = list(dict.fromkeys(line for line in lines[2:] if first_cell(line) in (*BESIDE, *rows)))
+        if lines[0].startswith("|") and any(first_cell(line) in rows for line in kept):
             found.append(f"{heading}{f': {caption}' if caption else ''}\n\n" + "\n".join([*lines[:2], *kept]) + "\n\n")
-    if not found:
-        return ""
-    return "## Measured\n\nFrom [benchmarks/README.md](../../benchmarks/README.md), which says how and what it means.\n\n" + "".join(found)
+    return found
+
+
+def measured(rows: tuple[str, ...]) -> str:
+    """What docs/frontier.md and benchmarks/README.md have of a method."""
+    frontier, others = (tables_with(page, rows) for page in (DOCS / "frontier.md", ROOT / "benchmarks" / "README.md"))
+    star = "A star: its recipe's own numbers, without a search."
+    parts = [f"From [the frontier](../frontier.md), which says what is compared, at equal budgets. {star}\n\n", *frontier] if frontier else []
+    parts += ["From [benchmarks](../../benchmarks/README.md), which says how and what it means.\n\n", *others] if others else []
+    return "## Measured\n\n" + "".join(parts) if parts else ""
 
 
 def page_of(name: str) -> str:

@@ -76,7 +76,7 @@ def publish(output_dir: Path) -> None:
     copy(output_dir, PUBLISHED)
     draw(Results(PUBLISHED / "results.jsonl").all(), PAGE.parent)
     PAGE.write_text(published(), encoding="utf-8")
-    print(f"{', '.join(KEPT)} in {PUBLISHED}, {PAGE} and its pictures: commit them.")
+    print(f"{', '.join(KEPT)} in {PUBLISHED}, {PAGE} and its pictures: run docs/generate.py, and commit them all.")
 
 
 def copy(source: Path, target: Path) -> None:
