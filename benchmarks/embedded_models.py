@@ -3,20 +3,23 @@
 `scene_score` is what trainings are rewarded by; `scene_judge` took no part in anything. Ceilings: real scenes, the same through the
 autoencoder, and the best of eight samples by `scene_score`, which only the column of the judge shows without favour.
 
-    python benchmarks/embedded_models.py --picture samples.png
+    python benchmarks/embedded_models.py --picture samples.png --sheet sheet.png
     python benchmarks/embedded_models.py --folder models --samples 192 --models mini-sd3 --guidance 3
 """
 
 import argparse
+import random
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
 from torch import Tensor
 
 from diffusers_align import embedded
 from diffusers_align.data import load_prompts
-from diffusers_align.embedded.scenes import COLORS, OBJECTS, Scene
+from diffusers_align.embedded.scenes import COLORS, OBJECTS, Scene, render
 from diffusers_align.embedded.teaching import make_scenes
 from diffusers_align.rewards import load_reward
 from diffusers_align.training.report.pictures import grid
@@ -84,6 +87,20 @@ def diversity(images: Tensor) -> float:
     return float(torch.pdist(flat).mean() / flat.shape[1] ** 0.5)
 
 
+def contact_sheet(models: dict[str, Samples], across: int = 8) -> Image.Image:
+    """All objects: a real scene of each, and below it a sample of each model for its bare name, at guidance 3."""
+    rng, names = random.Random(7), list(OBJECTS)
+    scenes = [Scene(name, 1, rng.choice(list(COLORS)), None) for name in names]
+    rows = {"real": list(VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy([render(scene, rng) for scene in scenes])))}
+    rows |= {model: list(sample([scene.caption() for scene in scenes], 3.0, 500)) for model, sample in models.items()}
+    images, captions = [], []
+    for start in range(0, len(names), across):
+        for title, found in rows.items():
+            images += found[start : start + across]
+            captions += [f"{name}, {title}" for name in names[start : start + across]]
+    return grid(images, captions, columns=across, cell=96)
+
+
 def judge_the_judges(vae: AutoencoderKL, number: int = 1000) -> None:
     images, truth, _ = make_scenes(number, seed=99)
     images = images.float() / 255
@@ -104,6 +121,7 @@ def main() -> None:
     parser.add_argument("--best_of", type=int, default=0, help="a row for the best of so many samples of each prompt, at the first guidance")
     parser.add_argument("--no_ceilings", action="store_true", help="leave out real scenes and the judges' own accuracy")
     parser.add_argument("--picture", help="write a grid of samples here")
+    parser.add_argument("--sheet", help="write all objects here, real ones above each model's")
     args = parser.parse_args()
     prompts = [p.text for name in ("mini_train", "mini_heldout") for p in load_prompts(name)]
     prompts = (prompts * (args.samples // len(prompts) + 1))[: args.samples]
@@ -127,6 +145,8 @@ def main() -> None:
             shown = [p for p in SHOWN for _ in range(4)]
             pictures = [x for sample in models.values() for x in sample(shown, 3.0)]
             grid(pictures, [f"{p}" for p in shown] * len(models), columns=8, cell=96).save(args.picture)
+        if args.sheet:
+            contact_sheet(models).save(args.sheet)
 
 
 if __name__ == "__main__":
