@@ -3,13 +3,14 @@
     python -m benchmarks.frontier search --tasks color --minutes 60
     python -m benchmarks.frontier run --tasks color swaps --models mini-sd3 --budgets 2000 8000 --seeds 0 1 2 --minutes 240
     python -m benchmarks.frontier report
+    python -m benchmarks.frontier samples
     python -m benchmarks.frontier publish
 
 `search` tries the same factors of the recipe's learning rate and strength for each method, at the smallest budget, on training prompts and by the reward
-alone, and freezes the best; `run` trains and judges; `report` writes tables and pictures into the output folder; `publish` puts them into the repository
-(benchmarks/frontier/results.jsonl and frozen.json, docs/frontier.md and its pictures), from which --from_published goes on elsewhere. Everything runs one
-after the other on one thread. What is there is not done again, what was interrupted goes on, and --minutes ends a call after the run that is under way, so
-parts of it fit in between other work.
+alone, and freezes the best; `run` trains and judges; `report` writes tables and pictures into the output folder; `samples` draws what the weights there
+make of the same prompts and seeds; `publish` puts all of it into the repository (benchmarks/frontier/results.jsonl and frozen.json, docs/frontier.md and its
+pictures), from which --from_published goes on elsewhere. Everything runs one after the other on one thread. What is there is not done again, what was
+interrupted goes on, and --minutes ends a call after the run that is under way, so parts of it fit in between other work.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import shutil
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ from benchmarks.frontier.methods import METHODS
 from benchmarks.frontier.picture import draw
 from benchmarks.frontier.results import Results
 from benchmarks.frontier.running import Clock
+from benchmarks.frontier.samples import draw_samples
 from benchmarks.frontier.summary import summary
 from benchmarks.frontier.table import page
 from benchmarks.frontier.tasks import CALL, TASKS
@@ -43,7 +46,7 @@ MARK = "<!-- What follows is written by `python -m benchmarks.frontier publish`.
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python -m benchmarks.frontier", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("part", choices=("search", "run", "report", "publish"))
+    found.add_argument("part", choices=("search", "run", "report", "samples", "publish"))
     found.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     found.add_argument("--models", nargs="+", choices=list(CALL), default=list(CALL))
     found.add_argument("--methods", nargs="+", choices=[*METHODS, *ROUTES], default=[*METHODS, *ROUTES], help="all if absent, controls among them")
@@ -74,6 +77,8 @@ def plan_of(args) -> Plan:
 def publish(output_dir: Path) -> None:
     """Results, tables and pictures into the repository."""
     copy(output_dir, PUBLISHED)
+    for picture in output_dir.glob("frontier_*_samples.png"):
+        shutil.copyfile(picture, PAGE.parent / picture.name)
     draw(Results(PUBLISHED / "results.jsonl").all(), PAGE.parent)
     PAGE.write_text(published(), encoding="utf-8")
     print(f"{', '.join(KEPT)} in {PUBLISHED}, {PAGE} and its pictures: run docs/generate.py, and commit them all.")
@@ -87,11 +92,16 @@ def copy(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+def with_samples(names: Iterable[str]) -> list[str]:
+    """The pictures' names, each before that of its samples where there are some."""
+    return [shown for name in sorted(names) for shown in (name, f"{name}_samples") if shown == name or (PAGE.parent / f"{shown}.png").is_file()]
+
+
 def published() -> str:
     """docs/frontier.md: its own words up to the mark, then the pictures and tables of the committed results."""
     words, rows = PAGE.read_text(encoding="utf-8").partition(MARK)[0], Results(PUBLISHED / "results.jsonl").all()
     names = dict.fromkeys(f"frontier_{row['task']}_{row['model']}_g{row['guidance']:g}" for row in rows)
-    pictures = "".join(f"![{name.replace('_', ' ')}]({name}.png)\n\n" for name in sorted(names))
+    pictures = "".join(f"![{name.replace('_', ' ')}]({name}.png)\n\n" for name in with_samples(names))
     short = summary(rows)
     told = f"## In short\n\nGains over the base are given; a place is taken at two standard errors over the seeds.\n\n{short}\n\n" if short else ""
     return f"{words}{MARK}\n\n{told}{pictures}{page(rows)}"
@@ -115,6 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.from_published and not (args.output_dir / "results.jsonl").is_file():
         copy(PUBLISHED, args.output_dir)
     work = Work(plan_of(args), lambda text: print(text, flush=True))
+    if args.part == "samples":
+        return print("\n".join(map(str, draw_samples(work, args.output_dir))))
     try:
         getattr(work, args.part)()
     except KeyboardInterrupt:

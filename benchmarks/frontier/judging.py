@@ -117,6 +117,11 @@ class Bench:
                 kl = sampled_kl(self.session, policy, self.prompts, self.terms.kl, lambda number: None)["nats"]
         return self.of_images(images, rows, kl)
 
+    def drawn(self, path: Path | None, prompts: list[Prompt]) -> list[Tensor]:
+        """One image (3, H, W) a prompt, by the model with a LoRA, or as it is; seeds go by place."""
+        with lora_loaded(self.pipeline, find_lora(str(path)) if path else None, str(path)):
+            return evaluate(self.session, self.policy(), {}, prompts, len(prompts), len(prompts)).images
+
     def of_images(self, images: Tensor, rows: float, kl: Tensor | None = None) -> Judged:
         """Images (N, 3, H, W) in [0, 1] of the bench's prompts."""
         texts = [prompt.text for prompt in self.prompts]

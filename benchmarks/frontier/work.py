@@ -111,13 +111,20 @@ class Work:
                 found["cache_dir"] = str(data.folder / "latents" / run.model)
         return {**found, "seed": run.seed}
 
+    def folder_of(self, run: Run) -> Path:
+        """Where its weights are, or would be."""
+        digest = digest_of([self.settings(run), run.budget, self.weights(run.task, run.model)])[:8]
+        place = self.plan.folder / "runs" / run.task / run.model / re.sub(r"\W+", "_", run.method.lower()).strip("_")
+        return place / f"{run.budget}-{run.seed}-{digest}"
+
+    def run_of(self, task: str, model: str, name: str, budget: int, seed: int) -> Run:
+        """A training with what the search has found for it."""
+        return Run(task, model, name, budget, seed, self.frozen().get(f"{task}/{model}/{CONTROL_OF.get(name, name)}") or {})
+
     def train(self, run: Run) -> tuple[Path, Spent, int]:
         """The folder of the weights, what they cost, and how many different images they have seen."""
-        method, found = METHODS[run.method], self.settings(run)
-        digest = digest_of([found, run.budget, self.weights(run.task, run.model)])[:8]
-        place = self.plan.folder / "runs" / run.task / run.model / re.sub(r"\W+", "_", run.method.lower()).strip("_")
-        folder = place / f"{run.budget}-{run.seed}-{digest}"
-        cost = train(method.script, found, run.budget, folder, place / "probes")
+        method, found, folder = METHODS[run.method], self.settings(run), self.folder_of(run)
+        cost = train(method.script, found, run.budget, folder, folder.parent / "probes")
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)  # the weights are beside it
         seen = min(self.data(run.task, run.model).distinct(Path(found["dataset_name"])), cost.rows) if method.data else cost.images
@@ -176,16 +183,16 @@ class Work:
                     for name in self.applying(task, model):
                         if self.plan.clock.over:
                             return
-                        factors = self.frozen().get(f"{task}/{model}/{CONTROL_OF.get(name, name)}")
-                        run = Run(task, model, name, budget, seed, factors or {})
-                        self.attempt(f"{task}, {model}, {name}, {budget} rows, seed {seed}", lambda run=run, found=factors is not None: self._row(run, found))
+                        run = self.run_of(task, model, name, budget, seed)
+                        self.attempt(f"{task}, {model}, {name}, {budget} rows, seed {seed}", lambda run=run: self._row(run))
 
-    def _row(self, run: Run, tuned: bool) -> None:
+    def _row(self, run: Run) -> None:
         missing = [row for guidance in self.plan.guidance if (row := self._named(run, guidance, self.plan.images)) not in self.results]
         if not missing:
             return
         folder, cost, seen = self.train(run)
         # Controls are not searched: they have what was found for their method, as far as it takes that.
+        tuned = f"{run.task}/{run.model}/{CONTROL_OF.get(run.method, run.method)}" in self.frozen()
         fields = {"route": METHODS[run.method].route, "tuned": tuned, "factors": run.factors, **as_fields(cost), "distinct": seen}
         for row in missing:
             bench = self.bench(run.task, run.model, row["guidance"])

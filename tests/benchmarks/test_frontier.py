@@ -16,6 +16,7 @@ from benchmarks.frontier import controls, data, running
 from benchmarks.frontier.methods import CONTROL, CONTROL_OF, METHODS, grid, settings
 from benchmarks.frontier.picture import draw
 from benchmarks.frontier.results import Results
+from benchmarks.frontier.samples import sheet
 from benchmarks.frontier.summary import summary
 from benchmarks.frontier.table import Number, against_controls, groups, over_seeds, page, verdict
 from benchmarks.frontier.tasks import LIKES, PAIRS, SCORES, TASKS, flags_of, fresh_prompts, load_by_name
@@ -207,6 +208,18 @@ def test_tables_and_pictures_are_made_of_the_rows(tmp_path):
     assert page([]) == "Nothing has been measured yet.\n"
 
 
+def test_a_sheet_has_a_row_a_method_below_the_prompts(tmp_path):
+    colors = {"base": [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0)], "a method": [(0.0, 0.0, 1.0), (1.0, 1.0, 0.0)]}
+    rows = {name: [torch.tensor(color).view(3, 1, 1).expand(3, 4, 4) for color in found] for name, found in colors.items()}
+    sheet(rows, ["one", "two"]).savefig(tmp_path / "sheet.png")
+    with Image.open(tmp_path / "sheet.png") as image:
+        pixels = np.asarray(image.convert("RGB"))
+    middle = {color: np.argwhere((pixels == [255 * part for part in color]).all(-1)).mean(0) for found in colors.values() for color in found}
+    (red, green), (blue, yellow) = ([middle[color] for color in found] for found in colors.values())
+    assert abs(red - green)[0] < 1 and abs(blue - yellow)[0] < 1 and red[0] < blue[0], "rows"
+    assert abs(red - blue)[1] < 1 and abs(green - yellow)[1] < 1 and red[1] < green[1], "columns"
+
+
 def test_the_published_page_is_that_of_the_committed_results():
     assert frontier.PAGE.read_text(encoding="utf-8") == frontier.published(), "run python -m benchmarks.frontier publish"
 
@@ -250,6 +263,9 @@ def test_a_run_is_trained_judged_and_not_done_again(tmp_path, small, capsys):
     assert capsys.readouterr().out == "", "all of it is there"
     frontier.main(["report", *words])
     assert "| Diffusion-DPO |" in (tmp_path / "frontier.md").read_text() and (tmp_path / "frontier_swaps_mini-sd3_g1.png").is_file()
+    frontier.main(["samples", *words])
+    with Image.open(tmp_path / "frontier_swaps_mini-sd3_g1_samples.png") as image:
+        assert image.height > image.width / 4, "two rows of four pictures: the base's and the method's"
 
 
 def test_a_new_folder_may_begin_with_what_is_published(tmp_path, monkeypatch):
