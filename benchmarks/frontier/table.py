@@ -14,7 +14,8 @@ from benchmarks.frontier.work import BASE
 
 SURE = 2.0  # standard errors of a difference that count as one
 UNTRAINED = ("real scenes", "best of 8")  # controls that are bounds and no trainings
-HEAD = "| method | rows | updates | images seen | CPU s | {reward}: gain | against the controls | {judge}: gain | gap, s.d. | KL, nats | diversity |"
+HEAD = "| method | seeds | rows | updates | images seen | CPU s | {reward}: gain | against the controls | {judge}: gain | gap, s.d. | KL, nats | diversity |"
+ERRORS = "Errors are over a row's training seeds; with one, of the images alone: one seed has no error of its own."
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def line(rows: dict[tuple[str, int], list[dict]], key: tuple[str, int]) -> str:
     cost = [f"{over_seeds(entry, field).mean:,.0f}" if budget else "" for field in ("rows", "updates", "distinct", "processor_seconds")]
     trained = budget and entry[0]["route"] != CONTROL
     against = against_controls(rows, key) if trained else None
-    cells = [name + ("" if entry[0]["tuned"] or not trained else "*"), *cost, shown(over_seeds(entry, "reward_gain"))]
+    cells = [name + ("" if entry[0]["tuned"] or not trained else "*"), str(len(entry)) if budget else "", *cost, shown(over_seeds(entry, "reward_gain"))]
     said = "" if against is None else verdict(against) if len(entry) > 1 else "one seed"
     cells += [f"{shown(against)}, {said}" if against else "", shown(over_seeds(entry, "judge_gain")), shown(over_seeds(entry, "gap"), "+.2f")]
     kl = over_seeds(entry, "kl")
@@ -96,16 +97,14 @@ def page(rows: list[dict]) -> str:
         return "Nothing has been measured yet.\n"
     parts = []
     for (task, model, guidance, judge, images, weights), found in sorted(groups(rows).items()):
-        seeds = sorted({row["seed"] for entry in found.values() for row in entry if row["budget"]})
         base, judged = found[BASE, 0][0] if (BASE, 0) in found else None, TASKS[task].measured
         told = f"Base: {judged} {base['reward']['mean']:.3f}, {judge.partition('@')[0]} {base['judged']['mean']:.3f}. " if base else ""
-        errors = "over the seeds" if len(seeds) > 1 else "of the images alone: one seed has no error of its own"
         parts.append(
             f"## {task}, {model}, guidance {guidance:g}\n\n{TASKS[task].says[0].upper()}{TASKS[task].says[1:]}. {told}{images} held-out images a model."
         )
         controls = sorted({name for (name, budget), entry in found.items() if budget and entry[0]["route"] == CONTROL})
         told = f"Trained controls: {'; '.join(controls)}." if controls else "No control was trained, so all is over the base alone."
-        parts.append(f"{told} Seeds: {', '.join(map(str, seeds)) or 'none'}; errors are {errors}. Weights {weights}.\n\n{table(found, task, judge)}\n")
+        parts.append(f"{told} {ERRORS} Weights {weights}.\n\n{table(found, task, judge)}\n")
     if any(not row["tuned"] and row["budget"] and row["route"] != CONTROL for row in rows):
         parts.append("\\* with its recipe's own numbers: the search was not run for it.\n")
     return "\n\n".join(parts)

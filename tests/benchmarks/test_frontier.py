@@ -196,7 +196,7 @@ def test_tables_and_pictures_are_made_of_the_rows(tmp_path):
         row(0.5, method="real scenes", route=CONTROL, budget=0, kl={"mean": None, "se": None}),
     ]
     text = page(rows)
-    assert "## color, mini-sd3, guidance 3" in text and "| Flow-GRPO* | 2,100 | 4 | 192 | 20 | +0.200" in text and "search was not run" in text
+    assert "## color, mini-sd3, guidance 3" in text and "| Flow-GRPO* | 2 | 2,100 | 4 | 192 | 20 | +0.200" in text and "search was not run" in text
     assert "No control was trained" in text and ", wins |" in text
     assert ", one seed |" in page([row()]) and "Trained controls: random reward." in page([row(), row(method="random reward", route=CONTROL)])
     assert text.index("| base |") < text.index("| real scenes |") < text.index("| Flow-GRPO* |")
