@@ -1,5 +1,7 @@
 """Plans against the runs that they are of."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -7,13 +9,26 @@ from benchmarks import plan as benchmark
 from diffusers_align.plan import plan, report
 from diffusers_align.plan.planner import component_of
 
+# Of the embedded denoisers, what a plan walks in a third of the time: it counts each operation, however many blocks there are.
+SHALLOW = {
+    "mini-sd3": {"num_layers": 2},
+    "mini-sd": {"block_out_channels": (48,), "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)},
+}
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory):
+    """Folders of the embedded pipelines with fewer blocks, by name."""
+    with mock.patch.dict(benchmark.WIDER, SHALLOW):
+        return {name: str(benchmark.larger(name, tmp_path_factory.mktemp("shallow") / name)) for name in SHALLOW}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", benchmark.CASES)
-def test_a_plan_is_within_a_tenth_of_the_run(name, tmp_path):
-    base = benchmark.CASES[name][1]
-    made = benchmark.planned(name, base, tmp_path)
-    work, _ = benchmark.run(name, base, tmp_path)
+def test_a_plan_is_within_a_tenth_of_the_run(name, shallow, tmp_path):
+    model = shallow[benchmark.CASES[name][1]]
+    made = benchmark.planned(name, model, tmp_path)
+    work, _ = benchmark.run(name, model, tmp_path)
     assert benchmark.of_an_epoch(made) == pytest.approx(work.peak, rel=0.1)
     assert max(stage.work.kept for stage in made.stages) == pytest.approx(work.kept, rel=0.1, abs=1024)
     assert made.rows[1] == work.rows[True]
@@ -43,14 +58,22 @@ def test_a_card_that_is_too_small_gets_advice_that_fits():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["dspo_mini_sd3", "alignprop_mini_sd", "refl_mini_sd3"])
-def test_scripts_that_share_a_step_have_a_plan(recipe):
-    made = plan(recipe, gpu="24GB", num_samples_per_epoch=8, train_batch_size=4, num_inference_steps=3)
+def test_scripts_that_share_a_step_have_a_plan(recipe, shallow):
+    model = shallow["mini-sd" if recipe.endswith("mini_sd") else "mini-sd3"]
+    made = plan(recipe, gpu="24GB", pretrained_model_name_or_path=model, num_samples_per_epoch=8, train_batch_size=4, num_inference_steps=3)
     assert made.fits and made.rows[1] > 0 and made.flops > 0 and any(stage.has_gradient for stage in made.stages)
 
 
 @pytest.mark.slow
-def test_the_kl_at_a_share_of_the_steps_takes_fewer_rows():
-    flags = {"num_prompts_per_epoch": 1, "group_size": 4, "train_batch_size": 4, "num_inference_steps": 5, "eval_num_inference_steps": 5}
+def test_the_kl_at_a_share_of_the_steps_takes_fewer_rows(shallow):
+    flags = {
+        "pretrained_model_name_or_path": shallow["mini-sd3"],
+        "num_prompts_per_epoch": 1,
+        "group_size": 4,
+        "train_batch_size": 4,
+        "num_inference_steps": 5,
+        "eval_num_inference_steps": 5,
+    }
     whole, half = (plan("flow_grpo_mini_sd3", kl_share=share, **flags) for share in (1.0, 0.5))
     assert whole.rows[1] == half.rows[1] == 8, "the recipe's window is of two steps"
     assert (whole.rows[0], half.rows[0]) == (20 + 8, 20 + 4)
@@ -70,9 +93,9 @@ def test_less_work_has_its_plan():
 
 
 @pytest.mark.slow
-def test_a_plan_knows_what_is_away_and_what_is_packed():
+def test_a_plan_knows_what_is_away_and_what_is_packed(shallow):
     """By arithmetic on the components of one plan: each flag takes off what it says."""
-    size = {"num_samples_per_epoch": 8, "train_batch_size": 2, "num_inference_steps": 2}
+    size = {"pretrained_model_name_or_path": shallow["mini-sd"], "num_samples_per_epoch": 8, "train_batch_size": 2, "num_inference_steps": 2}
     whole, away = plan("ddpo_mini_sd", **size), plan("ddpo_mini_sd", **size, offload_text_encoders=True)
     encoders = sum(part.size for name, part in whole.components.items() if name.startswith("text_encoder"))
     assert away.away == encoders > 0 == whole.away and away.stored < whole.stored
