@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Small models on two cores lose more to threads waiting for each other than they gain.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Two workers take files in the order of tests/conftest.py; xdist's own puts those with many tests first, whatever they take.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo demo-ddpo test test-fast test-long verify verify-record families versions versions-oldest versions-newest style docs
 
@@ -25,14 +27,14 @@ demo-ddpo: $(VENV)/installed
 		training_scripts/train_ddpo.py --config training_scripts/recipes/ddpo_mini_sd.yaml
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not long"
+	$(BIN)/python -m pytest -q $(TWO) -m "not long"
 
 # What needs several processes or a whole training, method by method.
 test-long: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m long
+	$(BIN)/python -m pytest -q $(TWO) -m long
 
 test-fast: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not long"
+	$(BIN)/python -m pytest -q $(TWO) -m "not slow and not long"
 
 # The mini recipes again, minutes each, compared with benchmarks/curves/; goes on where it was stopped. RECIPES='draft_mini_sd3 nft_mini_sd3' runs these alone.
 RECIPES ?=
@@ -62,14 +64,14 @@ $(OLDEST)/installed: pyproject.toml tests/families/oldest.txt
 	touch $@
 
 versions-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider $(TESTED)
+	$(OLDEST)/bin/python -m pytest -q $(TWO) -p no:cacheprovider $(TESTED)
 
 # What broke in the newest releases: they are looked for each time. Then every pipeline (half an hour, goes on where it was stopped), and docs/families.md stays.
 versions-newest:
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/pip install --quiet "$(TORCH)"
 	$(NEWEST)/bin/pip install --quiet --upgrade accelerate diffusers huggingface_hub peft transformers "$(TORCH)" -e . $(TOOLS)
-	status=0; $(NEWEST)/bin/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider $(TESTED) || status=1; \
+	status=0; $(NEWEST)/bin/python -m pytest -q $(TWO) -p no:cacheprovider $(TESTED) || status=1; \
 		$(NEWEST)/bin/python -m tests.families '*' --results runs/families_newest.jsonl || status=1; exit $$status
 
 style: $(VENV)/installed
