@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from diffusers_align import embedded
 from diffusers_align.embedded import train
-from diffusers_align.embedded.making import mini_sd, mini_sd3
+from diffusers_align.embedded.making import growth, mini_sd, mini_sd3
 from diffusers_align.embedded.making.latents import LatentScenes
 
 NAMES = {"sd3": "mini-sd3", "sd": "mini-sd"}
@@ -40,6 +40,7 @@ def test_shipped_models_are_trained_further_killed_and_resumed(stage, module, tm
     shutil.copytree(Path(embedded.path("mini-sd3")) / "vae", tmp_path / "vae")
     monkeypatch.setattr(module, "LatentScenes", functools.partial(LatentScenes, shards=1, shard_size=16))
     monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(mini_sd, "tell_sides_apart", functools.partial(growth.tell_sides_apart, updates=5))  # tests/embedded/making/test_growth.py: it learns
     command = [stage, "--output_dir", str(tmp_path), "--threads", "1", "--minutes"]
     train.main([*command, "0.001"])
     state = load_file(tmp_path / f"{stage}.state.safetensors")
