@@ -59,10 +59,12 @@ def write_history(run) -> None:
 
 
 def draw_curve(run) -> None:
-    """`reward_curve.png` of the whole history, by the main process. A picture that cannot be drawn ends no run."""
+    """`reward_curve.png` of the whole history, by the main process; one that is up to date stays. A picture that cannot be drawn ends no run."""
     if not run.is_main or not run.history:
         return
-    run.curve_drawn = time.monotonic()
+    run.curve_drawn, before, run.rows_drawn = time.monotonic(), run.rows_drawn, len(run.history)
+    if run.rows_drawn == before:
+        return
     try:
         reward_curve(run.history, run.output_dir / "reward_curve.png")
     except Exception as error:

@@ -38,7 +38,7 @@ class Run:
     """State and services of one run. Everything that a resumed run needs is saved by `checkpoint`.
 
     Attributes:
-        history: one dict of metrics an epoch, also in `metrics.jsonl`, and drawn in `reward_curve.png`, last at `curve_drawn` (`time.monotonic`).
+        history: one dict of metrics an epoch, also in `metrics.jsonl`, and drawn in `reward_curve.png`, last at `curve_drawn` (`time.monotonic`): `rows_drawn`.
         epoch: the next epoch to train.
         meter: counts what the run costs, for `costs.json`.
         registered: what checkpoints hold, by name.
@@ -71,6 +71,7 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
         self.history: list[dict[str, float]] = []
         self.curve_drawn: float | None = None
+        self.rows_drawn = 0
         self.epoch, self.ema, self.optimizer_steps, self.num_batches = 0, None, 0, 0
         self.division: Division | None = None
         self.skipped_steps, self.step_skipped, self.rates = 0, False, []
