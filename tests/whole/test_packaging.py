@@ -53,20 +53,39 @@ def test_wheel_and_sdist_hold_everything(built):
     assert {*FRONT_DOORS, "LICENSE", "README.md", "Makefile", "tests/whole/test_packaging.py", "diffusers_align/py.typed"} <= packed
 
 
+def install(source, folder):
+    python("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), str(source), cwd=folder.parent)
+    return folder
+
+
+def files_of(folder):
+    """What was installed there, without pip's notes of where it came from."""
+    own = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc" and path.name not in ("RECORD", "direct_url.json"))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in own}
+
+
+@pytest.fixture(scope="module")
+def site(built, tmp_path_factory):
+    """Where the wheel is installed."""
+    return install(built[0], tmp_path_factory.mktemp("installed") / "site")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["wheel", "sdist", "folder"])
-def test_an_installed_copy_works_from_a_clean_folder_and_from_the_repository_root(built, kind, tmp_path):
-    source = {"wheel": str(built[0]), "sdist": str(built[1]), "folder": str(ROOT)}[kind]
-    python("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), source, cwd=tmp_path)
-    clean = tmp_path / "clean"
-    clean.mkdir()
-    assert str(tmp_path / "site") in python("-c", USE, cwd=clean, PYTHONPATH=str(tmp_path / "site"))
-    python("-c", USE, cwd=ROOT, PYTHONPATH=str(tmp_path / "site"))
+def test_an_installed_copy_works_from_a_clean_folder_and_from_the_repository_root(site, tmp_path):
+    assert str(site) in python("-c", USE, cwd=tmp_path, PYTHONPATH=str(site))
+    python("-c", USE, cwd=ROOT, PYTHONPATH=str(site))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sdist", "folder"])
+def test_other_sources_install_the_same_copy(built, site, kind, tmp_path):
+    """Byte for byte, so what works of the wheel's works of theirs."""
+    assert files_of(install({"sdist": built[1], "folder": ROOT}[kind], tmp_path / "site")) == files_of(site)
 
 
 @pytest.mark.slow
 def test_an_editable_install_works_from_anywhere(tmp_path):
-    python("-m", "venv", "--system-site-packages", str(tmp_path / "venv"), cwd=tmp_path)
+    python("-m", "venv", "--system-site-packages", "--without-pip", str(tmp_path / "venv"), cwd=tmp_path)  # pip is inherited, too
     interpreter = tmp_path / "venv" / "bin" / "python"
     inherited = os.pathsep.join(p for p in sys.path if p.endswith("site-packages"))
     env = {**os.environ, "PYTHONPATH": inherited, "OMP_NUM_THREADS": "1"}
