@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from shallow_models import shallow as shallow
 
 from diffusers_align.__main__ import main
 from diffusers_align.plan import plan
@@ -46,8 +47,13 @@ def test_what_no_plan_can_be_made_of_is_said(argv, message, capsys):
 
 
 @pytest.mark.slow
-def test_a_script_needs_no_recipe_and_flags_that_are_not_looked_at_may_be_left_out():
-    small = {"pretrained_model_name_or_path": "mini-sd3", "num_samples_per_epoch": 2, "train_batch_size": 2, "call_kwargs": '{"max_sequence_length": 1}'}
+def test_a_script_needs_no_recipe_and_flags_that_are_not_looked_at_may_be_left_out(shallow):  # noqa: F811
+    small = {
+        "pretrained_model_name_or_path": shallow["mini-sd3"],
+        "num_samples_per_epoch": 2,
+        "train_batch_size": 2,
+        "call_kwargs": '{"max_sequence_length": 1}',
+    }
     made = plan(script="train_dpo", **small)
     assert made.rows == (4, 4) and made.fits is None and made.stored == 0
 

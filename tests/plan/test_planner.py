@@ -1,31 +1,17 @@
 """Plans against the runs that they are of."""
 
-from unittest import mock
-
 import pytest
 import torch
+from shallow_models import shallow as shallow
 
 from benchmarks import plan as benchmark
 from diffusers_align.plan import plan, report
 from diffusers_align.plan.planner import component_of
 
-# Of the embedded denoisers, what a plan walks in a third of the time: it counts each operation, however many blocks there are.
-SHALLOW = {
-    "mini-sd3": {"num_layers": 2},
-    "mini-sd": {"block_out_channels": (48,), "down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)},
-}
-
-
-@pytest.fixture(scope="module")
-def shallow(tmp_path_factory):
-    """Folders of the embedded pipelines with fewer blocks, by name."""
-    with mock.patch.dict(benchmark.WIDER, SHALLOW):
-        return {name: str(benchmark.larger(name, tmp_path_factory.mktemp("shallow") / name)) for name in SHALLOW}
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", benchmark.CASES)
-def test_a_plan_is_within_a_tenth_of_the_run(name, shallow, tmp_path):
+def test_a_plan_is_within_a_tenth_of_the_run(name, shallow, tmp_path):  # noqa: F811
     model = shallow[benchmark.CASES[name][1]]
     made = benchmark.planned(name, model, tmp_path)
     work, _ = benchmark.run(name, model, tmp_path)
@@ -58,14 +44,14 @@ def test_a_card_that_is_too_small_gets_advice_that_fits():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["dspo_mini_sd3", "alignprop_mini_sd", "refl_mini_sd3"])
-def test_scripts_that_share_a_step_have_a_plan(recipe, shallow):
+def test_scripts_that_share_a_step_have_a_plan(recipe, shallow):  # noqa: F811
     model = shallow["mini-sd" if recipe.endswith("mini_sd") else "mini-sd3"]
     made = plan(recipe, gpu="24GB", pretrained_model_name_or_path=model, num_samples_per_epoch=8, train_batch_size=4, num_inference_steps=3)
     assert made.fits and made.rows[1] > 0 and made.flops > 0 and any(stage.has_gradient for stage in made.stages)
 
 
 @pytest.mark.slow
-def test_the_kl_at_a_share_of_the_steps_takes_fewer_rows(shallow):
+def test_the_kl_at_a_share_of_the_steps_takes_fewer_rows(shallow):  # noqa: F811
     flags = {
         "pretrained_model_name_or_path": shallow["mini-sd3"],
         "num_prompts_per_epoch": 1,
@@ -93,7 +79,7 @@ def test_less_work_has_its_plan():
 
 
 @pytest.mark.slow
-def test_a_plan_knows_what_is_away_and_what_is_packed(shallow):
+def test_a_plan_knows_what_is_away_and_what_is_packed(shallow):  # noqa: F811
     """By arithmetic on the components of one plan: each flag takes off what it says."""
     size = {"pretrained_model_name_or_path": shallow["mini-sd"], "num_samples_per_epoch": 8, "train_batch_size": 2, "num_inference_steps": 2}
     whole, away = plan("ddpo_mini_sd", **size), plan("ddpo_mini_sd", **size, offload_text_encoders=True)
