@@ -1,4 +1,4 @@
-"""The embedded pipelines with fewer blocks, of random weights: a third of the time for whatever walks each operation, or sends each block's weights."""
+"""The embedded pipelines with fewer blocks, of random weights: a third of the time for whatever walks and counts each operation."""
 
 from unittest import mock
 
