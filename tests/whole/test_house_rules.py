@@ -63,6 +63,7 @@ def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Absolute names of what a module, a test or a script imports, also inside functions."""
     package = ["diffusers_align", *path.relative_to(PACKAGE).parts[:-1]] if path.is_relative_to(PACKAGE) else []
