@@ -100,7 +100,7 @@ def data(given: dict, place: Path, recipe: str) -> dict:
     if "outputs" in given:  # which are judged by rewards that know the prompts of the recipe
         (place / "reward.py").write_text(plan.REWARD)
         given |= {"outputs": str(place / "scored.jsonl"), "num_eval_samples": 2, "reward": f"{place / 'reward.py'}:brightness"}
-        given = {name: value for name, value in given.items() if name not in ("prompts", "eval_reward")}
+        given = {name: value for name, value in given.items() if name not in ("prompts", "eval_reward", "eval_reward_model")}
     return given
 
 
