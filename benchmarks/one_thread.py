@@ -18,6 +18,11 @@ class Failed(RuntimeError):
     """A command ended with another status than 0; the message says where its output is."""
 
 
+def named(command: list[str]) -> str:
+    """What a command runs: the script's file, or the module behind `-m`."""
+    return command[2] if command[1] == "-m" else Path(command[1]).name
+
+
 def call(command: list[str], log: Path, place: Path | None = None, progress: Callable[[float], None] = lambda seconds: None) -> None:
     """Run a Python script to its end. An interrupt is handed on, and waited for, so that what the script was writing is whole.
 
@@ -48,4 +53,4 @@ def call(command: list[str], log: Path, place: Path | None = None, progress: Cal
             raise
     if process.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
-        raise Failed(f"{Path(command[1]).name} ended with status {process.returncode}; its output is in {log}:\n{tail}")
+        raise Failed(f"{named(command)} ended with status {process.returncode}; its output is in {log}:\n{tail}")

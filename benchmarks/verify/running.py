@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.one_thread import call
+from benchmarks.one_thread import call, named
 from diffusers_align.files.levels import made_by, script_of
 from diffusers_align.files.paths import find_recipe, folder, front_door
 
@@ -23,12 +23,14 @@ def source_digest() -> str:
 
 
 def data_commands(recipe: str) -> list[list[str]]:
-    """What makes the recipe's data, for this interpreter in the place of `accelerate launch`."""
+    """What makes the recipe's data, for this interpreter in the place of `accelerate launch` and `python`."""
     commands = []
     for lines in made_by(recipe):
         words = shlex.split(" ".join(lines))
         if tuple(words[:2]) == LAUNCH:
             words = [sys.executable, str(front_door("training_scripts", Path(words[2]).stem)), *words[3:]]
+        elif words[0] == "python":
+            words[0] = sys.executable
         commands.append(words)
     return commands
 
@@ -48,7 +50,7 @@ def run(recipe: str, place: Path, say: Callable[[str], None], flags: tuple[str, 
     for command in data_commands(recipe):
         done = place / "made" / hashlib.sha256(shlex.join(command[1:]).encode()).hexdigest()[:16]
         if not done.is_file():
-            say(f"{recipe}: its data, by {Path(command[1]).name}")
+            say(f"{recipe}: its data, by {named(command)}")
             call(command, place / "logs" / f"{recipe}.data.log", place)
             done.parent.mkdir(exist_ok=True)
             done.touch()

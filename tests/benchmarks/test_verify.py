@@ -1,12 +1,13 @@
 """`make verify`: what counts as the same, what a pass keeps, and what it writes."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from script_tools import load_script, script
 
-from benchmarks.one_thread import Failed
+from benchmarks.one_thread import Failed, named
 from benchmarks.verify import __main__ as verify
 from benchmarks.verify import comparison, running
 from diffusers_align.files import levels
@@ -154,6 +155,8 @@ def test_data_commands_run_with_this_interpreter():
     assert command[1] == str(script("any").parent / "make_preferences.py") and command[-2:] == ["--output_dir", "runs/likes_blue"]
     assert command[command.index("--call_kwargs") + 1] == '{"max_sequence_length": 1}'
     assert running.data_commands(RECIPE) == []
+    (command,) = running.data_commands("flow_grpo_edit_mini_sd3")
+    assert command[:3] == [sys.executable, "-m", "diffusers_align.embedded.edits"] and named(command) == "diffusers_align.embedded.edits"
 
 
 def in_this_process(command, log, place, progress=None):
