@@ -36,7 +36,7 @@ MODES = ("no cache", "cold", "warm")
 
 
 def heavy(folder: Path) -> Path:
-    """mini-sd with random networks in the proportions of a large model: text encoder 19 M, autoencoder 2.5 M, UNet 2.6 M."""
+    """mini-sd with random networks in the proportions of a large model: text encoder 19 M, autoencoder 2.5 M, UNet 4.3 M."""
     torch.manual_seed(0)
     pipeline = DiffusionPipeline.from_pretrained(embedded.path("mini-sd"))
     larger = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
