@@ -19,11 +19,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from equal_time import SCRIPTS
 from transformers import CLIPTextModel
 
 from diffusers_align import embedded
 from diffusers_align.algorithms.diffusion_dpo import diffusion_dpo_loss
+from diffusers_align.files.paths import front_door
 from diffusers_align.training.offline.descent import Reference, descend
 from diffusers_align.training.offline.loop import load_policy
 from diffusers_align.training.offline.pairs_and_batches import Examples, pairs_of
@@ -65,7 +65,7 @@ class Session:
     """A run of train_dpo.py up to its loop."""
 
     def __init__(self, model: str, call: dict, data: Path, folder: Path, cache: Path | None):
-        spec = importlib.util.spec_from_file_location("train_dpo", SCRIPTS / "train_dpo.py")
+        spec = importlib.util.spec_from_file_location("train_dpo", front_door("training_scripts", "train_dpo"))
         script = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)
         flags = {"pretrained_model_name_or_path": model, "call_kwargs": json.dumps(call), "dataset_name": data, "output_dir": folder, "rank": 8}

@@ -59,14 +59,15 @@ class Method:
 
 FLOW = ("mini-sd3",)
 HELD = {"kl_weight": 0.1}  # as the other recipes of its family: its own is for a sum of two rewards
+NO_CLIP = {"clip_range": None, "gradient_accumulation_steps": None}  # one step of all samples
 NO_RATE = {"learning_rate": None, "lr_scheduler": None}  # steps of a given KL
 PLAIN = {"sft_weight": None, "safeguard_mu": None}
 EQUAL = {"weights": "top_q", "top_q": 1.0, "scope": None, "temperature": None}  # every image weighs the same
 RANDOM = {"reward": "benchmarks.frontier.controls:random_reward", "reward_model": None, "eval_reward": None, "eval_reward_model": None}
 METHODS = {
-    "DDPO-SF": Method(ONLINE, "ddpo_mini_sd", None, settings={"estimator": "sf", "clip_range": None}),
+    "DDPO-SF": Method(ONLINE, "ddpo_mini_sd", None, settings={"estimator": "sf", **NO_CLIP}),
     "DDPO-IS": Method(ONLINE, "ddpo_mini_sd", "clip_range"),
-    "TRPO": Method(ONLINE, "ddpo_mini_sd", "max_kl", settings={"update": "trpo", "cg_iterations": 3, "max_kl": 20.0, "clip_range": None, **NO_RATE}),
+    "TRPO": Method(ONLINE, "ddpo_mini_sd", "max_kl", settings={"update": "trpo", "cg_iterations": 3, "max_kl": 20.0, **NO_CLIP, **NO_RATE}),
     "DPOK": Method(ONLINE, "dpok_mini_sd", "kl_weight"),
     "Flow-GRPO": Method(ONLINE, "flow_grpo_mini_sd3", "kl_weight", settings=HELD, on={"mini-sd": DDIM}),
     "Flow-CPS": Method(ONLINE, "flow_grpo_cps_mini_sd3", "kl_weight", models=FLOW),

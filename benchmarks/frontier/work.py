@@ -224,6 +224,15 @@ def settings_digest(run: Run) -> str:
     return digest_of(settings(METHODS[run.method], task, run.model, task.train, run.factors))[:8]
 
 
+def of_today(rows: list[dict]) -> list[dict]:
+    """The rows of what a method's recipe says now: others are of trainings that nobody would get any more."""
+
+    def digest(row: dict) -> str:
+        return settings_digest(Run(*(row[name] for name in ("task", "model", "method", "budget", "seed", "factors"))))
+
+    return [row for row in rows if row["settings"] == digest(row)]
+
+
 def as_fields(cost: Spent) -> dict[str, Any]:
     """What was spent, under the names of the results."""
     return {
