@@ -24,11 +24,6 @@ MODULES = ROOT / "diffusers_align" / "algorithms"
 RECIPES = ROOT / "training_scripts" / "recipes"
 MARK = "<!-- The table is written by docs/generate.py. -->"
 
-COLOR = ("frontier_color_mini-sd3_g3.png", "what each method gains of blue backgrounds, against the path KL, the denoiser rows and a judge that took no part")
-SWAPS = (
-    "frontier_swaps_mini-sd3_g1.png",
-    "what each loss gains of pairs that differ in the object, against the path KL, the denoiser rows and a judge",
-)
 COMPUTE = ("inference_time.png", "reward against compute of the methods that train nothing")
 
 
@@ -63,16 +58,15 @@ PAGES = {
         "train_adjoint_matching",
         ("adjoint_matching_mini_sd3", "adjoint_matching_mini_sd", "adjoint_matching_sd35"),
         rows=("Adjoint Matching",),
-        picture=COLOR,
     ),
-    "advantage_weighted_matching": Page("train_awm", ("awm_mini_sd3", "awm_sd35"), rows=("AWM",), picture=COLOR),
-    "alignprop": Page("train_alignprop", ("alignprop_mini_sd", "alignprop_sd15"), rows=("AlignProp",), picture=COLOR),
+    "advantage_weighted_matching": Page("train_awm", ("awm_mini_sd3", "awm_sd35"), rows=("AWM",)),
+    "alignprop": Page("train_alignprop", ("alignprop_mini_sd", "alignprop_sd15"), rows=("AlignProp",)),
     "best_of_n": Page(
         pipeline="best_of_n", call="num_candidates=8", rows=("stock (best of 1)", "best of 2", "best of 4", "best of 8", "zero-order, 2 x 4"), picture=COMPUTE
     ),
     "continuous_adjoint": Page("train_draft", ("draft_mini_sd3",), flags="--adjoint"),
-    "d3po": Page("train_d3po", ("d3po_mini_sd3", "d3po_sd15"), rows=("D3PO",), picture=COLOR),
-    "dance_grpo": Page("train_flow_grpo", ("flow_grpo_dance_mini_sd3", "flow_grpo_dance_flux"), rows=("DanceGRPO",), picture=COLOR),
+    "d3po": Page("train_d3po", ("d3po_mini_sd3", "d3po_sd15"), rows=("D3PO",)),
+    "dance_grpo": Page("train_flow_grpo", ("flow_grpo_dance_mini_sd3", "flow_grpo_dance_flux"), rows=("DanceGRPO",)),
     "ddpo": Page(
         "train_ddpo",
         ("ddpo_mini_sd", "ddpo_sd15"),
@@ -80,31 +74,30 @@ PAGES = {
         picture=("ddpo_before_after.png", "mini-sd before and after `make demo-ddpo`, at equal prompts and seeds"),
         note="`--update trpo` replaces the clipped steps by natural-gradient steps with a line search on the exact KL (`diffusers_align.rl.trust_region`).",
     ),
-    "dense_grpo": Page("train_dense_grpo", ("dense_grpo_mini_sd3", "dense_grpo_sd35"), rows=("DenseGRPO",), picture=COLOR),
+    "dense_grpo": Page("train_dense_grpo", ("dense_grpo_mini_sd3", "dense_grpo_sd35"), rows=("DenseGRPO",)),
     "diffusion_dpo": Page(
         "train_dpo",
         ("dpo_mini_sd3", "dpo_sd15", "dpo_sdxl", "dpo_sd35", "dpo_flux"),
         rows=("Diffusion-DPO", "DPO, safeguard"),
-        picture=SWAPS,
         note="[Why is my loss 0.69?](../why_is_my_loss_069.md) says what to expect of the first epochs, [Preference data](../preference_data.md) "
         "what the data may look like.",
     ),
-    "diffusion_kto": Page("train_kto", ("kto_mini_sd3", "kto_sd15"), rows=("Diffusion-KTO",), picture=COLOR),
-    "diffusion_nft": Page("train_nft", ("nft_mini_sd3", "nft_sd35"), rows=("DiffusionNFT",), picture=COLOR),
+    "diffusion_kto": Page("train_kto", ("kto_mini_sd3", "kto_sd15"), rows=("Diffusion-KTO",)),
+    "diffusion_nft": Page("train_nft", ("nft_mini_sd3", "nft_sd35"), rows=("DiffusionNFT",)),
     "diffusion_sdpo": Page("train_dpo", ("dpo_mini_sd3", "dpo_sdxl"), flags="--safeguard_mu 0.6", rows=("DPO, safeguard",)),
     "discrete_adjoint_matching": Page(note="It is for models over tokens and has no script: its functions are for your own loop."),
     "dpok": Page("train_dpok", ("dpok_mini_sd", "dpok_sd15"), rows=("DPOK",)),
-    "draft": Page("train_draft", ("draft_mini_sd3", "draft_sd15", "draft_sd35"), rows=("DRaFT-1", "DRaFT-3", "DRaFT", "DRaFT-LV"), picture=COLOR),
-    "drtune": Page("train_draft", ("draft_mini_sd3",), flags="--method drtune --num_trained_steps 3", rows=("DRTune",), picture=COLOR),
-    "dspo": Page("train_dspo", ("dspo_mini_sd3", "dspo_sd15", "dspo_sdxl"), rows=("DSPO",), picture=SWAPS),
-    "flow_cps": Page("train_flow_grpo", ("flow_grpo_cps_mini_sd3", "flow_grpo_cps_sd35"), rows=("Flow-CPS",), picture=COLOR),
+    "draft": Page("train_draft", ("draft_mini_sd3", "draft_sd15", "draft_sd35"), rows=("DRaFT-1", "DRaFT-3", "DRaFT", "DRaFT-LV")),
+    "drtune": Page("train_draft", ("draft_mini_sd3",), flags="--method drtune --num_trained_steps 3", rows=("DRTune",)),
+    "dspo": Page("train_dspo", ("dspo_mini_sd3", "dspo_sd15", "dspo_sdxl"), rows=("DSPO",)),
+    "flow_cps": Page("train_flow_grpo", ("flow_grpo_cps_mini_sd3", "flow_grpo_cps_sd35"), rows=("Flow-CPS",)),
     "flow_grpo": Page(
         "train_flow_grpo",
         ("flow_grpo_mini_sd3", "flow_grpo_edit_mini_sd3", "flow_grpo_sd35", "flow_grpo_flux"),
         rows=("Flow-GRPO",),
         picture=("demo_before_after.png", "mini-sd3 before and after `make demo`, at equal prompts and seeds"),
     ),
-    "grpo_guard": Page("train_flow_grpo", ("flow_grpo_guard_mini_sd3", "flow_grpo_guard_sd35"), rows=("GRPO-Guard",), picture=COLOR),
+    "grpo_guard": Page("train_flow_grpo", ("flow_grpo_guard_mini_sd3", "flow_grpo_guard_sd35"), rows=("GRPO-Guard",)),
     "guidance": Page(
         pipeline="reward_guided",
         call='preset="mpgd"',
@@ -119,8 +112,8 @@ PAGES = {
         rows=("Linear-DPO",),
     ),
     "mapo": Page("train_dpo", ("dpo_mini_sd3", "dpo_mapo_sdxl"), flags="--loss mapo --beta 0.1 --sft_weight 0", rows=("MaPO",)),
-    "mix_grpo": Page("train_flow_grpo", ("flow_grpo_mix_mini_sd3", "flow_grpo_mix_flux"), rows=("MixGRPO",), picture=COLOR),
-    "mv_grpo": Page("train_mv_grpo", ("mv_grpo_mini_sd3", "mv_grpo_flux"), rows=("MV-GRPO",), picture=COLOR),
+    "mix_grpo": Page("train_flow_grpo", ("flow_grpo_mix_mini_sd3", "flow_grpo_mix_flux"), rows=("MixGRPO",)),
+    "mv_grpo": Page("train_mv_grpo", ("mv_grpo_mini_sd3", "mv_grpo_flux"), rows=("MV-GRPO",)),
     "noise_optimization": Page(
         pipeline="noise_optimization",
         call='optimizer="sgd", num_iterations=10',
@@ -141,10 +134,10 @@ PAGES = {
         note="It needs pictures alone, so the generator may be a closed API. [Figures](../../benchmarks/README.md#preference-flow-matching-python-"
         "benchmarkspreference_flowpy---task-likes_blue-scene_score-variations) say what was won and what was lost.",
     ),
-    "refl": Page("train_refl", ("refl_mini_sd3", "refl_sd15"), rows=("ReFL",), picture=COLOR),
+    "refl": Page("train_refl", ("refl_mini_sd3", "refl_sd15"), rows=("ReFL",)),
     "reinforce": Page("train_ddpo", ("ddpo_mini_sd",), flags="--estimator sf", rows=("DDPO-SF",)),
-    "reward_weighted_regression": Page("train_rwr", ("rwr_mini_sd3", "rwr_sd15"), rows=("RWR",), picture=COLOR),
-    "spo": Page("train_spo", ("spo_mini_sd3", "spo_sd15", "spo_sdxl"), rows=("SPO",), picture=COLOR),
+    "reward_weighted_regression": Page("train_rwr", ("rwr_mini_sd3", "rwr_sd15"), rows=("RWR",)),
+    "spo": Page("train_spo", ("spo_mini_sd3", "spo_sd15", "spo_sdxl"), rows=("SPO",)),
     "srpo": Page("train_draft", ("draft_mini_sd3",), flags="--method srpo"),
     "svdd": Page(pipeline="particle_steering", call='method="svdd", num_particles=8', rows=("SVDD, 8 candidates",), picture=COMPUTE),
     "value_steering": Page(
@@ -273,11 +266,19 @@ def tables_with(page: Path, rows: tuple[str, ...]) -> list[str]:
     return found
 
 
+def frontier_picture(heading: str) -> str:
+    """The picture of a table of docs/frontier.md, which is named after it."""
+    task, model, guidance = heading.split(", ")
+    file = f"frontier_{task}_{model}_g{guidance.removeprefix('guidance ')}.png"
+    return f"![gains against the path KL, the denoiser rows and a judge that took no part](../{file})\n\n"
+
+
 def measured(rows: tuple[str, ...]) -> str:
     """What docs/frontier.md and benchmarks/README.md have of a method."""
     frontier, others = (tables_with(page, rows) for page in (DOCS / "frontier.md", ROOT / "benchmarks" / "README.md"))
     star = "A star: its recipe's own numbers, without a search."
-    parts = [f"From [the frontier](../frontier.md), which says what is compared, at equal budgets. {star}\n\n", *frontier] if frontier else []
+    parts = [f"From [the frontier](../frontier.md), which says what is compared, at equal budgets. {star}\n\n"] if frontier else []
+    parts += [table + frontier_picture(table.partition("\n")[0]) for table in frontier]
     parts += ["From [benchmarks](../../benchmarks/README.md), which says how and what it means.\n\n", *others] if others else []
     return "## Measured\n\n" + "".join(parts) if parts else ""
 

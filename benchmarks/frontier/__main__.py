@@ -126,7 +126,10 @@ def main(argv: list[str] | None = None) -> None:
         copy(PUBLISHED, args.output_dir)
     work = Work(plan_of(args), lambda text: print(text, flush=True))
     if args.part == "samples":
-        return print("\n".join(map(str, draw_samples(work, args.output_dir))))
+        found = draw_samples(work, args.output_dir)
+        return print(
+            "\n".join(map(str, found)) or f"{args.output_dir} has no weights of these tasks, models and methods: `run` trains them. Nothing was drawn."
+        )
     try:
         getattr(work, args.part)()
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from benchmarks.frontier.samples import sheet
 from benchmarks.frontier.summary import summary
 from benchmarks.frontier.table import Number, against_controls, groups, over_seeds, page, verdict
 from benchmarks.frontier.tasks import LIKES, PAIRS, SCORES, TASKS, flags_of, fresh_prompts, load_by_name
+from benchmarks.frontier.work import Run, of_today, settings_digest
 from benchmarks.one_thread import Failed
 from diffusers_align.embedded.scenes import parse
 from diffusers_align.files.paths import names
@@ -170,6 +171,11 @@ def test_the_summary_says_who_beats_the_controls():
     where = "| `color`, mini-sd3 | 3 |"
     assert lines == [f"{where} online RL | Flow-GRPO +0.510, AWM +0.310 |  | SPO +0.010 |", f"{where} data |  | RWR +0.110 |  |"]
     assert summary([row()]) == ""
+
+
+def test_rows_of_a_recipe_that_has_changed_are_not_shown():
+    now = {**row(), "factors": {}, "settings": settings_digest(Run("color", "mini-sd3", "Flow-GRPO", 8000, 0, {}))}
+    assert of_today([now, {**now, "settings": "another"}, row(method="base", settings="", factors={})]) == [now, row(method="base", settings="", factors={})]
 
 
 def test_no_mean_is_over_two_settings():

@@ -62,11 +62,12 @@ def draw_curve(run) -> None:
     """`reward_curve.png` of the whole history, by the main process; one that is up to date stays. A picture that cannot be drawn ends no run."""
     if not run.is_main or not run.history:
         return
-    run.curve_drawn, before, run.rows_drawn = time.monotonic(), run.rows_drawn, len(run.history)
-    if run.rows_drawn == before:
+    run.curve_drawn = time.monotonic()
+    if run.rows_drawn == len(run.history):
         return
     try:
         reward_curve(run.history, run.output_dir / "reward_curve.png")
+        run.rows_drawn = len(run.history)
     except Exception as error:
         run.explain_once(f"reward_curve.png could not be drawn ({type(error).__name__}: {error}); metrics.jsonl has the numbers.")
 
