@@ -12,7 +12,7 @@ from annotated_types import Interval
 from pydantic import model_validator
 
 from diffusers_align.training.flags.common import SamplingArguments
-from diffusers_align.training.flags.methods import Eta, ReplayArguments
+from diffusers_align.training.flags.methods import Eta, ReplayArguments, WindowArguments
 from diffusers_align.training.flags.options import Count, Positive, PositiveShare, option, parse
 
 BY_GRADIENT, TRPO, TRACKED = {"update": "adamw"}, {"update": "trpo"}, {"per_prompt_stat_tracking": True}
@@ -21,6 +21,7 @@ OPTIMIZER = ("learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "
 
 
 class DDPOArguments(
+    WindowArguments,
     ReplayArguments,
     SamplingArguments,
     defaults={"rank": 4, "lora_alpha": 4, "num_inference_steps": 50, "guidance_scale": 5.0},

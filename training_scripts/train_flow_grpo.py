@@ -84,8 +84,6 @@ class FlowGRPOArguments(
         self.clip_range_high = self.clip_range if self.clip_range_high is None else self.clip_range_high
         if self.eta is not None and (self.loss == "grpo_guard" or (self.kl_form == "official" and self.kl_weight)):
             raise ValueError("--loss grpo_guard and --kl_form official go by the lengths of flow matching's steps, and --eta is of diffusion")
-        if self.eta is not None and self.sde_window_size:
-            raise ValueError("--sde_window_size moves a window of flow matching's noise, and --eta is of diffusion: leave out one of the two")
         if self.loss == "flow_cps" and self.sde_type != "cps":
             raise ValueError(f"--loss flow_cps scales the ratio of --sde_type cps, got --sde_type {self.sde_type}")
         if self.best_of_n is not None and (self.best_of_n % 2 or self.best_of_n > self.group_size):

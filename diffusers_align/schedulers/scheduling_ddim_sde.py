@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..checks.ranges import Probability, check_value
 from ..transition import GaussianTransition
-from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, as_state, build_source, returned
+from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, as_state, build_source, check_window, returned
 
 
 class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
@@ -24,6 +24,7 @@ class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
     Args:
         eta: weight of the noise, from 0 (the stock deterministic step, bit for bit) to 1 (ancestral sampling). A config
             attribute, because stock pipelines pass `eta=0.0` to any `step` that takes one.
+        sde_window: (first, last + 1): solver steps that are stochastic; the stock deterministic step is taken elsewhere.
         source: config of the stock scheduler whose noise table this one copies, where its own arguments cannot rebuild it
             (CogVideoX's shifted table). Written by `sde_twin`.
 
@@ -51,6 +52,7 @@ class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
         timestep_spacing: str = "leading",
         rescale_betas_zero_snr: bool = False,
         eta: float = 1.0,
+        sde_window: tuple[int, int] | list[int] | None = None,
         source: dict | None = None,
     ):
         # By keyword: the parent would register positional values as its defaults, and copies would lose them.
@@ -72,6 +74,7 @@ class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
         check_value("eta", eta, Probability)  # above 1 the kernel's direction term is imaginary
+        check_window(sde_window)
         if (other := build_source(source)) is not None:
             self.alphas_cumprod = other.alphas_cumprod.to(torch.float32)
             self.final_alpha_cumprod = torch.tensor(1.0) if set_alpha_to_one else self.alphas_cumprod[0]
@@ -82,16 +85,19 @@ class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
         room = 1 - (self.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod)
         return torch.where((variance**0.5) ** 2 > room, room * (1 - 1e-6), variance)
 
-    def _noise_scale(self) -> float:
-        return 0.0 if self.deterministic else self.config.eta
+    def _eta_at(self, timestep: int) -> float:
+        """The weight of the noise in the step that leaves `timestep`."""
+        if self.deterministic or self.config.sde_window is None:
+            return 0.0 if self.deterministic else self.config.eta
+        return self.config.eta if self._draws_at(self.step_position(timestep)) else 0.0
 
     def _previous(self, timestep: int) -> int:
         return timestep - self.config.num_train_timesteps // self.num_inference_steps
 
     @property
     def stochastic_steps(self) -> Tensor:
-        variances = [self._get_variance(t, self._previous(t)) for t in self.timesteps.tolist()]
-        return torch.tensor([self._noise_scale() > 0 and float(variance) > 0 for variance in variances])
+        times = self.timesteps.tolist()
+        return torch.tensor([self._eta_at(t) > 0 and float(self._get_variance(t, self._previous(t))) > 0 for t in times])
 
     def step_position(self, timestep) -> int:
         matches = (self.timesteps == int(timestep)).nonzero()
@@ -107,7 +113,8 @@ class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
         return self._kernel(model_output, timestep, sample)[0]
 
     def _kernel(self, model_output: Tensor, timestep, sample: Tensor) -> tuple[GaussianTransition, Tensor]:
-        eta, sample, t = self._noise_scale(), sample.float(), int(timestep)
+        t, sample = int(timestep), sample.float()
+        eta = self._eta_at(t)
         stock = self._stock_step(model_output.float(), t, sample, eta, torch.zeros_like(sample) if eta > 0 else None)
         std = eta * self._get_variance(t, self._previous(t)) ** 0.5
         std = std.to(sample.device, torch.float32).reshape([1] * sample.ndim)
@@ -134,7 +141,7 @@ class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
         if use_clipped_model_output:
             raise ValueError("use_clipped_model_output has no kernel here; set clip_sample=False in the scheduler's config instead.")
         t = int(timestep)
-        if self._noise_scale() == 0 or float(self._get_variance(t, self._previous(t))) <= 0:
+        if self._eta_at(t) == 0 or float(self._get_variance(t, self._previous(t))) <= 0:
             stock = self._stock_step(model_output, timestep, sample, eta=0.0)
             output = self._deterministic_output(stock, returned(sample, model_output), prev_sample, stock.pred_original_sample)
         else:

@@ -10,19 +10,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from ..checks.ranges import CountOrNone, NonNegative, Probability, check_value
+from ..checks.ranges import NonNegative, Probability, check_value
 from ..transition import GaussianTransition
 from .kernels import KERNELS, Kernel
-from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, build_source, returned
-
-
-def _check_window(window: tuple[int, int] | list[int]) -> None:
-    if not isinstance(window, (list, tuple)) or len(window) != 2:
-        raise ValueError(f"sde_window must be two whole numbers (first, last + 1), got {window!r}.")
-    for end in window:
-        check_value("sde_window", end, CountOrNone)
-    if not window[0] < window[1]:
-        raise ValueError(f"sde_window must be (first, last + 1) with 0 <= first < last + 1, got {tuple(window)}.")
+from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, build_source, check_window, returned
 
 
 class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
@@ -87,8 +78,7 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
             raise ValueError(f"Unknown sde_type {sde_type!r}; choose one of {', '.join(KERNELS)}.")
         for level in noise_level if isinstance(noise_level, (list, tuple)) and len(noise_level) > 0 else [noise_level]:
             check_value("noise_level", level, Probability if sde_type == "cps" else NonNegative)
-        if sde_window is not None:
-            _check_window(sde_window)
+        check_window(sde_window)
         self._source = build_source(source)
         self._sigma_list = self.sigmas.tolist()
 
@@ -135,8 +125,8 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
         super().stand_in(timesteps)
 
     def _noise_at(self, k: int) -> float:
-        level, window = self.config.noise_level, self.config.sde_window
-        if self.deterministic or (window is not None and not window[0] <= k < window[1]):
+        level = self.config.noise_level
+        if not self._draws_at(k):
             return 0.0
         if not isinstance(level, (list, tuple)):
             return level

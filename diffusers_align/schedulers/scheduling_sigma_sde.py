@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..checks.ranges import Probability, check_value
 from ..transition import GaussianTransition
-from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, build_source, returned
+from .scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, build_source, check_window, returned
 from .sigma_space import SigmaSpace, ancestral_step, columns
 
 # The schedulers whose own step is Euler's: it is taken where there is no noise. The others' is of another order; Euler's takes its place.
@@ -35,13 +35,14 @@ class SigmaSDEScheduler(SDESchedulerMixin, EulerDiscreteScheduler):
     Args:
         eta: weight of the noise, from 0 (Euler's step; bit for bit the stock one of EulerDiscrete, EDMEuler and FlowMatchEuler) to 1 (the exact posterior
             of the variance-exploding process).
+        sde_window: (first, last + 1): solver steps that are stochastic; those elsewhere are as with eta = 0.
         source: config of the stock scheduler that it stands for. Written by `sde_twin`; without, `EulerDiscreteScheduler` with the other arguments.
 
     The other arguments are `EulerDiscreteScheduler`'s. Solvers that evaluate the model twice a step (Heun, KDPM2, DPM-Solver SDE) are walked along their
     whole steps only. Sources: Karras et al., https://arxiv.org/abs/2206.00364 (schedules, preconditioning); `sigma_space` for the kernel.
 
     Raises:
-        ValueError: eta outside [0, 1].
+        ValueError: eta outside [0, 1], or a wrong window.
     """
 
     tuple_length = 2
@@ -67,10 +68,12 @@ class SigmaSDEScheduler(SDESchedulerMixin, EulerDiscreteScheduler):
         rescale_betas_zero_snr: bool = False,
         final_sigmas_type: str = "zero",
         eta: float = 1.0,
+        sde_window: tuple[int, int] | list[int] | None = None,
         source: dict | None = None,
     ):
         check_value("eta", eta, Probability)
-        own = {name: value for name, value in self.config.items() if name not in ("eta", "source") and not name.startswith("_")}
+        check_window(sde_window)
+        own = {name: value for name, value in self.config.items() if name not in ("eta", "sde_window", "source") and not name.startswith("_")}
         self._source = build_source(source) or EulerDiscreteScheduler.from_config(own)
         reads = inspect.signature(type(self._source).__init__).parameters  # a config also holds what other classes read
         clips = "clip_sample" in reads and self._source.config.clip_sample
@@ -173,7 +176,7 @@ class SigmaSDEScheduler(SDESchedulerMixin, EulerDiscreteScheduler):
     def kernel(self, k: int) -> tuple[float, float, float]:
         """Weights of the state and of the clean sample in the mean of solver step k, and its standard deviation; 0 where there is no noise."""
         sigma, sigma_next = self.sigmas[k : k + 2].tolist()
-        kept, added = ancestral_step(sigma, sigma_next, 0.0 if self.deterministic else self.config.eta)
+        kept, added = ancestral_step(sigma, sigma_next, self.config.eta if self._draws_at(k) else 0.0)
         before, after = self.space.alpha(torch.tensor([sigma, sigma_next], dtype=torch.float64)).tolist()
         return after * kept / (before * sigma), after * (1 - kept / sigma), after * added
 

@@ -9,6 +9,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from ..checks.ranges import CountOrNone, check_value
 from ..transition import GaussianTransition
 
 Generator = torch.Generator | list[torch.Generator] | None
@@ -75,6 +76,11 @@ class SDESchedulerMixin:
         """Let `timesteps` take the place of the schedule's: rows (N,) or (N, B), for single evaluations."""
         self.timesteps = timesteps.to(self.timesteps)
 
+    def _draws_at(self, k: int) -> bool:
+        """Whether solver step k may have noise: always, but for `deterministic` and outside of the config's `sde_window`."""
+        window = self.config.get("sde_window")
+        return not self.deterministic and (window is None or window[0] <= k < window[1])
+
     def denoising_output(self, model_output: Tensor, sample: Tensor) -> Tensor:
         """The part of a model's output that has the shape of `sample` (B, *D) and is about the clean sample: all, where no variance is learned."""
         return model_output
@@ -107,6 +113,22 @@ class SDESchedulerMixin:
     def _get_compatibles(cls):
         """diffusers looks names up in its own namespace only; we are compatible with ourselves and with our stock parents."""
         return [c for c in cls.__mro__ if hasattr(c, "from_config") and c.__name__.endswith("Scheduler")]
+
+
+def check_window(window: tuple[int, int] | list[int] | None) -> None:
+    """Check an `sde_window`.
+
+    Raises:
+        ValueError: neither None nor two whole numbers (first, last + 1) with 0 <= first <= last.
+    """
+    if window is None:
+        return
+    if not isinstance(window, (list, tuple)) or len(window) != 2:
+        raise ValueError(f"sde_window must be two whole numbers (first, last + 1), got {window!r}.")
+    for end in window:
+        check_value("sde_window", end, CountOrNone)
+    if not window[0] < window[1]:
+        raise ValueError(f"sde_window must be (first, last + 1) with 0 <= first < last + 1, got {tuple(window)}.")
 
 
 def put_in_place(pipeline, scheduler: SDESchedulerMixin, name: str = "scheduler"):

@@ -22,9 +22,9 @@ from .scheduling_utils import SDESchedulerMixin
 logger = logging.getLogger(__name__)
 
 SDE_FIELDS = {
-    "DDIMSDEScheduler": ("eta",),
+    "DDIMSDEScheduler": ("eta", "sde_window"),
     "FlowMatchSDEScheduler": ("sde_type", "noise_level", "sde_window"),
-    "SigmaSDEScheduler": ("eta",),
+    "SigmaSDEScheduler": ("eta", "sde_window"),
     "TCDSDEScheduler": ("eta",),
     "FlowMapSDEScheduler": ("eta",),
     **dict.fromkeys(("LCMSDEScheduler", "FlowMatchLCMSDEScheduler", "SCMSDEScheduler", "CMSDEScheduler"), ()),
@@ -78,7 +78,7 @@ def sde_twin(scheduler, *, by_sigmas: bool = False, **sde_fields):
 
     Args:
         by_sigmas: the pipeline reads the scheduler's `sigmas`: the twin has them too, though its levels lie on a table.
-        sde_fields: `eta`, or `sde_type`, `noise_level`, `sde_window`; the class's defaults where absent.
+        sde_fields: `sde_window`, and `eta` or `sde_type` and `noise_level`; the class's defaults where absent.
 
     Raises:
         ValueError: the scheduler has no Gaussian kernel of these forms, or a field belongs to another form.

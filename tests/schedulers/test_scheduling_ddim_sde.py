@@ -37,9 +37,9 @@ DDIM_CONFIGS = [
 
 
 @pytest.mark.parametrize("config", DDIM_CONFIGS)
-@pytest.mark.parametrize("off", ["eta", "deterministic"])
+@pytest.mark.parametrize("off", ["eta", "deterministic", "window"])
 def test_ddim_without_noise_is_the_stock_step_bit_for_bit(off, config):
-    scheduler = ddim(**config, eta=0.0 if off == "eta" else 1.0)
+    scheduler = ddim(**config, eta=0.0 if off == "eta" else 1.0, sde_window=(10, 12) if off == "window" else None)
     scheduler.deterministic = off == "deterministic"
     assert not scheduler.stochastic_steps.any()
     assert_same_loop(scheduler, ddim(cls=DDIMScheduler, **config))
@@ -66,6 +66,19 @@ def test_ddim_with_noise_is_the_stock_step_with_eta(eta, config):
         assert torch.equal(mine.pred_original_sample, theirs.pred_original_sample), f"step {k}"
         assert (mine.log_prob is not None) == bool(scheduler.stochastic_steps[k])
         x, y = mine.prev_sample, theirs.prev_sample
+
+
+@pytest.mark.parametrize("config", DDIM_CONFIGS)
+def test_ddim_window_is_noisy_inside_and_the_stock_step_outside(config):
+    scheduler, whole, stock = ddim(**config, sde_window=(2, 5)), ddim(**config), ddim(cls=DDIMScheduler, **config)
+    assert scheduler.stochastic_steps.tolist() == [2 <= k < 5 for k in range(10)]
+    for k, t in enumerate(scheduler.timesteps):
+        out, x = randn(k), randn(k + 50)
+        mine, transition = scheduler.step(out, t, x, generator=gen(k)), scheduler.transition(out, t, x)
+        theirs = (whole if 2 <= k < 5 else stock).step(out, t, x, generator=gen(k))
+        assert torch.equal(mine.prev_sample, theirs.prev_sample)
+        assert (mine.log_prob is not None) == (2 <= k < 5) == (transition.std.item() > 0)
+        torch.testing.assert_close(mine.prev_sample_mean, transition.mean, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [2, 3, 6, 7, 10, 16, 50])

@@ -173,6 +173,16 @@ def test_with_noise_the_step_is_eulers_ancestral_one():
         x, y = mine.prev_sample, theirs
 
 
+@pytest.mark.parametrize("name", EULER)
+def test_a_window_is_noisy_inside_and_eulers_step_outside(name):
+    inside, whole, none = (twin_of(stock_of(name), **fields) for fields in ({"sde_window": (2, 5)}, {}, {"eta": 0.0}))
+    assert inside.stochastic_steps.tolist() == [2 <= k < 5 for k in range(8)]
+    for k, t in enumerate(inside.timesteps):
+        x, noisy = randn(k) * float(inside.sigmas[k]), 2 <= k < 5
+        found, on, off = (s.step(torch.tanh(s.scale_model_input(x, t)), t, x, generator=gen(k)) for s in (inside, whole, none))
+        assert torch.equal(found.prev_sample, (on if noisy else off).prev_sample) and (found.log_prob is not None) == noisy
+
+
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_in_both_coordinates_it_is_ddims_kernel(eta, prediction_type):

@@ -162,7 +162,7 @@ def test_signatures_are_the_parents(cls, parent):
         assert mine[name].default == parameter.default and mine[name].kind == parameter.kind
     assert list(inspect.signature(cls.set_timesteps).parameters) == list(inspect.signature(parent.set_timesteps).parameters)
     own = [name for name in inspect.signature(cls.__init__).parameters if name not in inspect.signature(parent.__init__).parameters]
-    assert own == (["eta", "source"] if parent is DDIMScheduler else ["sde_type", "noise_level", "sde_window", "source"])
+    assert own == (["eta", "sde_window", "source"] if parent is DDIMScheduler else ["sde_type", "noise_level", "sde_window", "source"])
     for name, parameter in inspect.signature(parent.__init__).parameters.items():
         assert inspect.signature(cls.__init__).parameters[name].default == parameter.default
     assert issubclass(cls, parent) and cls.tuple_length == (2 if parent is DDIMScheduler else 1)

@@ -11,7 +11,7 @@ import torch
 from moved_policy import gradient, step
 from safetensors.torch import load_file
 
-from diffusers_align import FlowMatchSDEScheduler
+from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler
 from diffusers_align.rl import ratio_diagnostics
 from diffusers_align.training.online.policy_gradient import ReplayedStep, policy_gradient_epoch
 from diffusers_align.training.online.trained_steps import trained_steps
@@ -54,11 +54,15 @@ VARIANTS = {
         "random_timestep_fraction": 0.5,
     },
     "mix": {"sde_window_size": 2, "sde_window": "0 4", "sde_window_strategy": "progressive", "sde_window_interval": 1},
+    "mix of diffusion": {
+        **{"pretrained_model_name_or_path": "mini-sd", "call_kwargs": "{}", "eta": 1.0},
+        **{"sde_window_size": 2, "sde_window": "0 4", "sde_window_strategy": "progressive", "sde_window_interval": 1},
+    },
     "guard": {"loss": "grpo_guard", "kl_weight": 0.01},
     "shared": {"kl_weight": 0.01, "kl_share": 0.5},
     "cps": {"sde_type": "cps", "noise_level": 0.8, "loss": "flow_cps", "reward": "jpeg_compressibility*1+background_color*1", "multi_reward": "gdpo"},
 }
-TRAINED = {"dance": 2, "mix": 2, "guard": 4, "shared": 4, "cps": 4}
+TRAINED = {"dance": 2, "mix": 2, "mix of diffusion": 2, "guard": 4, "shared": 4, "cps": 4}
 
 
 def script():
@@ -97,9 +101,10 @@ def test_a_run_of_each_variant(variant, tmp_path, monkeypatch):
     assert all(len(steps) == 2 and 4 not in steps for steps in held), "half of the steps are held to the pretrained model"
     # Two epochs of two batches, with the pass of the pretrained model where there is a KL: the means that GRPO-Guard needs are the roll-out's own.
     assert len(replayed) == (8 if variant in ("guard", "shared") else 4)
-    if variant == "mix":
+    if variant.startswith("mix"):
         assert {tuple(steps) for steps in replayed} == {(0, 1), (1, 2)}
-    assert any(value.abs().max() > 0 for name, value in load_file(tmp_path / "pytorch_lora_weights.safetensors").items() if "lora_B" in name)
+    weights = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert any(value.abs().max() > 0 for name, value in weights.items() if "lora_B" in name or "lora.up" in name)
 
 
 def test_a_diffusion_model_is_trained_with_the_noise_of_its_own_kind(tmp_path, capfd):
@@ -126,8 +131,7 @@ def test_a_diffusion_model_is_trained_with_the_noise_of_its_own_kind(tmp_path, c
         ({"sde_window_size": 1, "sde_window_interval": 2}, "no effect without --sde_window_strategy progressive or exp_decay"),
         ({"sde_window": "3 5"}, "the steps that are trained, 0 to 3: end it at 4"),
         ({"sde_window": "2 6"}, "--sde_window 2 6 must be a first step and a later end within the 5 solver steps"),
-        ({"eta": 1.0, "sde_window": "0 2"}, "--eta is the noise of diffusion, --sde_window that of flow matching"),
-        ({"eta": 1.0, "sde_window_size": 1}, "leave out one of the two"),
+        ({"eta": 1.0, "noise_level": 0.5}, "--eta is the noise of diffusion, --noise_level that of flow matching"),
         ({"eta": 1.0, "loss": "grpo_guard"}, "go by the lengths of flow matching's steps"),
         ({"eta": 1.0, "kl_form": "official", "kl_weight": 0.1}, "go by the lengths of flow matching's steps"),
         ({"sde_type": "cps", "noise_level": 1.5}, "above 0 and at most 1, got 1.5"),
@@ -148,17 +152,20 @@ def test_combinations_that_make_no_sense(flags, message, tmp_path, capsys):
 def rolled_out(scheduler):
     """A trajectory with the scheduler's steps, of one sample of one number."""
     steps, path = len(scheduler.timesteps), torch.zeros(1, len(scheduler.timesteps), 1)
-    return Trajectory(path, path, scheduler.timesteps, scheduler.sigmas[:steps], scheduler.stochastic_steps, path[..., 0].double(), Condition(["a fox"]))
+    sigmas = getattr(scheduler, "sigmas", torch.full((steps + 1,), math.nan))  # diffusion has none
+    return Trajectory(path, path, scheduler.timesteps, sigmas[:steps], scheduler.stochastic_steps, path[..., 0].double(), Condition(["a fox"]))
 
 
 @pytest.mark.parametrize("strategy", ["random", "progressive", "exp_decay"])
-@pytest.mark.parametrize("sde_type", ["flow_grpo", "dance_grpo", "cps", "memoryless", "memoryless_em"])
+@pytest.mark.parametrize("sde_type", ["flow_grpo", "dance_grpo", "cps", "memoryless", "memoryless_em", None])
 def test_every_window_of_a_run_has_noise_at_each_of_its_steps(sde_type, strategy, tmp_path):
     """The widest range that the script takes, over the epochs of two rounds."""
-    flags = {"sde_type": sde_type, "sde_window_size": 2, "sde_window": "0 4", "sde_window_strategy": strategy}
+    noise = {"eta": 1.0} if sde_type is None else {"sde_type": sde_type}
+    flags = {**noise, "sde_window_size": 2, "sde_window": "0 4", "sde_window_strategy": strategy}
     flags |= {} if strategy == "random" else {"sde_window_interval": 2}
     args, module = script().parse_args(command(tmp_path, timestep_fraction=1.0, **flags)), script()
-    policy = SimpleNamespace(scheduler=FlowMatchSDEScheduler(shift=3.0, sde_type=sde_type, noise_level=0.7))
+    scheduler = DDIMSDEScheduler(timestep_spacing="trailing") if sde_type is None else FlowMatchSDEScheduler(shift=3.0, sde_type=sde_type, noise_level=0.7)
+    policy = SimpleNamespace(scheduler=scheduler)
     windows = set()
     for epoch in range(12):
         module.place_window(policy, args, epoch)

@@ -107,7 +107,7 @@ class WindowArguments(Arguments):
     """noise"""
 
     sde_window: tuple[StepIndex, StepIndex] | None = option(
-        None, "steps that have noise, from FIRST up to END, which has none; flow matching; all if absent", metavar=("FIRST", "END")
+        None, "solver steps that have noise, from FIRST up to END, which has none; all if absent", metavar=("FIRST", "END")
     )
 
     @model_validator(mode="after")
@@ -133,7 +133,7 @@ class StrengthArguments(Arguments):
 
     @model_validator(mode="after")
     def _check_noise(self):
-        if self.eta is not None and (of_flow := [name for name in ("sde_type", "noise_level", "sde_window") if self.given(name)]):
+        if self.eta is not None and (of_flow := [name for name in ("sde_type", "noise_level") if self.given(name)]):
             raise ValueError(f"--eta is the noise of diffusion, --{' and --'.join(of_flow)} that of flow matching: leave out those of the other kind")
         if self.eta is not None:
             self.sde_type = None  # of a script whose default it is

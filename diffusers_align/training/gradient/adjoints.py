@@ -32,8 +32,8 @@ def make_memoryless(policy: Policy, sde_type: str = "memoryless") -> None:
     config = policy.scheduler.config
     if config.get("clip_sample") or config.get("thresholding"):
         raise ValueError("The scheduler clips the clean sample, where no gradient passes: set clip_sample=False and thresholding=False in its config.")
-    flow = "sde_type" in config
-    policy.scheduler.register_to_config(**({"sde_type": sde_type, "noise_level": 1.0, "sde_window": None} if flow else {"eta": 1.0}))
+    noise = {"sde_type": sde_type, "noise_level": 1.0} if "sde_type" in config else {"eta": 1.0}
+    policy.scheduler.register_to_config(**noise, **({"sde_window": None} if "sde_window" in config else {}))
 
 
 @torch.no_grad()

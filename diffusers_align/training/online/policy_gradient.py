@@ -19,7 +19,7 @@ from ...rl.importance import ClipRange
 from ...trajectory import Trajectory
 from ...transition import GaussianTransition
 from .sampling import Samples
-from .trained_steps import some_of
+from .trained_steps import describe_quiet_steps, some_of
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,15 @@ def add_gradient(
     if held_at:
         with policy.reference(), run.accelerator.autocast(), torch.no_grad():
             policy.replay(trajectory, held.__setitem__, list(held_at), forwards=forwards)
+    noise: dict[int, Tensor] = {}
+
+    def on_step(k: int, transition: GaussianTransition) -> None:
+        noise[k] = transition.std.detach().amax()
+        run.accelerator.backward(loss(k, transition, held.get(k)))
+
     with run.accelerator.autocast():
-        policy.replay(trajectory, lambda k, transition: run.accelerator.backward(loss(k, transition, held.get(k))), steps, forwards=forwards)
+        policy.replay(trajectory, on_step, steps, forwards=forwards)
+    run.explain_once(*describe_quiet_steps({k: float(std) for k, std in noise.items()}))
 
 
 def forwards_of(args, most_steps: int) -> Forwards | None:

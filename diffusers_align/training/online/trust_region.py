@@ -21,6 +21,7 @@ from ...transition import GaussianTransition
 from ..run.model_loading import DTYPES
 from ..run.run import Run
 from .sampling import Samples
+from .trained_steps import describe_quiet_steps
 
 # A shift of every dimension by a fifth of its noise in one of the steps. The KL is a sum over dimensions, so a fixed radius is nothing for many.
 KL_PER_DIMENSION = 0.02
@@ -60,6 +61,7 @@ class TrajectorySurrogate:
                 self.old[b][k] = GaussianTransition(transition.mean.detach(), transition.std)
 
             self._replay(b, on_step)
+        self.run.explain_once(*describe_quiet_steps({k: float(transition.std.max()) for k, transition in self.old[0].items()}))
         self.ratio_error = float(self.run.accelerator.gather(torch.stack(errors).max()).max())
         return float(self._mean(torch.stack(total).sum())), self._mean(gradient)
 
