@@ -69,6 +69,7 @@ import torch
 
 from diffusers_align.algorithms.dpok import describe_kl, dpok_loss, output_mse, output_weight
 from diffusers_align.rl import batch_advantages
+from diffusers_align.schedulers.scheduling_ancestral_sde import LEARNED
 from diffusers_align.training import Report, Run
 from diffusers_align.training.online.policy_gradient import policy_gradient_epoch
 from diffusers_align.training.online.sampling import noise_fields, sample_epoch
@@ -76,7 +77,13 @@ from diffusers_align.training.online.value_baseline import learned_advantages, m
 
 
 def output_weights(policy, trajectory):
-    """How far a unit of model output moves the mean of each step with noise, and the ratio of the paper's to the official KL there."""
+    """How far a unit of model output moves the mean of each step with noise, and the ratio of the paper's to the official KL there.
+
+    Raises:
+        ValueError: outputs cannot be told from means: a step clips, or the output holds its variance too.
+    """
+    if policy.scheduler.config.get("variance_type") in LEARNED:
+        raise ValueError("--kl_form official compares the model's outputs, and those of this model hold the variance of a step too: use --kl_form paper.")
     weights, scales = {}, []
     zero = torch.zeros([1] * trajectory.final.ndim)
     for k in trajectory.noisy_steps:
@@ -117,8 +124,10 @@ def main(argv=None):
         trajectory = samples.batches[0]
         if trajectory.num_steps != args.num_inference_steps:
             raise ValueError(f"The pipeline takes {trajectory.num_steps} steps: say so with --num_inference_steps {trajectory.num_steps}.")
-        weights, scales = output_weights(policy, trajectory)
-        run.explain_once(describe_kl(args.kl_weight, args.kl_form, scales))
+        weights = {}
+        if args.kl_weight and args.kl_form == "official":
+            weights, scales = output_weights(policy, trajectory)
+            run.explain_once(describe_kl(args.kl_weight, scales))
 
         # 2 value baseline and advantages of each step
         rewards, learned = samples.rewards.clamp(min=0) if args.reward_filter else samples.rewards, {}

@@ -95,8 +95,7 @@ def output_mse(mean: Tensor, ref_mean: Tensor, weight: float) -> Tensor:
     return ((mean - ref_mean) / weight).square().flatten(1).mean(1)
 
 
-def describe_kl(kl_weight: float, form: str, scales: list[float]) -> str:
-    r"""The same penalty in the other form's weight. `scales` are the steps' $J^2 / (2\,\mathrm{std}^2)$, paper's over official form."""
+def describe_kl(kl_weight: float, scales: list[float]) -> str:
+    r"""What the weight of the official KL is in the paper's form. `scales` are the steps' $J^2 / (2\,\mathrm{std}^2)$, paper's over official form."""
     scale = sum(scales) / len(scales)
-    other, equivalent = ("paper", kl_weight / scale) if form == "official" else ("official", kl_weight * scale)
-    return f"kl_weight {kl_weight:g} on the {form} KL weighs like {equivalent:.3g} on the {other} one at the mean step's ratio of {scale:.3g}"
+    return f"kl_weight {kl_weight:g} on the official KL weighs like {kl_weight / scale:.3g} on the paper's at the mean step's ratio of {scale:.3g}"

@@ -4,17 +4,20 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from diffusers import DDPMScheduler
 from safetensors.torch import load_file
 from tiny_pipelines import FAMILIES
 
-from diffusers_align import Policy
+from diffusers_align import Policy, embedded, sde_twin
 from diffusers_align.training.checkpoints.state_files import read_state
 
 ROOT = Path(__file__).parents[2]
@@ -178,6 +181,23 @@ def test_two_processes_train_what_one_does_with_the_same_value_network(train):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     for key, weight in theirs["network"].items():
         torch.testing.assert_close(mine["network"][key], weight, rtol=0, atol=1e-3)
+
+
+def test_where_outputs_cannot_be_told_from_means_the_papers_kl_alone_is_taken(train):
+    """A scheduler that clips (by quantiles); and one whose model answers with its variance too (DeepFloyd IF)."""
+    clipping = Path(shutil.copytree(embedded.path("mini-sd"), train.folder / "clipping"))
+    config = clipping / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "thresholding": True}))
+    flags = {"pretrained_model_name_or_path": clipping, "num_epochs": 1, "advantage": "batch"}
+    with pytest.raises(ValueError, match="it clips.*--kl_form paper"):
+        train("official", **flags)
+    (row,) = train("paper", **flags, kl_form="paper")
+    assert row["kl"] >= 0 and row["grad_norm"] > 0
+    (row,) = train("none", **flags, kl_weight=0)
+    assert row["grad_norm"] > 0
+    learned = SimpleNamespace(scheduler=sde_twin(DDPMScheduler(variance_type="learned_range")))
+    with pytest.raises(ValueError, match="hold the variance of a step too: use --kl_form paper"):
+        script().output_weights(learned, None)
 
 
 def test_generalised_advantages_resume_bit_for_bit_and_their_targets_hold_later_values(train):

@@ -18,6 +18,7 @@ from ...gradients.check import scaled_gradients
 from ...gradients.decoding import decode_latents
 from ...gradients.rollout import differentiable_rollout, solver_step
 from ...policy import Policy, noise_seed
+from ...schedulers.scheduling_ancestral_sde import LEARNED
 from ...trajectory import Trajectory
 from ...transition import GaussianTransition
 from .losses import reward_map, scored_sum
@@ -27,9 +28,13 @@ def make_memoryless(policy: Policy, sde_type: str = "memoryless") -> None:
     """Set the scheduler's noise to the one that forgets the initial state: `sde_type` for flow matching, eta = 1 for diffusion.
 
     Raises:
-        ValueError: the scheduler clips the clean sample, where no gradient passes.
+        ValueError: the scheduler clips the clean sample, where no gradient passes, or the model learns the variance of its steps.
     """
     config = policy.scheduler.config
+    if config.get("variance_type") in LEARNED:
+        raise ValueError(
+            "This model learns the variance of its steps, and Adjoint Matching moves means under noise that is given: train it with train_draft.py."
+        )
     if config.get("clip_sample") or config.get("thresholding"):
         raise ValueError("The scheduler clips the clean sample, where no gradient passes: set clip_sample=False and thresholding=False in its config.")
     noise = {"sde_type": sde_type, "noise_level": 1.0} if "sde_type" in config else {"eta": 1.0}

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy
@@ -156,3 +156,9 @@ def test_chains_that_cannot_be_matched():
     clipping = Policy(FAMILIES["sd15"].build(), sde_twin(DDIMScheduler(clip_sample=True)))
     with pytest.raises(ValueError, match="clip_sample=False"):
         make_memoryless(clipping)
+    learned = Policy(FAMILIES["sd15"].build(), sde_twin(DDPMScheduler(clip_sample=False, variance_type="learned_range")))
+    with pytest.raises(ValueError, match="learns the variance of its steps.*train_draft.py"):
+        make_memoryless(learned)
+    windowed = Policy(FAMILIES["sd15"].build(), sde_twin(DDIMScheduler(clip_sample=False), eta=0.5, sde_window=(0, 2)))
+    make_memoryless(windowed)
+    assert (windowed.scheduler.config.eta, windowed.scheduler.config.sde_window) == (1.0, None), "noise in every step"
