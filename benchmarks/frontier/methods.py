@@ -14,7 +14,7 @@ from diffusers_align.files.paths import find_recipe
 
 ONLINE, GRADIENT, OFFLINE, CLOSED, CONTROL, INFERENCE = "online RL", "reward gradient", "data", "behind the model", "control", "no training"
 FACTORS = {"learning_rate": (0.3, 1.0, 3.0), "strength": (0.1, 1.0)}
-DDIM = {"eta": 1.0, "sde_window": None}  # the noise of its twin, where the recipe is for flow matching
+DDIM = {"eta": 1.0}  # the noise of its twin, where the recipe is for flow matching
 
 
 @dataclass(frozen=True)

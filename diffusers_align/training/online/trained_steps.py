@@ -45,7 +45,7 @@ def describe_quiet_steps(noise: dict[int, float]) -> list[str]:
     steps, draw = (f"Solver step {quiet[0]}", "draws") if len(quiet) == 1 else (f"Solver steps {quiet[0]} to {quiet[-1]}", "draw")
     return [
         f"{steps} {draw} with less than a tenth of the other steps' noise, so the log-probability there answers to the weights far more than elsewhere: it "
-        f"rules the gradient, and is what the clip is about. --sde_window FIRST {quiet[0]} leaves it out: the solver's own step is taken there."
+        f"rules the gradient, and is what the clip is about. --sde_window 0 {quiet[0]} leaves it out: the solver's own step is taken there."
     ]
 
 

@@ -107,8 +107,8 @@ def test_several_steps_a_forward_need_several_steps():
 @pytest.mark.parametrize(
     "noise, left_out",
     [
-        ({0: 0.98, 1: 0.95, 4: 0.46, 5: 0.010}, "Solver step 5 draws .* --sde_window FIRST 5 leaves it out"),
-        ({0: 0.5, 1: 0.03, 2: 0.02}, "Solver steps 1 to 2 draw .* --sde_window FIRST 1 leaves"),
+        ({0: 0.98, 1: 0.95, 4: 0.46, 5: 0.010}, "Solver step 5 draws .* --sde_window 0 5 leaves it out"),
+        ({0: 0.5, 1: 0.03, 2: 0.02}, "Solver steps 1 to 2 draw .* --sde_window 0 1 leaves"),
         ({0: 0.7, 1: 0.3, 2: 0.05}, None),  # not an order less
         ({0: 0.01, 1: 0.9}, None),  # the first steps: a window cannot end there
         ({3: 0.5}, None),
