@@ -3,9 +3,9 @@
     python benchmarks/step_sensitivity.py
 
 On an embedded model with a new LoRA: samples by the SDE twin, one score-function gradient of `background_color`, one step of Adam, and the same samples
-replayed. For each solver step with noise: the noise's standard deviation, the norm of that step's part of the gradient, and the mean |log p - log p_old| a
-dimension of the latents, which is what `--clip_range` bounds. A second round leaves the last step out (`sde_window`). Prints the tables for
-benchmarks/README.md.
+replayed. For each solver step with noise: the noise's standard deviation, the move of the mean with the model's output over it, the norm of that step's part of
+the gradient, and the mean |log p - log p_old| a dimension of the latents, which is what `--clip_range` bounds. A second round leaves the last step out
+(`sde_window`). Prints the table for benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from diffusers import DiffusionPipeline
@@ -24,17 +25,19 @@ from diffusers_align.data import load_prompts
 from diffusers_align.rewards import load_reward
 from diffusers_align.rl import batch_advantages
 from diffusers_align.rl.trust_region import flat_gradient
+from diffusers_align.training.online.ruling_steps import sensitivities
 
 CALL = {"mini-sd3": {"max_sequence_length": 1}, "mini-sd": {}}
 
 
 @dataclass(frozen=True)
 class StepRow:
-    """Of a solver step: its noise, its part of the gradient, and its move per dimension, a mean over samples."""
+    """Of a solver step: its noise, J / s, its part of the gradient, and its move per dimension, a mean over samples."""
 
     k: int
     timestep: float
     std: float
+    sensitivity: float
     gradient: float
     move: float
 
@@ -85,8 +88,8 @@ def measure(model: str, steps: int, number: int, learning_rate: float, window: t
     for parameter, gradient in zip(parameters, total.split([p.numel() for p in parameters])):
         parameter.grad = gradient.view_as(parameter).clone()
     optimizer.step()
-    moved = moves(policy, trajectory)
-    return [StepRow(k, float(trajectory.timesteps[k]), std, float(part.norm()), moved[k]) for k, (part, std) in parts.items()]
+    moved, answers = moves(policy, trajectory), sensitivities(policy.scheduler, trajectory, trajectory.noisy_steps)
+    return [StepRow(k, float(trajectory.timesteps[k]), std, answers[k], float(part.norm()), moved[k]) for k, (part, std) in parts.items()]
 
 
 def main() -> None:
@@ -94,17 +97,18 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=sorted(CALL), choices=sorted(CALL))
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--samples", type=int, default=48)
-    parser.add_argument("--learning_rates", nargs="+", type=float, default=[3e-4, 1e-3])
+    parser.add_argument("--learning_rates", nargs="+", type=float, default=[1e-3])
     args = parser.parse_args()
     torch.set_num_threads(1)
     start = time.process_time()
-    print("| model | learning rate | noise in steps | step | timestep | std | gradient | moved a dimension |\n|---|---|---|---|---|---|---|---|")
-    for model in args.models:
-        for rate in args.learning_rates:
-            for window in (None, (0, args.steps - 1)):
-                noisy = f"0 to {args.steps - 1 if window is None else args.steps - 2}"
-                for row in measure(model, args.steps, args.samples, rate, window):
-                    print(f"| {model} | {rate:g} | {noisy} | {row.k} | {row.timestep:.0f} | {row.std:.3f} | {row.gradient:.2g} | {row.move:.2g} |", flush=True)
+    print(f"| model | rate | step | timestep | std | J / std | gradient | moved | moved, no noise in step {args.steps - 1} |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for model, rate in product(args.models, args.learning_rates):
+        rows, without = (measure(model, args.steps, args.samples, rate, window) for window in (None, (0, args.steps - 1)))
+        moved = {row.k: f"{row.move:.1e}" for row in without}
+        for row in rows:
+            cells = f"{row.std:.3f} | {row.sensitivity:.1f} | {row.gradient:.4f} | {row.move:.1e} | {moved.get(row.k, '')}"
+            print(f"| {model} | {rate:g} | {row.k} | {row.timestep:.0f} | {cells} |", flush=True)
     print(f"{time.process_time() - start:.0f} s of one thread")
 
 

@@ -58,6 +58,7 @@ from diffusers_align.algorithms.d3po import d3po_loss, d3po_metrics, sampled_ste
 from diffusers_align.rl.matching import error_coefficients
 from diffusers_align.rl.pair_losses import ranked_pairs
 from diffusers_align.training import Report, Run
+from diffusers_align.training.online.ruling_steps import describe_ruling_steps
 from diffusers_align.training.online.sampling import noise_fields, sample_epoch
 from diffusers_align.training.online.stored_trajectories import StoredTrajectories, descend, log_probs
 
@@ -103,6 +104,8 @@ def main(argv=None):
         # 2 pairs
         pairs = ranked_pairs(samples.rewards, samples.groups, kind=args.pairs, min_gap=args.min_margin)
         stochastic = samples.batches[0].noisy_steps
+        if not stored:
+            run.explain_once(*describe_ruling_steps(policy.scheduler, samples.batches[-1], stochastic))
 
         # 3 loss and 4 update, each on steps of its own
         norms, logged = [], defaultdict(list)

@@ -52,6 +52,7 @@ from diffusers_align.algorithms.d3po import d3po_metrics
 from diffusers_align.algorithms.spo import spo_loss
 from diffusers_align.training import Report, Run
 from diffusers_align.training.online.policy_gradient import add_gradient
+from diffusers_align.training.online.ruling_steps import describe_ruling_steps
 from diffusers_align.training.online.sampling import noise_fields
 from diffusers_align.training.online.step_candidates import sample_pairs
 
@@ -90,6 +91,8 @@ def main(argv=None):
     for epoch in run.epochs():
         # 1 roll out with candidates at each step, judged by what the model sees in them, 2 and the pairs that they make
         samples = sample_pairs(run, policy, report.reward, report.prompts, epoch, args.num_samples_per_epoch)
+
+        run.explain_once(*describe_ruling_steps(policy.scheduler, samples.batches[-1], samples.steps))
 
         # 3 loss and 4 update: the mean over the pairs that are kept
         norms, logged = [], defaultdict(list)

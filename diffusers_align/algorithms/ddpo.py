@@ -11,8 +11,9 @@ different: log-probabilities are taken in float32 of the latents as stored, per-
 scheduler's `set_alpha_to_one` is true (not for SD 1.5 and SDXL), its last step ends at the alpha of timestep 0 and is scored; ours ends at
 alpha 1, as the sampler does, and has no noise there and no log-probability.
 
-A gradient is ruled by steps with next to no noise: the log-probability answers to the weights by the move of the mean over the noise. Among few steps
-the last may have a fiftieth of the others'; `--sde_window 0 5` leaves it to the solver (benchmarks/README.md, "Which step an update is about").
+A step's log-probability answers to the weights by the move of its mean over its noise. Where few steps end close to the clean sample, the last one with
+noise may answer ten times as much as the others and rule the gradient: of six steps, `--sde_window 0 5` leaves it to the solver
+(`training/online/ruling_steps.py`; benchmarks/README.md, "Which step an update is about").
 
 Logged: `reward`, mean of the epoch's samples; `ratio_error`, |ratio - 1| before the epoch's first update, 0 if the replay is the
 rollout; `clip_fraction` and `approx_kl` of the last update.

@@ -56,9 +56,6 @@ class Bench:
     def backward(loss: Tensor) -> None:
         loss.backward()
 
-    def explain_once(self, *texts: str) -> None:
-        """A run says what it finds; a plan is silent."""
-
     @property
     def size(self) -> int:
         """Samples of a batch."""

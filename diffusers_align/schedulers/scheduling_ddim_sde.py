@@ -29,6 +29,9 @@ class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
             (CogVideoX's shifted table). Written by `sde_twin`.
 
     The other arguments are `DDIMScheduler`'s. Models that predict epsilon, v or the sample are supported.
+
+    Raises:
+        ValueError: eta outside [0, 1], or a wrong window.
     """
 
     tuple_length = 2

@@ -119,7 +119,7 @@ def check_window(window: tuple[int, int] | list[int] | None) -> None:
     """Check an `sde_window`.
 
     Raises:
-        ValueError: neither None nor two whole numbers (first, last + 1) with 0 <= first <= last.
+        ValueError: neither None nor two whole numbers (first, last + 1) with 0 <= first < last + 1.
     """
     if window is None:
         return

@@ -31,7 +31,7 @@ from diffusers_align.pipelines.particle_steering import Steering
 from diffusers_align.rewards import WeightedSum, score
 from diffusers_align.rewards.remote import RemoteReward
 from diffusers_align.rewards.vlm_judge import VLMJudge
-from diffusers_align.schedulers import FlowMatchSDEScheduler, sde_twin
+from diffusers_align.schedulers import DDIMSDEScheduler, FlowMatchSDEScheduler, SigmaSDEScheduler, sde_twin
 
 torch.set_num_threads(1)
 NAN, INF = math.nan, math.inf
@@ -203,6 +203,13 @@ def test_schedulers(bad):
     (name,) = bad
     with pytest.raises(ValueError, match=f"{name} must be"):
         FlowMatchSDEScheduler(**bad)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMSDEScheduler, SigmaSDEScheduler])
+@pytest.mark.parametrize("window", [3, (0,), (0, 1, 2), (0, 1.5), (-1, 2), (3, 3)])
+def test_windows_of_diffusion(scheduler, window):
+    with pytest.raises(ValueError, match="sde_window must be"):
+        scheduler(sde_window=window)
 
 
 @pytest.mark.parametrize("eta", [NAN, INF, -1, "1", True, None])

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from schedules import SD, SHAPE, ddim, flow, gen, randn
 
-from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, sde_twin
+from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, SigmaSDEScheduler, sde_twin
 
 # Flow matching: the stock step, bit for bit
 
@@ -192,8 +192,10 @@ def test_step_returns_the_parents_tuple(make):
         FlowMatchSDEScheduler(shift=3.0, sde_type="cps", noise_level=0.8, sde_window=(0, 3)),
         FlowMatchSDEScheduler(use_dynamic_shifting=True, noise_level=[0.1, 0.2] * 3),
         DDIMSDEScheduler(**SD, eta=0.3),
+        DDIMSDEScheduler(**SD, sde_window=(1, 4)),
+        SigmaSDEScheduler(use_karras_sigmas=True, sde_window=(1, 4)),
     ],
-    ids=["window", "levels", "ddim"],
+    ids=["window", "levels", "ddim", "ddim window", "sigma window"],
 )
 def test_config_survives_save_and_load(scheduler, tmp_path):
     scheduler.generator, scheduler.deterministic = gen(), True

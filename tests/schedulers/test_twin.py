@@ -107,6 +107,13 @@ def test_thresholding_off_the_table_is_refused_with_a_remedy():
     assert type(sde_twin(diffusers.EulerDiscreteScheduler.from_config(source.config))) is SigmaSDEScheduler
 
 
+def test_further_modalities_walk_with_the_main_ones_noise():
+    euler = diffusers.EulerDiscreteScheduler(**SDXL)
+    windowed = sde_twin(euler, sde_window=(0, 3), eta=0.5)
+    second = sde_twins({"scheduler": euler, "second": DDIMScheduler()}, windowed)["second"]
+    assert (tuple(second.config.sde_window), second.config.eta) == ((0, 3), 0.5)
+
+
 def test_what_reads_sigmas_gets_a_twin_that_has_them():
     """A pipeline may ask the denoiser by the noise level of its scheduler, which lies on the table."""
     euler, ddim = diffusers.EulerDiscreteScheduler(**SDXL), diffusers.DDIMScheduler(clip_sample=False)

@@ -184,7 +184,8 @@ def test_the_clip_is_explained_where_one_number_says_it(clip_range, log_ratio, s
     division = SimpleNamespace(batches_a_step=1)
     run = SimpleNamespace(args=args, explain_once=lines.append, division=division, chunks=lambda *_: [], epoch_metrics=lambda *_: {})
     samples = SimpleNamespace(batches=[SimpleNamespace(final=final)], kernels=[])
-    policy_gradient_epoch(run, None, samples, [0], None, clip_range=clip_range, log_ratio=log_ratio)
+    policy = SimpleNamespace(scheduler=SimpleNamespace(config={}))
+    policy_gradient_epoch(run, policy, samples, [0], None, clip_range=clip_range, log_ratio=log_ratio)
     assert len(lines) == bool(said) and all(said in line for line in lines), "(1 + c)^1024"
 
 

@@ -18,8 +18,9 @@ from ...rl import describe_clip, ratio_diagnostics
 from ...rl.importance import ClipRange
 from ...trajectory import Trajectory
 from ...transition import GaussianTransition
+from .ruling_steps import describe_ruling_steps
 from .sampling import Samples
-from .trained_steps import describe_quiet_steps, some_of
+from .trained_steps import some_of
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def policy_gradient_epoch(
         run.explain_once(describe_clip(clip_range[1] if isinstance(clip_range, tuple) else clip_range, samples.batches[0].final[0].numel()))
     views = views or [[trajectory] for trajectory in samples.batches]
     steps = [list(steps if not steps or isinstance(steps[0], int) else steps[b]) for b in range(len(views))]
+    if log_ratio is None and views:  # a ratio of its own is scaled step by step
+        run.explain_once(*describe_ruling_steps(policy.scheduler, samples.batches[-1], steps[-1]))
     forwards, norms = forwards_of(run.args, max(map(len, steps))), []
     for chunk in run.chunks(len(views), run.division.batches_a_step):
         objective.diagnostics.append([])
@@ -131,15 +134,8 @@ def add_gradient(
     if held_at:
         with policy.reference(), run.accelerator.autocast(), torch.no_grad():
             policy.replay(trajectory, held.__setitem__, list(held_at), forwards=forwards)
-    noise: dict[int, Tensor] = {}
-
-    def on_step(k: int, transition: GaussianTransition) -> None:
-        noise[k] = transition.std.detach().amax()
-        run.accelerator.backward(loss(k, transition, held.get(k)))
-
     with run.accelerator.autocast():
-        policy.replay(trajectory, on_step, steps, forwards=forwards)
-    run.explain_once(*describe_quiet_steps({k: float(std) for k, std in noise.items()}))
+        policy.replay(trajectory, lambda k, transition: run.accelerator.backward(loss(k, transition, held.get(k))), steps, forwards=forwards)
 
 
 def forwards_of(args, most_steps: int) -> Forwards | None:

@@ -20,8 +20,8 @@ from ...rl.trust_region import finite_difference_fisher_product, flat_gradient, 
 from ...transition import GaussianTransition
 from ..run.model_loading import DTYPES
 from ..run.run import Run
+from .ruling_steps import describe_ruling_steps
 from .sampling import Samples
-from .trained_steps import describe_quiet_steps
 
 # A shift of every dimension by a fifth of its noise in one of the steps. The KL is a sum over dimensions, so a fixed radius is nothing for many.
 KL_PER_DIMENSION = 0.02
@@ -61,7 +61,6 @@ class TrajectorySurrogate:
                 self.old[b][k] = GaussianTransition(transition.mean.detach(), transition.std)
 
             self._replay(b, on_step)
-        self.run.explain_once(*describe_quiet_steps({k: float(transition.std.max()) for k, transition in self.old[0].items()}))
         self.ratio_error = float(self.run.accelerator.gather(torch.stack(errors).max()).max())
         return float(self._mean(torch.stack(total).sum())), self._mean(gradient)
 
@@ -136,6 +135,7 @@ def trust_region_update(
         dimensions = samples.batches[0].final[0].numel()
         max_kl = KL_PER_DIMENSION * dimensions
         run.explain_once(f"--max_kl is {max_kl:.4g} nats, {KL_PER_DIMENSION:g} for each of the {dimensions} dimensions of the latents")
+    run.explain_once(*describe_ruling_steps(policy.scheduler, samples.batches[-1], samples.batches[-1].noisy_steps))
     problem = TrajectorySurrogate(run, policy, samples, advantages)
     report = trust_region_step(
         problem.parameters, problem.value_and_gradient, problem.fisher_product, problem.evaluate,

@@ -1,6 +1,5 @@
 """The update of an epoch: what is computed at which steps, and that shares of it have the mean of the whole."""
 
-import re
 from contextlib import contextmanager, nullcontext
 from itertools import combinations
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ import torch
 from diffusers_align.driving.forwards import Forwards
 from diffusers_align.training.online import policy_gradient
 from diffusers_align.training.online.policy_gradient import policy_gradient_epoch
-from diffusers_align.training.online.trained_steps import describe_quiet_steps
 from diffusers_align.transition import GaussianTransition
 
 STEPS, SAMPLES = [0, 1, 2, 3], 2
@@ -20,8 +18,9 @@ STEPS, SAMPLES = [0, 1, 2, 3], 2
 class Policy:
     """Kernels of four steps whose means are rows of a weight, and 0 under the pretrained model; `asked` are the steps of its passes."""
 
-    def __init__(self, std=(1.0, 1.0, 1.0, 1.0)):
-        self.std = std
+    scheduler = SimpleNamespace(config={})  # no window to set
+
+    def __init__(self):
         self.weight, self.asked, self.forwards, self.pretrained = torch.nn.Parameter(torch.tensor([1.0, 2.0, -1.0, 0.5])), [], [], False
 
     @contextmanager
@@ -35,7 +34,7 @@ class Policy:
         if self.pretrained:
             self.asked.append(steps)
         for k in steps:
-            on_step(k, GaussianTransition((0.0 if self.pretrained else 1.0) * self.weight[k].expand(SAMPLES, 3), torch.full((1, 1), self.std[k])))
+            on_step(k, GaussianTransition((0.0 if self.pretrained else 1.0) * self.weight[k].expand(SAMPLES, 3), torch.ones(1, 1)))
 
 
 def kl_gradient(share):
@@ -44,15 +43,15 @@ def kl_gradient(share):
     return policy.weight.grad, policy.asked, kls
 
 
-def updated(share=1.0, steps=STEPS, std=(1.0, 1.0, 1.0, 1.0), say=lambda *texts: None, **flags):
+def updated(share=1.0, steps=STEPS, **flags):
     """The policy after an epoch of the KL alone, and what was logged of it."""
-    policy = Policy(std)
+    policy = Policy()
     trajectory = SimpleNamespace(actions=torch.zeros(SAMPLES, 4, 3), log_probs=torch.zeros(SAMPLES, 4), step_sizes=[0.25] * 4, final=torch.zeros(SAMPLES, 3))
     samples = SimpleNamespace(batches=[trajectory], index=[torch.arange(SAMPLES)], kernels=[])
     accelerator = SimpleNamespace(autocast=nullcontext, backward=lambda loss: loss.backward())
     run = SimpleNamespace(
         args=SimpleNamespace(seed=0, **flags), epoch=0, accelerator=accelerator, division=SimpleNamespace(batches_a_step=1, block=lambda b: b),
-        explain_once=say, chunks=lambda number, size: [range(number)], loss_weight=lambda samples, chunk, steps: 1 / (SAMPLES * steps),
+        explain_once=lambda *_: None, chunks=lambda number, size: [range(number)], loss_weight=lambda samples, chunk, steps: 1 / (SAMPLES * steps),
         optimizer_step=lambda: 0.0, epoch_metrics=lambda samples, diagnostics, norms, others: others,
     )  # fmt: skip
     metrics = policy_gradient_epoch(
@@ -102,29 +101,3 @@ def test_the_flags_say_how_both_models_are_evaluated(flags, forwards):
 def test_several_steps_a_forward_need_several_steps():
     with pytest.raises(ValueError, match="--replay_steps_per_forward 2 has no effect: one solver step"):
         updated(steps=[1], replay_steps_per_forward=2)
-
-
-@pytest.mark.parametrize(
-    "noise, left_out",
-    [
-        ({0: 0.98, 1: 0.95, 4: 0.46, 5: 0.010}, "Solver step 5 draws .* --sde_window 0 5 leaves it out"),
-        ({0: 0.5, 1: 0.03, 2: 0.02}, "Solver steps 1 to 2 draw .* --sde_window 0 1 leaves"),
-        ({0: 0.7, 1: 0.3, 2: 0.05}, None),  # not an order less
-        ({0: 0.01, 1: 0.9}, None),  # the first steps: a window cannot end there
-        ({3: 0.5}, None),
-        ({}, None),
-    ],
-)
-def test_steps_with_next_to_no_noise_beside_the_others_are_named(noise, left_out):
-    said = describe_quiet_steps(noise)
-    assert len(said) == (0 if left_out is None else 1)
-    assert left_out is None or re.search(left_out, said[0])
-
-
-def test_an_epoch_says_which_of_its_steps_are_quiet():
-    said = []
-    updated(std=[1.0, 0.9, 0.8, 0.05], say=lambda *texts: said.extend(texts))
-    assert sum("Solver step 3 draws with less than a tenth" in text for text in said) == 1
-    said.clear()
-    updated(std=[1.0, 0.9, 0.8, 0.5], say=lambda *texts: said.extend(texts))
-    assert not any("Solver step" in text for text in said)
