@@ -72,7 +72,8 @@ METHODS = {
     "Flow-GRPO": Method(ONLINE, "flow_grpo_mini_sd3", "kl_weight", settings=HELD, on={"mini-sd": DDIM}),
     "Flow-CPS": Method(ONLINE, "flow_grpo_cps_mini_sd3", "kl_weight", models=FLOW),
     "DanceGRPO": Method(ONLINE, "flow_grpo_dance_mini_sd3", "kl_weight", models=FLOW),
-    "MixGRPO": Method(ONLINE, "flow_grpo_mix_mini_sd3", "kl_weight", models=FLOW),
+    # The window moves halfway through the middle budget's eight epochs; by the recipe's interval it would stay where Flow-GRPO's is.
+    "MixGRPO": Method(ONLINE, "flow_grpo_mix_mini_sd3", "kl_weight", settings={"sde_window_interval": 4}, models=FLOW),
     "GRPO-Guard": Method(ONLINE, "flow_grpo_guard_mini_sd3", "kl_weight", models=FLOW),
     "DenseGRPO": Method(ONLINE, "dense_grpo_mini_sd3", "kl_weight", models=FLOW),
     "MV-GRPO": Method(ONLINE, "mv_grpo_mini_sd3", "kl_weight", on={"mini-sd": DDIM}),

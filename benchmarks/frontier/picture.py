@@ -35,7 +35,7 @@ def draw(rows: list[dict], folder: Path) -> list[Path]:
         figure = Figure(figsize=(16, 0.8 + 3.6 * len(routes)), layout="constrained")
         for axes, route in zip(figure.subplots(len(routes), 3, squeeze=False), routes):
             row_of_panels(axes, found, route, TASKS[task].measured, judge.partition("@")[0])
-        title = f"{task}, {model}, guidance {guidance:g}: {TASKS[task].says}; gains over the base, bands of a standard error over seeds (of images, with one)"
+        title = f"{task}, {model}, guidance {guidance:g}: {TASKS[task].says}; gains over the base, bands of a standard error"
         figure.suptitle(title, fontsize=11)
         paths.append(folder / f"frontier_{task}_{model}_g{guidance:g}.png")
         figure.savefig(paths[-1], dpi=90)

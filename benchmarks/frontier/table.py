@@ -15,7 +15,7 @@ from benchmarks.frontier.work import BASE
 SURE = 2.0  # standard errors of a difference that count as one
 UNTRAINED = ("real scenes", "best of 8")  # controls that are bounds and no trainings
 HEAD = "| method | seeds | rows | updates | images seen | CPU s | {reward}: gain | against the controls | {judge}: gain | gap, s.d. | KL, nats | diversity |"
-ERRORS = "Errors are over a row's training seeds; with one, of the images alone: one seed has no error of its own."
+ERRORS = "Errors are of the images, which all seeds share, and of a row's training seeds, added in squares; with one seed, of the images alone."
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,16 @@ class Number:
 
 
 def over_seeds(rows: list[dict], name: str) -> Number:
-    """Of a number of the results over the seeds; with one seed, the error is that of its images alone."""
+    """Of a number of the results over the seeds. The error joins that of the images, which seeds do not lessen as they share them, and that of the mean
+    over seeds; with one seed it is that of the images alone."""
     found = [value if isinstance(value := row[name], dict) else {"mean": value, "se": None} for row in rows]
     means = [value["mean"] for value in found if value["mean"] is not None]
     if not means:
         return Number(math.nan, math.nan)
-    if len(means) > 1:
-        return Number(mean(means), stdev(means) / len(means) ** 0.5)
-    return Number(means[0], math.nan if found[0]["se"] is None else found[0]["se"])
+    of_images = [value["se"] for value in found if value["mean"] is not None and value["se"] is not None]
+    of_seeds = [stdev(means) / len(means) ** 0.5] if len(means) > 1 else []
+    parts = [*([mean(of_images)] if of_images else []), *of_seeds]
+    return Number(mean(means), math.hypot(*parts) if parts else math.nan)
 
 
 def groups(rows: Iterable[dict]) -> dict[tuple, dict[tuple[str, int], list[dict]]]:

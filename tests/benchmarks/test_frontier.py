@@ -1,6 +1,7 @@
 """The frontier: data with known labels, settings that scripts take, results that survive kills, tables that compare with controls."""
 
 import json
+import math
 import random
 from collections import Counter
 
@@ -190,8 +191,11 @@ def test_a_win_is_one_over_the_best_control():
     assert verdict(Number(0.3, float("nan"))) == "no error known"
 
 
-def test_errors_are_over_seeds_where_there_are_some():
-    assert over_seeds([row(0.1), row(0.3)], "reward_gain") == Number(pytest.approx(0.2), pytest.approx(0.1))
+def test_errors_are_of_the_images_and_of_the_seeds():
+    assert over_seeds([row(0.1), row(0.3)], "reward_gain") == Number(pytest.approx(0.2), pytest.approx((0.1**2 + 0.01**2) ** 0.5))
+    same = over_seeds([row(0.1, 0.03)] * 3, "reward_gain")
+    assert same == Number(pytest.approx(0.1), pytest.approx(0.03)), "seeds that agree share their images' error"
+    assert math.isnan(over_seeds([row()], "rows").error) and over_seeds([row(rows=2), row(rows=4)], "rows").error == pytest.approx(1.0)
     assert over_seeds([row(0.1, 0.07)], "reward_gain") == Number(0.1, 0.07)
 
 
