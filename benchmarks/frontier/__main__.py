@@ -103,7 +103,9 @@ def published() -> str:
     names = dict.fromkeys(f"frontier_{row['task']}_{row['model']}_g{row['guidance']:g}" for row in rows)
     pictures = "".join(f"![{name.replace('_', ' ')}]({name}.png)\n\n" for name in with_samples(names))
     short = summary(rows)
-    told = f"## In short\n\nGains over the base are given; a place is taken at two standard errors, of images and seeds together.\n\n{short}\n\n" if short else ""
+    told = (
+        f"## In short\n\nGains over the base are given; a place is taken at two standard errors, of images and seeds together.\n\n{short}\n\n" if short else ""
+    )
     return f"{words}{MARK}\n\n{told}{pictures}{page(rows)}"
 
 
