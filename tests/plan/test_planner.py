@@ -81,7 +81,13 @@ def test_less_work_has_its_plan():
 @pytest.mark.slow
 def test_a_plan_knows_what_is_away_and_what_is_packed(shallow):  # noqa: F811
     """By arithmetic on the components of one plan: each flag takes off what it says."""
-    size = {"pretrained_model_name_or_path": shallow["mini-sd"], "num_samples_per_epoch": 8, "train_batch_size": 2, "num_inference_steps": 2}
+    size = {
+        "pretrained_model_name_or_path": shallow["mini-sd"],
+        "num_samples_per_epoch": 8,
+        "train_batch_size": 2,
+        "num_inference_steps": 2,
+        "sde_window": (0, 1),
+    }
     whole, away = plan("ddpo_mini_sd", **size), plan("ddpo_mini_sd", **size, offload_text_encoders=True)
     encoders = sum(part.size for name, part in whole.components.items() if name.startswith("text_encoder"))
     assert away.away == encoders > 0 == whole.away and away.stored < whole.stored

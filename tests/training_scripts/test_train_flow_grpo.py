@@ -182,7 +182,7 @@ def test_the_clip_is_explained_where_one_number_says_it(clip_range, log_ratio, s
     lines, final = [], torch.zeros(1, 1024)
     args = SimpleNamespace(replay_steps_per_forward=1, unconditional_gradient=True)
     division = SimpleNamespace(batches_a_step=1)
-    run = SimpleNamespace(args=args, explain_once=lines.append, division=division, chunks=lambda *_: [], epoch_metrics=lambda *_: {})
+    run = SimpleNamespace(args=args, explain_once=lambda *texts: lines.extend(texts), division=division, chunks=lambda *_: [], epoch_metrics=lambda *_: {})
     samples = SimpleNamespace(batches=[SimpleNamespace(final=final)], kernels=[])
     policy = SimpleNamespace(scheduler=SimpleNamespace(config={}))
     policy_gradient_epoch(run, policy, samples, [0], None, clip_range=clip_range, log_ratio=log_ratio)
