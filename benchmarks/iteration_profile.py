@@ -73,6 +73,8 @@ def larger(given: dict, place: Path) -> dict:
     """On a denoiser of random weights, in four steps."""
     name = given["pretrained_model_name_or_path"]
     changes = {"num_inference_steps": 4, "eval_num_inference_steps": 2}
+    if given.get("sde_window"):
+        changes["sde_window"] = [min(end, changes["num_inference_steps"]) for end in given["sde_window"]]
     return given | {"pretrained_model_name_or_path": str(plan.larger(name, place / "model"))} | {key: size for key, size in changes.items() if key in given}
 
 
