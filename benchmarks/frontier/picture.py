@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
 
 from benchmarks.frontier.methods import CLOSED, CONTROL, GRADIENT, INFERENCE, OFFLINE, ONLINE
 from benchmarks.frontier.table import UNTRAINED, Number, groups, over_seeds
@@ -58,13 +59,14 @@ def row_of_panels(axes, rows: Rows, route: str, reward: str, judge: str) -> None
     axes[0].margins(x=0.15)
     axes[0].set_xlim(left=0)
     axes[1].set(xlabel="denoiser rows: training, and sampling of the judged images", ylabel=f"{reward}: gain", xscale="log")
+    axes[1].xaxis.set(major_locator=MaxNLocator(4), minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))  # less than a decade
     axes[2].set(xlabel=f"{reward}: gain", ylabel=f"{judge} (took no part): gain")
     axes[2].legend(*axes[1].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
 
 
 def styles(names: list[str], route: str) -> dict[str, dict]:
-    """A colour and a marker each; controls are black."""
-    colors = colormaps["tab10"].colors
+    """A colour and a marker each; controls are black. No colour comes twice up to twenty names."""
+    colors = colormaps["tab10" if len(names) <= 10 else "tab20"].colors
     looks = {name: {"color": "black" if route == CONTROL else colors[i % len(colors)], "marker": MARKERS[i % len(MARKERS)]} for i, name in enumerate(names)}
     return {name: {**look, "markersize": 6} for name, look in looks.items()}
 

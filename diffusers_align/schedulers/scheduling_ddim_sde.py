@@ -89,10 +89,9 @@ class DDIMSDEScheduler(SDESchedulerMixin, DDIMScheduler):
         return torch.where((variance**0.5) ** 2 > room, room * (1 - 1e-6), variance)
 
     def _eta_at(self, timestep: int) -> float:
-        """The weight of the noise in the step that leaves `timestep`."""
-        if self.deterministic or self.config.sde_window is None:
-            return 0.0 if self.deterministic else self.config.eta
-        return self.config.eta if self._draws_at(self.step_position(timestep)) else 0.0
+        """The weight of the noise in the step that leaves `timestep`. Only a window asks which step of the schedule that is."""
+        k = 0 if self.config.sde_window is None else self.step_position(timestep)
+        return self.config.eta if self._draws_at(k) else 0.0
 
     def _previous(self, timestep: int) -> int:
         return timestep - self.config.num_train_timesteps // self.num_inference_steps

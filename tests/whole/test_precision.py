@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from tiny_pipelines import FAMILIES
 from torch import nn
 
@@ -125,6 +125,16 @@ def test_candidates_and_particles_run_in_half_precision_where_some_steps_are_det
     generator, brightness = torch.Generator().manual_seed(0), lambda images, prompts, **columns: images.float().mean((1, 2, 3))
     output = ParticleSteeringPipeline(pipeline)(PROMPTS[:1], reward=brightness, generator=generator, output_type="pt", **options, **call)
     assert output.images.isfinite().all() and output.rewards.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+def test_with_a_window_of_diffusion_a_replay_has_the_roll_outs_log_probabilities(dtype):
+    policy = Policy(FAMILIES["sd15"].build().to(dtype), sde_twin(DDIMScheduler(clip_sample=False), sde_window=(1, 3)), **FAMILIES["sd15"].call)
+    trajectory = policy.rollout(PROMPTS[:2], seeds=SEEDS[:2])
+    kernels = policy.transitions(trajectory)
+    assert trajectory.states.dtype == dtype and trajectory.noisy_steps == list(kernels) == [1, 2]
+    assert all(torch.equal(kernel.log_prob(trajectory.actions[:, k]), trajectory.log_probs[:, k]) for k, kernel in kernels.items())
+    assert torch.equal(trajectory.actions[:, :-1], trajectory.states[:, 1:]), "steps without noise hand on what they return"
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd15_img2img", "sdxl", "sd3", "flux", "wan"])
