@@ -75,12 +75,17 @@ def balanced(run, rows):
     return draw
 
 
-@torch.no_grad()
-def gains(training, sides):
-    """How much better than the reference the model denoises each image, (N,) for all of `sides`."""
-    for side in sides:  # batch by batch, as the loss sees them
+def measured(training, sides, graph):
+    """What model and reference make of each of `sides`, batch by batch as the loss sees them; with `graph`, the loss can go back through it."""
+    for side in sides:
         training.reference(side)
-    return torch.cat([side.ref_error - measure(training.run, training.policy, side)[0].error for side in sides])
+    with torch.set_grad_enabled(graph):
+        return [measure(training.run, training.policy, side)[0] for side in sides]
+
+
+def gains(sides, found):
+    """How much better than the reference the model denoises each image, (N,) for all of `sides`."""
+    return torch.cat([side.ref_error - own.error.detach() for side, own in zip(sides, found)])
 
 
 def with_others_captions(sides, captions, places):
@@ -102,7 +107,8 @@ def mismatched_gains(training, step, sides):
     positions = division.step(division.step_of(step.batches[0]))
     captions = training.examples.captions(training.examples.at(step.epoch, positions))
     places = [[i - positions.start for i in division.batches[b]] for b in step.batches]
-    return gains(training, with_others_captions(sides, captions, places))
+    sides = with_others_captions(sides, captions, places)
+    return gains(sides, measured(training, sides, graph=False))
 
 
 def main(argv=None):
@@ -120,19 +126,21 @@ def main(argv=None):
         index, sides = zip(*(training.examples.batch(step.epoch, b) for b in step.batches))
         labels = [torch.tensor([rows[i]["label"] for i in own], device=training.policy.device) for own in index]
 
-        # 2 their gains over the pretrained model, and those that they are compared with
-        gain = gains(training, sides)
+        # 2 their gains over the pretrained model, and those that they are compared with; what a step of one batch measures, its loss goes back through
+        once = len(sides) == 1
+        found = measured(training, sides, graph=once)
+        gain = gains(sides, found)
         other = mismatched_gains(training, step, sides) if args.reference_point == "mismatched" else None
         point = point_of(gain, torch.cat(labels), mismatched_gain=other, reduce=lambda total: run.accelerator.reduce(total, "sum"))
 
         # 3 loss and update
-        for side, liked in zip(sides, labels):
+        for side, liked, own in zip(sides, labels, found):
 
             def loss(own):
                 options = {"beta": args.beta, "utility": args.utility, "lambda_d": args.lambda_d, "lambda_u": args.lambda_u}
                 return kto_loss(own.error, side.ref_error, liked, point, **options)
 
-            value, (own,) = descend(run, training.policy, loss, [side], step.weight)
+            value, (own,) = descend(run, training.policy, loss, [side], step.weight, measured=[own] if once else None)
             step.log(**kto_metrics(own.error, side.ref_error, liked, point, beta=args.beta), loss=value.mean().item())
 
 

@@ -24,6 +24,7 @@ from diffusers_align.training.offline.loop import OfflineTraining, load_policy
 from diffusers_align.training.offline.noised_latents import predict, predict_together
 from diffusers_align.training.offline.pairs_and_batches import Examples, pairs_of
 from diffusers_align.training.offline.rows import load_rows
+from diffusers_align.training.run.costs import Cost
 from diffusers_align.training.run.run import Run
 
 torch.set_num_threads(1)
@@ -313,6 +314,14 @@ def test_results_do_not_depend_on_the_batch_size(task, tmp_path, name, flags):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4) and mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
     assert_same_lora(one, two, rtol=1e-3, atol=1e-5)
     assert rows(one)[0]["loss"] != rows(one)[1]["loss"]
+
+
+@pytest.mark.parametrize("batches, evaluations", [(1, 2), (2, 3)])
+def test_kto_measures_a_step_of_one_batch_once(task, tmp_path, batches, evaluations):
+    flags = {"train_batch_size": 4 // batches, "gradient_accumulation_steps": batches, "gamma": 0.5, "num_epochs": 2, "checkpointing_epochs": 1}
+    out = train("kto", tmp_path, task, **flags)
+    first, both = (Cost.read(out / name).denoiser_evaluations for name in ("checkpoint-1", "checkpoint-2"))
+    assert both - first == 4 * evaluations, "the reference's and the model's; of several batches one has a graph at a time, so the model's again"
 
 
 @pytest.mark.long

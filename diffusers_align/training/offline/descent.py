@@ -67,7 +67,9 @@ def measure(run, policy: Policy, *sides: Noised) -> list[Measured]:
     return [Measured(side.error(output), side.distance(output), output.detach()) for side, output in outputs]
 
 
-def descend(run, policy: Policy, loss: Callable[..., Tensor], sides: list[Noised], weight: float) -> tuple[Tensor, list[Measured]]:
+def descend(
+    run, policy: Policy, loss: Callable[..., Tensor], sides: list[Noised], weight: float, measured: list[Measured] | None = None
+) -> tuple[Tensor, list[Measured]]:
     """Add the gradient of `weight` * sum(loss) to the parameters'.
 
     With `--two_pass` all is measured without a graph, and then the gradient is made side by side from the loss's derivatives: the same numbers, with
@@ -75,12 +77,13 @@ def descend(run, policy: Policy, loss: Callable[..., Tensor], sides: list[Noised
 
     Args:
         loss: a function of each side's `Measured` to (B,). It may be differentiated by errors and distances.
+        measured: of `sides`, with graphs, where they were measured before: not done again. Not with `--two_pass`, which has no graphs to give.
 
     Returns:
         The loss (B,) and what was measured at each side, without graphs.
     """
     if not getattr(run.args, "two_pass", False):
-        found = measure(run, policy, *sides)
+        found = measure(run, policy, *sides) if measured is None else measured
         value = loss(*found)
         run.accelerator.backward(value.sum() * weight)
         return value.detach(), [m.detach() for m in found]
