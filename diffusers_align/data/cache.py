@@ -7,6 +7,7 @@ import json
 import os
 import uuid
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 def key_of(*parts: Any) -> str:
@@ -29,9 +31,11 @@ class TensorCache:
     Args:
         folder: of the cache; several models can share it.
         model_key: what the tensors were computed with: the model's name and revision, the dtype, the kind of tensor ...
+        at_hand: bytes of the latest entries that stay in memory once they are read: a file is opened slower than a small model thinks.
     """
 
-    def __init__(self, folder: str | Path, model_key: str):
+    def __init__(self, folder: str | Path, model_key: str, at_hand: int = 0):
+        self.at_hand, self._kept, self._size = at_hand, OrderedDict[str, Any](), 0
         self.folder = Path(folder) / key_of(model_key)[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -39,11 +43,30 @@ class TensorCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def get(self, key: str) -> Any:
-        """The entry on the CPU, or None. A damaged file counts as absent, with a warning.
+        """The entry on the CPU, the caller's own, or None. A damaged file counts as absent, with a warning.
 
         Raises:
             OSError: the file is there but cannot be read.
         """
+        kept = self._kept.get(key)
+        found = self._read(key) if kept is None else kept
+        if found is not None and self.at_hand:
+            self._keep(key, found)
+            return _copied(found)
+        return found
+
+    def _keep(self, key: str, tree: Any) -> None:
+        """As the latest entry; the oldest go where there is no room."""
+        self._drop(key)
+        self._kept[key], self._size = tree, self._size + _bytes(tree)
+        while self._size > self.at_hand and len(self._kept) > 1:
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, key: str) -> None:
+        if (tree := self._kept.pop(key, None)) is not None:
+            self._size -= _bytes(tree)
+
+    def _read(self, key: str) -> Any:
         try:
             with safe_open(self._path(key), framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -68,6 +91,7 @@ class TensorCache:
         try:
             partial.write_bytes(serialised(tensors, metadata))  # not save_file, whose files are for the owner alone
             os.replace(partial, path)
+            self._drop(key)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -92,6 +116,14 @@ class TensorCache:
         """Entries and bytes of this model's part of the cache."""
         sizes = [path.stat().st_size for path in self.folder.glob("*/*.safetensors")]
         return len(sizes), sum(sizes)
+
+
+def _copied(tree: Any) -> Any:
+    return pytree.tree_map_only(Tensor, Tensor.clone, tree)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def _packed(tree: Any, tensors: dict[str, Tensor]) -> dict:

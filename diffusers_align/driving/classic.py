@@ -15,7 +15,7 @@ from .calls import Calls
 from .guiders import guided, guider_parameters
 from .outputs import arrays_as_tensors, form_asked
 from .pipeline_state import quiet
-from .replacements import reads_global, replaced, with_globals
+from .replacements import reads_global, replaced, signature_of, with_globals
 
 # Some pipelines have the private name alone.
 _ENCODERS = ("encode_prompt", "_encode_prompt")
@@ -47,7 +47,7 @@ class ClassicCalls(Calls):
 
     @property
     def own_parameters(self) -> dict[str, inspect.Parameter]:
-        return dict(inspect.signature(type(self.pipeline).__call__).parameters)
+        return dict(signature_of(type(self.pipeline).__call__).parameters)
 
     def of_a_call(self, arguments: dict[str, Any]) -> set[str]:
         return set(self.own_parameters)

@@ -20,6 +20,7 @@ from diffusers.utils import logging
 from torch import nn
 
 from ..checks.ranges import check_value
+from .parts import components_of
 from .replacements import held, replaced
 
 logger = logging.get_logger(__name__)
@@ -30,7 +31,7 @@ _PREPARE = ("prepare_inputs", "prepare_inputs_from_block_state")
 
 def guiders(pipeline) -> dict[str, BaseGuidance]:
     """The pipeline's guiders by component name."""
-    return {name: component for name, component in pipeline.components.items() if isinstance(component, BaseGuidance)}
+    return {name: component for name, component in components_of(pipeline).items() if isinstance(component, BaseGuidance)}
 
 
 def guider_parameters(pipeline) -> dict[str, inspect.Parameter]:

@@ -13,7 +13,7 @@ from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from .parts import parts_of
+from .parts import components_of, parts_of
 from .replacements import held
 
 # The name of the hooks of `apply_group_offloading`.
@@ -62,7 +62,7 @@ class ModuleTree(NamedTuple):
     @classmethod
     def of(cls, pipeline) -> ModuleTree:
         found, attends = cls([], [], [], {}, []), {}
-        for name, component in pipeline.components.items():
+        for name, component in components_of(pipeline).items():
             if not isinstance(component, nn.Module):
                 continue
             if own_model := isinstance(component, ModelMixin):
@@ -152,7 +152,7 @@ def walks_spared(pipeline, tree: ModuleTree) -> Iterator[None]:
     with ExitStack() as stack:
         for own in () if tree.moving else (pipeline, *parts_of(pipeline)):
             stack.enter_context(held(own, "_devices", _devices(own)))
-            stack.enter_context(held(own, "names_of_components", tuple(own.components)))
+            stack.enter_context(held(own, "names_of_components", tuple(components_of(own))))
             stack.enter_context(_of_class(own, _settled(type(own))))
             if getattr(type(own), "maybe_free_model_hooks", None) is DiffusionPipeline.maybe_free_model_hooks:
                 stack.enter_context(held(own, "maybe_free_model_hooks", lambda: None))
@@ -160,7 +160,7 @@ def walks_spared(pipeline, tree: ModuleTree) -> Iterator[None]:
 
 
 def _devices(pipeline) -> dict[str, torch.device]:
-    places = [_place(component) for component in pipeline.components.values() if isinstance(component, nn.Module)]
+    places = [_place(component) for component in components_of(pipeline).values() if isinstance(component, nn.Module)]
     if (known := _DEVICES.get(pipeline)) is None or known[0] != places:
         _DEVICES[pipeline] = known = places, {name: _looked_up(pipeline, name, places) for name in _LOOK_UPS if hasattr(pipeline, name)}
     return known[1]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .parts import parts_of
-from .replacements import has_constant, reads_global, source_of
+from .replacements import has_constant, reads_global, signature_of, source_of
 
 
 def form_asked(pipeline, wanted: str | None) -> tuple[dict[str, str | None], bool]:
@@ -31,7 +31,7 @@ def form_asked(pipeline, wanted: str | None) -> tuple[dict[str, str | None], boo
     Args:
         wanted: "latent", for which pipelines that return none decode; "pt"; or what a user asked for, which stands.
     """
-    if "output_type" not in inspect.signature(type(pipeline).__call__).parameters:
+    if "output_type" not in signature_of(type(pipeline).__call__).parameters:
         return {}, wanted in ("latent", "pt")
     asked = "pt" if wanted == "latent" and not returns_latents(pipeline) else wanted
     arrays = asked == "pt" and makes_arrays(pipeline)

@@ -8,10 +8,27 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from diffusers import DiffusionPipeline
 
 from .replacements import held
+
+
+# Of each class of pipelines, by the names in its config: those that are components.
+_NAMES: WeakKeyDictionary[type, dict[tuple[str, ...], tuple[str, ...]]] = WeakKeyDictionary()
+
+
+def components_of(pipeline) -> dict[str, Any]:
+    """`pipeline.components`, for which diffusers reads the signature of `__init__` each time, as often as a call is made."""
+    cls = type(pipeline)
+    if getattr(cls, "components", None) is not DiffusionPipeline.components:
+        return pipeline.components
+    known, names = _NAMES.setdefault(cls, {}), tuple(pipeline.config)
+    if names not in known:
+        known[names] = tuple(pipeline.components)
+    return {name: getattr(pipeline, name) for name in known[names]}
 
 
 def parts_of(pipeline) -> list[DiffusionPipeline]:
@@ -22,7 +39,7 @@ def parts_of(pipeline) -> list[DiffusionPipeline]:
 def parts_apart(pipeline) -> list[DiffusionPipeline]:
     """Those whose scheduler is another component of the pipeline: what they sample is no part of the main scheduler's chain."""
     parts = parts_of(pipeline)
-    others = {id(component) for name, component in pipeline.components.items() if name != "scheduler"} if parts else set()
+    others = {id(component) for name, component in components_of(pipeline).items() if name != "scheduler"} if parts else set()
     return [part for part in parts if id(part.components.get("scheduler")) in others]
 
 

@@ -85,6 +85,12 @@ def reads_levels_by_number(functions: Iterable[FunctionType]) -> bool:
     return any(map(_reads_by_number, functions))
 
 
+@functools.lru_cache(maxsize=1024)
+def signature_of(function: Callable) -> inspect.Signature:
+    """`inspect.signature` of a class's function, which takes as long as a small layer and is asked for in each call."""
+    return inspect.signature(function)
+
+
 @functools.cache
 def source_of(function: FunctionType) -> ast.AST | None:
     """A function's syntax tree; None where its source is not there."""

@@ -8,7 +8,6 @@ know.
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,7 +29,7 @@ from .one_chain import check_whole_steps
 from .parts import parts_follow
 from .pipeline_state import checkpointing_switches, no_cast_weights_kept, restored_if_abandoned, seeded_globally
 from .prompt_memory import PromptMemory
-from .replacements import has_constant
+from .replacements import has_constant, signature_of
 from .saved_apart import SavedApart
 
 NO_OWN_STEP = (
@@ -175,7 +174,7 @@ def _first_of(arguments: dict[str, Any], *names: str) -> Any:
 
 
 def _hooked_class(cls: type, session: _Session) -> type:
-    step_signature, set_signature = inspect.signature(cls.step), inspect.signature(cls.set_timesteps)
+    step_signature, set_signature = signature_of(cls.step), signature_of(cls.set_timesteps)
 
     def step(self, *args, **kwargs):
         arguments = dict(step_signature.bind(self, *args, **kwargs).arguments)

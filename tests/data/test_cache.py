@@ -154,3 +154,20 @@ def test_processes_may_write_one_entry_and_be_killed_while_they_do(tmp_path):
             writer.kill()
             writer.communicate()
     assert seen <= {0.0, 1.0} and cache.get("key").unique().numel() == 1
+
+
+def test_the_latest_entries_stay_in_memory_as_far_as_they_fit(tmp_path):
+    cache = TensorCache(tmp_path, "model", at_hand=2 * 4000)
+    for key in "abc":
+        cache.put(key, [torch.full((1000,), float(ord(key))), None])
+        assert cache.get(key)[0][0] == ord(key)
+    for path in cache.folder.glob("*/*.safetensors"):
+        path.unlink()
+    assert cache.get("a") is None, "the oldest went"
+    cache.get("c")[0].zero_()
+    assert cache.get("c")[0][0] == ord("c") and cache.get("b")[1] is None, "each caller has a copy"
+
+    cache.put("c", torch.ones(3))
+    assert torch.equal(cache.get("c"), torch.ones(3)), "what is written counts"
+    cache.put("large", torch.ones(5000))
+    assert cache.get("large").sum() == 5000 and cache.get("b") is None

@@ -1,10 +1,13 @@
 """Combined pipelines: their parts walk the policy's scheduler, let gradients through, and are as before afterwards."""
 
+import copy
+
 import pytest
 import torch
+from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy
-from diffusers_align.driving.parts import parts_apart, parts_of
+from diffusers_align.driving.parts import components_of, parts_apart, parts_of
 from diffusers_align.driving.stock import stock_images
 from diffusers_align.gradients.rollout import differentiable_rollout
 from diffusers_align.pipelines import BestOfNPipeline
@@ -84,3 +87,18 @@ def test_a_part_with_a_scheduler_of_its_own_is_no_denoiser_of_the_policy():
     trajectory = policy.rollout([case.prompts[0]], seeds=[1])
     whole = policy.transitions(trajectory)
     assert torch.equal(policy.transition(trajectory, 1).mean, whole[1].mean)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_components_without_a_look_at_the_signature(family, monkeypatch):
+    pipeline = FAMILIES[family].build()
+    for _ in range(2):
+        assert components_of(pipeline) == pipeline.components and list(components_of(pipeline)) == list(pipeline.components)
+        pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
+    expected, asked = pipeline.components, type(pipeline)._get_signature_keys
+    monkeypatch.setattr(type(pipeline), "_get_signature_keys", lambda _: pytest.fail("it was looked at"))
+    assert components_of(pipeline) == expected
+    monkeypatch.setattr(type(pipeline), "_get_signature_keys", asked)
+    pipeline.register_modules(tokenizer_of_mine=None)
+    with pytest.raises(ValueError, match="incorrectly initialized"):
+        components_of(pipeline)

@@ -16,6 +16,10 @@ from ...policy import Policy
 from ..run.inputs import condition_of
 
 
+# Bytes of encoded images, and of encoded prompts, that stay in memory beside `--cache_dir`.
+AT_HAND = 2**29
+
+
 @dataclass
 class Position:
     """Where a row stands in training: everything random about it follows from `seed`."""
@@ -28,7 +32,7 @@ class Position:
 def disk_cache(args, policy: Policy, *about: str) -> TensorCache | None:
     """The part of `--cache_dir` that holds one kind of tensor of this model; None without such a folder."""
     model = (args.pretrained_model_name_or_path, args.revision, args.variant, next(iter(policy.denoisers.values())).dtype)
-    return TensorCache(args.cache_dir, "/".join(map(str, (*about, *model)))) if args.cache_dir else None
+    return TensorCache(args.cache_dir, "/".join(map(str, (*about, *model))), AT_HAND) if args.cache_dir else None
 
 
 @torch.no_grad()
