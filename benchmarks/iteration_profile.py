@@ -1,4 +1,4 @@
-"""Where one training iteration goes: seconds in denoiser, backward, autoencoder, text encoders, reward, optimizer, and in everything else.
+"""Where one training iteration goes: seconds in denoiser, backward, autoencoder, text encoders, reward, learned value, optimizer, and in everything else.
 
     python -m benchmarks.iteration_profile flow_grpo_mini_sd3
     python -m benchmarks.iteration_profile --recipes
@@ -38,6 +38,7 @@ from benchmarks.parts import REWARD, Parts
 from diffusers_align.files.levels import made_by, script_of
 from diffusers_align.files.paths import find_recipe, folder
 from diffusers_align.plan import command
+from diffusers_align.rl.values import ValueNetwork
 from diffusers_align.training.online import scoring
 from diffusers_align.training.run.run import Run
 
@@ -134,6 +135,7 @@ def profile(script: str, words: list[str]) -> list[dict[str, float]]:
     parts, found = Parts(), []
     parts.watch()
     watch_rewards(parts)
+    parts.wrap(ValueNetwork, "forward", "learned value")
     original = Run.epochs
 
     def epochs(run: Run) -> Iterator[int]:

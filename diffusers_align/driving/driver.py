@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -187,15 +188,20 @@ class Driver:
     def prompt_features(self, condition: Condition) -> Tensor:
         """One vector a sample, (B, E) float32: the pipeline's encoded prompt, averaged over its tokens.
 
-        Each prompt is encoded by itself: padded to a batch's longest, it would depend on the others. Where guidance makes the
+        Each prompt is encoded by itself, and once for all calls: padded to a batch's longest, it would depend on the others. Where guidance makes the
         pipeline return the negative prompt in the same tensor, that is averaged in.
 
         Raises:
             ValueError: the pipeline has no `encode_prompt`.
         """
         memory = self.prompt_memory if self.prompt_memory.encoders else None
-        encoded = [encoded_prompt(self.pipeline, self.call(condition.select([i])), memory) for i in range(len(condition))]
-        return torch.stack([_pooled(e) for e in encoded])
+
+        def compute(part: Condition) -> Tensor:
+            return _pooled(encoded_prompt(self.pipeline, self.call(part), memory))
+
+        parts = [condition.select([i]) for i in range(len(condition))]
+        place = [getattr(self.pipeline, name, None) for name in ("dtype", "device")]
+        return torch.stack([self.prompt_memory.feature(part.arguments(self.parameters), partial(compute, part), *place) for part in parts])
 
     # --- calls -----------------------------------------------------------------------------------------------------
 

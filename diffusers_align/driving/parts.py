@@ -15,7 +15,6 @@ from diffusers import DiffusionPipeline
 
 from .replacements import held
 
-
 # Of each class of pipelines, by the names in its config: those that are components.
 _NAMES: WeakKeyDictionary[type, dict[tuple[str, ...], tuple[str, ...]]] = WeakKeyDictionary()
 

@@ -33,6 +33,8 @@ from .pipeline_state import restored_if_abandoned
 PROBE = ("dog", "cat")
 # Results that are put together anew from a store in a moment, and so need not be many on the device, where its room counts.
 AT_HAND = 2
+# Vectors of prompts, of some kilobytes each.
+FEATURES = 4096
 Call = tuple[list, dict[str, Any]]
 
 
@@ -66,6 +68,7 @@ class PromptMemory:
         self.size, self.store, self.once_each, self.encoders, self.entries = size, store, once_each, encoders, OrderedDict()
         self.examples: dict[str, tuple[Any, Any] | None] = {}
         self.expected: list[str] = []
+        self.features: OrderedDict[tuple, Tensor] = OrderedDict()
 
     def __reduce__(self):
         # Keys are identities of objects, which copies do not share: a copy remembers nothing.
@@ -91,6 +94,17 @@ class PromptMemory:
             self._forget()
         self.entries.move_to_end(key)
         return self.entries[key][0]
+
+    def feature(self, arguments: dict[str, Any], compute: Callable[[], Tensor], *place: Any) -> Tensor:
+        """`compute()`, the vector of a prompt in a call with these arguments, or what it returned for equal ones at this `place`; one that is given more than
+        texts, numbers and switches is computed each time."""
+        if (plain := _plain(arguments)) is None:
+            return compute()
+        key = (json.dumps(plain), *place)
+        self.features[key] = self.features.pop(key) if key in self.features else compute()
+        while len(self.features) > FEATURES:
+            self.features.popitem(last=False)
+        return self.features[key]
 
     def _forget(self) -> None:
         while len(self.entries) > self.size:

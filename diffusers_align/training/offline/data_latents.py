@@ -15,7 +15,6 @@ from ...driving.scheduler_hook import Step
 from ...policy import Policy
 from ..run.inputs import condition_of
 
-
 # Bytes of encoded images, and of encoded prompts, that stay in memory beside `--cache_dir`.
 AT_HAND = 2**29
 
