@@ -47,9 +47,8 @@ def test_prompts_are_encoded_once_for_their_features(monkeypatch):
     policy = Policy(FAMILIES["sd15"].build(), **FAMILIES["sd15"].call)
     encode, encoded = policy.pipeline.encode_prompt, []
     monkeypatch.setattr(policy.pipeline, "encode_prompt", lambda prompt, *args, **kwargs: (encoded.append(prompt), encode(prompt, *args, **kwargs))[1])
-    conditions = [
-        policy.condition(prompts, **own) for prompts, own in ((["a cat", "a dog", "a cat"], {}), (["a dog"], {}), (["a cat"], {"guidance_scale": 1.0}))
-    ]
+    asked = ((["a cat", "a dog", "a cat"], {}), (["a dog"], {}), (["a cat"], {"guidance_scale": 1.0}))
+    conditions = [policy.condition(prompts, **own) for prompts, own in asked]
     encoded.clear()
     three, dog, _ = map(policy.prompt_features, conditions)
     assert torch.equal(dog, three[1:2]) and encoded == [["a cat"], ["a dog"], ["a cat"]], "the last is another call"
