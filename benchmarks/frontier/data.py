@@ -75,22 +75,23 @@ class Data:
 
     # data sets
 
-    def dataset(self, kind: str, wrong: float | None) -> Path:
-        """The folder of a data set with this share of wrong labels, the task's own if None."""
+    def dataset(self, kind: str, wrong: float | None, apart: float = 0.0) -> Path:
+        """The folder of a data set with this share of wrong labels, the task's own if None, and without the pairs of own images whose rewards are no more
+        than `apart` from each other."""
         wrong = self.task.wrong if wrong is None else wrong
         source = self._swaps() if self.task.data == "swaps" else self._own()
-        folder = source / f"{kind}_{BEST}_{wrong:g}"
+        folder = source / f"{kind}_{BEST}_{wrong:g}{f'_{apart:g}' if apart else ''}"
         if not (folder / "metadata.jsonl").is_file():
-            write_lines(folder / "metadata.jsonl", with_wrong_labels(self._rows(source, kind), kind, wrong, random.Random(f"{kind} {wrong}")))
+            write_lines(folder / "metadata.jsonl", with_wrong_labels(self._rows(source, kind, apart), kind, wrong, random.Random(f"{kind} {wrong}")))
         return folder
 
-    def _rows(self, source: Path, kind: str) -> list[dict]:
+    def _rows(self, source: Path, kind: str, apart: float) -> list[dict]:
         """With right labels. Of the model's own images there are all kinds; of swapped pairs, as scored images, the right ones."""
         if self.task.data == "swaps":
             pairs = read_rows(source / PAIRS / "metadata.jsonl")
             return pairs if kind == PAIRS else [{"prompt": row["prompt"], "image": row["image_0"], "reward": 1.0} for row in pairs]
         rows = read_rows(source / (LIKES if kind == LIKES else SCORES) / "metadata.jsonl")
-        return best_and_worst(rows) if kind == PAIRS else rows
+        return best_and_worst(rows, apart=apart) if kind == PAIRS else rows
 
     def distinct(self, folder: Path) -> int:
         """How many different images a data set has."""
@@ -144,8 +145,9 @@ def swapped_pairs(images: Path, number: int) -> list[dict]:
     return rows
 
 
-def best_and_worst(rows: list[dict], number: int = BEST) -> list[dict]:
-    """Of each prompt's scored images, the best against as many worst, the best with the worst first; equal rewards make no pair."""
+def best_and_worst(rows: list[dict], number: int = BEST, apart: float = 0.0) -> list[dict]:
+    """Of each prompt's scored images, the best against as many worst, the best with the worst first; rewards that are no more than
+    `apart` from each other make no pair."""
     groups = defaultdict(list)
     for row in rows:
         groups[row["prompt"]].append(row)
@@ -153,7 +155,7 @@ def best_and_worst(rows: list[dict], number: int = BEST) -> list[dict]:
     for group in groups.values():
         order = sorted(group, key=lambda row: -row["reward"])
         for better, worse in list(zip(order, reversed(order)))[: min(number, len(order) // 2)]:
-            if better["reward"] > worse["reward"]:
+            if better["reward"] > worse["reward"] + apart:
                 others = {name: value for name, value in better.items() if name not in ("image", "reward")}
                 pairs.append({**others, "image_0": better["image"], "image_1": worse["image"], "label_0": 1.0})
     return pairs

@@ -29,6 +29,7 @@ class Method:
         strength: of the method's hold on the pretrained model, or of its pull away; what the search tries beside the learning rate.
         models: that it applies to.
         wrong: share of wrong labels, over the task's: 0.5 is chance.
+        apart: pairs whose rewards differ by no more than this are left out.
         unlabelled: whether it learns from the images alone, so that every task has it.
     """
 
@@ -40,6 +41,7 @@ class Method:
     on: dict[str, dict[str, Any]] = field(default_factory=dict)
     models: tuple[str, ...] = ("mini-sd3", "mini-sd")
     wrong: float | None = None
+    apart: float = 0.0
     unlabelled: bool = False
 
     @property
@@ -54,6 +56,8 @@ class Method:
 
     def applies(self, task: Task, model: str) -> bool:
         """Whether it has a row for this task on this model."""
+        if self.apart and task.data != "own":
+            return False
         return model in self.models and (self.unlabelled or (task.online if self.data is None else self.data in task.kinds))
 
 
@@ -90,6 +94,7 @@ METHODS = {
     "D3PO": Method(ONLINE, "d3po_mini_sd3", "clip_range"),
     "SPO": Method(ONLINE, "spo_mini_sd3", "clip_range", on={"mini-sd": DDIM}),
     "Diffusion-DPO": Method(OFFLINE, "dpo_mini_sd3", "beta", PAIRS, PLAIN),
+    "DPO, pairs apart": Method(OFFLINE, "dpo_mini_sd3", "beta", PAIRS, PLAIN, apart=0.2),
     "DPO, safeguard": Method(OFFLINE, "dpo_mini_sd3", "beta", PAIRS),
     "MaPO": Method(OFFLINE, "dpo_mini_sd3", "beta", PAIRS, {**PLAIN, "loss": "mapo", "beta": 0.1}),
     "Linear-DPO": Method(OFFLINE, "dpo_mini_sd3", "beta", PAIRS, {**PLAIN, "loss": "linear", "linear_eta": 0.001, "reference_decay": 0.99}),
@@ -106,8 +111,9 @@ METHODS = {
 }
 # Of a recipe's settings: what belongs to its own reward and data, and what would end a run before its budget.
 DROPPED = ("eval_reward", "eval_reward_model", "reward_model", "cache_dir", "outputs", "early_stop_hacking")
-# A control is trained with what was found for the method that it is the control of.
-CONTROL_OF = {
+# A control, or a method on other data, is trained with what was found for the method itself.
+TUNED_AS = {
+    "DPO, pairs apart": "Diffusion-DPO",
     "DPO, shuffled": "Diffusion-DPO",
     "KTO, shuffled": "Diffusion-KTO",
     "RWR, shuffled": "RWR",

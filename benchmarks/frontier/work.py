@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.frontier import images as without_training
 from benchmarks.frontier.data import Data, Sizes, write_lines
 from benchmarks.frontier.judging import Bench, Judged, Terms
-from benchmarks.frontier.methods import CLOSED, CONTROL_OF, METHODS, grid, settings
+from benchmarks.frontier.methods import CLOSED, METHODS, TUNED_AS, grid, settings
 from benchmarks.frontier.results import Results, weights_of
 from benchmarks.frontier.running import Clock, Spent, train
 from benchmarks.frontier.tasks import TASKS
@@ -106,7 +106,7 @@ class Work:
         method, task, data = METHODS[run.method], TASKS[run.task], self.data(run.task, run.model)
         found = settings(method, task, run.model, data.prompts(False), run.factors)
         if method.data:
-            found["dataset_name"] = str(data.dataset(method.data, method.wrong))
+            found["dataset_name"] = str(data.dataset(method.data, method.wrong, method.apart))
             if method.route != CLOSED:
                 found["cache_dir"] = str(data.folder / "latents" / run.model)
         return {**found, "seed": run.seed}
@@ -119,7 +119,7 @@ class Work:
 
     def run_of(self, task: str, model: str, name: str, budget: int, seed: int) -> Run:
         """A training with what the search has found for it."""
-        return Run(task, model, name, budget, seed, self.frozen().get(f"{task}/{model}/{CONTROL_OF.get(name, name)}") or {})
+        return Run(task, model, name, budget, seed, self.frozen().get(f"{task}/{model}/{TUNED_AS.get(name, name)}") or {})
 
     def train(self, run: Run) -> tuple[Path, Spent, int]:
         """The folder of the weights, what they cost, and how many different images they have seen."""
@@ -147,7 +147,7 @@ class Work:
     def search(self) -> None:
         """Try the grid of each method at the smallest budget, judged on training prompts by the reward alone, and freeze the best of it."""
         for task, model in self.pairs_of():
-            for name in (name for name in self.applying(task, model) if name not in CONTROL_OF):
+            for name in (name for name in self.applying(task, model) if name not in TUNED_AS):
                 tried = []
                 for factors in grid(METHODS[name]):
                     if self.plan.clock.over:
@@ -192,7 +192,7 @@ class Work:
             return
         folder, cost, seen = self.train(run)
         # Controls are not searched: they have what was found for their method, as far as it takes that.
-        tuned = f"{run.task}/{run.model}/{CONTROL_OF.get(run.method, run.method)}" in self.frozen()
+        tuned = f"{run.task}/{run.model}/{TUNED_AS.get(run.method, run.method)}" in self.frozen()
         fields = {"route": METHODS[run.method].route, "tuned": tuned, "factors": run.factors, **as_fields(cost), "distinct": seen}
         for row in missing:
             bench = self.bench(run.task, run.model, row["guidance"])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks.frontier import __main__ as frontier
 from benchmarks.frontier import controls, data, running
-from benchmarks.frontier.methods import CONTROL, CONTROL_OF, METHODS, grid, settings
+from benchmarks.frontier.methods import CONTROL, METHODS, TUNED_AS, grid, settings
 from benchmarks.frontier.picture import draw
 from benchmarks.frontier.results import Results
 from benchmarks.frontier.samples import sheet
@@ -47,6 +47,7 @@ def test_best_and_worst_of_a_prompt_are_pairs():
     pairs = data.best_and_worst(rows, 4)
     assert [(row["image_0"], row["image_1"]) for row in pairs] == [("4", "0"), ("3", "1")], "the middle one and ties are in none"
     assert pairs[0] == {"prompt": "a", "background": "blue", "image_0": "4", "image_1": "0", "label_0": 1.0}
+    assert data.best_and_worst(rows, 4, apart=2.0) == pairs[:1] and data.best_and_worst(rows, 4, apart=4.0) == []
 
 
 def test_a_known_share_of_the_labels_is_wrong():
@@ -107,16 +108,17 @@ def test_every_training_script_has_a_row():
 
 def test_every_task_has_its_controls():
     for name, task in TASKS.items():
-        found = {control for control in CONTROL_OF if METHODS[control].applies(task, "mini-sd3")}
+        found = {control for control in TUNED_AS if METHODS[control].applies(task, "mini-sd3")}
         assert "plain fine-tuning" in found and ("random reward" in found) is task.online
         assert ("DPO, shuffled" in found) is (PAIRS in task.kinds), name
+        assert ("DPO, pairs apart" in found) is (PAIRS in task.kinds and task.data == "own"), "pairs of scenes have no rewards"
 
 
 def test_every_method_has_the_same_search():
     factors = {name: len(grid(method)) for name, method in METHODS.items()}
     assert factors.pop("TRPO") == 2, "it has no learning rate"
     assert set(factors.values()) == {3, 6} and all((number == 6) is (METHODS[name].strength is not None) for name, number in factors.items())
-    assert set(CONTROL_OF) == {name for name, method in METHODS.items() if method.route == CONTROL}
+    assert set(TUNED_AS) == {name for name, method in METHODS.items() if method.route == CONTROL or method.apart}
 
 
 # results
