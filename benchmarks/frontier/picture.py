@@ -61,6 +61,7 @@ def row_of_panels(axes, rows: Rows, route: str, reward: str, judge: str) -> None
     axes[1].set(xlabel="denoiser rows: training, and sampling of the judged images", ylabel=f"{reward}: gain", xscale="log")
     axes[1].xaxis.set(major_locator=MaxNLocator(4), minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))  # less than a decade
     axes[2].set(xlabel=f"{reward}: gain", ylabel=f"{judge} (took no part): gain")
+    axes[2].xaxis.set_major_locator(MaxNLocator(5))  # gains of thousandths have long labels
     axes[2].legend(*axes[1].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)
 
 

@@ -39,6 +39,9 @@ class TensorCache:
         self.folder = Path(folder) / key_of(model_key)[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": OrderedDict(), "_size": 0}  # copies read anew rather than take as much again
+
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
 

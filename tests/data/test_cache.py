@@ -1,5 +1,6 @@
 """Tensors on disk by what they were computed from: entries come back whole or not at all."""
 
+import copy
 import subprocess
 import sys
 import threading
@@ -166,6 +167,8 @@ def test_the_latest_entries_stay_in_memory_as_far_as_they_fit(tmp_path):
     assert cache.get("a") is None, "the oldest went"
     cache.get("c")[0].zero_()
     assert cache.get("c")[0][0] == ord("c") and cache.get("b")[1] is None, "each caller has a copy"
+
+    assert copy.deepcopy(cache).get("c") is None, "copies have the files alone"
 
     cache.put("c", torch.ones(3))
     assert torch.equal(cache.get("c"), torch.ones(3)), "what is written counts"
