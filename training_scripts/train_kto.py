@@ -126,11 +126,11 @@ def main(argv=None):
         index, sides = zip(*(training.examples.batch(step.epoch, b) for b in step.batches))
         labels = [torch.tensor([rows[i]["label"] for i in own], device=training.policy.device) for own in index]
 
-        # 2 their gains over the pretrained model, and those that they are compared with; what a step of one batch measures, its loss goes back through
+        # 2 their gains over the pretrained model, and those that they are compared with; a step of one batch is measured with its graph, which the loss uses
+        other = mismatched_gains(training, step, sides) if args.reference_point == "mismatched" else None
         once = len(sides) == 1
         found = measured(training, sides, graph=once)
         gain = gains(sides, found)
-        other = mismatched_gains(training, step, sides) if args.reference_point == "mismatched" else None
         point = point_of(gain, torch.cat(labels), mismatched_gain=other, reduce=lambda total: run.accelerator.reduce(total, "sum"))
 
         # 3 loss and update

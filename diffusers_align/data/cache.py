@@ -31,7 +31,7 @@ class TensorCache:
     Args:
         folder: of the cache; several models can share it.
         model_key: what the tensors were computed with: the model's name and revision, the dtype, the kind of tensor ...
-        at_hand: bytes of the latest entries that stay in memory once they are read: a file is opened slower than a small model thinks.
+        at_hand: bytes of the latest entries that stay in memory once they are read: opening a file takes longer than a forward pass of a small model.
     """
 
     def __init__(self, folder: str | Path, model_key: str, at_hand: int = 0):

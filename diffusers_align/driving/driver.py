@@ -188,8 +188,8 @@ class Driver:
     def prompt_features(self, condition: Condition) -> Tensor:
         """One vector a sample, (B, E) float32: the pipeline's encoded prompt, averaged over its tokens.
 
-        Each prompt is encoded by itself, and once for all calls: padded to a batch's longest, it would depend on the others. Where guidance makes the
-        pipeline return the negative prompt in the same tensor, that is averaged in.
+        Each prompt is encoded by itself: padded to a batch's longest, it would depend on the others. After `remember_prompts` it is encoded once for all
+        calls. Where guidance makes the pipeline return the negative prompt in the same tensor, that is averaged in.
 
         Raises:
             ValueError: the pipeline has no `encode_prompt`.

@@ -96,9 +96,10 @@ class PromptMemory:
         return self.entries[key][0]
 
     def feature(self, arguments: dict[str, Any], compute: Callable[[], Tensor], *place: Any) -> Tensor:
-        """`compute()`, the vector of a prompt in a call with these arguments, or what it returned for equal ones at this `place`; one that is given more than
-        texts, numbers and switches is computed each time."""
-        if (plain := _plain(arguments)) is None:
+        """`compute()`, the vector of a prompt in a call with these arguments. Where prompts are encoded once (`once_each`), what it returned for equal
+        arguments at this `place`, unless there are more of them than texts, numbers and switches."""
+        plain = _plain(arguments) if self.once_each else None
+        if plain is None:
             return compute()
         key = (json.dumps(plain), *place)
         self.features[key] = self.features.pop(key) if key in self.features else compute()

@@ -183,6 +183,7 @@ class Planner:
         for recompute in [not chosen, chosen] if stage.has_gradient else [chosen]:
             self.recompute(recompute)
             self.policy.prompt_memory.entries.clear()
+            self.policy.prompt_memory.features.clear()
             with bench.measured() as works[recompute]:
                 stage.once()
         encoded = [x for result, *_ in self.policy.prompt_memory.entries.values() for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]

