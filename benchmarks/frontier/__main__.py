@@ -36,7 +36,7 @@ from benchmarks.frontier.samples import draw_samples
 from benchmarks.frontier.summary import summary
 from benchmarks.frontier.table import page
 from benchmarks.frontier.tasks import CALL, TASKS
-from benchmarks.frontier.work import Plan, Work, of_today
+from benchmarks.frontier.work import Plan, Work, of_today, read_frozen
 from benchmarks.one_thread import ROOT
 
 PUBLISHED, PAGE = ROOT / "benchmarks" / "frontier", ROOT / "docs" / "frontier.md"
@@ -79,9 +79,14 @@ def publish(output_dir: Path) -> None:
     copy(output_dir, PUBLISHED)
     for picture in output_dir.glob("frontier_*_samples.png"):
         shutil.copyfile(picture, PAGE.parent / picture.name)
-    draw(of_today(Results(PUBLISHED / "results.jsonl").all()), PAGE.parent)
+    draw(rows_of(PUBLISHED), PAGE.parent)
     PAGE.write_text(published(), encoding="utf-8")
     print(f"{', '.join(KEPT)} in {PUBLISHED}, {PAGE} and its pictures: run docs/generate.py, and commit them all.")
+
+
+def rows_of(folder: Path) -> list[dict]:
+    """What tables and pictures of a folder's results show."""
+    return of_today(Results(folder / "results.jsonl").all(), read_frozen(folder / "frozen.json"))
 
 
 def copy(source: Path, target: Path) -> None:
@@ -99,7 +104,7 @@ def with_samples(names: Iterable[str]) -> list[str]:
 
 def published() -> str:
     """docs/frontier.md: its own words up to the mark, then the pictures and tables of the committed results."""
-    words, rows = PAGE.read_text(encoding="utf-8").partition(MARK)[0], of_today(Results(PUBLISHED / "results.jsonl").all())
+    words, rows = PAGE.read_text(encoding="utf-8").partition(MARK)[0], rows_of(PUBLISHED)
     names = dict.fromkeys(f"frontier_{row['task']}_{row['model']}_g{row['guidance']:g}" for row in rows)
     pictures = "".join(f"![{name.replace('_', ' ')}]({name}.png)\n\n" for name in with_samples(names))
     short = summary(rows)
@@ -120,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.part == "publish":
         return publish(args.output_dir)
     if args.part == "report":
-        rows = of_today(Results(args.output_dir / "results.jsonl").all())
+        rows = rows_of(args.output_dir)
         (args.output_dir / "frontier.md").write_text(page(rows), encoding="utf-8")
         print("\n".join(map(str, [args.output_dir / "frontier.md", *draw(rows, args.output_dir)])))
         return None

@@ -71,8 +71,7 @@ class Work:
     # what there is
 
     def frozen(self) -> dict[str, dict[str, float]]:
-        """What the search has found, by task/model/method."""
-        return json.loads(self.frozen_file.read_text()) if self.frozen_file.is_file() else {}
+        return read_frozen(self.frozen_file)
 
     def judge_of(self, task: str) -> str:
         return self.plan.judge or TASKS[task].judge
@@ -119,7 +118,7 @@ class Work:
 
     def run_of(self, task: str, model: str, name: str, budget: int, seed: int) -> Run:
         """A training with what the search has found for it."""
-        return Run(task, model, name, budget, seed, self.frozen().get(f"{task}/{model}/{TUNED_AS.get(name, name)}") or {})
+        return Run(task, model, name, budget, seed, found_for(task, model, name, self.frozen()) or {})
 
     def train(self, run: Run) -> tuple[Path, Spent, int]:
         """The folder of the weights, what they cost, and how many different images they have seen."""
@@ -192,7 +191,7 @@ class Work:
             return
         folder, cost, seen = self.train(run)
         # Controls are not searched: they have what was found for their method, as far as it takes that.
-        tuned = f"{run.task}/{run.model}/{TUNED_AS.get(run.method, run.method)}" in self.frozen()
+        tuned = found_for(run.task, run.model, run.method, self.frozen()) is not None
         fields = {"route": METHODS[run.method].route, "tuned": tuned, "factors": run.factors, **as_fields(cost), "distinct": seen}
         for row in missing:
             bench = self.bench(run.task, run.model, row["guidance"])
@@ -224,13 +223,28 @@ def settings_digest(run: Run) -> str:
     return digest_of(settings(METHODS[run.method], task, run.model, task.train, run.factors))[:8]
 
 
-def of_today(rows: list[dict]) -> list[dict]:
-    """The rows of what a method's recipe says now: others are of trainings that nobody would get any more."""
+def read_frozen(file: Path) -> dict[str, dict[str, float]]:
+    """What a search has found, by task/model/method; nothing where there was none."""
+    return json.loads(file.read_text()) if file.is_file() else {}
 
-    def digest(row: dict) -> str:
-        return settings_digest(Run(*(row[name] for name in ("task", "model", "method", "budget", "seed", "factors"))))
 
-    return [row for row in rows if row["settings"] == digest(row)]
+def found_for(task: str, model: str, name: str, frozen: dict[str, dict[str, float]]) -> dict[str, float] | None:
+    """The factors that the search has frozen for a method, or for the one that it is trained as; None where there was no search."""
+    return frozen.get(f"{task}/{model}/{TUNED_AS.get(name, name)}")
+
+
+def of_today(rows: list[dict], frozen: dict[str, dict[str, float]]) -> list[dict]:
+    """The rows of what a method's recipe says now and the search has found for it: others are of trainings that nobody would get any more.
+
+    A row that has the recipe's own numbers is of the search where that has chosen these.
+    """
+    now = []
+    for row in rows:
+        task, model, name, budget, seed = (row[part] for part in ("task", "model", "method", "budget", "seed"))
+        factors = found_for(task, model, name, frozen)
+        if row["settings"] == settings_digest(Run(task, model, name, budget, seed, factors or {})):
+            now.append({**row, "tuned": factors is not None})
+    return now
 
 
 def as_fields(cost: Spent) -> dict[str, Any]:

@@ -176,9 +176,20 @@ def test_the_summary_says_who_beats_the_controls():
     assert summary([row()]) == ""
 
 
-def test_rows_of_a_recipe_that_has_changed_are_not_shown():
-    now = {**row(), "factors": {}, "settings": settings_digest(Run("color", "mini-sd3", "Flow-GRPO", 8000, 0, {}))}
-    assert of_today([now, {**now, "settings": "another"}, row(method="base", settings="", factors={})]) == [now, row(method="base", settings="", factors={})]
+def test_rows_of_other_numbers_than_todays_are_not_shown():
+    def of(factors, name="Flow-GRPO"):
+        return row(method=name, settings=settings_digest(Run("color", "mini-sd3", name, 8000, 0, factors)), tuned=False)
+
+    bare, recipes, tripled, base = of({}), of({"learning_rate": 1.0, "strength": 1.0}), of({"learning_rate": 3.0}), row(method="base", settings="", tuned=False)
+    assert bare["settings"] == recipes["settings"] != tripled["settings"]
+    assert of_today([bare, tripled, {**bare, "settings": "another"}, base], {}) == [bare, base], "without a search, the recipe's"
+
+    found = {"color/mini-sd3/Flow-GRPO": {"learning_rate": 3.0}}
+    assert of_today([bare, tripled, base], found) == [{**tripled, "tuned": True}, base], "a search puts its numbers in their place"
+    chosen = {"color/mini-sd3/Flow-GRPO": {"learning_rate": 1.0, "strength": 1.0}}
+    assert of_today([bare], chosen) == [{**bare, "tuned": True}], "it may have chosen the recipe's own"
+    control = of({"learning_rate": 3.0}, "random reward")
+    assert of_today([control, of({}, "random reward")], found) == [{**control, "tuned": True}], "a control follows its method"
 
 
 def test_no_mean_is_over_two_settings():
