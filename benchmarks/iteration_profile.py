@@ -2,11 +2,12 @@
 
     python -m benchmarks.iteration_profile flow_grpo_mini_sd3
     python -m benchmarks.iteration_profile --recipes
+    python -m benchmarks.iteration_profile --recipes --own_sizes
     python -m benchmarks.iteration_profile --recipes --larger
 
 With the name of a recipe: the parts of its epoch, in its own sizes. With `--recipes`: a row each of all mini recipes, or of those that are named, in small
-sizes (16 samples in batches of 8; with `--larger` 4 samples of 4 steps in batches of 4, and denoisers of random weights, 40 to 65 million of them). Seconds of
-processor time on one thread, medians of three epochs after one that is thrown away. Own time is everything outside of the named parts, so total / parts says
+sizes (16 samples in batches of 8; with `--own_sizes` the recipe's own; with `--larger` 4 samples of 4 steps in batches of 4, and denoisers of random weights,
+40 to 65 million of them). Seconds of processor time on one thread, medians of three epochs after one that is thrown away. Own time is everything outside of the named parts, so total / parts says
 what an epoch costs beside those alone. Each recipe is a process of its own; data sets are pictures that are made here. train_reward.py, which has no
 pipeline, is not among them.
 """
@@ -80,7 +81,7 @@ def larger(given: dict, place: Path) -> dict:
 
 
 def data(given: dict, place: Path, recipe: str) -> dict:
-    """A data set of 32 pictures in the place of the one that the recipe is about, of each kind."""
+    """A data set of random pictures, as many as an epoch has samples and 32 at least, in the place of the one that the recipe is about, of each kind."""
     for lines in made_by(recipe) if recipe not in ALSO else ():
         words = shlex.split(" ".join(lines))
         if words[0] == "python":
@@ -89,14 +90,14 @@ def data(given: dict, place: Path, recipe: str) -> dict:
         return given
     from PIL import Image
 
-    draws, rows = random.Random(0), {"pairs": [], "binary": [], "scored": []}
-    for i in range(32):
+    draws, rows, number = random.Random(0), {"pairs": [], "binary": [], "scored": []}, max(32, given.get("num_samples_per_epoch", 0))
+    for i in range(number):
         prompt, files = f"a fox on a background of kind {i // 4}", [f"{i}_{side}.png" for side in range(2)]
         for file in files:
             Image.frombytes("RGB", (32, 32), draws.randbytes(32 * 32 * 3)).save(place / file)
         rows["pairs"].append({"prompt": prompt, "image_0": files[0], "image_1": files[1], "label_0": i % 2})
         rows["binary"].append({"prompt": prompt, "image": files[0], "label": bool(i % 2)})
-        rows["scored"].append({"prompt": prompt, "image": files[0], "reward": i / 32})
+        rows["scored"].append({"prompt": prompt, "image": files[0], "reward": i / number})
     for kind, found in rows.items():
         (place / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     given = given | {"dataset_name": str(place / f"{Path(given['dataset_name']).name}.jsonl")}
@@ -162,13 +163,13 @@ def medians(found: list[dict[str, float]]) -> dict[str, float]:
 
 
 def of_recipe(recipe: str, how: str, place: Path) -> dict[str, float]:
-    """The medians of a recipe: `whole`, `small` or `larger`."""
+    """The medians of a recipe: in its `own` sizes, `small` or `larger`."""
     script, given = settings(recipe)
-    if how != "whole":
+    if how != "own":
         given = small(given, *((16, 8) if how == "small" else (4, 4)))
-        if how == "larger":
-            given = larger(given, place)
-        given = data(given, place, recipe)
+    if how == "larger":
+        given = larger(given, place)
+    given = data(given, place, recipe)
     given |= {"output_dir": str(place / "out"), "num_epochs": EPOCHS + 2, **({"cache_dir": str(place / "cache")} if "cache_dir" in given else {})}
     path = place / "recipe.yaml"
     path.write_text(yaml.safe_dump(given))
@@ -202,7 +203,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="RECIPE", help=f"one of {', '.join(recipes())}")
     parser.add_argument("--recipes", action="store_true", help="a row of each, in small sizes")
-    parser.add_argument("--larger", action="store_true", help="with --recipes: denoisers of 40 to 65 million weights")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--own_sizes", action="store_true", help="with --recipes: the sizes of the recipes themselves")
+    sizes.add_argument("--larger", action="store_true", help="with --recipes: denoisers of 40 to 65 million weights")
     args = parser.parse_args()
     if unknown := sorted(set(args.names) - set(recipes())):
         parser.error(f"no recipe of an embedded model: {', '.join(unknown)}; --help lists them")
@@ -212,10 +215,10 @@ def main() -> None:
     if args.recipes:
         print("| recipe | an epoch, s | own time, s | share | total / parts | peak RSS, MiB |\n|---|---|---|---|---|---|")
         for recipe in args.names or recipes():
-            print(report(recipe, "larger" if args.larger else "small"), flush=True)
+            print(report(recipe, "larger" if args.larger else "own" if args.own_sizes else "small"), flush=True)
         return
     (recipe,) = args.names
-    found = of_recipe(recipe, "whole", Path(tempfile.mkdtemp()))
+    found = of_recipe(recipe, "own", Path(tempfile.mkdtemp()))
     peak = found.pop("peak")
     print(f"\n{recipe}, medians of {EPOCHS} epochs, one thread, peak RSS {peak:.0f} MiB\n\n| part | seconds | share |\n|---|---|---|")
     for name, seconds in sorted(found.items(), key=lambda item: -item[1]):

@@ -145,11 +145,15 @@ class PromptMemory:
     def _by_rows(self, encode: Callable, call: Call) -> tuple[Any, bool]:
         """The stored result, put together from those of the prompts where the pipeline's allow it; and whether it was."""
         rows = _rows(call)
-        if rows and any(self.store.get(_name(row)) is None for row in rows):
+        names = [_name(row) for row in rows]
+        stored = {name: self.store.get(name) for name in dict.fromkeys(names)}
+        if None in stored.values():
             self._ahead(encode, rows)
         if len(rows) > 1 and (example := self._example(encode, call)) is not None:
             try:
-                return _joined([self._entry(encode, row) for row in rows], *example), True
+                # A prompt that comes again is read again, so that rows share no tensor.
+                parts = [self._entry(encode, row) if (tree := stored.pop(name, None)) is None else tree for name, row in zip(names, rows)]
+                return _joined(parts, *example), True
             except _NotByRows:  # of different lengths
                 pass
         if any(_texts(value) and len(value) > 1 for value in (*call[0], *call[1].values())):
