@@ -141,6 +141,12 @@ def settings(method: Method, task: Task, model: str, train: str, tuned: dict[str
     return {name: value for name, value in found.items() if value is not None}
 
 
+def numbers(method: Method, task: Task, model: str, tuned: dict[str, float]) -> dict[str, float]:
+    """What a run has of the numbers that the search tries, by the names of their flags."""
+    found = settings(method, task, model, "", tuned)
+    return {name: found[name] for name in method.tuned.values()}
+
+
 def grid(method: Method) -> list[dict[str, float]]:
     """What the search tries of a method: the same factors of its recipe's numbers for all that have them."""
     return [dict(zip(method.tuned, factors)) for factors in product(*(FACTORS[name] for name in method.tuned))]

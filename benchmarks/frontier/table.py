@@ -8,13 +8,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from benchmarks.frontier.methods import CONTROL
+from benchmarks.frontier.methods import CONTROL, METHODS, numbers
 from benchmarks.frontier.tasks import TASKS
 from benchmarks.frontier.work import BASE
 
 SURE = 2.0  # standard errors of a difference that count as one
 UNTRAINED = ("real scenes", "best of 8")  # controls that are bounds and no trainings
-HEAD = "| method | seeds | rows | updates | images seen | CPU s | {reward}: gain | against the controls | {judge}: gain | gap, s.d. | KL, nats | diversity |"
+HEAD = "| method | seeds | rows | updates | images seen | CPU s | {reward}: gain | against the controls | {judge}: gain | gap, s.d. | KL, nats | diversity | learning rate, strength |"
 ERRORS = "Errors are of the images, which all seeds share, and of a row's training seeds, added in squares; with one seed, of the images alone."
 
 
@@ -82,8 +82,14 @@ def line(rows: dict[tuple[str, int], list[dict]], key: tuple[str, int]) -> str:
     cells = [name + ("" if entry[0]["tuned"] or not trained else "*"), str(len(entry)) if budget else "", *cost, shown(over_seeds(entry, "reward_gain"))]
     said = "" if against is None else verdict(against) if len(entry) > 1 else "one seed"
     cells += [f"{shown(against)}, {said}" if against else "", shown(over_seeds(entry, "judge_gain")), shown(over_seeds(entry, "gap"), "+.2f")]
-    kl = over_seeds(entry, "kl")
-    return "| " + " | ".join([*cells, shown(kl, ".0f"), shown(over_seeds(entry, "diversity"), ".3f")]) + " |"
+    cells += [shown(over_seeds(entry, "kl"), ".0f"), shown(over_seeds(entry, "diversity"), ".3f"), numbers_of(entry[0]) if budget else ""]
+    return "| " + " | ".join(cells) + " |"
+
+
+def numbers_of(row: dict) -> str:
+    """What the search tries, as the row's training had it: the learning rate, and the strength by the name of its flag."""
+    found = numbers(METHODS[row["method"]], TASKS[row["task"]], row["model"], row["factors"])
+    return ", ".join(f"{value:g}" if name == "learning_rate" else f"{name} {value:g}" for name, value in found.items())
 
 
 def table(rows: dict[tuple[str, int], list[dict]], task: str, judge: str) -> str:

@@ -243,7 +243,7 @@ def of_today(rows: list[dict], frozen: dict[str, dict[str, float]]) -> list[dict
         task, model, name, budget, seed = (row[part] for part in ("task", "model", "method", "budget", "seed"))
         factors = found_for(task, model, name, frozen)
         if row["settings"] == settings_digest(Run(task, model, name, budget, seed, factors or {})):
-            now.append({**row, "tuned": factors is not None})
+            now.append({**row, "tuned": factors is not None, "factors": factors or {}})
     return now
 
 

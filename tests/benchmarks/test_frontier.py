@@ -130,6 +130,7 @@ ROW |= {
     "weights": "w",
     "settings": "s",
     "tuned": True,
+    "factors": {},
     "rows": 2100,
     "updates": 4,
     "distinct": 192,
@@ -178,7 +179,7 @@ def test_the_summary_says_who_beats_the_controls():
 
 def test_rows_of_other_numbers_than_todays_are_not_shown():
     def of(factors, name="Flow-GRPO"):
-        return row(method=name, settings=settings_digest(Run("color", "mini-sd3", name, 8000, 0, factors)), tuned=False)
+        return row(method=name, settings=settings_digest(Run("color", "mini-sd3", name, 8000, 0, factors)), tuned=False, factors=factors)
 
     bare, recipes, tripled, base = of({}), of({"learning_rate": 1.0, "strength": 1.0}), of({"learning_rate": 3.0}), row(method="base", settings="", tuned=False)
     assert bare["settings"] == recipes["settings"] != tripled["settings"]
@@ -187,7 +188,7 @@ def test_rows_of_other_numbers_than_todays_are_not_shown():
     found = {"color/mini-sd3/Flow-GRPO": {"learning_rate": 3.0}}
     assert of_today([bare, tripled, base], found) == [{**tripled, "tuned": True}, base], "a search puts its numbers in their place"
     chosen = {"color/mini-sd3/Flow-GRPO": {"learning_rate": 1.0, "strength": 1.0}}
-    assert of_today([bare], chosen) == [{**bare, "tuned": True}], "it may have chosen the recipe's own"
+    assert of_today([bare], chosen) == [{**bare, "tuned": True, "factors": chosen["color/mini-sd3/Flow-GRPO"]}], "it may have chosen the recipe's own"
     control = of({"learning_rate": 3.0}, "random reward")
     assert of_today([control, of({}, "random reward")], found) == [{**control, "tuned": True}], "a control follows its method"
 
@@ -228,6 +229,7 @@ def test_tables_and_pictures_are_made_of_the_rows(tmp_path):
         drawn = np.array(picture.convert("RGB")).reshape(-1, 3)
     for color in ((31, 119, 180), (0, 0, 0)):
         assert (drawn == color).all(1).sum() > 50, "the method's curve, and the bound's line"
+    assert "| 0.0005, kl_weight 0.1 |" in text and "| 0.0015, kl_weight 0.01 |" in page([row(factors={"learning_rate": 3.0, "strength": 0.1})])
     assert page([]) == "Nothing has been measured yet.\n"
 
 
