@@ -7,9 +7,9 @@
 
 With the name of a recipe: the parts of its epoch, in its own sizes. With `--recipes`: a row each of all mini recipes, or of those that are named, in small
 sizes (16 samples in batches of 8; with `--own_sizes` the recipe's own; with `--larger` 4 samples of 4 steps in batches of 4, and denoisers of random weights,
-40 to 65 million of them). Seconds of processor time on one thread, medians of three epochs after one that is thrown away. Own time is everything outside of the named parts, so total / parts says
-what an epoch costs beside those alone. Each recipe is a process of its own; data sets are pictures that are made here. train_reward.py, which has no
-pipeline, is not among them.
+40 to 65 million of them). Seconds of processor time on one thread, medians of three epochs after one that is thrown away. Own time is everything outside of
+the named parts, so total / parts says what an epoch costs beside those alone. Each recipe is a process of its own; data sets are pictures that are made
+here. train_reward.py, which has no pipeline, is not among them.
 """
 
 from __future__ import annotations

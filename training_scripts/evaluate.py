@@ -14,14 +14,14 @@ from annotated_types import Interval
 from pydantic import model_validator
 
 from diffusers_align.training.flags.common import PlaceArguments, SeedArguments
-from diffusers_align.training.flags.data import HeldOutArguments
+from diffusers_align.training.flags.data import ColumnArguments, HeldOutArguments
 from diffusers_align.training.flags.methods import StrengthArguments
 from diffusers_align.training.flags.model import CallArguments, DecodingArguments, EvalSchedulerArguments, PipelineArguments, PrecisionArguments
 from diffusers_align.training.flags.options import Count, option, parse, required
 from diffusers_align.training.flags.task import InvalidRewardArguments, PromptArguments, RetryArguments
 
 BASE = "base"
-SAMPLED, STRENGTH = {"kl_samples": True}, ("sde_type", "noise_level", "eta")
+OF_PAIRS, SAMPLED, STRENGTH = {"eval_dataset_name": True}, {"kl_samples": True}, ("sde_type", "noise_level", "eta")
 
 
 class ComparisonArguments(EvalSchedulerArguments, PipelineArguments, DecodingArguments, CallArguments, PrecisionArguments, SeedArguments):
@@ -51,11 +51,12 @@ class EvaluationArguments(
     ComparisonArguments,
     StrengthArguments,
     HeldOutArguments,
+    ColumnArguments,
     RetryArguments,
     InvalidRewardArguments,
     PlaceArguments,
-    needs={name: SAMPLED for name in STRENGTH},
-    advanced=STRENGTH,
+    needs={**{name: SAMPLED for name in STRENGTH}, "column_map": OF_PAIRS},
+    advanced={*STRENGTH, "column_map"},
     basic={"eval_dataset_name", "eval_scheduler"},
     was={"eval_dataset_name": "pairs", "eval_dataset_split": "pairs_split"},
 ):
@@ -70,8 +71,9 @@ class EvaluationArguments(
     )
     kl_samples: Annotated[int, Interval(ge=0, le=10**9)] = option(16, "trajectories of the KL to the base, sampled with noise; 0 leaves it out")
     pair_timesteps: Annotated[int, Interval(ge=1, le=1000)] = option(
-        8, "draws of noise and timestep for a pair, in equal strata", needs={"eval_dataset_name": True}, advanced=True
+        8, "draws of noise and timestep for a pair, in equal strata", needs=OF_PAIRS, advanced=True
     )
+    image_root: str | None = option(None, "folder of relative image paths; the file's own if absent", needs=OF_PAIRS, advanced=True)
     num_grid_images: Annotated[int, Interval(ge=1, le=10**4)] = option(8, "columns of the picture", advanced=True)
 
     @model_validator(mode="after")
@@ -98,7 +100,7 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from diffusers_align.data import load_prompts
+from diffusers_align.data import load_prompts, parse_column_map
 from diffusers_align.driving.calls import calls_of
 from diffusers_align.policy import Policy
 from diffusers_align.rewards.clip_embedder import CLIPEmbedder
@@ -123,13 +125,25 @@ def load_task(args, say=None):
     if args.diversity:
         check_one_size(prompts, args.prompts, "Diversity (--no-diversity leaves it out)")
     args.num_samples = args.num_samples or 2 * len(prompts)
-    samples = Counter(prompts[i % len(prompts)].key for i in range(args.num_samples))
-    if args.diversity and min(samples.values()) < 2:
+    asked = asked_of(args, prompts)
+    samples = Counter(prompt.key for prompt in asked)
+    if args.diversity and (lonely := next((prompt.text for prompt in asked if samples[prompt.key] < 2), None)) is not None:
         raise ValueError(
-            f"Diversity needs at least two samples of each prompt, but --num_samples {args.num_samples} gives {min(samples, key=samples.get)!r} only one. "
+            f"Diversity needs at least two samples of each prompt, but --num_samples {args.num_samples} gives {lonely!r} only one. "
             f"Raise it to {2 * len(prompts)}, or pass --no-diversity."
         )
     return prompts
+
+
+def asked_of(args, prompts):
+    """What each of a model's samples is asked for, in their order."""
+    return [prompts[i % len(prompts)] for i in range(args.num_samples)]
+
+
+def load_pairs(args, session):
+    """The held-out pairs."""
+    reading = {"column_map": parse_column_map(args.column_map) if args.column_map else None, "image_root": args.image_root, "inputs": inputs_of(args)}
+    return HeldOutPairs(session, args.eval_dataset_name, args.pair_timesteps, args.eval_dataset_split, **reading)
 
 
 def load_models(args):
@@ -184,7 +198,8 @@ def compare(args, session, pipeline, scheduler, loras, prompts, rewards, embedde
                     kl = sampled_kl(session, policy, prompts, args.kl_samples, bar.update) if lora else no_kl(args.kl_samples)
                 if pairs:
                     errors[name] = pairs.errors(policy, bar.update)
-            spread = diversities(evaluation.images, evaluation.prompts, embedder, args.batch_size) if args.diversity else {}
+            tasks = [prompt.key for prompt in asked_of(args, prompts)]
+            spread = diversities(evaluation.images, tasks, embedder, args.batch_size) if args.diversity else {}
             preferred = margins(errors[name], errors[BASE]) if pairs and lora else None
             models[name] = describe(evaluation, evaluations.get(BASE), spread, kl, Cost.read(lora) if lora else None, preferred)
             evaluations[name] = evaluation
@@ -201,9 +216,7 @@ def main(argv=None):
     out = common.check_output_dir(args.output_dir)
     loras = load_models(args)
     prompts = load_task(args, session.print)
-    pairs = (
-        HeldOutPairs(session, args.eval_dataset_name, args.pair_timesteps, args.eval_dataset_split, inputs=inputs_of(args)) if args.eval_dataset_name else []
-    )
+    pairs = load_pairs(args, session) if args.eval_dataset_name else []
     rewards = load_rewards(args.reward, args.reward_model, device, args.reward_retries)
     embedder = CLIPEmbedder(**model_option(args.diversity_model)).to(device) if args.diversity and args.diversity_model else None
     pipeline = load_pipeline(args).to(device)

@@ -6,7 +6,7 @@ The algorithm's page is `diffusers_align/algorithms/d3po.py` (https://arxiv.org/
 makes the pairs. With `--trajectories` those come from a folder that `make_preferences.py --save_trajectories` wrote.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
@@ -21,6 +21,7 @@ OF_SAMPLING = ("sde_type", "noise_level", "sde_window", "eta", "same_latent", "r
 class D3POArguments(NoiseArguments, SamplingArguments, defaults=DEFAULTS):
     """D3PO"""
 
+    gradient_accumulation_steps: ClassVar[None] = None  # each step is on all of an epoch's pairs, which join samples of different batches
     prompts: str | None = None
     reward: str | None = None
     num_prompts_per_epoch: Count = option(16, "groups per epoch")
@@ -84,10 +85,12 @@ def update(run, policy, samples, pairs, steps, logged):
 
 def main(argv=None):
     args = parse_args(argv)
-    run = Run(args, "D3PO")
-    run.batches(args.num_prompts_per_epoch * args.group_size)
     model = {"model": args.pretrained_model_name_or_path, "revision": args.revision, "variant": args.variant}
     stored = StoredTrajectories(args.trajectories, group_size=args.group_size, **model) if args.trajectories else None
+    taken_over = stored.hand_over(args) if stored else []
+    run = Run(args, "D3PO")
+    run.explain_once(*taken_over)
+    run.batches(args.num_prompts_per_epoch * args.group_size)
     report = Report(run, [{"prompt": prompt.text} for prompt in stored.prompts] if stored else None)
     policy = run.load_policy(**(stored.noise if stored else noise_fields(args)))
     run.load_optimizer(args.num_epochs * args.num_updates_per_epoch)

@@ -52,6 +52,15 @@ class DDPOArguments(
     cg_damping: Positive = option(0.1, "added to the Fisher matrix's diagonal", needs=TRPO, advanced=True)
 
     @model_validator(mode="after")
+    def _check_statistics(self):
+        if self.per_prompt_stat_tracking and self.per_prompt_stat_buffer_size < self.per_prompt_stat_min_count:
+            raise ValueError(
+                f"--per_prompt_stat_buffer_size {self.per_prompt_stat_buffer_size} never holds the {self.per_prompt_stat_min_count} rewards of "
+                "--per_prompt_stat_min_count, from which on a prompt has statistics of its own: raise the first or lower the second"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_trust_region(self):
         if self.update == "trpo" and self.mixed_precision == "fp16":
             raise ValueError("--update trpo does not scale its gradients, which underflow in fp16: use --mixed_precision bf16")

@@ -53,7 +53,7 @@ class DRaFTArguments(RewardGradientArguments, defaults=DEFAULTS):
     @model_validator(mode="before")
     @classmethod
     def _fill_reward_map(cls, values):
-        if values.get("method") == "srpo" and values.get("reward_map", "none") == "none":
+        if values.get("method") == "srpo" and "reward_map" not in values:
             return {"reward_target": 0.7, **values, "reward_map": "hinge"}  # official, on normalised HPS
         return values
 

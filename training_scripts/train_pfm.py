@@ -14,7 +14,7 @@ from pydantic import model_validator
 from diffusers_align.training.flags.common import RunArguments
 from diffusers_align.training.flags.data import SourceArguments
 from diffusers_align.training.flags.model import PipelineArguments
-from diffusers_align.training.flags.options import Count, Decay, NonNegative, Pixels, Steps, option, parse
+from diffusers_align.training.flags.options import Count, Decay, NonNegative, Pixels, Probability, Steps, option, parse
 from diffusers_align.training.flags.task import RewardArguments
 
 # Adam as in the official code; the average is what is judged and saved.
@@ -39,6 +39,7 @@ class FlowDataArguments(SourceArguments, was={"dataset_name": "data", "dataset_s
 class FieldArguments(PipelineArguments):
     """vector field"""
 
+    single_file_config: ClassVar[None] = None  # the parts are read from folders
     pretrained_model_name_or_path: str | None = option(None, "where the autoencoder and the text encoder come from: a pipeline with `vae`, `text_encoder`")
     pixels: bool = option(False, "a flow of pixels: no autoencoder")
     sees_prompt: bool = option(True, "condition the flow on the prompt, through the text encoder")
@@ -64,7 +65,9 @@ class PFMArguments(FlowDataArguments, RewardArguments, FieldArguments, RunArgume
     num_inference_steps: Steps = option(10, "solver steps of a pass, in evaluations")
     solver: Literal["euler", "heun", "rk4"] = option("heun", "of a pass, in evaluations", advanced=True, resume="measured")
     iterations: Annotated[int, Interval(ge=1, le=1000)] = option(1, "passes, in evaluations", advanced=True, resume="measured")
-    strength: Annotated[float, Interval(ge=0, le=10)] = option(1.0, "how far a pass goes, in evaluations; 0 changes nothing", resume="measured")
+    strength: Probability = option(
+        1.0, "share of the way that a pass goes, in evaluations; 0 changes nothing, --iterations goes on from where a pass ends", resume="measured"
+    )
 
 
 def parse_args(argv=None):
@@ -147,7 +150,7 @@ def load_data(args):
     rows, held_out = flow_pairs.split_by_prompt(rows, args.held_out, args.seed)
     fields = {prompt.text: prompt for prompt in load_prompts(args.prompts)} if args.prompts else {}
     if args.outputs:
-        outputs, report = load_preferences(args.outputs, "captioned")
+        outputs, report = load_preferences(args.outputs, "captioned", mappable=False)
         print(report)
         outputs = [(row["prompt"], row["image"]) for row in outputs]
     else:

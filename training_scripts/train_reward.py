@@ -25,7 +25,7 @@ class StepAwareArguments(
     PipelineArguments,
     SizeArguments,
     PrecisionArguments,
-    needs={name: PREDICTED for name in ("revision", "variant", "height", "width", "call_kwargs", "mixed_precision")},
+    needs={name: PREDICTED for name in ("single_file_config", "revision", "variant", "height", "width", "call_kwargs", "mixed_precision")},
 ):
     """step-aware rewards"""
 
@@ -47,7 +47,7 @@ class RewardModelArguments(SourceArguments, BadRowArguments, StepAwareArguments,
     """reward model"""
 
     kind: Literal["pair", "binary", "scored", "ranked"] = option("pair", "what to learn from")
-    ties: Literal["drop", "soft"] = option("soft", "pairs without a winner: labels of one half, or left out", advanced=True)
+    ties: Literal["drop", "soft"] = option("soft", "pairs without a winner: labels of one half, or left out", needs={"kind": "pair"}, advanced=True)
     held_out: Annotated[float, Interval(gt=0, lt=1)] = option(0.2, "share of the prompts that is not trained on")
     model: str = option("openai/clip-vit-large-patch14", "a CLIP model: Hub name, folder, or mini-clip")
     hidden: Annotated[int, Interval(ge=0, le=65536)] = option(0, "units of the head's hidden layer; 0 is a linear head", advanced=True)
@@ -88,6 +88,7 @@ def load_examples(args):
     options = {"column_map": columns, "ties": args.ties, "bad_rows": args.bad_rows, "split": args.dataset_split, "image_root": args.image_root}
     rows, report = load_preferences(args.dataset_name, args.kind, **options)
     print(report)
+    rows = weighing(rows, args.dataset_name)
     examples = examples_of(rows, args.kind)
     if args.step_aware:
         accelerator = Accelerator(mixed_precision=args.mixed_precision)
@@ -97,6 +98,16 @@ def load_examples(args):
     if (reason := indifferent(rows, args.kind)) and not args.allow_no_signal:
         raise ValueError(f"{args.dataset_name}: {reason}, so there is nothing to learn. Give other data, or pass --allow_no_signal.")
     return examples
+
+
+def weighing(rows, source):
+    """The rows whose weight is not 0: in a batch of nothing else there would be no mean."""
+    kept = [row for row in rows if row.get("weight", 1.0) > 0]
+    if not kept:
+        raise ValueError(f"{source}: all {len(rows)} rows have the weight 0, so there is nothing to learn. Give some of them a weight above 0.")
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} of {len(rows)} rows have the weight 0 and are left out.")
+    return kept
 
 
 def standardise(examples, train):

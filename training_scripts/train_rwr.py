@@ -46,12 +46,14 @@ from diffusers_align.training.offline.descent import descend
 from diffusers_align.training.offline.loop import OfflineTraining
 from diffusers_align.training.offline.pairs_and_batches import Examples
 from diffusers_align.training.offline.rows import load_captioned, load_rows
+from diffusers_align.training.run.inputs import prompt_of
 
 
 def weighted(run, rows):
     """The rows that weigh anything, their weights (N,) as shares of the mean over all rows, and the weights' statistics."""
-    args, prompts = run.args, {row["prompt"]: i for i, row in enumerate(rows)}
-    rewards, groups = torch.tensor([row["reward"] for row in rows]), torch.tensor([prompts[row["prompt"]] for row in rows])
+    args, tasks = run.args, [prompt_of(row).key for row in rows]
+    first = {task: i for i, task in reversed(list(enumerate(tasks)))}
+    rewards, groups = torch.tensor([row["reward"] for row in rows]), torch.tensor([first[task] for task in tasks])
     options = {name: getattr(args, name) for name in ("scope", "temperature", "top_k", "top_q", "max_weight", "force")}
     weights = reward_weights(rewards, groups, kind=args.weights, **options)
     statistics = weight_statistics(weights)

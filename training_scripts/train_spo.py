@@ -35,6 +35,12 @@ class SPOArguments(NoiseArguments, SamplingArguments, defaults=DEFAULTS):
     def _check_divert_start_step(self):
         if self.divert_start_step >= self.num_inference_steps:
             raise ValueError(f"--divert_start_step must lie in the {self.num_inference_steps} steps of --num_inference_steps, got {self.divert_start_step}")
+        if self.sde_window and self.sde_window[1] <= self.divert_start_step:
+            first, end = self.sde_window
+            raise ValueError(
+                f"--sde_window {first} {end} ends before --divert_start_step {self.divert_start_step}, the first step with pairs, so that there would be none: "
+                "lower --divert_start_step or move the window"
+            )
         return self
 
 

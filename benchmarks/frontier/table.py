@@ -14,7 +14,8 @@ from benchmarks.frontier.work import BASE
 
 SURE = 2.0  # standard errors of a difference that count as one
 UNTRAINED = ("real scenes", "best of 8")  # controls that are bounds and no trainings
-HEAD = "| method | seeds | rows | updates | images seen | CPU s | {reward}: gain | against the controls | {judge}: gain | gap, s.d. | KL, nats | diversity | learning rate, strength |"
+COLUMNS = ("method", "seeds", "rows", "updates", "images seen", "CPU s", "{reward}: gain", "against the controls", "{judge}: gain", "gap, s.d.", "KL, nats")
+HEAD = f"| {' | '.join((*COLUMNS, 'diversity', 'learning rate, strength'))} |"
 ERRORS = "Errors are of the images, which all seeds share, and of a row's training seeds, added in squares; with one seed, of the images alone."
 
 

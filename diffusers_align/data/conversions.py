@@ -8,6 +8,8 @@ from itertools import combinations
 
 import torch
 
+from .inputs import key_of
+
 TIE = 0.5
 
 
@@ -43,14 +45,14 @@ def indifferent(rows: Sequence[dict], kind: str) -> str | None:
 
 
 def weight_by_prompt(pairs: Sequence[dict]) -> list[dict]:
-    """Pairs whose weights sum to 1 for each prompt, so that prompts with many pairs do not dominate.
+    """Pairs whose weights sum to 1 for each prompt (with what the pipeline gets beside it), so that prompts with many pairs do not dominate.
 
     PickScore weights a pair by 1 / `num_example_per_prompt` (https://arxiv.org/abs/2305.01569): the same where every pair is kept.
     """
-    totals: Counter = Counter()
-    for row in pairs:
-        totals[row["prompt"]] += row["weight"]
-    return [{**row, "weight": row["weight"] / totals[row["prompt"]]} if row["weight"] else row for row in pairs]
+    totals, tasks = Counter(), [row["prompt"] + key_of(row.get("inputs", {})) for row in pairs]
+    for row, task in zip(pairs, tasks):
+        totals[task] += row["weight"]
+    return [{**row, "weight": row["weight"] / totals[task]} if row["weight"] else row for row, task in zip(pairs, tasks)]
 
 
 def _pair(prompt: str, better, worse, label: float, weight: float) -> dict:

@@ -156,6 +156,13 @@ def key_of(inputs: dict[str, Any], content: bool = False) -> str:
     return repr([(name, key(value)) for name, value in sorted(inputs.items())]) if inputs else ""
 
 
+def has_pictures(value: Any) -> bool:
+    """Whether a value of `Prompt.inputs`, or any of a dict of them, is a picture or has one in it."""
+    if isinstance(value, (dict, list)):
+        return any(map(has_pictures, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, LazyImage)
+
+
 def sizes_of(inputs: dict[str, Any]) -> tuple:
     """What must be equal for samples to share a batch: each picture's (width, height) and number."""
 

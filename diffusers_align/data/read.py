@@ -154,6 +154,7 @@ def load_preferences(
     weighting: str = "row",
     inputs: Inputs | None = None,
     progress: bool = True,
+    mappable: bool = True,
 ) -> tuple[list[dict], Report]:
     """Rows of `kind` (see `KINDS`) from a file, a folder or a Hub set, their images as `LazyImage`, and a report.
 
@@ -170,6 +171,7 @@ def load_preferences(
         weighting: weights of pairs as they are (`row`), or summing to 1 for each prompt (`prompt`).
         inputs: columns that are arguments of the pipeline's call: rows have them under `inputs`, by the argument's name. Rewards' own pictures
             (`Inputs.pictures`) are read from prompt files alone.
+        mappable: whether errors may advise `--column_map`, which of a script's several data sets is for one.
 
     Raises:
         ValueError: an unknown source, split, option or layout; a bad row with `bad_rows="error"`; or no rows left.
@@ -183,7 +185,7 @@ def load_preferences(
         raise ValueError(f"{source} has no rows.")
     names = names_of(table.columns, column_map)
     first = next((row for row in table.rows if isinstance(row, dict)), {})
-    schema = recognise(names, kind, renamed(first, names), source)
+    schema = recognise(names, kind, renamed(first, names), source, mappable)
     if inputs:
         _check_inputs(inputs, table, schema, kind, source)
     report = Report(source, kind, schema.name, ties, prompt_column=names.get("prompt", "prompt"))

@@ -152,10 +152,11 @@ def names_of(columns: Iterable[str], column_map: dict[str, str] | None) -> dict[
     return names
 
 
-def recognise(names: dict[str, str], kind: str, first_row: dict, source: str) -> Schema:
+def recognise(names: dict[str, str], kind: str, first_row: dict, source: str, mappable: bool = True) -> Schema:
     """The schema to read a set of these columns by, for rows of `kind` or of a kind that becomes it.
 
-    One of the kind itself comes first, and among equals the one with the most columns; plain captions come last.
+    One of the kind itself comes first, and among equals the one with the most columns; plain captions come last. `mappable`: whether errors may advise
+    `--column_map`.
 
     Raises:
         ValueError: no schema fits.
@@ -167,21 +168,26 @@ def recognise(names: dict[str, str], kind: str, first_row: dict, source: str) ->
         raise ValueError(
             f"{source} is no data of kind {kind!r} that is known. Its columns: {', '.join(there)}. Needed: {', '.join(KINDS[kind])}"
             + (f"; or one of the public layouts: {'; '.join(', '.join(s.needs) for s in known)}" if known else "")
-            + _advice(names, there, kind, [s.needs for s in known])
+            + _advice(names, there, kind, [s.needs for s in known], mappable)
         )
     return max(fitting, key=lambda s: (s.kind == kind != "captioned", len(s.needs)))
 
 
-def _advice(names: dict[str, str], there: list[str], kind: str, layouts: list[tuple[str, ...]]) -> str:
-    """The end of the sentence: the `--column_map` that reads the columns, as far as their names tell."""
+def _advice(names: dict[str, str], there: list[str], kind: str, layouts: list[tuple[str, ...]], mappable: bool) -> str:
+    """The end of the sentence: the `--column_map` that reads the columns, as far as their names tell; or, where there is none for them, their new names."""
     # layouts of plain words come before those that need a set's own columns
     plain = [needs for needs in layouts if set(needs) <= set(WORDS)]
     if found := column_map_for(there, [KINDS[kind], *plain]):
-        example = ",".join(f"{name}={column}" for name, column in found.items() if name != column)
+        changed = {column: name for name, column in found.items() if name != column}
+        if not mappable:
+            return f". Perhaps these columns are meant: rename {', '.join(f'{column} to {name}' for column, name in changed.items())}." if changed else "."
+        example = ",".join(f"{name}={column}" for column, name in changed.items())
         return f". Perhaps these columns are meant: --column_map '{example}'." if example else "."
     missing = [name for name in KINDS[kind] if name not in names]
     if not missing:
         return "."
+    if not mappable:
+        return f". Rename the columns that hold what is missing: {', '.join(missing)}."
     example = ",".join(f"{name}=YOUR_COLUMN" for name in missing)
     others = "".join(f", or '{','.join(f'{name}=YOUR_COLUMN' for name in needs if name not in names)}'" for needs in plain)
     return f". Say which columns hold what is missing: --column_map '{example}'{others}."

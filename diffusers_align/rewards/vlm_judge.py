@@ -114,13 +114,15 @@ class VLMJudge:
 
 
 def parse_mark(text: str, scale: float) -> float:
-    """The number after the last "score", else the only number of the text; NaN if there is none, or it is not in [0, scale].
+    """The number after the last "score", else the only number of the text; NaN if there is none, or it is not in [0, scale]. The scale itself, which answers
+    repeat, is no number of the text.
 
-    >>> parse_mark("Score: 7.5/10", 10), parse_mark("8 out of 10", 10)
-    (7.5, 8.0)
+    >>> parse_mark("Score: 7.5/10", 10), parse_mark("8 out of 10", 10), parse_mark("Score (0-10): 8,5", 10)
+    (7.5, 8.0, 8.5)
     """
-    number = r"-?\d+(?:\.\d+)?"
+    number = r"-?\d+(?:[.,]\d+)?"
     text = re.sub(rf"(?:/|\bout of)\s*{scale:g}\b", "", text)
+    text = re.sub(rf"[(\[]?\b\d+\s*(?:[-–—]|to)\s*{scale:g}\b[)\]]?", "", text)
     found = re.findall(rf"score\W{{0,4}}?(?:is\s+)?({number})", text, re.IGNORECASE)[-1:] or re.findall(number, text)
-    mark = float(found[0]) if len(found) == 1 else torch.nan
+    mark = float(found[0].replace(",", ".")) if len(found) == 1 else torch.nan
     return mark if 0 <= mark <= scale else torch.nan

@@ -134,9 +134,14 @@ class PromptStatistics:
     Args:
         buffer_size: latest rewards kept for each prompt.
         normalise: False subtracts the mean alone, as a baseline.
+
+    Raises:
+        ValueError: `buffer_size` is below `min_count`, so that no prompt would ever have statistics of its own.
     """
 
     def __init__(self, buffer_size: int = 32, min_count: int = 16, eps: float = 1e-6, normalise: bool = True):
+        if buffer_size < min_count:
+            raise ValueError(f"buffer_size {buffer_size} never holds the {min_count} rewards of min_count, from which on a prompt has its own statistics.")
         self.buffer_size, self.min_count, self.eps, self.normalise = buffer_size, min_count, eps, normalise
         self.rewards: dict[str, deque[float]] = {}
 

@@ -20,6 +20,7 @@ from diffusers_align.rewards.vlm_judge import VLMJudge, parse_mark
     [
         ("Score: 7", 7), ("7.5", 7.5), ("**Score:** 8/10", 8), ("I'd say 9 out of 10.", 9), ("2 dogs, 3 cats. Score: 4", 4), ("The score is 6", 6),
         ("Score: 0", 0), ("Score: 11", math.nan), ("Score: -1", math.nan), ("good", math.nan), ("2 or 3", math.nan), ("", math.nan),
+        ("Score (0-10): 8", 8), ("Score [1 to 10]: 6.5", 6.5), ("Score: 7,5", 7.5), ("On a scale from 0 to 10 I give it 9", 9), ("Score: 8-10", math.nan),
     ],
 )  # fmt: skip
 def test_parse_mark(text, expected):

@@ -61,7 +61,7 @@ def test_equal_rewards_have_exactly_no_advantage(value, count):
     assert group_advantages(rewards, one_group, global_std=True).abs().max() == 0
     assert group_advantages(rewards, one_group, global_std=False).abs().max() == 0
     assert PromptStatistics(min_count=1).update(["a cat"] * count, rewards).abs().max() == 0
-    assert PromptStatistics(min_count=count + 1).update(["a cat"] * count, rewards).abs().max() == 0
+    assert PromptStatistics(buffer_size=count + 1, min_count=count + 1).update(["a cat"] * count, rewards).abs().max() == 0
 
 
 # advantages within groups
@@ -238,3 +238,8 @@ def test_restored_prompt_statistics_continue_identically():
         assert torch.equal(uninterrupted.update(*batch(seed)), after.update(*batch(seed)))
     assert uninterrupted.state_dict() == after.state_dict()
     assert max(map(len, after.state_dict().values())) == 8
+
+
+def test_a_buffer_that_never_holds_enough_is_refused():
+    with pytest.raises(ValueError, match="buffer_size 8 never holds the 16 rewards of min_count"):
+        PromptStatistics(8, 16)

@@ -327,6 +327,20 @@ def test_implicit_accuracy_is_measured_against_the_adapters_off(evaluated, task)
     assert "implicit accuracy on held-out pairs" in (evaluated[0] / "evaluation.md").read_text()
 
 
+def test_pairs_in_other_columns_are_mapped_as_in_training(task, tmp_path):
+    """Their images lie elsewhere, too."""
+    rows = [json.loads(line) for line in (task / "pairs.jsonl").read_text().splitlines()]
+    names = {"prompt": "words", "image_0": "left", "image_1": "right", "label_0": "label_0"}
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps({names[key]: value for key, value in row.items()}) + "\n" for row in rows))
+    own = {"eval_dataset_name": tmp_path / "other.jsonl", "column_map": "prompt=words,image_0=left,image_1=right", "image_root": task}
+    args, session = script().parse_args(arguments(task, tmp_path / "eval", **own)), Namespace(accelerator=Accelerator(), print=print)
+    session.args = Namespace(**vars(args), train_batch_size=2)
+    pairs, plain = script().load_pairs(args, session), HeldOutPairs(session, str(task / "pairs.jsonl"), 2)
+    assert [row["image_0"].content_hash() for row in pairs.rows] == [row["image_0"].content_hash() for row in plain.rows]
+    with pytest.raises(SystemExit):
+        script().parse_args(arguments(task, tmp_path / "eval", column_map="prompt=words"))
+
+
 def test_scales_are_models_of_their_own(evaluated, task, tmp_path):
     flags = {"lora": (task / "a",), "lora_names": ("blue",), "lora_scale": (0.0, 0.5, 1.0), "kl_samples": 1}
     script().main([*arguments(task, tmp_path / "eval", **flags), "--no-diversity"])

@@ -120,6 +120,11 @@ def test_d3po_learns_from_stored_trajectories(task, tmp_path):
     assert [(text, reward) for text, reward in zip(samples.prompts, samples.rewards.tolist())] == [
         (row["prompt"], pytest.approx(row["reward"])) for text in dict.fromkeys(samples.prompts) for row in saved if row["prompt"] == text
     ]
+    with pytest.raises(ValueError, match="were drawn with num_inference_steps 3, guidance_scale 1.0, .*leave out --num_inference_steps 2, --guidance_scale 3.0"):
+        run_script("d3po", tmp_path / "other", task, **{**D3PO, "num_inference_steps": 2, "guidance_scale": 3.0}, trajectories=folder)
+    args = load_script("d3po").parse_args(["--pretrained_model_name_or_path=mini-sd3", f"--trajectories={folder}", "--output_dir=o"])
+    said = "As the trajectories were drawn, evaluations too: --num_inference_steps 3, --guidance_scale 1.0, --call_kwargs {'max_sequence_length': 1}."
+    assert stored.hand_over(args) == [said] and (args.num_inference_steps, args.guidance_scale) == (3, 1.0) and stored.hand_over(args) == []
     out = run_script("d3po", tmp_path / "trained", task, **D3PO, trajectories=folder)
     # The fresh LoRA is the model that drew them, under the noise that drew them: each gain is exactly 0, each pair a tie.
     first = rows(out)[0]
@@ -254,7 +259,7 @@ def test_spo_descends_on_the_pairs_that_it_scored(policy, tmp_path):
 @pytest.mark.parametrize("name, flags", [("d3po", {**D3PO, "group_size": 4}), ("spo", {**SPO, "num_samples_per_epoch": 8})])
 def test_two_processes_make_the_same_update_as_one(name, flags, task, tmp_path):
     # Adam's own epsilon would make a full step of the rounding in a gradient of 0.
-    flags |= {"num_epochs": 2, "gradient_accumulation_steps": 2, "adam_epsilon": 1e-6}
+    flags |= {"num_epochs": 2, "adam_epsilon": 1e-6, **({"gradient_accumulation_steps": 2} if name == "spo" else {})}
     one = run_script(name, tmp_path / "one", task, **flags, train_batch_size=4, reward=f"{task / 'rewards.py'}:recorded")
     two = run_script_on_two_processes(name, tmp_path / "two", task, **flags, train_batch_size=4)
     assert rows(two)[0]["grad_norm"] == pytest.approx(rows(one)[0]["grad_norm"], rel=1e-2)
@@ -266,6 +271,8 @@ def test_two_processes_make_the_same_update_as_one(name, flags, task, tmp_path):
     [
         ("d3po", ["--prompts", "p"], "--prompts and --reward are required"),
         ("d3po", ["--trajectories", "t", "--noise_level", "0.5"], "leave out --noise_level"),
+        ("d3po", ["--prompts", "p", "--reward", "r", "--gradient_accumulation_steps", "2"], "unrecognized arguments: --gradient_accumulation_steps"),
+        ("spo", ["--prompts", "p", "--reward", "r", "--sde_window", "0", "4"], "--sde_window 0 4 ends before --divert_start_step 4, the first step with pairs"),
         ("d3po", ["--prompts", "p", "--reward", "r", "--group_size", "1"], "--group_size must be a whole number from 2 to 1e6, got 1"),
         ("spo", ["--prompts", "p", "--reward", "r", "--num_candidates", "1"], "--num_candidates must be a whole number from 2 to 10000, got 1"),
         ("spo", ["--prompts", "p", "--reward", "r", "--divert_start_step", "20"], "--divert_start_step must lie in the 20"),

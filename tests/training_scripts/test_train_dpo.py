@@ -542,6 +542,15 @@ def test_ties_bad_rows_and_max_rows(task, tmp_path, capsys):
         prepared(tmp_path / "error", task, dataset_name=source, bad_rows="error")
 
 
+@pytest.mark.parametrize("ties", ["soft", "keep"])
+def test_ties_alone_are_nothing_to_learn_from(task, tmp_path, ties):
+    pairs = [json.loads(line) | {"label_0": 0.5} for line in (task / "pair.jsonl").read_text().splitlines()]
+    with pytest.raises(ValueError, match="all pairs are ties, so there is nothing to learn"):
+        prepared(tmp_path, task, dataset_name=write(task / "ties.jsonl", pairs), ties=ties)
+    pairs[0]["label_0"] = 1
+    assert len(prepared(tmp_path, task, dataset_name=write(task / "one.jsonl", pairs), ties=ties)[2]) >= len(pairs)
+
+
 def test_how_images_are_checked_and_pairs_weigh(task, tmp_path):
     pairs = [json.loads(line) for line in (task / "pair.jsonl").read_text().splitlines()]
     (task / "cut.png").write_bytes((task / "0w.png").read_bytes()[:200])
@@ -563,6 +572,8 @@ def test_how_images_are_checked_and_pairs_weigh(task, tmp_path):
         ("dpo", ["--proportion_empty_prompts", "2"], "--proportion_empty_prompts must be a number from 0 to 1, got 2"),
         ("dpo", ["--cache_dir", "x", "--random_crop"], "leave out one of them"),
         ("dpo", ["--column_map", "prompt"], "'prompt' is not NAME=COLUMN"),
+        ("kto", ["--prompt_column", "caption"], "--prompt_column caption is for prompt files, and there is none"),
+        ("dpo", ["--prompt_column", "caption"], "by --column_map prompt=caption"),
         ("dpo", ["--loss", "mapo", "--sft_weight", "1"], "--sft_weight has no effect without --loss sigmoid or hinge or ipo or dmpo"),
         ("dpo", ["--loss", "mapo", "--reference_decay", "0.9"], "--loss mapo has no reference"),
         ("dpo", ["--beta", "-1"], "--beta must be a number above 0 and at most 1e9, got -1"),

@@ -109,6 +109,13 @@ def test_flags_that_make_no_sense(script, flags, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags, expected", [([], ("hinge", 0.7)), (["--reward_map", "none"], ("none", None)), (["--reward_target", "0.5"], ("hinge", 0.5))])
+def test_srpo_has_the_official_map_unless_another_is_asked_for(flags, expected, tmp_path):
+    required = ["--pretrained_model_name_or_path", "mini-sd", "--prompts", "mini_train", "--reward", "clip_score", "--output_dir", str(tmp_path)]
+    args = load_script("draft").parse_args([*required, "--method", "srpo", *flags])
+    assert (args.reward_map, args.reward_target) == expected
+
+
 def test_a_name_of_the_last_version_is_taken(tmp_path, capsys):
     required = ["--pretrained_model_name_or_path", "mini-sd", "--prompts", "mini_train", "--reward", "clip_score", "--output_dir", str(tmp_path)]
     args = load_script("draft").parse_args([*required, "--method", "drtune", "--early_stop", "2"])

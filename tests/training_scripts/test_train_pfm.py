@@ -190,7 +190,12 @@ def test_the_reward_gets_the_fields_of_its_prompts(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "flags, message",
-    [({"dataset_name": None}, "--dataset_name is required"), ({"pixels": True, "pretrained_model_name_or_path": None}, "its autoencoder and its text encoder")],
+    [
+        ({"dataset_name": None}, "--dataset_name is required"),
+        ({"pixels": True, "pretrained_model_name_or_path": None}, "its autoencoder and its text encoder"),
+        ({"strength": 1.5}, "--strength must be a number from 0 to 1, got 1.5"),
+        ({"single_file_config": "x"}, "unrecognized arguments: --single_file_config"),
+    ],
 )
 def test_missing_flags_are_named(folder, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit):

@@ -136,6 +136,34 @@ def test_errors_say_what_to_do(data, tmp_path, capsys):
     assert "above 0 and below 1" in capsys.readouterr().err
 
 
+def test_rows_of_no_weight_are_left_out(data, tmp_path, capsys):
+    pairs = [json.loads(line) for line in (data / "pair.jsonl").read_text().splitlines()]
+    weighed = [{**row, "weight": float(i % 3 > 0)} for i, row in enumerate(pairs)]
+    (data / "weighed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in weighed))
+    (data / "kept.jsonl").write_text("".join(json.dumps(row) + "\n" for row in weighed if row["weight"]))
+    of_both = [train(data, name, tmp_path / name, "--kind", "pair", "--train_batch_size", "1", "--num_epochs", "2") for name in ("weighed", "kept")]
+    assert of_both[0]["metrics"] == of_both[1]["metrics"] and math.isfinite(of_both[0]["metrics"]["train"]["loss"])
+    assert "28 of 84 rows have the weight 0 and are left out." in capsys.readouterr().out
+    (data / "none.jsonl").write_text("".join(json.dumps({**row, "weight": 0}) + "\n" for row in pairs))
+    with pytest.raises(ValueError, match="all 84 rows have the weight 0"):
+        train(data, "none", tmp_path / "none", "--kind", "pair")
+
+
+def test_a_loss_that_is_no_number_ends_the_fit(data, tmp_path):
+    with pytest.raises(ValueError, match="loss of the fit has become .* Lower --learning_rate 10"):
+        train(data, "scored", tmp_path / "mine", "--learning_rate", "10", "--adam_weight_decay", "100", "--hidden", "16", "--num_epochs", "200")
+    assert not (tmp_path / "mine" / "learned_reward.json").exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--kind", "scored", "--ties", "drop"], "--ties has no effect without --kind pair"), (["--single_file_config", "x"], "--single_file_config has no effect"),
+])  # fmt: skip
+def test_flags_without_effect_are_refused(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        load_script("reward").parse_args(["--dataset_name", "d", "--output_dir", "o", *flags])
+    assert message in capsys.readouterr().err
+
+
 def test_from_preferences_of_the_model_to_a_policy_trained_on_the_learned_reward(tmp_path):
     """The whole way: sample, learn what is preferred, and align with that."""
     task = write_task(tmp_path)

@@ -91,7 +91,12 @@ class DataArguments(SourceArguments, HeldOutArguments, NoisedImageArguments, Tra
     )
 
     @model_validator(mode="after")
-    def _check_picture_columns(self):
+    def _check_columns_of_prompt_files(self):
+        if self.prompt_column != "prompt" and not (self.prompts or self.eval_prompts):
+            raise ValueError(
+                f"--prompt_column {self.prompt_column} is for prompt files, and there is none: the data set's captions are read from its column prompt, or "
+                f"another one by --column_map prompt={self.prompt_column}"
+            )
         if self.picture_columns and not (self.prompts or self.eval_prompts):
             raise ValueError(
                 "--picture_columns are read from prompt files, and there is none: of the data set's rows rewards get the columns of --input_columns alone. "

@@ -190,7 +190,7 @@ def fit(args, logits: Logits, examples: list[Example]) -> bool:
     """AdamW on minibatches in an order that the seed gives. Returns whether it has moved a weight.
 
     Raises:
-        ValueError: the examples prefer nothing.
+        ValueError: the examples prefer nothing, or the loss is no longer a finite number.
     """
     check_signal(args.kind, targets_of(examples))
     model, order = logits.model, torch.Generator().manual_seed(args.seed)
@@ -205,6 +205,8 @@ def fit(args, logits: Logits, examples: list[Example]) -> bool:
             outputs = logits(part)
             weights = torch.tensor([example.weight for example in part], device=outputs.device)
             loss = (losses(args.kind, outputs, targets_of(part).to(outputs.device)) * weights).sum() / weights.sum()
+            if not loss.isfinite():
+                raise ValueError(f"The loss of the fit has become {loss.item()}. Nothing was saved. Lower --learning_rate {args.learning_rate:g}.")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

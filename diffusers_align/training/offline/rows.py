@@ -6,7 +6,8 @@ from typing import Any
 
 from ...data import load_preferences, parse_column_map
 from ...data.conversions import indifferent
-from ..run.inputs import check_one_size, inputs_of, prompts_of_rows
+from ...data.read import Report
+from ..run.inputs import check_moved_together, check_one_size, inputs_of, prompts_of_rows
 
 
 def load_rows(run, kind: str) -> list[dict]:
@@ -14,9 +15,11 @@ def load_rows(run, kind: str) -> list[dict]:
     args, pairs = run.args, {}
     if kind == "pair":
         pairs = {"ties": args.ties, "weighting": args.pair_weighting}
-    rows = _loaded(run, args.dataset_name, kind, split=args.dataset_split, **reading_options(args), **pairs)
+    rows, report = _loaded(run, args.dataset_name, kind, split=args.dataset_split, **reading_options(args), **pairs)
+    # each tie that is kept has become two pairs of opposite labels
+    reason = "all pairs are ties" if pairs.get("ties") == "keep" and 2 * report.ties == len(rows) else indifferent(rows, kind)
     # likes alone are something to learn from, where the script takes them
-    if kind != "binary" and (reason := indifferent(rows, kind)) and not getattr(args, "allow_no_signal", False):
+    if kind != "binary" and reason and not getattr(args, "allow_no_signal", False):
         raise ValueError(f"{args.dataset_name}: {reason}, so there is nothing to learn. Give other data, or pass --allow_no_signal.")
     check_one_size(prompts_of_rows(rows), args.dataset_name)
     return rows
@@ -30,10 +33,11 @@ def reading_options(args) -> dict[str, Any]:
 
 def load_captioned(run, source: str) -> list[dict]:
     """The rows of a second data set, of images with captions in columns of a known layout."""
-    return _loaded(run, source, "captioned", bad_rows=run.args.bad_rows, verify=run.args.verify, inputs=inputs_of(run.args))
+    return _loaded(run, source, "captioned", mappable=False, bad_rows=run.args.bad_rows, verify=run.args.verify, inputs=inputs_of(run.args))[0]
 
 
-def _loaded(run, source: str, kind: str, **options) -> list[dict]:
+def _loaded(run, source: str, kind: str, **options) -> tuple[list[dict], Report]:
     rows, report = load_preferences(source, kind, max_rows=run.args.max_rows, progress=run.is_main, **options)
     run.print(report)
-    return rows
+    check_moved_together(run.args, rows, source)
+    return rows, report

@@ -137,7 +137,7 @@ def sample_pairs(run, policy: Policy, reward, prompts, epoch: int, number: int) 
                     policy, [asked[i] for i in part], [noise_seed(args.seed, epoch, i, chosen[i]) for i in part], args.num_candidates
                 )
             trajectory = candidates.trajectory
-            steps = [k for k in trajectory.noisy_steps if k >= args.divert_start_step]
+            steps = _paired_steps(args, trajectory)
             _score_candidates(args, policy, scorer, candidates, steps, part, asked)
             with torch.no_grad():
                 final.submit(part, policy.outcome(trajectory).to(torch.float32), [asked[i] for i in part])
@@ -152,6 +152,21 @@ def sample_pairs(run, policy: Policy, reward, prompts, epoch: int, number: int) 
     best, worst = ([_picked(drawn, side[i]) for (_, drawn), i in zip(found, index)] for side in (winner, loser))
     images = Samples(batches, index, [p.text for p in asked], torch.zeros(number, dtype=torch.long), components["reward"], components, asked)
     return StepSamples(batches, index, best, worst, steps, keep, gap, images)
+
+
+def _paired_steps(args, trajectory: Trajectory) -> list[int]:
+    """The solver steps with noise from `--divert_start_step` on.
+
+    Raises:
+        ValueError: there are none.
+    """
+    steps = [k for k in trajectory.noisy_steps if k >= args.divert_start_step]
+    if not steps:
+        raise ValueError(
+            f"No step has pairs: those with noise are {', '.join(map(str, trajectory.noisy_steps)) or 'none'} of {trajectory.num_steps}, counted from 0, and "
+            f"--divert_start_step is {args.divert_start_step}. Lower it, or give more steps noise (--sde_window, --num_inference_steps)."
+        )
+    return steps
 
 
 def _score_candidates(args, policy: Policy, scorer: Scorer, candidates: Candidates, steps: list[int], part: list[int], asked) -> None:

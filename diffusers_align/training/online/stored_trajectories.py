@@ -21,6 +21,9 @@ from ..run.division import division_of
 from .policy_gradient import add_gradient
 from .sampling import NOISE_FIELDS, Samples
 
+# Of a pipeline's call, by the flags of `make_preferences.py` and of training scripts alike.
+CALL = ("num_inference_steps", "guidance_scale", "height", "width", "call_kwargs")
+
 
 def log_probs(run, policy: Policy, samples: Samples, steps: list[int]) -> Tensor:
     """(N, S) nats, float64 on the CPU: those of the recorded `steps` of all processes' samples under the current weights, without gradient."""
@@ -60,6 +63,7 @@ class StoredTrajectories:
     Attributes:
         prompts: those that have so many.
         noise: the fields of the SDE scheduler that drew them.
+        call: `CALL` as they were for that.
 
     Raises:
         ValueError: the folder holds no trajectories, those of another model or of one with a LoRA, or of no prompt enough.
@@ -77,6 +81,7 @@ class StoredTrajectories:
                 f"The trajectories of {folder} are of {', '.join(other)}: train the model that drew them; with a LoRA in it, draw new ones without."
             )
         self.noise = {name: settings[name] for name in NOISE_FIELDS if settings.get(name) is not None}
+        self.call = {name: settings.get(name) for name in CALL}
         groups: dict[str, list[dict]] = defaultdict(list)
         for row in read_rows(files[1])[0]:
             groups[Path(row["image"]).stem.rpartition("_")[0]].append(row)
@@ -85,6 +90,26 @@ class StoredTrajectories:
             raise ValueError(f"No prompt of {folder} has {group_size} images with a reward: lower --group_size.")
         own = ("prompt", "image", "reward")
         self.prompts = [Prompt(rows[0]["prompt"], {name: value for name, value in rows[0].items() if name not in own}) for rows in self.groups]
+
+    def hand_over(self, args) -> list[str]:
+        """Set the flags of the pipeline's call to those that the trajectories were drawn with, so that what is judged is what is trained. Returns what is
+        to be said of it.
+
+        Raises:
+            ValueError: others were given.
+        """
+        drawn = {**self.call, "num_inference_steps": self.call["num_inference_steps"] or self._load(self.groups[0][0], torch.device("cpu")).num_steps}
+        if other := [f"--{name} {getattr(args, name)}" for name, value in drawn.items() if name in args.model_fields_set and getattr(args, name) != value]:
+            were = ", ".join(f"{name} {value}" for name, value in drawn.items() if value is not None)
+            raise ValueError(
+                f"The trajectories of {self.folder} were drawn with {were}, and are learned from as they are: leave out {', '.join(other)}. "
+                "Evaluations have --eval_num_inference_steps and --eval_guidance_scale of their own."
+            )
+        changed = {name: value for name, value in drawn.items() if getattr(args, name) != value}
+        for name, value in changed.items():
+            setattr(args, name, value)
+        said = ", ".join(f"--{name} {value}" for name, value in changed.items())
+        return [f"As the trajectories were drawn, evaluations too: {said}."] if said else []
 
     def epoch(self, run, epoch: int, num_prompts: int) -> Samples:
         """The trajectories of `num_prompts` prompts, as `sample_epoch` would have drawn them."""

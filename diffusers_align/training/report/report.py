@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from tqdm.auto import tqdm
 
@@ -62,24 +63,28 @@ class Report:
         check_one_size(prompts, source)
         return prompts
 
-    def _evaluate(self, look: int | None = None) -> Evaluation:
-        """Of the weights that are in place; `look` shows it to the early stop, as what so many epochs have led to."""
+    def _evaluate(self, look: Callable[[Evaluation], None] | None = None) -> Evaluation:
+        """Of the weights that are in place, all of whose images `look` gets to see."""
         args = self.run.args
         keep = args.num_validation_images if look is None or args.early_stop_diversity is None else args.num_eval_samples
         with tqdm(total=args.num_eval_samples, desc="evaluation", unit="image", disable=not self.run.is_main, leave=False) as bar:
             found = evaluate(self.run, self.run.policy, self.rewards, self.judged, args.num_eval_samples, keep, bar.update)
         if look is not None:
-            self.early_stop.look(look, found)
+            look(found)
         found.keep(args.num_validation_images)
         return found
 
     def start(self) -> None:
         """Evaluate the pretrained model."""
-        args = self.run.args
-        first = self.early_stop is not None and self.early_stop.seen is None
-        with self.run.policy.reference():
-            self.before = self._evaluate(look=0 if first else None)
+        args, run, stop = self.run.args, self.run, self.early_stop
+        first = stop is not None and stop.seen is None
+        with run.policy.reference():
+            self.before = self._evaluate(None if not first else stop.compare_with if run.epoch else partial(stop.look, 0))
             self.reference_errors = self.pairs.errors(self.run.policy) if self.pairs else None
+        if first and run.epoch:
+            run.print(f"The early stop was not asked for before: the first weights that it keeps are those after epoch {run.epoch}.")
+            with run.averaged():
+                self._evaluate(partial(stop.look, run.epoch))
         if self.rewards:
             self.run.print(f"Evaluation: {args.num_eval_samples} {noun(self.before)} of {self.judged_on}, by {described_solver(args, self.before.solver)}.")
             self.run.print(f"before: {_summary(self.before, args.reward, self.rewards)}")
@@ -106,7 +111,7 @@ class Report:
             return
         with run.averaged(), run.meter.paused():
             if self.early_stop is not None:
-                now = self._evaluate(look=epoch + 1)
+                now = self._evaluate(partial(self.early_stop.look, epoch + 1))
             else:
                 rewards = {"reward": self.reward} if self.reward else {}
                 now = evaluate(run, run.policy, rewards, self.judged, args.num_validation_images, args.num_validation_images)
@@ -140,7 +145,7 @@ class Report:
             return self.run.averaged()
         if self.early_stop.seen != self.run.epoch:
             with self.run.averaged():
-                self._evaluate(look=self.run.epoch)
+                self._evaluate(partial(self.early_stop.look, self.run.epoch))
         return self.early_stop.weights.applied()
 
     def finish(self) -> dict[str, tuple[float, float]]:

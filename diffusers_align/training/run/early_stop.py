@@ -31,6 +31,7 @@ class EarlyStop:
         ValueError: diversity is watched, and a prompt has one image.
 
     Attributes:
+        tasks: keys of the prompts of the validations' images.
         epoch: of the best weights, epochs done; 0 is the pretrained model.
         seen: the last epoch that was looked at; None before the first.
     """
@@ -42,10 +43,12 @@ class EarlyStop:
         self.first_judged: Tensor | None = None
         self.fall = 0.0  # of the reward that took no part, in standard errors
         number = self.args.num_eval_samples
-        counts = Counter(prompts[i % len(prompts)].text for i in range(number))
-        if self.args.early_stop_diversity is not None and min(counts.values()) < 2:
+        asked = [prompts[i % len(prompts)] for i in range(number)]
+        self.tasks = [prompt.key for prompt in asked]
+        counts = Counter(self.tasks)
+        if self.args.early_stop_diversity is not None and (lonely := next((prompt.text for prompt in asked if counts[prompt.key] < 2), None)) is not None:
             raise ValueError(
-                f"Diversity needs at least two images of each prompt, but --num_eval_samples {number} gives {min(counts, key=counts.get)!r} only one. "
+                f"Diversity needs at least two images of each prompt, but --num_eval_samples {number} gives {lonely!r} only one. "
                 f"Raise it to {2 * len(prompts)}, or give fewer --eval_prompts."
             )
         run.register("early_stop", self, fresh=lambda: None)
@@ -79,16 +82,11 @@ class EarlyStop:
     def look(self, epoch: int, evaluation: Evaluation) -> None:
         """Take in a validation after so many epochs, with all its images, of the weights that are in place: the best are kept."""
         self.seen = epoch
-        if self.args.early_stop_diversity is not None:
-            self.variety = float(diversity(torch.stack(evaluation.images).flatten(1), evaluation.prompts, pairwise_rms).mean())
-            self.first_variety = self.variety if self.first_variety is None else self.first_variety
-        if self.args.early_stop_hacking is not None:
-            judged = evaluation.rewards[self.args.eval_reward].double().cpu()
-            self.first_judged = judged if self.first_judged is None else self.first_judged
-            self.fall = fall_in_errors(self.first_judged, judged)
-        if self._uniform or self._hacked:
+        self._measure(evaluation)
+        bad = self._uniform or self._hacked
+        if bad and self.weights is not None:
             return
-        value = self._value(evaluation)
+        value = -math.inf if bad else self._value(evaluation)
         if self.best is not None and not value > self.best:
             self.stale += 1
             return
@@ -96,6 +94,20 @@ class EarlyStop:
         if self.weights is None:
             self.weights = LaggingWeights(self.run.parameters)
         self.weights.update(0.0)
+
+    def compare_with(self, pretrained: Evaluation) -> None:
+        """Take in what the pretrained model makes, where the weights in place are others: of a run that is resumed and has had no early stop before."""
+        self._measure(pretrained)
+
+    def _measure(self, evaluation: Evaluation) -> None:
+        """How varied it is, and how far the reward that took no part has fallen; the first one is what the others are compared with."""
+        if self.args.early_stop_diversity is not None:
+            self.variety = float(diversity(torch.stack(evaluation.images).flatten(1), self.tasks, pairwise_rms).mean())
+            self.first_variety = self.variety if self.first_variety is None else self.first_variety
+        if self.args.early_stop_hacking is not None:
+            judged = evaluation.rewards[self.args.eval_reward].double().cpu()
+            self.first_judged = judged if self.first_judged is None else self.first_judged
+            self.fall = fall_in_errors(self.first_judged, judged)
 
     def _value(self, evaluation: Evaluation) -> float:
         """What is to rise: the held-out reward; without one, the epoch, so that the latest weights that are good enough are the best."""

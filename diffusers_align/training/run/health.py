@@ -37,8 +37,8 @@ class Start:
         self.values = [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
 
     def moved(self) -> bool:
-        """Whether any weight lies elsewhere than at `mark`."""
-        return any(float((p.detach().cpu() - value).abs().max()) > self.resolution for p, value in zip(self.parameters, self.values) if value.numel())
+        """Whether any weight lies elsewhere than at `mark`; one that has become NaN does."""
+        return any(not float((p.detach().cpu() - value).abs().max()) <= self.resolution for p, value in zip(self.parameters, self.values) if value.numel())
 
 
 @dataclass

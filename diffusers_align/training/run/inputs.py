@@ -12,7 +12,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from ...condition import Condition
-from ...data.inputs import Inputs, opened, parse_input_columns, sizes_of
+from ...data.inputs import Inputs, has_pictures, opened, parse_input_columns, sizes_of
 from ...data.prompts import Prompt
 from ...policy import Policy
 from .model_loading import model_source, raise_if_missing
@@ -100,6 +100,20 @@ def check_one_size(prompts: Sequence[Prompt], source: str, who: str = "Training"
         raise ValueError(
             f"--input_columns: the pictures of {source} have {len(sizes)} sizes: {listed}. {who} takes one: give --height and --width, to which they "
             "are then resized (aspect kept, the overhang cropped), or resize the files."
+        )
+
+
+def check_moved_together(args, rows: Sequence[dict], source: str) -> None:
+    """What is cropped or mirrored at random is the data set's own images: the pictures that the pipeline gets beside them would stay where they are.
+
+    Raises:
+        ValueError: both are asked for.
+    """
+    flags = [f"--{name}" for name in ("random_crop", "random_flip") if getattr(args, name, False)]
+    if flags and any(has_pictures(row.get("inputs", {})) for row in rows[:1]):
+        raise ValueError(
+            f"{' and '.join(flags)} would move the images of {source}, and not the pictures of --input_columns that belong to them, so that a model would "
+            "learn to move what it is given. Leave it out; for more rows than there are, add copies to the data set with all pictures of a row moved alike."
         )
 
 

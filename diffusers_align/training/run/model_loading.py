@@ -134,6 +134,8 @@ def call_arguments(args, pipeline) -> dict[str, Any]:
     given, accepted = {name: value for name, value in given.items() if value is not None}, calls_of(pipeline).parameters
     # Pipelines without a size of their own take that of their pictures, which are resized to it.
     sized = ("height", "width") if getattr(args, "input_columns", None) else ()
-    if without := [f"--{name}" for name in given if name not in accepted and name not in sized]:
+    evaluated = [name for name in ("eval_num_inference_steps", "eval_guidance_scale") if getattr(args, name, None) is not None]
+    without = [f"--{name}" for name in given if name not in accepted and name not in sized]
+    if without := [*without, *(f"--{name}" for name in evaluated if name.removeprefix("eval_") not in accepted)]:
         logger.warning("The call of %s takes no such argument, so %s has no effect.", type(pipeline).__name__, ", ".join(without))
     return {name: value for name, value in given.items() if name in accepted} | args.call_kwargs

@@ -70,7 +70,8 @@ def sample(option):
     if kind.is_number:
         inner = next(value for value in (0.25, 2, 1, 0.6, 50) if value in kind and kind.type(value) == value)
         return [f"--{option.name}", *[str(kind.type(inner))] * (kind.length or 1)]
-    return words(option.name, kind.choices[0] if kind.choices else '{"extra": 1}' if kind.type is dict else "text")
+    text = {"column_map": "prompt=text"}.get(option.name, "text")
+    return words(option.name, kind.choices[0] if kind.choices else '{"extra": 1}' if kind.type is dict else text)
 
 
 def required(stem, options):

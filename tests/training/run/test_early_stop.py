@@ -1,6 +1,7 @@
 """The early stop: what it stops on, that the best weights are what is left, that it resumes exactly, and that processes stop together."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -22,20 +23,24 @@ PLAN = [0.0, 3.0, 1.0, 9.0]
 # --- by hand --------------------------------------------------------------------------------------------------------------
 
 
-def stop_of(number=4, **flags):
+def stop_of(number=4, prompts=PROMPTS, **flags):
     args = {"early_stop_metric": None, "early_stop_patience": 2, "early_stop_diversity": None, "early_stop_hacking": None}
     args |= {"eval_reward": "other", "num_eval_samples": number, **flags}
     parameters = [torch.nn.Parameter(torch.zeros(3))]
-    return EarlyStop(SimpleNamespace(args=SimpleNamespace(**args), register=lambda name, it, fresh=None: None, parameters=parameters), PROMPTS)
+    return EarlyStop(SimpleNamespace(args=SimpleNamespace(**args), register=lambda name, it, fresh=None: None, parameters=parameters), prompts)
 
 
 def look(stop, epoch, reward=0.0, other=0.0, spread=1.0):
     """After `epoch` epochs the weights are `epoch`; the two images of each prompt lie `spread` apart."""
+    shown(partial(stop.look, epoch), stop, epoch, reward, other, spread)
+
+
+def shown(to, stop, epoch, reward, other=0.0, spread=1.0):
     stop.run.parameters[0].data = torch.full((3,), float(epoch))
     images = [torch.zeros(3, 2, 2), torch.zeros(3, 2, 2), torch.full((3, 2, 2), spread), torch.full((3, 2, 2), spread)]
     others = other if isinstance(other, list) else [other, math.nan]
     rewards = {"reward": torch.tensor([reward, reward]), "other": torch.tensor(others)}
-    stop.look(epoch, Evaluation(["a", "b", "a", "b"], [0, 1, 2, 3], images, rewards))
+    to(Evaluation(["a", "b", "a", "b"], [0, 1, 2, 3], images, rewards))
 
 
 def kept(stop):
@@ -112,6 +117,30 @@ def test_its_state_is_that_of_the_uninterrupted():
     assert torch.equal(state.pop("weights")["00000"], expected.pop("weights")["00000"]) and state == expected
     second.args.early_stop_patience = 3  # more patience, and it goes on
     assert second.reason is None
+
+
+@pytest.mark.parametrize("values, kept_epoch", [([9.0, 1.0, 2.0, 0.0], 4), ([9.0, 3.0, 2.0, 0.0], 3)])
+def test_one_that_begins_in_the_middle_keeps_no_weights_that_it_has_not_seen(values, kept_epoch):
+    stop = stop_of(early_stop_metric="reward", early_stop_diversity=0.5)
+    shown(stop.compare_with, stop, 3, values[0], spread=2.0)  # what the pretrained model makes, while the weights are those after epoch 3
+    assert stop.seen is None and stop.weights is None and stop.first_variety == pytest.approx(2.0)
+    for epoch, value in enumerate(values[1:], 3):
+        look(stop, epoch, reward=value, spread=1.5)
+    assert (stop.epoch, kept(stop)) == (kept_epoch, float(kept_epoch)) and f"after epoch {kept_epoch}, the best" in stop.summary()
+
+
+def test_one_that_begins_with_pictures_that_are_alike_stops_at_once():
+    stop = stop_of(early_stop_metric="reward", early_stop_diversity=0.5)
+    shown(stop.compare_with, stop, 3, 0.0, spread=2.0)
+    look(stop, 3, reward=1.0, spread=0.5)
+    assert "diversity fell" in stop.reason and kept(stop) == 3.0, "there are no others"
+
+
+def test_one_instruction_on_two_pictures_is_two_tasks():
+    stop = stop_of(prompts=[Prompt("x", inputs={"strength": 0.1}), Prompt("x", inputs={"strength": 0.9})], early_stop_diversity=0.5)
+    images = [torch.zeros(3, 2, 2), torch.ones(3, 2, 2)] * 2
+    stop.look(0, Evaluation(["x"] * 4, [0, 1, 2, 3], images, {"reward": torch.zeros(4)}))
+    assert stop.variety == 0.0, "the samples of each are equal"
 
 
 def test_diversity_needs_two_images_of_a_prompt():

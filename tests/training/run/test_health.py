@@ -33,7 +33,7 @@ def lora():
     return [nn.Parameter(torch.full((4, 8), 0.1)), nn.Parameter(torch.zeros(8, 4))]
 
 
-@pytest.mark.parametrize("value, moved", [(0.0, False), (1e-30, False), (1e-9, False), (1e-7, True), (-1e-3, True), (torch.inf, True)])
+@pytest.mark.parametrize("value, moved", [(0.0, False), (1e-30, False), (1e-9, False), (1e-7, True), (-1e-3, True), (torch.inf, True), (torch.nan, True)])
 def test_a_move_counts_above_the_resolution_of_the_weights(value, moved):
     a, b = parameters = lora()
     start = Start(parameters)

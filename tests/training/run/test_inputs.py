@@ -7,15 +7,16 @@ import diffusers
 import pytest
 import torch
 from PIL import Image
-from script_tools import load_make_preferences, make_run, run_script
+from script_tools import load_make_preferences, load_script, make_run, run_script
 from script_tools import rows as metrics
 from tiny_pipelines import LATENT_CHANNELS, SHORT, flux, quiet, seeded, stable_diffusion
 
 from diffusers_align.data import LazyImage, Prompt, load_preferences, load_prompts
+from diffusers_align.data.conversions import weight_by_prompt
 from diffusers_align.data.inputs import Inputs
 from diffusers_align.policy import Policy
 from diffusers_align.training.online.sampling import evaluate
-from diffusers_align.training.run.inputs import batches_by_size, inputs_of
+from diffusers_align.training.run.inputs import batches_by_size, check_moved_together, inputs_of
 
 REWARDS = """
 from PIL import Image
@@ -110,6 +111,30 @@ def test_offline_training_sees_each_samples_own_picture(folder, tmp_path, name):
     }
     out = run_script("dpo", tmp_path, folder, **flags(folder, name), **data, num_eval_samples=2, num_validation_images=2)
     assert metrics(out)[0]["loss"] == pytest.approx(0.693, abs=0.01) and trained(out) > 0
+
+
+@pytest.mark.parametrize("flag", ["random_flip", "random_crop"])
+def test_images_are_not_moved_away_from_the_pictures_that_belong_to_them(folder, tmp_path, flag):
+    own = flags(folder, "img2img") | {"num_samples_per_epoch": 2, "prompts": folder / "prompts.jsonl", "num_eval_samples": 2, "num_validation_images": 2}
+    with pytest.raises(ValueError, match=f"--{flag} would move the images of .*pairs.jsonl, and not the pictures of --input_columns"):
+        run_script("dpo", tmp_path, folder, **own, dataset_name=folder / "pairs.jsonl", **{flag: True})
+    with pytest.raises(ValueError, match=f"--{flag} would move the images of .*prompts.jsonl"):
+        run_script("refl", tmp_path, folder, **own, pretrain_weight=0.1, pretrain_dataset_name=folder / "prompts.jsonl", **{flag: True})
+
+
+def test_texts_beside_the_prompt_do_not_keep_images_from_being_moved():
+    check_moved_together(Namespace(random_flip=True), [{"inputs": {"negative_prompt": "dull", "strength": 0.5}}], "data")
+    with pytest.raises(ValueError, match="--random_flip"):
+        check_moved_together(Namespace(random_flip=True), [{"inputs": {"frames": [LazyImage(Image.new("RGB", (2, 2)))]}}], "data")
+
+
+def test_rows_of_one_instruction_and_different_pictures_are_different_tasks(folder):
+    first, second = (LazyImage(folder / f"{i}.png") for i in range(2))
+    rows = [{"prompt": "make it red", "inputs": {"image": image}, "weight": 1.0, "reward": reward} for image, reward in [(first, 0), (first, 1), (second, -9)]]
+    assert [row["weight"] for row in weight_by_prompt(rows)] == [0.5, 0.5, 1.0]
+    args = Namespace(weights="top_k", top_k=1, scope="prompt", temperature=1.0, top_q=0.2, max_weight=None, force=True)
+    kept, _, _ = load_script("rwr").weighted(Namespace(args=args, print=print), rows)
+    assert [row["reward"] for row in kept] == [1, -9], "the best of each picture, and not of both"
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -146,3 +146,6 @@ def test_flags_that_the_call_does_not_take_are_left_out_and_said(caplog):
     own = OwnGuidance(**pipeline.components)
     assert call_arguments(args, own) == {"num_inference_steps": 3, "height": 16, "max_guidance_scale": 2.0}
     assert caplog.messages[-1] == "The call of OwnGuidance takes no such argument, so --guidance_scale has no effect."
+    args.guidance_scale, args.eval_guidance_scale, args.eval_num_inference_steps = None, 7.0, 8
+    assert call_arguments(args, own) == {"num_inference_steps": 3, "height": 16, "max_guidance_scale": 2.0}
+    assert caplog.messages[-1] == "The call of OwnGuidance takes no such argument, so --eval_guidance_scale has no effect."
