@@ -306,8 +306,7 @@ class ForwardProcess:
     @property
     def _shift(self) -> float:
         """The static shift; dynamic ones belong to the sampler's resolution, not to the training range."""
-        config = self.scheduler.config
-        return 1.0 if not self.is_flow or config.use_dynamic_shifting else config.shift
+        return 1.0 if not self.is_flow or self.scheduler.config.use_dynamic_shifting else self.scheduler.shift
 
     def _grid(self) -> Tensor:
         if getattr(self.scheduler, "num_inference_steps", None) is None:

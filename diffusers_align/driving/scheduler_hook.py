@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..schedulers.own_noise import first_time
-from ..schedulers.scheduling_utils import Generator, SDESchedulerOutput, as_state, fork, returned
+from ..schedulers.scheduling_utils import Generator, SDESchedulerMixin, SDESchedulerOutput, as_state, fork, returned
 from ..schedulers.sigma_space import implied_output
 from . import prompt_form
 from .calls import Calls, calls_of
@@ -259,6 +259,11 @@ def _explained(pipeline) -> Iterator[None]:
     except AttributeError as error:
         name = type(pipeline.scheduler).__name__
         if lacks := re.fullmatch(rf"'({name}|FrozenDict)' object has no attribute '(\w+)'", str(error)):
+            if lacks[2] == "sigmas" and isinstance(pipeline.scheduler, SDESchedulerMixin):
+                raise ValueError(
+                    f"{type(pipeline).__name__} reads the sigmas of its scheduler, which {name} does not have. Give the pipeline its own scheduler back: "
+                    "Policy makes a twin that has them. In Python: sde_twin(scheduler, by_sigmas=True)."
+                ) from error
             raise ValueError(
                 f"{type(pipeline).__name__} reads {lacks[2]!r} of its scheduler, which {name} does not have: this pipeline "
                 "works with a scheduler of its own only, and that one is no policy."

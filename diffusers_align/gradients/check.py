@@ -157,15 +157,21 @@ def scaled_gradients(total: Tensor, inputs: list[Tensor], *, half: bool) -> list
     Args:
         total: (), with its graph.
         half: some of it is in float16, where small gradients vanish: then it is scaled on the way back, as a loss scaler does, by the
-            largest factor with which nothing overflows, and the gradients come in float32.
+            largest factor with which the least overflows, and the gradients come in float32.
     """
     if not half:
         return list(torch.autograd.grad(total, inputs, allow_unused=True))
+    best, fewest = [], None
     for exponent in EXPONENTS:
-        found = torch.autograd.grad(total * 2.0**exponent, inputs, allow_unused=True, retain_graph=True)
-        if all(g is None or bool(g.isfinite().all()) for g in found):
+        with torch.enable_grad():
+            scaled = total * 2.0**exponent
+        found = torch.autograd.grad(scaled, inputs, allow_unused=True, retain_graph=True)
+        lost = sum(int((~g.isfinite()).sum()) for g in found if g is not None)
+        if fewest is None or lost < fewest:
+            best, fewest = [None if g is None else g.float() * 2.0**-exponent for g in found], lost
+        if not lost:
             break
-    return [None if g is None else g.float() * 2.0**-exponent for g in found]
+    return best
 
 
 def _norm(gradients: tuple[Tensor | None, ...]) -> float:

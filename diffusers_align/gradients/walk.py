@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from ..condition import positions
 from ..driving.scheduler_hook import Step
 from ..forward_process import ForwardProcess
-from ..schedulers import sde_twin
+from ..schedulers import SigmaSDEScheduler, sde_twin
 from ..transition import GaussianTransition
 from .recompute import recomputed
 
@@ -135,13 +135,24 @@ def _clean_sample(step: Step) -> Tensor:
     clean, twin = getattr(step.output, "pred_original_sample", None), None
     if clean is None:
         twin = sde_twin(step.scheduler)
-    if hasattr(twin, "clean_sample"):
+    if isinstance(twin, SigmaSDEScheduler):
+        clean = twin.clean_at(_noise_level(step, twin), step.model_output, step.sample)
+    elif hasattr(twin, "clean_sample"):
         clean = twin.clean_sample(step.model_output, step.timestep, step.sample)
     if clean is None:
         scale = getattr(step.scheduler, "scale_model_input", lambda x, t: x)
         t = torch.as_tensor(step.timestep).reshape(-1).expand(len(step.sample))
         clean = ForwardProcess(twin).to_x0(step.model_output, scale(step.sample, step.timestep), t)
     return clean.to(step.sample.dtype)
+
+
+def _noise_level(step: Step, twin: SigmaSDEScheduler) -> Tensor:
+    """Of the state that a step which has been run has left: as its solver has it, whose timesteps may be rounded; by the timestep where a solver has levels
+    between those of its table."""
+    scheduler = step.scheduler
+    if hasattr(scheduler, "sigmas_interpol"):
+        return twin.space.sigma_of(torch.as_tensor(step.timestep).reshape(1))[0]
+    return scheduler.sigmas[scheduler.step_index - 1]
 
 
 def _step_numbers(name: str, steps: Iterable[int]) -> list[int]:

@@ -35,6 +35,7 @@ from ..driving.scheduler_hook import Step, drive
 from ..gradients.decoding import light_decoding
 from ..policy import Policy
 from ..rewards import load_reward
+from .callbacks import check_last_step, watched
 from .judge import Judge
 from .rows import with_own_rows
 
@@ -158,6 +159,8 @@ class WrappedPipeline(DiffusionPipeline):
         if prompt is None and any(map(is_embedding, {**arguments, **own})):
             prompt = unknown_prompts(type(self.pipeline).__name__, accepted, arguments, own, None)
             logger.warning("Embeddings stand in the place of prompts: rewards judge images against empty ones. Give prompt as well where they read it.")
+        if callable(callback := arguments.get("callback_on_step_end")):
+            arguments["callback_on_step_end"] = watched(callback)
         if prompt is None or prompt == []:
             raise ValueError("Give prompt: rewards judge images against it; or prompt_embeds in its place, for rewards that read no prompt.")
         return Condition(checked_prompts(prompt), arguments, per_sample=own), rest
@@ -211,8 +214,9 @@ class WrappedPipeline(DiffusionPipeline):
             overrides: such as `output_type`.
 
         Raises:
-            ValueError: the call has more chains.
+            ValueError: the call has more chains, or a step callback has changed the latents after the last step.
         """
+        check_last_step(condition.kwargs)
         chains, portions, before = Chains(), {0}, copied(generator)
 
         def put(step: Step) -> Tensor:

@@ -25,6 +25,7 @@ from ..driving.initial_noise import prepared_latents
 from ..driving.prompt_memory import PromptMemory
 from ..driving.replacements import reads_levels_by_number
 from ..driving.scheduler_hook import NO_OWN_STEP, Step, drive
+from ..gradients.check import scaled_gradients
 from .base import copied
 from .noise_grid import NoiseGrid, check_scale, noise_grid
 from .recurrence import put_back, raised_in, reads_state, restarted, run_time_state, whole_steps
@@ -103,7 +104,8 @@ def guided_sample(
     if walk.final is None:
         raise GuidanceError(NO_OWN_STEP)
     if walk.values and not walk.moved:
-        raise GuidanceError("The reward's gradient was exactly 0 at every guided step: it rounds, saturates, or does not look at the images.")
+        half = " Half precision rounds small ones to 0, too: try float32." if walk.half else ""
+        raise GuidanceError(f"The reward's gradient was exactly 0 at every guided step: it rounds, saturates, or does not look at the images.{half}")
     return GuidedSample(output, walk.final, torch.stack(walk.values, 1) if walk.values else None)
 
 
@@ -120,7 +122,7 @@ class _Walk:
         self.solver: dict[str, Any] | None = None
         self.generators: list[torch.Generator] | None = None
         self.values: list[Tensor] = []
-        self.moved = False
+        self.moved, self.half = False, False
         self.final: Tensor | None = None
         self.leaf: Tensor | None = None
 
@@ -171,6 +173,7 @@ class _Walk:
             self._begin(step)
         k, after = self._position(step)
         state, output = step.sample.detach(), step.model_output.detach()
+        self.half = torch.float16 in (state.dtype, output.dtype)
         self._remember(step, k, state, output)
         self.final = self._guided_step(step, k, state, output) if self._is_guided(k) else step.run(sample=state, model_output=output).prev_sample
         if after <= k:
@@ -240,7 +243,7 @@ class _Walk:
         if step.sample.requires_grad and step.model_output.requires_grad:
             state = step.sample if self.leaf is None else self.leaf
             with torch.enable_grad():
-                (found,) = torch.autograd.grad(clean(step.sample, step.model_output), state, gradient, allow_unused=True)
+                (found,) = scaled_gradients((clean(step.sample, step.model_output) * gradient).sum(), [state], half=self.half)
         if found is None:
             where = "the state of its first step has no graph: begin later (start > 0)" if k == 0 else "the denoiser does not get the state with its graph"
             raise GuidanceError(f"The pipeline cuts the graph at solver step {k}: {where}, or use a preset without it (mpgd, flowchef).")
@@ -253,7 +256,7 @@ class _Walk:
             part = x[rows].detach().requires_grad_()
             with torch.enable_grad():
                 value = self.objective(part * self.grid.data, rows.tolist(), level)
-                (gradient,) = torch.autograd.grad(value.sum(), part, allow_unused=True) if value.requires_grad else (None,)
+                (gradient,) = scaled_gradients(value.sum(), [part], half=self.half) if value.requires_grad else (None,)
             if gradient is None:
                 raise GuidanceError(
                     "The reward has no gradient with respect to the latents: it, or the decoder, detaches them, runs under torch.no_grad, or goes "

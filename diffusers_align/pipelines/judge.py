@@ -47,7 +47,7 @@ class Judge:
         for name, values in (columns or {}).items():
             if isinstance(values, str) or not hasattr(values, "__len__"):
                 raise ValueError(f"The column {name!r} must be a list with an entry per prompt, got {values!r}.")
-            if len(values) == 0 or len(condition) % len(values):
+            if not _goes_with(len(values), condition):
                 raise ValueError(f"The column {name!r} has {len(values)} entries, which do not go with {len(condition)} outputs: give one per prompt.")
             rows[name] = [value for value in values for _ in range(len(condition) // len(values))]
         return cls(reward, condition, rows, on_invalid, pipeline)
@@ -59,3 +59,11 @@ class Judge:
             made = Outcome(made, sampling_rate=sampling_rate_of(self.pipeline) if made.ndim == 3 and self.pipeline is not None else None)
         columns = made.beside({name: [values[i] for i in rows] for name, values in self.columns.items()})
         return score_columns(self.reward, made.images.float(), self.condition.select(rows).prompts, columns, self.on_invalid)["reward"]
+
+
+def _goes_with(number: int, condition: Condition) -> bool:
+    """Whether so many entries are one per output, or one per prompt whose outputs stand side by side."""
+    if number == 0 or len(condition) % number:
+        return False
+    copies, prompts = len(condition) // number, condition.prompts
+    return all(prompts[i] == prompts[i - i % copies] for i in range(len(prompts)))

@@ -16,8 +16,10 @@ from torch import Tensor
 from ..algorithms.noise_optimization import Ascent, NoiseOptimization, ascend, settings
 from ..checks.ranges import Count, CountOrNone, NonNegative, Positive, PositiveOrInfinite, checked
 from ..condition import Condition
+from ..driving.chains import Finals
 from ..driving.initial_noise import initial_noise
 from ..driving.scheduler_hook import Step
+from ..gradients.check import scaled_gradients
 from ..gradients.rollout import DifferentiableRollout, differentiable_rollout
 from ..policy import Policy
 from ..schedulers import DDIMSDEScheduler
@@ -83,12 +85,14 @@ class NoiseOptimizationPipeline(WrappedPipeline):
         chosen = settings(optimizer, **{name: value for name, value in overrides.items() if value is not None})
         condition, generator = self.condition(prompt, {name: value for name, value in arguments.items() if not name.startswith("callback")})
         judge = self.judge(reward, condition, columns, on_invalid="mask")
-        if generator is None:
-            generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        rows = torch.arange(len(condition)).split(1 if chosen.optimizer == "lbfgs" else batch_size or len(condition))
+        if generator is None:  # one for each sample where they are not drawn together, so that parts draw what the whole does
+            own = [torch.Generator().manual_seed(int(torch.randint(2**62, ()))) for _ in (condition.prompts if len(rows) > 1 else range(1))]
+            generator = own if len(rows) > 1 else own[0]
         before = copied(generator)
         start, steps = self._start(condition, generator)
-        search = _Search(judge, condition, before, steps if grad_steps is None else _checked_steps(grad_steps, steps))
-        rows = torch.arange(len(condition)).split(1 if chosen.optimizer == "lbfgs" else batch_size or len(condition))
+        stock = self.sample(condition, copied(before)) if len(rows) > 1 and not isinstance(before, list) else None
+        search = _Search(judge, condition, before, steps if grad_steps is None else _checked_steps(grad_steps, steps), stock)
         with self._differentiable() as policy, self.progress_bar(total=chosen.num_iterations * len(rows)) as bar:
             parts = [search.climb(policy, part.tolist(), start, chosen, reward_scale, bar.update) for part in rows]
         output = self.finish(search.finals, condition, before, output_type=output_type, return_dict=return_dict)
@@ -124,10 +128,14 @@ class NoiseOptimizationPipeline(WrappedPipeline):
 
 
 class _Search:
-    """Evaluates noise by roll-outs, and keeps the final states of the best."""
+    """Evaluates noise by roll-outs, and keeps the final states of the best.
 
-    def __init__(self, judge: Judge, condition: Condition, generator: Generators, grad_steps):
-        self.judge, self.condition, self.generator, self.grad_steps = judge, condition, generator, list(grad_steps)
+    Args:
+        stock: the stock call's own final states, where one generator draws for all samples and parts of them are called one by one.
+    """
+
+    def __init__(self, judge: Judge, condition: Condition, generator: Generators, grad_steps, stock: Finals | None = None):
+        self.judge, self.condition, self.generator, self.grad_steps, self.stock = judge, condition, generator, list(grad_steps), stock
         self.finals: list[Tensor] = []
 
     def climb(self, policy: Policy, rows: list[int], start: Tensor, chosen: NoiseOptimization, reward_scale: float, on_iterate) -> Ascent:
@@ -155,6 +163,8 @@ class _Search:
         rollout = differentiable_rollout(
             policy, self.condition.select(rows), grad_steps=self.grad_steps if gradient else [], noise=noise, noise_gradient=gradient, generator=own
         )  # fmt: skip
+        if first and self.stock is not None:
+            _check_start(next(iter(self.stock.values()))[rows], rollout.finals[0].detach())
         if not isinstance(rollout.images, Tensor):
             raise GuidanceError(
                 f"The pipeline returned {type(rollout.images).__name__} instead of tensors: it has no output_type 'pt', and PIL has no gradient."
@@ -182,6 +192,21 @@ class _Search:
             )
 
 
+def _check_start(stock: Tensor, drawn: Tensor) -> None:
+    """Whether samples that are called apart from the others are the stock call's.
+
+    Raises:
+        ValueError: they are not: the pipeline draws more than its initial noise of the one generator.
+    """
+    error = float((drawn.float() - stock.float()).abs().max() / stock.float().abs().max().clamp(min=1e-12))
+    if error > (1e-3 if stock.dtype == torch.float32 else 5e-2):
+        raise ValueError(
+            "One generator draws for all samples, and more than their initial noise (a solver with noise, a picture that is encoded), so that samples which "
+            "are optimised in parts would not start from the stock call's: give a list of generators, one for each, or leave batch_size out (and optimizer "
+            "'lbfgs', which takes one at a time)."
+        )
+
+
 def _checked_steps(grad_steps: list[int], steps: range) -> list[int]:
     if not grad_steps or any(k not in steps for k in grad_steps):
         raise ValueError(f"grad_steps are some of the {len(steps)} solver steps 0 to {len(steps) - 1}, at least one; got {grad_steps}.")
@@ -205,11 +230,15 @@ def _gradient(rollout: DifferentiableRollout, rewards: Tensor, first: bool) -> T
         raise GuidanceError("The final latents have a graph, the images have none: the decoder detaches them, or runs under torch.no_grad.")
     if not rewards.requires_grad:
         raise GuidanceError(_NO_GRADIENT)
-    (slope,) = torch.autograd.grad(rewards, rollout.noise, torch.ones_like(rewards), allow_unused=True)
+    half = torch.float16 in (rollout.noise.dtype, rollout.latents.dtype, rollout.images.dtype)
+    with torch.enable_grad():
+        total = rewards.sum()
+    (slope,) = scaled_gradients(total, [rollout.noise], half=half)
     if slope is None:
         raise GuidanceError("The final latents do not depend on the initial noise: the pipeline's loop or its solver detaches it on the way.")
     if first and not bool(slope.any()):
-        raise GuidanceError("The reward's gradient with respect to the noise is exactly 0: it rounds, saturates, or does not look at the images.")
+        why = " Half precision rounds small ones to 0, too: try float32." if half else ""
+        raise GuidanceError(f"The reward's gradient with respect to the noise is exactly 0: it rounds, saturates, or does not look at the images.{why}")
     return slope.float()
 
 

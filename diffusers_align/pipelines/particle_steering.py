@@ -16,6 +16,7 @@ from ..algorithms.best_of_n import best
 from ..algorithms.svdd import choose
 from ..checks.ranges import Count, NonNegative, Probability, check_fields, checked
 from ..condition import Condition
+from ..gradients.check import scaled_gradients
 from ..policy import noise_seed
 from ..rewards import InvalidReward
 from ..transition import GaussianTransition
@@ -218,7 +219,10 @@ class _Run:
         """Gradient of lambda r at each particle's state, (B, *D) float32."""
         if not scores.requires_grad:
             raise ValueError("The reward has no gradient (or cut it): leave out gradient=True, particles need none.")
-        (slope,) = torch.autograd.grad(self.steering.reward_scale * scores.nan_to_num().sum(), part.states[0])
+        half = part.states[0].dtype == torch.float16
+        (slope,) = scaled_gradients(self.steering.reward_scale * scores.nan_to_num().sum(), [part.states[0]], half=half)
+        if slope is None:
+            raise ValueError("The reward has no gradient (or cut it): leave out gradient=True, particles need none.")
         return slope.float().nan_to_num(posinf=0, neginf=0)
 
     def weigh(self, rewards: Tensor) -> list[int]:

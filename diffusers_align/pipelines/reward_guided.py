@@ -22,6 +22,7 @@ from ..driving.safety_checker import unchecked
 from ..driving.scheduler_hook import OTHER_NUMBER, Step
 from ..policy import noise_seed
 from .base import Generators, WrappedPipeline, copied
+from .callbacks import check_last_step
 from .guided_sampling import GuidanceError, Objective, guided_sample
 from .judge import Judge
 
@@ -89,6 +90,7 @@ class RewardGuidedPipeline(WrappedPipeline):
                 seeds=lambda size: noise_seeds(before, size), micro_batch_size=micro_batch_size, gradient_checkpointing=gradient_checkpointing,
                 on_progress=_shown(bar), memory=self.prompt_memory,
             )  # fmt: skip
+        check_last_step(call)
         values = {} if sampled.values is None else {"guided_values": sampled.values}
         if guidance.noisy:
             return self.extended(sampled.output, **values)

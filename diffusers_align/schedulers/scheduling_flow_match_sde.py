@@ -98,13 +98,19 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
         mu: float | None = None,
         timesteps: list[float] | None = None,
     ) -> None:
-        """The parent's schedule, or that of the `source` scheduler if there is one."""
+        """The parent's schedule, or that of the `source` scheduler if there is one.
+
+        Raises:
+            ValueError: timesteps or sigmas where the source takes none.
+        """
         if self._source is None:
             super().set_timesteps(num_inference_steps, device, sigmas, mu, timesteps)
         else:
-            given = {"sigmas": sigmas, "mu": mu, "timesteps": timesteps}
             accepted = inspect.signature(self._source.set_timesteps).parameters
-            given = {name: value for name, value in given.items() if value is not None and name in accepted}
+            given = {name: value for name, value in (("timesteps", timesteps), ("sigmas", sigmas)) if value is not None}
+            if unknown := sorted(set(given) - set(accepted)):
+                raise ValueError(f"{type(self._source).__name__} takes no {unknown[0]} of one's own: give num_inference_steps.")
+            given |= {"mu": mu} if mu is not None and "mu" in accepted else {}  # as the parent, which reads it where it shifts by it
             self._source.set_timesteps(num_inference_steps, device=device, **given)
             self.num_inference_steps = len(self._source.timesteps)
             # Float timesteps: the parent refuses integers, because they look like step indices.

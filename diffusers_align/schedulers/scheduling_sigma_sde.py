@@ -199,12 +199,13 @@ class SigmaSDEScheduler(SDESchedulerMixin, EulerDiscreteScheduler):
 
     def clean_sample(self, k: int, model_output: Tensor, sample: Tensor) -> Tensor:
         """The clean sample (B, *D) that the model's output at step k implies, float32; clipped where the source clips it."""
-        state, output = self._clean_weights(k, sample)
+        return self.clean_at(self.sigmas[k], model_output, sample)
+
+    def clean_at(self, sigma: Tensor, model_output: Tensor, sample: Tensor) -> Tensor:
+        """The same at a noise level, one for all samples or (B,)."""
+        state, output = (columns(weight, sample.float()) for weight in self.space.clean_weights(sigma.double().cpu()))
         clean = state * sample.float() + output * model_output.float()
         return clean if self._largest is None else clean.clamp(-self._largest, self._largest)
-
-    def _clean_weights(self, k: int, sample: Tensor) -> list[Tensor]:
-        return [columns(weight, sample.float()) for weight in self.space.clean_weights(self.sigmas[k].double().cpu())]
 
     def ask(self, model_output: Tensor, timestep, sample: Tensor, return_dict: bool = True, **unused) -> SDESchedulerOutput | tuple:
         """A step for the sake of its clean sample, which the pipeline takes back: it draws nothing, and the state stays."""

@@ -90,13 +90,17 @@ def sde_twin(scheduler, *, by_sigmas: bool = False, **sde_fields):
         fields = f"its fields are {', '.join(SDE_FIELDS[cls.__name__])}" if SDE_FIELDS[cls.__name__] else "its noise is the sampler's own, and has none to set"
         raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; {fields}.")
     if isinstance(scheduler, SDESchedulerMixin):
-        return cls.from_config(scheduler.config, **sde_fields)
+        copy = cls.from_config(scheduler.config, **sde_fields)
+        copy.made_of = getattr(scheduler, "made_of", None)
+        return _as_set(copy, scheduler)
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
     if issubclass(cls, OwnNoiseMixin):
-        return cls.from_config(config, **sde_fields)
+        return _as_set(cls.from_config(config, **sde_fields), scheduler)
     source = {"_class_name": type(scheduler).__name__, **config}
     build = {FlowMatchSDEScheduler: _flow_twin, DDIMSDEScheduler: _ddim_twin, SigmaSDEScheduler: _sigma_twin}[cls]
-    return build(scheduler, config, source, sde_fields)
+    twin = build(scheduler, config, source, sde_fields)
+    twin.made_of = scheduler
+    return _as_set(twin, scheduler)
 
 
 def sde_twins(schedulers: dict, main: SDESchedulerMixin | None = None, by_sigmas: bool = False) -> dict:
@@ -104,13 +108,30 @@ def sde_twins(schedulers: dict, main: SDESchedulerMixin | None = None, by_sigmas
 
     Args:
         main: in the place of the first one's twin.
-        by_sigmas: the pipeline reads the first one's `sigmas`: its twin has them too, though its levels lie on a table.
+        by_sigmas: the pipeline reads the first one's `sigmas`: its twin has them too, though its levels lie on a table. A main one without them
+            is made anew, with its noise, of what it was made of.
     """
     (name, stock), *others = schedulers.items()
     main = sde_twin(stock, by_sigmas=by_sigmas) if main is None else main
+    if by_sigmas and isinstance(main, DDIMSDEScheduler) and (source := getattr(main, "made_of", None)) is not None:
+        main = sde_twin(source, by_sigmas=True, **{field: main.config[field] for field in SDE_FIELDS["DDIMSDEScheduler"]})
     kind = type(main).__name__
     fields = {field: main.config[field] for field in SDE_FIELDS.get(kind, ())}
     return {name: main, **{other: sde_twin(s, **(fields if _twin_class(s).__name__ == kind else {})) for other, s in others}}
+
+
+def _as_set(twin: SDESchedulerMixin, scheduler) -> SDESchedulerMixin:
+    """The twin with what was set on the scheduler after it was made, of which its config does not know."""
+    if hasattr(scheduler, "set_shift") and scheduler.shift != twin.shift:
+        twin.set_shift(scheduler.shift)
+    if getattr(scheduler, "_scale_factors", None):
+        twin.set_scale_factors(scheduler._scale_factors, scheduler._upscale_mode)
+    return twin
+
+
+def _reads(scheduler, entry: str) -> bool:
+    """Whether the scheduler's class reads an entry: a config also holds what other classes read, which it was made of."""
+    return entry in inspect.signature(type(scheduler).__init__).parameters
 
 
 def _twin_class(scheduler) -> type:
@@ -124,8 +145,8 @@ def _twin_class(scheduler) -> type:
             raise ValueError(f"{name} has no SDE twin: {reason}. Give the pipeline a DDIM or a FlowMatchEuler scheduler if its model allows.")
     if _explodes(scheduler):
         return SigmaSDEScheduler
-    flow = name.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
-    if flow:
+    flow_sigmas = _reads(scheduler, "use_flow_sigmas") and scheduler.config.get("use_flow_sigmas")
+    if name.startswith("FlowMatch") or flow_sigmas or scheduler.config.get("prediction_type") == "flow_prediction":
         return FlowMatchSDEScheduler
     if getattr(scheduler, "alphas_cumprod", None) is not None:
         return SigmaSDEScheduler if _off_the_table(scheduler) else DDIMSDEScheduler
@@ -154,14 +175,13 @@ def _explodes(scheduler) -> bool:
 
 def _off_the_table(scheduler) -> list[str]:
     """Entries of the config by which the scheduler's steps are not those of its table, so that a twin on the table would ask the model at other levels."""
-    given = ((entry, scheduler.config.get(entry, usual), usual) for entry, usual in _OFF_THE_TABLE.items())
+    given = ((entry, scheduler.config.get(entry, usual), usual) for entry, usual in _OFF_THE_TABLE.items() if _reads(scheduler, entry))
     return [f"{entry}={value!r}" for entry, value, usual in given if value not in (usual, None)]
 
 
 def _sigma_twin(scheduler, config: dict, source: dict, sde_fields: dict) -> SigmaSDEScheduler:
     name, known = type(scheduler).__name__, inspect.signature(SigmaSDEScheduler.__init__).parameters
-    read = inspect.signature(type(scheduler).__init__).parameters  # a config also holds what other classes read
-    if "thresholding" in read and config.get("thresholding"):
+    if _reads(scheduler, "thresholding") and config.get("thresholding"):
         raise ValueError(
             f"{name} with thresholding=True has no SDE twin off its table: it scales clean samples by their own quantiles, unlike the twin. Give the pipeline "
             f"{name}.from_config(pipe.scheduler.config, thresholding=False)."
@@ -187,8 +207,8 @@ def _flow_twin(scheduler, config: dict, source: dict, sde_fields: dict) -> FlowM
 def _ddim_twin(scheduler, config: dict, source: dict, sde_fields: dict) -> DDIMSDEScheduler:
     known = inspect.signature(DDIMSDEScheduler.__init__).parameters
     # DDIM clips by default, latent models must not be clipped: clip only where the source asks for it.
-    config = {"clip_sample": False} | {name: value for name, value in config.items() if name in known}
-    if scheduler.config.get("final_sigmas_type") == "sigma_min":
+    config = {"clip_sample": False} | {name: value for name, value in config.items() if name in known and _reads(scheduler, name)}
+    if _reads(scheduler, "final_sigmas_type") and scheduler.config.get("final_sigmas_type") == "sigma_min":
         config["set_alpha_to_one"] = False  # the last step ends at the table's first noise level
     if type(scheduler).__name__.startswith("CogVideoX"):
         config["clip_sample"] = False  # registered by these classes, True by default, but never read
@@ -216,8 +236,12 @@ def apply_recipe(pipeline, recipe: str | Path):
     """
     folder = Path(recipe) if Path(recipe).is_dir() else front_door("schedulers", str(recipe))
     fields = json.loads((folder / "scheduler_config.json").read_text())
-    wanted, actual = fields.pop("_class_name"), _twin_class(pipeline.scheduler).__name__
+    wanted, twin = fields.pop("_class_name"), _twin_class(pipeline.scheduler)
+    actual, usual = twin.__name__, inspect.signature(twin.__init__).parameters
     if wanted != actual and {wanted, actual} != {"DDIMSDEScheduler", "SigmaSDEScheduler"}:
         raise ValueError(f"Recipe {recipe} is for {wanted}, but the pipeline's {type(pipeline.scheduler).__name__} becomes a {actual}.")
-    pipeline.scheduler = sde_twin(pipeline.scheduler, **{k: v for k, v in fields.items() if not k.startswith("_")})
+    # What a recipe before this one has set and this one does not name is as usual again.
+    given = {name: fields.get(name, usual[name].default) for name in SDE_FIELDS[actual]}
+    unknown = {name: value for name, value in fields.items() if not name.startswith("_") and name not in given}
+    pipeline.scheduler = sde_twin(pipeline.scheduler, **given, **unknown)
     return pipeline

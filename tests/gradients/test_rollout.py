@@ -2,6 +2,7 @@
 
 import copy
 
+import diffusers
 import pytest
 import torch
 from differentiated import PROMPTS, SEEDS, SOLVERS, SUBJECTS, Subject, brightness, close, score, subject
@@ -308,6 +309,34 @@ def test_stopping_decodes_the_predicted_clean_sample(family, solver):
         expected = x - rollout.timesteps[k] / 1000 * output
     close(rollout.latents, expected, 1e-4)
     assert it.gradient(score(rollout.images).sum()).norm() > 0
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}), ("UniPCMultistepScheduler", {"use_karras_sigmas": True}),
+        ("DPMSolverMultistepScheduler", {"use_exponential_sigmas": True}), ("DPMSolverSinglestepScheduler", {"use_karras_sigmas": True}),
+        ("DEISMultistepScheduler", {"use_karras_sigmas": True}), ("EDMDPMSolverMultistepScheduler", {"prediction_type": "epsilon"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("k", [0, 2])
+def test_stopping_on_solvers_off_the_table_decodes_the_clean_sample_at_their_own_level(name, options, k):
+    pipeline = FAMILIES["sd15"].build()
+    kept = {} if name.startswith("EDM") else pipeline.scheduler.config
+    pipeline.scheduler = getattr(diffusers, name).from_config({**kept, "_class_name": name, **options})
+    policy = Policy(pipeline, **FAMILIES["sd15"].call)
+    policy.add_lora(rank=2)
+    rollout = differentiable_rollout(policy, policy.condition(PROMPTS, seeds=SEEDS), grad_steps=[k], stop_step=k, checkpoint=False)
+    solver = copy.deepcopy(policy.stock_scheduler)
+    solver.set_timesteps(FAMILIES["sd15"].call["num_inference_steps"])
+    x, output, sigma = rollout.states[k].double(), rollout.steps[k].model_output.double(), solver.sigmas[k].double()
+    if name.startswith("EDM"):
+        expected = solver.precondition_outputs(x, output, sigma)
+    else:
+        alpha = 1 / (sigma**2 + 1).sqrt()
+        expected = (x - alpha * sigma * output) / alpha
+    close(rollout.latents, expected.float(), 1e-4)
+    assert torch.autograd.grad(score(rollout.images).sum(), policy.trainable_parameters()[-1])[0].isfinite().all()
 
 
 def test_stopping_saves_the_later_denoiser_calls(sd3):

@@ -25,6 +25,15 @@ def test_rows_are_judged_against_their_own_prompts_and_columns():
     assert torch.equal(Judge.of(brightness, TWO_OF_EACH)(images, [2]), brightness(images.float(), None))
 
 
+def test_a_column_stands_for_the_outputs_of_its_own_prompt_alone():
+    four = Condition(["a", "b", "c", "d"], {})
+    for columns in ({"tag": ["A", "B"]}, {"tag": ["A"]}):
+        with pytest.raises(ValueError, match=f"{len(columns['tag'])} entries, which do not go with 4 outputs: give one per prompt"):
+            Judge.of(brightness, four, columns)
+    assert Judge.of(brightness, four, {"tag": [1, 2, 3, 4]}).columns == {"tag": [1, 2, 3, 4]}
+    assert Judge.of(brightness, Condition(["a", "a", "a"], {}), {"tag": ["A"]}).columns == {"tag": ["A", "A", "A"]}
+
+
 @pytest.mark.parametrize(
     "message, columns, on_invalid",
     [

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from guided import SOLVERS, redness, rounding, seeds, without_gradient
+from tiny_pipelines import FAMILIES
 
 from diffusers_align import embedded
 from diffusers_align.pipelines import NoiseOptimizationPipeline, path
@@ -56,6 +57,43 @@ def test_a_single_generator_draws_what_the_stock_call_draws(models):
     found = NoiseOptimizationPipeline(models["mini-sd"], reward=redness)("two lemons", generator=ours, num_iterations=0, **options)
     assert torch.equal(found.images, plain)
     assert torch.equal(ours.get_state(), stock.get_state())
+
+
+@pytest.mark.parametrize("solver, refused", [("DDIMScheduler", False), ("EulerAncestralDiscreteScheduler", True)])
+def test_one_generator_in_parts_is_the_stock_call_or_refused(models, solver, refused):
+    pipeline = copy.copy(models["mini-sd"])
+    pipeline.scheduler = getattr(diffusers, solver).from_config(pipeline.scheduler.config)
+    prompts, options = ["a fox", "two lemons"], {"num_iterations": 0, **CALL, **MODELS["mini-sd"]}
+    optimizer = NoiseOptimizationPipeline(pipeline, reward=redness)
+    if refused:
+        with pytest.raises(ValueError, match="One generator draws for all samples, and more than their initial noise"):
+            optimizer(prompts, generator=torch.Generator().manual_seed(3), batch_size=1, **options)
+        options["generator"] = None  # one for each is drawn
+    else:
+        options["generator"] = torch.Generator().manual_seed(3)
+        plain = pipeline(prompts, generator=torch.Generator().manual_seed(3), **CALL, **MODELS["mini-sd"]).images
+    found = optimizer(prompts, batch_size=1, **options)
+    assert found.rewards.isfinite().all()
+    if refused:
+        assert torch.allclose(found.rewards, redness(found.images, None), atol=1e-4)
+    else:
+        torch.testing.assert_close(found.images, plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-3, 1e-4])
+def test_small_gradients_are_not_lost_in_float16(unit):
+    """A reward in small units against a scale that takes them back moves the noise as the reward in its own units does."""
+    options = {**FAMILIES["sd15"].call, "num_inference_steps": 2, "output_type": "pt", "num_iterations": 1, "regularization": 0.0, "learning_rate": 0.1}
+
+    def moved(dtype):
+        pipeline = FAMILIES["sd15"].build().to(dtype)
+        optimizer = NoiseOptimizationPipeline(pipeline, reward=lambda images, prompts, **columns: unit * images.flatten(1).mean(1))
+        call = {**options, "reward_scale": 100 / unit, "max_grad_norm": float("inf")}
+        start, after = (optimizer("a", generator=torch.Generator().manual_seed(0), **{**call, "num_iterations": number}) for number in (0, 1))
+        assert after.reward_history[0, 1] > after.reward_history[0, 0], "the best iterate is the moved one"
+        return (after.noise - start.noise).flatten().float()
+
+    assert torch.nn.functional.cosine_similarity(moved(torch.float16), moved(torch.float32), dim=0) > 0.98
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

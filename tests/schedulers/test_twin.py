@@ -1,6 +1,7 @@
 """A stock scheduler's twin with noise: its table, its steps, what is refused; and recipes of noise by name."""
 
 import copy
+import inspect
 import json
 import logging
 import types
@@ -13,6 +14,7 @@ from schedules import SD, gen, randn
 
 from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, SigmaSDEScheduler, apply_recipe, sde_twin
 from diffusers_align.files import paths
+from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.schedulers import twin
 from diffusers_align.schedulers.own_noise import OwnNoiseMixin
 from diffusers_align.schedulers.twin import sde_twins
@@ -278,6 +280,71 @@ STOCK = {
 }
 
 
+# What the config does not say, or says to others
+
+
+FOREIGN = {"clip_sample": True, "thresholding": True, "rescale_betas_zero_snr": True, "set_alpha_to_one": False}
+FOREIGN |= {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}
+
+
+@pytest.mark.parametrize("name", ["DDIM", "DDPM", "PNDM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep"])
+def test_what_a_scheduler_was_made_of_and_does_not_read_is_not_its_twins(name):
+    """A config keeps entries of the class that it was saved by, to hand them on."""
+    cls = getattr(diffusers, f"{name}Scheduler")
+    foreign = {entry: value for entry, value in FOREIGN.items() if entry not in inspect.signature(cls.__init__).parameters}
+    assert foreign, "there is nothing to tell"
+    found, plain = (sde_twin(cls.from_config({"_class_name": cls.__name__, **SDXL, **more})) for more in (foreign, {}))
+    assert type(found) is type(plain) is DDIMSDEScheduler and torch.equal(found.alphas_cumprod, plain.alphas_cumprod)
+    entries = [entry for entry in plain.config if not entry.startswith("_")]
+    assert {entry: found.config[entry] for entry in entries} == {entry: plain.config[entry] for entry in entries}
+
+
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"])
+def test_a_shift_that_was_set_is_the_twins_too(name):
+    scheduler = getattr(diffusers, name)(shift=3.0)
+    scheduler.set_shift(6.0)
+    shifted = sde_twin(scheduler)
+    for s in (scheduler, shifted, sde_twin(shifted), copy.deepcopy(shifted)):
+        s.set_timesteps(5)
+        assert torch.equal(s.sigmas, scheduler.sigmas)
+    plain = sde_twin(getattr(diffusers, name)(shift=3.0))
+    plain.set_timesteps(5)
+    assert (plain.sigmas[1:4] - shifted.sigmas[1:4]).abs().min() > 0.01
+    if name != "FlowMatchLCMScheduler":
+        assert ForwardProcess(shifted)._shift == 6.0 and ForwardProcess(plain)._shift == 3.0
+
+
+def test_scales_of_a_few_step_sampler_that_were_set_are_the_twins_too():
+    scheduler = diffusers.FlowMatchLCMScheduler()
+    scheduler.set_scale_factors([0.5, 1.0], "nearest")
+    scaled = sde_twin(scheduler)
+    assert (scaled._scale_factors, scaled._upscale_mode) == (scheduler._scale_factors, "nearest")
+
+
+@pytest.mark.parametrize("given", [{"sigmas": [1.0, 0.5, 0.2]}, {"timesteps": [900, 500]}])
+def test_levels_that_a_source_does_not_take_are_refused(given):
+    (name,), source = given, diffusers.UniPCMultistepScheduler if "timesteps" in given else diffusers.DPMSolverMultistepScheduler
+    if name in inspect.signature(source.set_timesteps).parameters:
+        pytest.skip("this version of diffusers takes them")
+    followed = sde_twin(source(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0))
+    for number in (None, 3):
+        with pytest.raises(ValueError, match=f"{source.__name__} takes no {name} of one's own"):
+            followed.set_timesteps(number, **given)
+
+
+def test_a_policys_own_scheduler_without_sigmas_is_made_anew_with_its_noise():
+    stock = diffusers.EulerDiscreteScheduler(**SDXL)
+    given = sde_twin(stock, eta=0.3, sde_window=(0, 2))
+    (found,) = sde_twins({"scheduler": stock}, given, by_sigmas=True).values()
+    (recipe,) = sde_twins({"scheduler": given}, by_sigmas=True).values()
+    for anew in (found, recipe):
+        assert type(anew) is SigmaSDEScheduler and (anew.config.eta, tuple(anew.config.sde_window)) == (0.3, (0, 2))
+        anew.set_timesteps(4)
+        stock.set_timesteps(4)
+        assert torch.equal(anew.sigmas, stock.sigmas)
+    assert sde_twins({"scheduler": stock}, given)["scheduler"] is given
+
+
 def test_recipes_of_the_documentation_are_there():
     assert {"ddpo", "flow_grpo", "flow_grpo_fast", "dance_grpo", "cps", "memoryless"} <= set(RECIPES)
 
@@ -295,6 +362,12 @@ def test_recipe_sets_its_fields_and_keeps_the_rest(recipe, by):
     for name in ("shift", "base_shift", "max_shift", "use_dynamic_shifting", "beta_start", "beta_end", "beta_schedule", "set_alpha_to_one", "steps_offset"):
         assert config.get(name) == stock.config.get(name)
     assert isinstance(pipeline.scheduler, (FlowMatchSDEScheduler, DDIMSDEScheduler))
+
+
+def test_a_recipe_leaves_nothing_of_the_one_before():
+    pipeline = types.SimpleNamespace(scheduler=STOCK["FlowMatchSDEScheduler"])
+    apply_recipe(apply_recipe(pipeline, "flow_grpo_fast"), "flow_grpo")
+    assert pipeline.scheduler.config.sde_window is None and pipeline.scheduler.config.noise_level == 0.7
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
