@@ -50,7 +50,7 @@ from diffusers_align.training.run.inputs import prompt_of
 
 
 def weighted(run, rows):
-    """The rows that weigh anything, their weights (N,) as shares of the mean over all rows, and the weights' statistics."""
+    """The rows that weigh anything beside the others, their weights (N,) as shares of the mean over all rows, and the weights' statistics."""
     args, tasks = run.args, [prompt_of(row).key for row in rows]
     first = {task: i for i, task in reversed(list(enumerate(tasks)))}
     rewards, groups = torch.tensor([row["reward"] for row in rows]), torch.tensor([first[task] for task in tasks])
@@ -58,7 +58,10 @@ def weighted(run, rows):
     weights = reward_weights(rewards, groups, kind=args.weights, **options)
     statistics = weight_statistics(weights)
     run.print(", ".join(f"{name.replace('_', ' ')} {number:.4g}" for name, number in statistics.items()) + f", of {len(rows)} images")
-    kept = weights > 0
+    # Below this share of the largest an image adds nothing that float32 could hold, and its gradients are numbers too small to reckon with fast.
+    kept = weights > 1e-12 * weights.max()
+    if none := len(rows) - int(kept.sum()):
+        run.print(f"{none} of {len(rows)} images weigh nothing beside the others and are left out")
     return [row for row, own in zip(rows, kept) if own], (weights[kept] * kept.double().mean()).float(), statistics
 
 
