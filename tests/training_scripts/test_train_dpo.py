@@ -1,5 +1,6 @@
 """The scripts that learn from a data set, on data written here: what a pair shares, where training starts, and that it resumes."""
 
+import argparse
 import json
 import math
 import re
@@ -440,6 +441,16 @@ def test_rwr_pretrains_besides_and_refuses_a_collapse(task, tmp_path):
     with pytest.raises(ValueError, match="The weights are those of 1 samples out of 200.*force to go on"):
         train("rwr", tmp_path / "collapsed", task, **flags)
     train("rwr", tmp_path / "forced", task, force=True, **flags)
+
+
+def test_images_that_weigh_nothing_beside_the_others_are_left_out(capsys):
+    """Of 20 temperatures below the best a weight is 2e-9 of its; of 30, 1e-13."""
+    rows = [{"prompt": "x", "reward": reward} for reward in [0.0, 0.0, -0.2, -0.3, -100.0]]
+    args = argparse.Namespace(weights="softmax", temperature=0.01, scope="global", top_k=1, top_q=0.1, max_weight=20.0, force=False)
+    kept, weights, statistics = load_script("rwr").weighted(argparse.Namespace(args=args, print=print), rows)
+    assert [row["reward"] for row in kept] == [0.0, 0.0, -0.2] and statistics["max_weight"] == pytest.approx(2.5)
+    assert weights.tolist() == pytest.approx([2.5 * 3 / 5, 2.5 * 3 / 5, 2.5 * 3 / 5 * math.exp(-20)], rel=1e-6)
+    assert "2 of 5 images weigh nothing beside the others and are left out" in capsys.readouterr().out
 
 
 def test_weights_are_updated_when_the_loop_comes_back(task, tmp_path, monkeypatch):
