@@ -259,15 +259,10 @@ def _explained(pipeline) -> Iterator[None]:
     except AttributeError as error:
         name = type(pipeline.scheduler).__name__
         if lacks := re.fullmatch(rf"'({name}|FrozenDict)' object has no attribute '(\w+)'", str(error)):
+            why = "this pipeline works with a scheduler of its own only, and that one is no policy"
             if lacks[2] == "sigmas" and isinstance(pipeline.scheduler, SDESchedulerMixin):
-                raise ValueError(
-                    f"{type(pipeline).__name__} reads the sigmas of its scheduler, which {name} does not have. Give the pipeline its own scheduler back: "
-                    "Policy makes a twin that has them. In Python: sde_twin(scheduler, by_sigmas=True)."
-                ) from error
-            raise ValueError(
-                f"{type(pipeline).__name__} reads {lacks[2]!r} of its scheduler, which {name} does not have: this pipeline "
-                "works with a scheduler of its own only, and that one is no policy."
-            ) from error
+                why = "give it its own scheduler back, of which Policy makes a twin that has them, or sde_twin(scheduler, by_sigmas=True)"
+            raise ValueError(f"{type(pipeline).__name__} reads {lacks[2]!r} of its scheduler, which {name} does not have: {why}.") from error
         raise
 
 
