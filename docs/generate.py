@@ -278,7 +278,7 @@ def measured(rows: tuple[str, ...]) -> str:
     frontier, others = (tables_with(page, rows) for page in (DOCS / "frontier.md", ROOT / "benchmarks" / "README.md"))
     star = "A star: its recipe's own numbers, without a search."
     parts = [f"From [the frontier](../frontier.md), which says what is compared, at equal budgets. {star}\n\n"] if frontier else []
-    parts += [table + frontier_picture(table.partition("\n")[0]) for table in frontier]
+    parts += [table + (frontier_picture(heading) if (heading := table.partition("\n")[0]).count(", ") == 2 else "") for table in frontier]
     parts += ["From [benchmarks](../../benchmarks/README.md), which says how and what it means.\n\n", *others] if others else []
     return "## Measured\n\n" + "".join(parts) if parts else ""
 

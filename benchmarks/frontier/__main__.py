@@ -36,7 +36,7 @@ from benchmarks.frontier.samples import draw_samples
 from benchmarks.frontier.summary import summary
 from benchmarks.frontier.table import page
 from benchmarks.frontier.tasks import CALL, TASKS
-from benchmarks.frontier.work import Plan, Work, of_today, read_frozen
+from benchmarks.frontier.work import Plan, Work, of_recipes, of_today, read_frozen
 from benchmarks.one_thread import ROOT
 
 PUBLISHED, PAGE = ROOT / "benchmarks" / "frontier", ROOT / "docs" / "frontier.md"
@@ -111,7 +111,16 @@ def published() -> str:
     told = (
         f"## In short\n\nGains over the base are given; a place is taken at two standard errors, of images and seeds together.\n\n{short}\n\n" if short else ""
     )
-    return f"{words}{MARK}\n\n{told}{pictures}{page(rows)}"
+    return f"{words}{MARK}\n\n{told}{pictures}{page(rows)}{before_the_search()}"
+
+
+def before_the_search() -> str:
+    """The published rows with the recipes' own numbers, where a search has found others."""
+    found = of_recipes(Results(PUBLISHED / "results.jsonl").all(), read_frozen(PUBLISHED / "frozen.json"))
+    if not found:
+        return ""
+    told = "What the same methods gain with the learning rates and strengths of their recipes, as they were measured before the search."
+    return f"\n\n## Before the search\n\n{told}\n\n{page(found, ', before the search')}"
 
 
 def main(argv: list[str] | None = None) -> None:

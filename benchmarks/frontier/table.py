@@ -100,8 +100,12 @@ def table(rows: dict[tuple[str, int], list[dict]], task: str, judge: str) -> str
     return "\n".join([head, "|---" * head.count(" | ") + "|---|", *(line(rows, key) for key in order)])
 
 
-def page(rows: list[dict]) -> str:
-    """All tables, with what is needed to read them."""
+def page(rows: list[dict], suffix: str = "") -> str:
+    """All tables, with what is needed to read them.
+
+    Args:
+        suffix: of the headings.
+    """
     if not rows:
         return "Nothing has been measured yet.\n"
     parts = []
@@ -109,7 +113,7 @@ def page(rows: list[dict]) -> str:
         base, judged = found[BASE, 0][0] if (BASE, 0) in found else None, TASKS[task].measured
         told = f"Base: {judged} {base['reward']['mean']:.3f}, {judge.partition('@')[0]} {base['judged']['mean']:.3f}. " if base else ""
         parts.append(
-            f"## {task}, {model}, guidance {guidance:g}\n\n{TASKS[task].says[0].upper()}{TASKS[task].says[1:]}. {told}{images} held-out images a model."
+            f"## {task}, {model}, guidance {guidance:g}{suffix}\n\n{TASKS[task].says[0].upper()}{TASKS[task].says[1:]}. {told}{images} held-out images a model."
         )
         controls = sorted({name for (name, budget), entry in found.items() if budget and entry[0]["route"] == CONTROL})
         told = f"Trained controls: {'; '.join(controls)}." if controls else "No control was trained, so all is over the base alone."

@@ -247,6 +247,22 @@ def of_today(rows: list[dict], frozen: dict[str, dict[str, float]]) -> list[dict
     return now
 
 
+def of_recipes(rows: list[dict], frozen: dict[str, dict[str, float]]) -> list[dict]:
+    """The rows with their recipes' own numbers of methods that a search has found others for, and what was not trained beside them."""
+
+    def own(row: dict) -> str:
+        return settings_digest(Run(row["task"], row["model"], row["method"], row["budget"], row["seed"], {}))
+
+    today = {(row["task"], row["model"], row["method"], row["settings"]) for row in of_today(rows, frozen)}
+    found = [
+        {**row, "tuned": True, "factors": {}}
+        for row in rows
+        if row["budget"] and row["settings"] == own(row) and (row["task"], row["model"], row["method"], row["settings"]) not in today
+    ]
+    places = {(row["task"], row["model"], row["guidance"], row["judge"], row["images"], row["weights"]) for row in found}
+    return [*(r for r in rows if not r["budget"] and (r["task"], r["model"], r["guidance"], r["judge"], r["images"], r["weights"]) in places), *found]
+
+
 def as_fields(cost: Spent) -> dict[str, Any]:
     """What was spent, under the names of the results."""
     return {

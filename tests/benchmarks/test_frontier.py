@@ -21,7 +21,7 @@ from benchmarks.frontier.samples import sheet
 from benchmarks.frontier.summary import summary
 from benchmarks.frontier.table import Number, against_controls, groups, over_seeds, page, verdict
 from benchmarks.frontier.tasks import LIKES, PAIRS, SCORES, TASKS, flags_of, fresh_prompts, load_by_name
-from benchmarks.frontier.work import Run, of_today, settings_digest
+from benchmarks.frontier.work import Run, of_recipes, of_today, settings_digest
 from benchmarks.one_thread import Failed
 from diffusers_align.embedded.scenes import parse
 from diffusers_align.files.paths import names
@@ -191,6 +191,18 @@ def test_rows_of_other_numbers_than_todays_are_not_shown():
     assert of_today([bare], chosen) == [{**bare, "tuned": True, "factors": chosen["color/mini-sd3/Flow-GRPO"]}], "it may have chosen the recipe's own"
     control = of({"learning_rate": 3.0}, "random reward")
     assert of_today([control, of({}, "random reward")], found) == [{**control, "tuned": True}], "a control follows its method"
+
+
+def test_what_a_search_has_put_aside_is_kept_by_itself():
+    def of(factors, name="Flow-GRPO", **more):
+        return row(method=name, settings=settings_digest(Run("color", "mini-sd3", name, 8000, 0, factors)), tuned=False, factors=factors, **more)
+
+    bare, tripled, other, base = of({}), of({"learning_rate": 3.0}), of({}, "AWM"), row(method="base", settings="", tuned=False, budget=0)
+    elsewhere = {**base, "guidance": 1.0}
+    found = {"color/mini-sd3/Flow-GRPO": {"learning_rate": 3.0}}
+    assert of_recipes([bare, tripled, other, base, elsewhere], found) == [base, {**bare, "tuned": True}]
+    assert of_recipes([bare, other, base], {}) == [] and of_recipes([bare, base], {"color/mini-sd3/Flow-GRPO": {"learning_rate": 1.0}}) == []
+    assert "## color, mini-sd3, guidance 3, before" in page([base, {**bare, "tuned": True}], ", before")
 
 
 def test_no_mean_is_over_two_settings():
