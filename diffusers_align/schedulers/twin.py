@@ -130,8 +130,8 @@ def _as_set(twin: SDESchedulerMixin, scheduler) -> SDESchedulerMixin:
 
 
 def _reads(scheduler, entry: str) -> bool:
-    """Whether the scheduler's class reads an entry: a config also holds what other classes read, which it was made of."""
-    return entry in inspect.signature(type(scheduler).__init__).parameters
+    """Whether the scheduler's class, or one that it is a kind of, reads an entry: a config also holds what other classes read, which it was made of."""
+    return any(entry in inspect.signature(cls.__init__).parameters for cls in type(scheduler).__mro__)
 
 
 def _twin_class(scheduler) -> type:

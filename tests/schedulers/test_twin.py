@@ -299,6 +299,15 @@ def test_what_a_scheduler_was_made_of_and_does_not_read_is_not_its_twins(name):
     assert {entry: found.config[entry] for entry in entries} == {entry: plain.config[entry] for entry in entries}
 
 
+def test_a_class_of_ones_own_reads_what_its_parent_does():
+    class Own(DDIMScheduler):
+        def __init__(self, **config):
+            super().__init__(**config)
+
+    found, plain = sde_twin(Own(**SD)), sde_twin(DDIMScheduler(**SD))
+    assert {name: value for name, value in found.config.items() if name[0] != "_"} == {name: value for name, value in plain.config.items() if name[0] != "_"}
+
+
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"])
 def test_a_shift_that_was_set_is_the_twins_too(name):
     scheduler = getattr(diffusers, name)(shift=3.0)
