@@ -170,10 +170,15 @@ def test_the_summary_says_who_beats_the_controls():
         return [row(gain + 0.01 * seed, seed=seed, method=name, **changes) for seed in range(3)]
 
     rows = [*seeds(0.3, "AWM"), *seeds(0.5, "Flow-GRPO"), *seeds(0.0, "SPO"), *seeds(0.1, "RWR", route="data")]
-    rows += [*seeds(0.1, "plain fine-tuning", route=CONTROL), *seeds(0.9, "Flow-GRPO", budget=500), row(0.7, method="one seed")]
+    rows += [
+        *seeds(0.1, "plain fine-tuning", route=CONTROL),
+        *seeds(0.9, "Flow-GRPO", budget=500),
+        row(0.7, method="DRTune"),
+        row(0.9, method="AWM", budget=9000),
+    ]
     lines = summary(rows).splitlines()[2:]
     where = "| `color`, mini-sd3 | 3 |"
-    assert lines == [f"{where} online RL | Flow-GRPO +0.510, AWM +0.310 |  | SPO +0.010 |", f"{where} data |  | RWR +0.110 |  |"]
+    assert lines == [f"{where} online RL | Flow-GRPO +0.510, AWM +0.310 |  | SPO +0.010 | DRTune +0.700 |", f"{where} data |  | RWR +0.110 |  |  |"]
     assert summary([row()]) == ""
 
 
