@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
@@ -25,8 +24,13 @@ class Watched:
         kept = before.clone() if isinstance(before, Tensor) else None
         found = self.callback(pipeline, step, timestep, tensors)
         after = found.get("latents", before) if isinstance(found, dict) else before
-        self.changed = isinstance(after, Tensor) and (kept is None or not torch.equal(after, kept))
+        self.changed = isinstance(after, Tensor) and (kept is None or not _equal(after, kept))
         return found
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Also where both are NaN."""
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def watched(callback: Callable) -> Callable:

@@ -16,7 +16,6 @@ from torch import Tensor
 from ..algorithms.noise_optimization import Ascent, NoiseOptimization, ascend, settings
 from ..checks.ranges import Count, CountOrNone, NonNegative, Positive, PositiveOrInfinite, checked
 from ..condition import Condition
-from ..driving.chains import Finals
 from ..driving.initial_noise import initial_noise
 from ..driving.scheduler_hook import Step
 from ..gradients.check import scaled_gradients
@@ -90,9 +89,11 @@ class NoiseOptimizationPipeline(WrappedPipeline):
             own = [torch.Generator().manual_seed(int(torch.randint(2**62, ()))) for _ in (condition.prompts if len(rows) > 1 else range(1))]
             generator = own if len(rows) > 1 else own[0]
         before = copied(generator)
-        start, steps = self._start(condition, generator)
-        stock = self.sample(condition, copied(before)) if len(rows) > 1 and not isinstance(before, list) else None
-        search = _Search(judge, condition, before, steps if grad_steps is None else _checked_steps(grad_steps, steps), stock)
+        drawn, steps = self._start(condition, generator)
+        if len(rows) > 1 and not isinstance(before, list):
+            _check_drawn_alone(before, generator, drawn)
+        start = drawn.float()
+        search = _Search(judge, condition, before, steps if grad_steps is None else _checked_steps(grad_steps, steps))
         with self._differentiable() as policy, self.progress_bar(total=chosen.num_iterations * len(rows)) as bar:
             parts = [search.climb(policy, part.tolist(), start, chosen, reward_scale, bar.update) for part in rows]
         output = self.finish(search.finals, condition, before, output_type=output_type, return_dict=return_dict)
@@ -102,7 +103,7 @@ class NoiseOptimizationPipeline(WrappedPipeline):
         )  # fmt: skip
 
     def _start(self, condition: Condition, generator: Generators) -> tuple[Tensor, range]:
-        """The stock call's noise (B, *D) in float32 and its solver steps, by a call whose denoiser is gated; all its draws are made."""
+        """The stock call's noise (B, *D) and its solver steps, by a call whose denoiser is gated; all its draws are made."""
         drawn: list[Tensor] = []
 
         def note(noise: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ class NoiseOptimizationPipeline(WrappedPipeline):
 
         with initial_noise(self.pipeline, note):
             self.drive(condition, generator, skip, needs_denoiser=lambda k: False, output_type="latent")
-        return drawn[0].float(), range(taken[0])
+        return drawn[0], range(taken[0])
 
     def _differentiable(self):
         """Context: the pipeline inside as a policy."""
@@ -128,14 +129,10 @@ class NoiseOptimizationPipeline(WrappedPipeline):
 
 
 class _Search:
-    """Evaluates noise by roll-outs, and keeps the final states of the best.
+    """Evaluates noise by roll-outs, and keeps the final states of the best."""
 
-    Args:
-        stock: the stock call's own final states, where one generator draws for all samples and parts of them are called one by one.
-    """
-
-    def __init__(self, judge: Judge, condition: Condition, generator: Generators, grad_steps, stock: Finals | None = None):
-        self.judge, self.condition, self.generator, self.grad_steps, self.stock = judge, condition, generator, list(grad_steps), stock
+    def __init__(self, judge: Judge, condition: Condition, generator: Generators, grad_steps):
+        self.judge, self.condition, self.generator, self.grad_steps = judge, condition, generator, list(grad_steps)
         self.finals: list[Tensor] = []
 
     def climb(self, policy: Policy, rows: list[int], start: Tensor, chosen: NoiseOptimization, reward_scale: float, on_iterate) -> Ascent:
@@ -163,8 +160,6 @@ class _Search:
         rollout = differentiable_rollout(
             policy, self.condition.select(rows), grad_steps=self.grad_steps if gradient else [], noise=noise, noise_gradient=gradient, generator=own
         )  # fmt: skip
-        if first and self.stock is not None:
-            _check_start(next(iter(self.stock.values()))[rows], rollout.finals[0].detach())
         if not isinstance(rollout.images, Tensor):
             raise GuidanceError(
                 f"The pipeline returned {type(rollout.images).__name__} instead of tensors: it has no output_type 'pt', and PIL has no gradient."
@@ -192,14 +187,15 @@ class _Search:
             )
 
 
-def _check_start(stock: Tensor, drawn: Tensor) -> None:
-    """Whether samples that are called apart from the others are the stock call's.
+def _check_drawn_alone(before: torch.Generator, after: torch.Generator, noise: Tensor) -> None:
+    """Whether the initial noise (B, *D) is all that a call has drawn of its one generator, so that parts of its samples draw what the whole does.
 
     Raises:
-        ValueError: they are not: the pipeline draws more than its initial noise of the one generator.
+        ValueError: it has drawn more.
     """
-    error = float((drawn.float() - stock.float()).abs().max() / stock.float().abs().max().clamp(min=1e-12))
-    if error > (1e-3 if stock.dtype == torch.float32 else 5e-2):
+    own = copied(before)
+    torch.randn(noise.shape, generator=own, dtype=noise.dtype, device=own.device)
+    if not torch.equal(own.get_state(), after.get_state()):
         raise ValueError(
             "One generator draws for all samples, and more than their initial noise (a solver with noise, a picture that is encoded), so that samples which "
             "are optimised in parts would not start from the stock call's: give a list of generators, one for each, or leave batch_size out (and optimizer "

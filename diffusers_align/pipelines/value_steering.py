@@ -203,9 +203,9 @@ class ValueSteeringPipeline(WrappedPipeline):
         Raises:
             ValueError: an argument is out of range, the sampler has no noise, or the value is of another model, size or number of steps.
         """
-        if kwargs.get("eta") is not None:
-            given = f"scheduler=sde_twin(pipe.scheduler, eta={kwargs['eta']})"
-            raise ValueError(f"The noise of the steps is the SDE scheduler's: pass {given} in the place of eta.")
+        if (eta := kwargs.get("eta")) is not None:
+            more = f", eta={eta}" if eta else ""
+            raise ValueError(f"The noise of the steps is the SDE scheduler's, and needed: pass scheduler=sde_twin(pipe.scheduler{more}) in the place of eta.")
         condition, generator = self.condition(prompt, kwargs)
         seeds = _seeds(generator, len(condition))
         value = load_value(value).to(self.pipeline._execution_device)

@@ -46,6 +46,10 @@ def test_what_counts_as_a_change():
     for answer, changed in [({}, False), (None, False), ({"latents": latents}, False), ({"latents": latents.clone()}, False), ({"latents": 2 * latents}, True)]:
         callback = Watched(lambda *_, answer=answer: answer)
         assert callback(None, 0, 0, {"latents": latents}) is answer and callback.changed is changed
+    broken = torch.tensor([1.0, float("nan")])
+    looks = Watched(lambda *_: {"latents": broken.clone()})
+    looks(None, 0, 0, {"latents": broken})
+    assert not looks.changed, "latents that the solver has broken are not the callback's"
     inside = Watched(lambda pipeline, step, timestep, tensors: {} if tensors["latents"].mul_(2) is None else {})
     inside(None, 0, 0, {"latents": torch.zeros(1)})
     assert not inside.changed

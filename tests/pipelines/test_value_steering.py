@@ -102,6 +102,8 @@ def test_what_a_value_was_not_made_for_is_refused(pipes):
         steer("a", value=NoiseValue(3, value.config.prompt_size, value.config.num_steps), **call)
     with pytest.raises(ValueError, match="scheduler=sde_twin\\(pipe.scheduler, eta=0.5\\) in the place of eta"):
         steer("a", value=value, eta=0.5, **call)
+    with pytest.raises(ValueError, match="needed: pass scheduler=sde_twin\\(pipe.scheduler\\) in the place of eta"):
+        steer("a", value=value, eta=0.0, **call)
     with pytest.raises(ValueError, match="num_noises"):
         steer("a", value=value, num_noises=0, **call)
     policy = SteeredPolicy(FAMILIES["sd15"].build(), **FAMILIES["sd15"].call)

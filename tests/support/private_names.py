@@ -40,6 +40,7 @@ UPSTREAM = {
     "_init_step_index": "diffusers: position of a scheduler",
     "_threshold_sample": "diffusers: how a scheduler clips clean samples",
     "_scale_factors": "diffusers: whether a scheduler's states grow",
+    "_upscale_mode": "diffusers: how a scheduler's states grow",
     "_alpha_cumprod": "diffusers: the table of a scheduler with continuous time",
     "_supports_gradient_checkpointing": "diffusers: of a model",
     "_lora_loadable_modules": "diffusers: which models a pipeline's LoRA loader reaches",
