@@ -119,7 +119,9 @@ class EarlyStop:
     def summary(self) -> str:
         """Which weights were kept, and why the run stopped if it did."""
         stopped = f"Stopped after epoch {self.seen}: {self.reason}. " if self.reason else ""
-        return f"{stopped}The weights are those {f'after epoch {self.epoch}' if self.epoch else 'before training'}, the best of the validations."
+        place = f"after epoch {self.epoch}" if self.epoch else "before training"
+        why = "the best of the validations" if self.best is None or self.best > -math.inf else "the first that were looked at; no validation was good"
+        return f"{stopped}The weights are those {place}, {why}."
 
     def state_dict(self) -> dict[str, Any]:
         numbers = {name: getattr(self, name) for name in ("epoch", "seen", "best", "stale", "variety", "first_variety", "first_judged", "fall")}

@@ -134,6 +134,7 @@ def test_one_that_begins_with_pictures_that_are_alike_stops_at_once():
     shown(stop.compare_with, stop, 3, 0.0, spread=2.0)
     look(stop, 3, reward=1.0, spread=0.5)
     assert "diversity fell" in stop.reason and kept(stop) == 3.0, "there are no others"
+    assert stop.summary().endswith("The weights are those after epoch 3, the first that were looked at; no validation was good.")
 
 
 def test_one_instruction_on_two_pictures_is_two_tasks():
