@@ -52,8 +52,8 @@ from diffusers_align.training.run.inputs import prompt_of
 def weighted(run, rows):
     """The rows that weigh anything beside the others, their weights (N,) as shares of the mean over all rows, and the weights' statistics."""
     args, tasks = run.args, [prompt_of(row).key for row in rows]
-    first = {task: i for i, task in reversed(list(enumerate(tasks)))}
-    rewards, groups = torch.tensor([row["reward"] for row in rows]), torch.tensor([first[task] for task in tasks])
+    numbers = {task: i for i, task in enumerate(tasks)}
+    rewards, groups = torch.tensor([row["reward"] for row in rows]), torch.tensor([numbers[task] for task in tasks])
     options = {name: getattr(args, name) for name in ("scope", "temperature", "top_k", "top_q", "max_weight", "force")}
     weights = reward_weights(rewards, groups, kind=args.weights, **options)
     statistics = weight_statistics(weights)

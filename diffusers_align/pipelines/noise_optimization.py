@@ -86,7 +86,7 @@ class NoiseOptimizationPipeline(WrappedPipeline):
         judge = self.judge(reward, condition, columns, on_invalid="mask")
         rows = torch.arange(len(condition)).split(1 if chosen.optimizer == "lbfgs" else batch_size or len(condition))
         if generator is None:  # one for each sample where they are not drawn together, so that parts draw what the whole does
-            own = [torch.Generator().manual_seed(int(torch.randint(2**62, ()))) for _ in (condition.prompts if len(rows) > 1 else range(1))]
+            own = [torch.Generator().manual_seed(int(torch.randint(2**62, ()))) for _ in range(len(condition) if len(rows) > 1 else 1)]
             generator = own if len(rows) > 1 else own[0]
         before = copied(generator)
         drawn, steps = self._start(condition, generator)

@@ -90,10 +90,10 @@ class RewardGuidedPipeline(WrappedPipeline):
                 seeds=lambda size: noise_seeds(before, size), micro_batch_size=micro_batch_size, gradient_checkpointing=gradient_checkpointing,
                 on_progress=_shown(bar), memory=self.prompt_memory,
             )  # fmt: skip
-        check_last_step(call)
         values = {} if sampled.values is None else {"guided_values": sampled.values}
         if guidance.noisy:
             return self.extended(sampled.output, **values)
+        check_last_step(call)
         everything = list(range(len(condition)))
         return self.extended(sampled.output, rewards=replace(judge, on_invalid="mask")(tail.images(sampled.final, everything), everything), **values)
 

@@ -99,7 +99,7 @@ def sde_twin(scheduler, *, by_sigmas: bool = False, **sde_fields):
     source = {"_class_name": type(scheduler).__name__, **config}
     build = {FlowMatchSDEScheduler: _flow_twin, DDIMSDEScheduler: _ddim_twin, SigmaSDEScheduler: _sigma_twin}[cls]
     twin = build(scheduler, config, source, sde_fields)
-    twin.made_of = scheduler
+    twin.made_of = scheduler  # for `sde_twins`, where a pipeline asks for more than this kind of twin has
     return _as_set(twin, scheduler)
 
 

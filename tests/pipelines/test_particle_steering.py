@@ -1,5 +1,7 @@
 """Particle steering on stock pipelines."""
 
+import types
+
 import pytest
 import torch
 from diffusers import LCMScheduler
@@ -9,7 +11,7 @@ from wrapping import brightness, g, stacked
 from diffusers_align import Policy, sde_twin
 from diffusers_align.algorithms import particle_steering as smc
 from diffusers_align.pipelines import ParticleSteeringPipeline
-from diffusers_align.pipelines.particle_steering import Steering, _seeds
+from diffusers_align.pipelines.particle_steering import Steering, _Run, _seeds
 from diffusers_align.rewards import InvalidReward
 
 
@@ -82,6 +84,16 @@ def test_no_denoiser_call_is_made_twice(name, pipes):
         patch.setattr(type(model), "forward", counted)
         steer("a", resample_every=1, start=0.0, end=1.0, **options)
     assert rows == [2 * 4] * call["num_inference_steps"]  # guidance doubles the rows
+
+
+def test_a_slope_is_not_lost_in_float16():
+    """Of 64 x 64 pixels the mean of a reward in small units has a gradient below what float16 holds."""
+    state = torch.linspace(-1, 1, 4096).reshape(1, -1).to(torch.float16).requires_grad_()
+    part, run = types.SimpleNamespace(states=[state]), types.SimpleNamespace(steering=types.SimpleNamespace(reward_scale=1.0))
+    scores = 1e-4 * (state * state).mean(1)
+    slope = _Run.slope(run, scores, part)
+    assert slope.dtype == torch.float32
+    torch.testing.assert_close(slope, 2e-4 / 4096 * state.detach().float(), rtol=2e-2, atol=5e-11)
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd3"])

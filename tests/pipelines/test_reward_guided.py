@@ -428,6 +428,20 @@ def test_an_autoencoder_that_is_cast_for_the_decoding_is_guided_through(name):
     assert guided.guided_values.isfinite().all() and pipeline.vae.dtype == torch.float16
 
 
+@pytest.mark.parametrize("preset", ["mpgd", "freedom"])
+def test_small_gradients_are_not_lost_in_float16(preset):
+    """Presets that measure a gradient by its own size, with and without the way back through the denoiser, move as far for a reward in small units."""
+
+    def shift(dtype):
+        pipeline, call = FAMILIES["sd15"].build().to(dtype), {**FAMILIES["sd15"].call, "num_inference_steps": 3, "output_type": "latent"}
+        guided = RewardGuidedPipeline(pipeline, reward=lambda images, prompts, **columns: 1e-4 * images.flatten(1).mean(1))
+        after, before = (guided("a", preset=preset, reward_scale=scale, generator=torch.Generator().manual_seed(0), **call) for scale in (10.0, 0.0))
+        return (after.images - before.images).float().flatten()
+
+    half, full = shift(torch.float16), shift(torch.float32)
+    assert torch.nn.functional.cosine_similarity(half, full, dim=0) > 0.98 and half.norm() / full.norm() == pytest.approx(1.0, abs=0.05)
+
+
 @pytest.mark.parametrize("offload", [lambda pipe: accelerate.cpu_offload_with_hook(pipe.vae, "cpu"), lambda pipe: accelerate.cpu_offload(pipe.unet, "cpu")])
 def test_offloaded_weights_have_no_way_back(offload):
     """By the whole model or by layer; without gradients the pipelines run."""

@@ -79,7 +79,7 @@ class Report:
         args, run, stop = self.run.args, self.run, self.early_stop
         first = stop is not None and stop.seen is None
         with run.policy.reference():
-            self.before = self._evaluate(None if not first else stop.compare_with if run.epoch else partial(stop.look, 0))
+            self.before = self._evaluate(None if not first else stop.measure if run.epoch else partial(stop.look, 0))
             self.reference_errors = self.pairs.errors(self.run.policy) if self.pairs else None
         if first and run.epoch:
             run.print(f"The early stop was not asked for before: the first weights that it keeps are those after epoch {run.epoch}.")

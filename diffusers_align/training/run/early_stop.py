@@ -82,7 +82,7 @@ class EarlyStop:
     def look(self, epoch: int, evaluation: Evaluation) -> None:
         """Take in a validation after so many epochs, with all its images, of the weights that are in place: the best are kept."""
         self.seen = epoch
-        self._measure(evaluation)
+        self.measure(evaluation)
         bad = self._uniform or self._hacked
         if bad and self.weights is not None:
             return
@@ -95,12 +95,9 @@ class EarlyStop:
             self.weights = LaggingWeights(self.run.parameters)
         self.weights.update(0.0)
 
-    def compare_with(self, pretrained: Evaluation) -> None:
-        """Take in what the pretrained model makes, where the weights in place are others: of a run that is resumed and has had no early stop before."""
-        self._measure(pretrained)
-
-    def _measure(self, evaluation: Evaluation) -> None:
-        """How varied it is, and how far the reward that took no part has fallen; the first one is what the others are compared with."""
+    def measure(self, evaluation: Evaluation) -> None:
+        """How varied it is, and how far the reward that took no part has fallen. The first one is what the others are compared with: the pretrained model's,
+        also where the weights in place are others, as in a run that is resumed and has had no early stop before."""
         if self.args.early_stop_diversity is not None:
             self.variety = float(diversity(torch.stack(evaluation.images).flatten(1), self.tasks, pairwise_rms).mean())
             self.first_variety = self.variety if self.first_variety is None else self.first_variety

@@ -122,7 +122,7 @@ def test_its_state_is_that_of_the_uninterrupted():
 @pytest.mark.parametrize("values, kept_epoch", [([9.0, 1.0, 2.0, 0.0], 4), ([9.0, 3.0, 2.0, 0.0], 3)])
 def test_one_that_begins_in_the_middle_keeps_no_weights_that_it_has_not_seen(values, kept_epoch):
     stop = stop_of(early_stop_metric="reward", early_stop_diversity=0.5)
-    shown(stop.compare_with, stop, 3, values[0], spread=2.0)  # what the pretrained model makes, while the weights are those after epoch 3
+    shown(stop.measure, stop, 3, values[0], spread=2.0)  # what the pretrained model makes, while the weights are those after epoch 3
     assert stop.seen is None and stop.weights is None and stop.first_variety == pytest.approx(2.0)
     for epoch, value in enumerate(values[1:], 3):
         look(stop, epoch, reward=value, spread=1.5)
@@ -131,7 +131,7 @@ def test_one_that_begins_in_the_middle_keeps_no_weights_that_it_has_not_seen(val
 
 def test_one_that_begins_with_pictures_that_are_alike_stops_at_once():
     stop = stop_of(early_stop_metric="reward", early_stop_diversity=0.5)
-    shown(stop.compare_with, stop, 3, 0.0, spread=2.0)
+    shown(stop.measure, stop, 3, 0.0, spread=2.0)
     look(stop, 3, reward=1.0, spread=0.5)
     assert "diversity fell" in stop.reason and kept(stop) == 3.0, "there are no others"
     assert stop.summary().endswith("The weights are those after epoch 3, the first that were looked at; no validation was good.")
