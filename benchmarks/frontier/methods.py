@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -109,10 +109,15 @@ METHODS = {
     "RWR, shuffled": Method(CONTROL, "rwr_mini_sd3", "temperature", SCORES, wrong=0.5),
     "random reward": Method(CONTROL, "flow_grpo_mini_sd3", "kl_weight", settings={**HELD, **RANDOM}, on={"mini-sd": DDIM}),
 }
+# Watched during training by a judge that neither trains nor fills the tables, at the guidance that images are judged with; see `running.LOOK`.
+STOP = {"eval_reward": "scene_judge", "early_stop_hacking": 3.0, "eval_guidance_scale": 3.0}
+STOPPED = {f"{name}, stopped": name for name in ("ReFL", "AlignProp", "DRTune", "Diffusion-DPO")}
+METHODS |= {name: replace(METHODS[of], settings={**METHODS[of].settings, **STOP}) for name, of in STOPPED.items()}
 # Of a recipe's settings: what belongs to its own reward and data, and what would end a run before its budget.
 DROPPED = ("eval_reward", "eval_reward_model", "reward_model", "cache_dir", "outputs", "early_stop_hacking")
-# A control, or a method on other data, is trained with what was found for the method itself.
+# A control, or a method on other data or with a stop, is trained with what was found for the method itself.
 TUNED_AS = {
+    **STOPPED,
     "DPO, pairs apart": "Diffusion-DPO",
     "DPO, shuffled": "Diffusion-DPO",
     "KTO, shuffled": "Diffusion-KTO",

@@ -20,6 +20,7 @@ from diffusers_align.training.run.costs import Cost
 # A run is judged afterwards, by the frontier itself: its own evaluation is as small as it gets.
 UNWATCHED = {"num_eval_samples": 2, "num_validation_images": 2, "validation_epochs": 10**6, "checkpoints_total_limit": 1, "allow_no_signal": True}
 SAVES = 8  # checkpoints of a run, at most
+LOOK = {"num_eval_samples": 48}  # a validation of a run that may end early; as many validations as checkpoints
 
 
 def run_script(script: str, settings: dict[str, Any], folder: Path, resume: bool = False) -> None:
@@ -65,7 +66,9 @@ def train(script: str, settings: dict[str, Any], budget: int, folder: Path, prob
         epochs = max(1, round(budget / rows_of_an_epoch(script, settings, probes)))
         folder.mkdir(parents=True, exist_ok=True)
         resume = any(folder.glob("checkpoint-*"))
-        whole = {**settings, **UNWATCHED, "num_epochs": epochs, "checkpointing_epochs": max(1, epochs // SAVES), "output_dir": str(folder)}
+        every = max(1, epochs // SAVES)
+        watched = {**LOOK, "validation_epochs": every} if "early_stop_hacking" in settings else {}
+        whole = {**settings, **UNWATCHED, **watched, "num_epochs": epochs, "checkpointing_epochs": every, "output_dir": str(folder)}
         run_script(script, whole, folder, resume)
         (folder / "spent.json").write_text(json.dumps(asdict(spent(folder))))
     return Spent(**json.loads((folder / "spent.json").read_text()))
