@@ -155,12 +155,12 @@ def of_an_epoch(made: Plan) -> int:
     return made.stored + made.state["gradients"] + made.activations
 
 
-def check(models: list[str]) -> None:
+def check(models: list[str], cases: list[str]) -> None:
     print("| model | script | epoch's peak, planned | measured | allocator's | kept for backward, planned | measured | rows, planned | counted |")
     print("|" + "---|" * 9)
     for kind in models:
-        for name, (_, base, _) in CASES.items():
-            folder = Path(tempfile.mkdtemp())
+        for name in cases:
+            base, folder = CASES[name][1], Path(tempfile.mkdtemp())
             model = base if kind == "embedded" else str(larger(base, folder / "model"))
             made, (work, record) = planned(name, model, folder), run(name, model, folder, profiled=True)
             shutil.rmtree(folder)
@@ -179,10 +179,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["check", "table"])
     parser.add_argument("--model", action="append", choices=["embedded", "larger"], help="of a check; may be repeated")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="of a check; all if absent")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    check(args.model or ["embedded"]) if args.what == "check" else table()
+    check(args.model or ["embedded"], args.cases) if args.what == "check" else table()
 
 
 if __name__ == "__main__":
