@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .sources import Table, open_table
 
 SHOWN_BAD_ROWS = 10
 PROGRESS_FROM = 1000
+LOOKED_AT = 20  # rows that tell how a set writes its rows
 
 
 @dataclass
@@ -104,8 +106,6 @@ class _Scan:
         for name in ("image", "image_0", "image_1"):
             if name in row:
                 row[name] = self.image(row[name], name, fields.get(f"{name}_uid"), number, name, None)
-        if self.schema.kind == "pair" and isinstance(row["image_0"].source, Path) and row["image_0"].source == row["image_1"].source:
-            self.changes["are both sides of their own pair, which prefers nothing"] += 1
         if "images" in row:
             row["images"] = [self.image(image, f"images[{i}]", None, number, "images", i) for i, image in enumerate(row["images"])]
         if self.inputs:
@@ -184,8 +184,8 @@ def load_preferences(
     if not len(table.rows):
         raise ValueError(f"{source} has no rows.")
     names = names_of(table.columns, column_map)
-    first = next((row for row in table.rows if isinstance(row, dict)), {})
-    schema = recognise(names, kind, renamed(first, names), source, mappable)
+    first = [renamed(row, names) for row in islice((row for row in table.rows if isinstance(row, dict)), LOOKED_AT)]
+    schema = recognise(names, kind, first or [renamed({}, names)], source, mappable)
     if inputs:
         _check_inputs(inputs, table, schema, kind, source)
     report = Report(source, kind, schema.name, ties, prompt_column=names.get("prompt", "prompt"))
@@ -197,6 +197,8 @@ def load_preferences(
         convert, report.converted = CONVERSIONS[schema.kind, kind]
         rows = convert(rows)
     if kind == "pair":
+        if twice := sum(isinstance(row["image_0"].source, Path) and row["image_0"].source == row["image_1"].source for row in rows):
+            report.images["are both sides of their own pair, which prefers nothing"] = twice
         rows, report.ties = apply_ties(rows, ties)
         rows = weight_by_prompt(rows) if weighting == "prompt" else rows
     report.kept = len(rows)
@@ -233,7 +235,7 @@ def _read(scan: _Scan, report: Report, max_rows: int | None, bad_rows: str, prog
 
 
 def _merge_groups(rows: list[dict], report: Report) -> list[dict]:
-    """One row per prompt where the set has one per image; rankings of a single image say nothing."""
+    """One row per prompt where the set has one per image (of an equal id and prompt); rankings of a single image say nothing."""
     merged: dict[Any, dict] = {}
     for number, row in enumerate(rows):
         key = ("group", row.pop("group")) if "group" in row else ("row", number)

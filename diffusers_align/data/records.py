@@ -103,13 +103,18 @@ def boolean(value: object, name: str) -> bool:
     return word in TRUE
 
 
+def parsed(value: Any) -> Any:
+    """What a text of a .csv file holds: a list, an object or a number as JSON, or the text itself; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
 def _list(fields: dict, name: str) -> list:
-    value = fields.get(name)
-    if isinstance(value, str):  # a list inside a .csv file
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            raise BadRow(f"{name} is not a list: {value!r:.60}") from None
+    value = parsed(fields.get(name))
     if not isinstance(value, list) or not value:
         raise BadRow(f"no {name}" if not value else f"{name} is not a list: {value!r:.60}")
     return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from .advice import WORDS, column_map_for
 from .conversions import CONVERSIONS
 from .files import BadRow
-from .records import FALSE, KINDS, LeftOut, boolean
+from .records import FALSE, KINDS, LeftOut, boolean, parsed
 
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 # Diffusion-KTO's annotation of Pick-a-Pic; its default policy `wi_l` calls an image desirable that won at least once.
@@ -42,7 +42,8 @@ def _ranked(images: str, ranks: str, row: dict) -> dict:
 
 
 def _ranked_alone(image: str, row: dict) -> dict:
-    return {"prompt": row["prompt"], "images": [row[image]], "ranks": [row["rank"]], "group": row["prompt_id"]}
+    group = None if row["prompt_id"] in (None, "") else (row["prompt_id"], row["prompt"])  # numbers of two sets that were put together may be equal
+    return {"prompt": row["prompt"], "images": [row[image]], "ranks": [row["rank"]], "group": group}
 
 
 def _is_false(value: object) -> bool:
@@ -65,22 +66,24 @@ def _votes_of_two(row: dict) -> dict:
 
 def _human_preference_dataset(row: dict) -> dict:
     """HPDv1 gives the index of the preferred image, HPDv2 a 1 for it and 0 for the others."""
-    preference, images = row["human_preference"], row["file_path"]
-    if isinstance(preference, int) and isinstance(images, list):
-        if not 0 <= preference < len(images):
-            raise BadRow(f"human_preference is {preference}, but there are {len(images)} images")
-        preference = [int(i == preference) for i in range(len(images))]
-    ranks = [2 - int(one) for one in preference] if isinstance(preference, list) else preference
-    return {"prompt": row["prompt"], "images": images, "ranks": ranks}
+    preference, images = parsed(row["human_preference"]), parsed(row["file_path"])
+    if isinstance(preference, list):
+        return {"prompt": row["prompt"], "images": images, "ranks": [1 if boolean(one, "human_preference") else 2 for one in preference]}
+    number = len(images) if isinstance(images, list) else 0
+    if isinstance(preference, bool) or preference not in range(number):
+        raise BadRow(f"human_preference is {preference!r:.60}, neither the number of one of {number} images nor a list of 1 and 0")
+    return {"prompt": row["prompt"], "images": images, "ranks": [1 if i == preference else 2 for i in range(number)]}
 
 
 def _argilla(row: dict) -> dict:
-    votes = row["preference.responses"]
+    votes = parsed(row["preference.responses"])
     if not votes:
         raise LeftOut("without a label")
+    if not isinstance(votes, list):
+        raise BadRow(f"preference.responses is not a list: {votes!r:.60}")
     if unknown := [vote for vote in votes if vote not in ARGILLA_VOTES]:
         raise BadRow(f"unknown response {unknown[0]!r}; known are {', '.join(ARGILLA_VOTES)}")
-    label, images = sum(ARGILLA_VOTES[vote] for vote in votes) / len(votes), row["images"]
+    label, images = sum(ARGILLA_VOTES[vote] for vote in votes) / len(votes), parsed(row["images"])
     if not isinstance(images, dict):
         raise BadRow(f"images is no object with image_1, image_2 and prompt: {images!r:.60}")
     return {"prompt": images.get("prompt"), "image_0": images.get("image_1"), "image_1": images.get("image_2"), "label_0": label}
@@ -105,7 +108,7 @@ SCHEMAS = (
     Schema("chosen/rejected", "pair", ("prompt", "chosen", "rejected"), partial(_preferred, "chosen", "rejected")),
     Schema("open-image-preferences (Argilla)", "pair", ("images", "preference.responses"), _argilla),
     Schema("HPDv1/HPDv2 train", "ranked", ("prompt", "file_path", "human_preference"), _human_preference_dataset),
-    Schema("HPDv2 test", "ranked", ("prompt", "image_path", "rank"), partial(_ranked, "image_path", "rank"), lambda row: isinstance(row.get("rank"), list)),
+    Schema("HPDv2 test", "ranked", ("prompt", "image_path", "rank"), partial(_ranked, "image_path", "rank"), lambda row: isinstance(parsed(row.get("rank")), list)),
     Schema("ImageRewardDB", "ranked", ("prompt_id", "prompt", "image_path", "rank"), partial(_ranked_alone, "image_path")),
     Schema("ImageRewardDB", "ranked", ("prompt_id", "prompt", "image", "rank"), partial(_ranked_alone, "image")),
     Schema("ImageReward groups", "ranked", ("prompt", "generations", "ranking"), partial(_ranked, "generations", "ranking")),
@@ -152,16 +155,16 @@ def names_of(columns: Iterable[str], column_map: dict[str, str] | None) -> dict[
     return names
 
 
-def recognise(names: dict[str, str], kind: str, first_row: dict, source: str, mappable: bool = True) -> Schema:
+def recognise(names: dict[str, str], kind: str, first_rows: Sequence[dict], source: str, mappable: bool = True) -> Schema:
     """The schema to read a set of these columns by, for rows of `kind` or of a kind that becomes it.
 
-    One of the kind itself comes first, and among equals the one with the most columns; plain captions come last. `mappable`: whether errors may advise
-    `--column_map`.
+    One of the kind itself comes first, and among equals the one with the most columns; plain captions come last. A schema that is told by values fits
+    where it fits one of the first rows: the others may be broken. `mappable`: whether errors may advise `--column_map`.
 
     Raises:
         ValueError: no schema fits.
     """
-    fitting = [s for s in SCHEMAS if set(s.needs) <= set(names) and s.fits(first_row) and (s.kind == kind or (s.kind, kind) in CONVERSIONS)]
+    fitting = [s for s in SCHEMAS if set(s.needs) <= set(names) and any(map(s.fits, first_rows)) and (s.kind == kind or (s.kind, kind) in CONVERSIONS)]
     if not fitting:
         known = [s for s in SCHEMAS if s.kind == kind and s.read is not _same]
         there = list(dict.fromkeys(names.values()))

@@ -83,8 +83,8 @@ def _open_folder(folder: Path, split: str) -> Table:
             raise _no_split(folder, split, list(saved))
         return _from_datasets(saved[split], folder)
     found = {place.name: data for place in sorted(folder.iterdir()) if place.is_dir() and (data := _data_in(place))}
-    if WHOLE not in found and (data := _data_in(folder)):
-        found[WHOLE] = data
+    if data := _data_in(folder):
+        found[WHOLE] = _the_only([data, found[WHOLE]], folder) if WHOLE in found else data
     if split in found:
         return _open_winners_and_losers(found[split]) if found[split].is_dir() else _open_file(found[split])
     if files := _parquet_files(folder, split):
@@ -98,9 +98,21 @@ def _open_folder(folder: Path, split: str) -> Table:
 
 
 def _data_in(place: Path) -> Path | None:
-    """The metadata file in a folder, or the folder itself where it holds winners and losers."""
-    files = [place / name for name in METADATA if (place / name).is_file()]
-    return files[0] if files else place if (place / "w").is_dir() and (place / "l").is_dir() else None
+    """The metadata file in a folder, or the folder itself where it holds winners and losers.
+
+    Raises:
+        ValueError: it holds several of them.
+    """
+    found = [place / name for name in METADATA if (place / name).is_file()]
+    found += [place] if (place / "w").is_dir() and (place / "l").is_dir() else []
+    return _the_only(found, place)
+
+
+def _the_only(found: list[Path], place: Path) -> Path | None:
+    if len(found) > 1:
+        names = ", ".join("the folders w and l" if path.is_dir() else str(path.relative_to(place)) for path in found)
+        raise ValueError(f"{place} describes its data more than once: {names}. Name the one to read, as a file, or move the others away.")
+    return found[0] if found else None
 
 
 def _parquet_files(folder: Path, split: str) -> list[Path]:
@@ -180,4 +192,35 @@ def _from_datasets(dataset, root: Path) -> Table:
         return feature
 
     features = datasets.Features({name: encoded(feature) for name, feature in dataset.features.items()})
-    return Table(dataset if features == dataset.features else dataset.cast(features), list(features), root)
+    rows = dataset if features == dataset.features else dataset.cast(features)
+    return Table(_Named(rows) if any(map(_has_classes, features.values())) else rows, list(features), root)
+
+
+def _has_classes(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return any(map(_has_classes, feature.values()))
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return isinstance(feature, _datasets().ClassLabel) or inner is not None and _has_classes(inner)
+
+
+class _Named(Sequence):
+    """Rows whose `ClassLabel`s are names: their numbers follow the alphabet, where "desirable" is 0 and "undesirable" 1."""
+
+    def __init__(self, rows):
+        self._rows, self._label = rows, _datasets().ClassLabel
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> dict:
+        return {name: self._of(value, self._rows.features[name]) for name, value in self._rows[number].items()}
+
+    def _of(self, value: Any, feature: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(feature, self._label):
+            return feature.int2str(int(value)) if int(value) >= 0 else None  # -1: without a label
+        if isinstance(feature, dict):
+            return {name: self._of(part, feature[name]) for name, part in value.items()}
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        return value if inner is None else [self._of(part, inner) for part in value]

@@ -87,7 +87,43 @@ def test_hpd_v1_names_the_preferred_image_by_its_index(folder):
     rows = [{"prompt": "p", "file_path": [R, G, B], "human_preference": 2}, {"prompt": "p", "file_path": [R, G], "human_preference": 2}]
     loaded, report = load_preferences(write(folder / "data.json", rows), "pair")
     assert sorted(map(shown, loaded)) == sorted([("p", BLUE, RED, 1.0, 1 / 3), ("p", BLUE, GREEN, 1.0, 1 / 3)])
-    assert report.ties == 1 and report.bad == [(2, "human_preference is 2, but there are 2 images")]
+    assert report.ties == 1 and report.bad == [(2, "human_preference is 2, neither the number of one of 2 images nor a list of 1 and 0")]
+
+
+@pytest.mark.parametrize("suffix", ["json", "csv"])
+@pytest.mark.parametrize("preference, wins", [([1, 0], 0), ([0, 1], 1), (0, 0), (1, 1), ([True, False], 0), (1.0, 1), (True, None), ("b.png", None)])
+def test_a_preference_means_the_same_in_every_kind_of_file(folder, suffix, preference, wins):
+    as_text = suffix == "csv"
+    row = {"prompt": "p", "file_path": json.dumps([R, G]) if as_text else [R, G], "human_preference": json.dumps(preference) if as_text else preference}
+    file = write(folder / f"data.{suffix}", [row])
+    if wins is None:
+        with pytest.raises(ValueError, match="neither the number of one of 2 images nor a list of 1 and 0"):
+            load_preferences(file, "pair")
+    else:
+        assert [shown(row)[1] for row in load_preferences(file, "pair")[0]] == [(RED, GREEN)[wins]]
+
+
+def test_rankings_are_of_one_prompt(folder):
+    def row(identity, prompt, image, rank):
+        return {"prompt_id": identity, "prompt": prompt, "image_path": image, "rank": rank}
+
+    rows = [row(1, "a cat", R, 1), row(1, "a dog", G, 2), row("", "a fox", R, 1), row("", "a fox", B, 2), row(1, "a cat", B, 2)]
+    loaded, report = load_preferences(write(folder / "data.jsonl", rows), "pair")
+    assert [shown(row)[:3] for row in loaded] == [("a cat", RED, BLUE)], "an empty number joins nothing"
+    assert report.left_out["of rankings with one image"] == 3
+
+
+def test_a_broken_first_row_does_not_hide_the_layout(folder):
+    rows = [{"prompt": "p", "image_path": [R, G], "rank": None}, {"prompt": "p", "image_path": [R, G], "rank": [1, 2]}]
+    loaded, report = load_preferences(write(folder / "data.jsonl", rows), "ranked")
+    assert report.schema == "HPDv2 test" and [number for number, _ in report.bad] == [1] and loaded[0]["ranks"] == [1, 2]
+    ranks = [{"prompt": "p", "image_path": json.dumps([R, G]), "rank": "[2, 1]"}]
+    assert load_preferences(write(folder / "data.csv", ranks), "ranked")[0][0]["ranks"] == [2, 1]
+
+
+def test_an_image_against_itself_is_told_of_every_layout(folder):
+    rows = [{"prompt": "p", "image": R, "reward": reward} for reward in (1, 3)]
+    assert "1 images are both sides of their own pair" in str(load_preferences(write(folder / "data.jsonl", rows), "pair")[1])
 
 
 def test_the_examples_of_the_page_load(folder):

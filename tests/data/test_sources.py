@@ -132,6 +132,56 @@ def test_sets_of_the_datasets_library(folder, monkeypatch):
         load_preferences("someone/other", "pair")
 
 
+@pytest.mark.parametrize("stored", ["saved", "parquet"])
+@pytest.mark.parametrize("classes, good", [(["bad", "good"], None), (["false", "true"], "true"), (["yes", "no"], "yes"), (["1", "0"], "1")])
+def test_classes_are_read_by_their_names(folder, monkeypatch, stored, classes, good):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    label = datasets.ClassLabel(names=classes)
+    features = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image(), "label": label})
+    images = {"image": [encoded(RED), encoded(GREEN), encoded(BLUE)], "label": [0, 1, -1]}
+    made = datasets.Dataset.from_dict({"prompt": ["p", "q", "r"], **images}, features)
+    place = folder / ("set" if stored == "saved" else "set.parquet")
+    made.save_to_disk(place) if stored == "saved" else made.to_parquet(place)
+    if good is None:
+        with pytest.raises(ValueError, match="row 1: label must be true or false, 1 or 0, got 'bad'"):
+            load_preferences(str(place), "binary")
+    else:
+        rows, report = load_preferences(str(place), "binary")
+        assert [shown(row) for row in rows] == [("p", RED, classes[0] == good), ("q", GREEN, classes[1] == good)]
+        assert report.left_out == {"without a label": 1}
+
+
+def test_classes_inside_lists_and_splits_of_diffusion_kto_too(folder):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    split = datasets.ClassLabel(names=["exclusive_lose", "exclusive_win"])
+    features = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image(), "split": split})
+    kto = {"prompt": ["p", "q"], "image": [encoded(RED), encoded(GREEN)], "split": [1, 0]}
+    datasets.Dataset.from_dict(kto, features).save_to_disk(folder / "kto")
+    assert [shown(row) for row in load_preferences(str(folder / "kto"), "binary")[0]] == [("p", RED, True), ("q", GREEN, False)]
+    ranks = datasets.Sequence(datasets.ClassLabel(names=["2", "1"]))
+    features = datasets.Features({"prompt": datasets.Value("string"), "images": datasets.Sequence(datasets.Image()), "ranks": ranks})
+    ranked = {"prompt": ["p"], "images": [[encoded(RED), encoded(GREEN)]], "ranks": [[0, 1]]}
+    datasets.Dataset.from_dict(ranked, features).save_to_disk(folder / "ranked")
+    assert load_preferences(str(folder / "ranked"), "ranked")[0][0]["ranks"] == [2, 1]
+
+
+@pytest.mark.parametrize("second", ["metadata.csv", "train/metadata.jsonl", "w and l"])
+def test_of_two_descriptions_none_is_taken(folder, second):
+    write(folder / "metadata.jsonl", [pair()])
+    if second == "w and l":
+        (folder / "w").mkdir()
+        (folder / "l").mkdir()
+    else:
+        (folder / second).parent.mkdir(exist_ok=True)
+        write(folder / second, [pair(), pair()])
+    names = r"the folders w and l" if second == "w and l" else re.escape(second)
+    with pytest.raises(ValueError, match=f"describes its data more than once: metadata.jsonl, {names}. Name the one to read"):
+        load_preferences(str(folder), "pair")
+    assert load_preferences(str(folder / "metadata.jsonl"), "pair")[1].kept == 1
+
+
 # bad rows
 
 
