@@ -58,7 +58,7 @@ from diffusers_align.algorithms.value_steering import value_loss
 from diffusers_align.data import load_prompts
 from diffusers_align.pipelines.value_steering import NoiseValue, SteeredPolicy, Steering
 from diffusers_align.rl.values import explained_variance
-from diffusers_align.training.online.sampling import evaluate, noise_fields, paired_gain, sample_epoch
+from diffusers_align.training.online.sampling import evaluate, noise_fields, sample_epoch
 from diffusers_align.training.online.scoring import reward_of_flags
 from diffusers_align.training.online.value_replay import Replay, remember
 from diffusers_align.training.report import hub, model_card
@@ -127,10 +127,9 @@ def finish(run, policy, before, after, rewards, judged):
     args, results = run.args, {}
     for name in rewards:
         shown = args.reward if name == "reward" else name
-        gain, error = paired_gain(before.rewards[name], after.rewards[name])
         for label, found in (("plain", before), ("steered", after)):
-            results[f"{shown}, {label}"] = in_words(*mean_and_error(found.rewards[name]))
-        results[f"{shown}, paired gain"] = in_words(gain, error, "+.4f")
+            results[f"{shown}, {label}"] = in_words(found.rewards[name])
+        results[f"{shown}, paired gain"] = in_words(after.rewards[name] - before.rewards[name], "+.4f")
     for name, words in results.items():
         run.print(f"{name}: {words}")
     if run.is_main:
@@ -174,7 +173,7 @@ def main(argv=None):
     run.resume()
     before = judge(run, policy, rewards, judged, steered=False)
     on = judged_on([prompt.key for prompt in judged[: args.num_eval_samples]], {prompt.key for prompt in prompts})
-    run.print(f"Evaluation: {args.num_eval_samples} images of {on}; plain: {args.reward} {in_words(*mean_and_error(before.rewards['reward']))}")
+    run.print(f"Evaluation: {args.num_eval_samples} images of {on}; plain: {args.reward} {in_words(before.rewards['reward'])}")
 
     for epoch in run.epochs():
         # 1 roll out: the sampler's own noises at first, then those that the value picks

@@ -24,7 +24,7 @@ from ..online.scoring import Scorer, columns_of
 from ..report.model_card import front_matter, page, published_as
 from ..report.pictures import before_and_after
 from ..report.pictures import save as save_picture
-from ..report.statistics import WinRate, in_words, mean_and_error, win_rate
+from ..report.statistics import WinRate, in_words, win_rate
 
 
 @dataclass(frozen=True)
@@ -144,10 +144,11 @@ def describe(transported: Transported, asked: Iterable[str]) -> dict[str, str]:
             if name in asked:
                 lines[name] = f"no score for any of {len(transported.prompts)} outputs"
             continue
-        (old, old_error), (new, new_error) = (mean_and_error(values) for values in transported.rewards[name])
-        gain, error = mean_and_error(transported.rewards[name][1] - transported.rewards[name][0])
-        lines[f"{name}, before"], lines[f"{name}, after"] = in_words(old, old_error), in_words(new, new_error)
-        lines[f"{name}, paired gain"] = in_words(gain, error, "+.4f")
+        before, after = transported.rewards[name]
+        if name not in asked:  # a part of a reward, which may apply to some prompts alone
+            before, after = (values[~(before.isnan() | after.isnan())] for values in (before, after))
+        lines[f"{name}, before"], lines[f"{name}, after"] = in_words(before), in_words(after)
+        lines[f"{name}, paired gain"] = in_words(after - before, "+.4f")
         lines[f"{name}, win rate"] = f"{rate.rate:.1%} [{rate.low:.1%}, {rate.high:.1%}], {rate.wins + rate.ties + rate.losses} images, {rate.ties} ties"
     return lines
 

@@ -14,12 +14,12 @@ IGNORED = ["checkpoint-*", ".*", "logs/**"]
 
 
 def write_model_card(
-    run, results: dict[str, tuple[float, float]], pictures: list[str], note: str = "", judged_on: str = "held-out prompts", samples=(), sampling_rate=None
+    run, results: dict[str, str], pictures: list[str], note: str = "", judged_on: str = "held-out prompts", samples=(), sampling_rate=None
 ) -> Path:
     """Write `README.md`, the card of a LoRA (`diffusers_align.training.report.model_card`).
 
     Args:
-        results: (mean, s.e.) on what was judged, by name.
+        results: on what was judged, in words, by name.
         note: on the training.
         samples: (prompt, image) of some for the Hub to show or to play.
         sampling_rate: of the samples' sound, if they have any.

@@ -19,7 +19,6 @@ from ...files.paths import folder as shipped
 from ..checkpoints import allowed_changes
 from .pictures import film_strip, to_pil
 from .sounds import write_wav
-from .statistics import in_words
 
 HIDDEN = ("hub_token", "config", "trackers", "command")
 NUM_WIDGETS = 4
@@ -152,8 +151,8 @@ def page(run, front: str, title: str, text: str, code: str, caption: str, result
 """
 
 
-def lora_card(run, results: dict[str, tuple[float, float]], pictures: list[str], note: str, judged_on: str, widgets: list[dict], sound: bool = False) -> str:
-    """The card of a LoRA, with results as (mean, s.e.): see `page`."""
+def lora_card(run, results: dict[str, str], pictures: list[str], note: str, judged_on: str, widgets: list[dict], sound: bool = False) -> str:
+    """The card of a LoRA: see `page`."""
     args, policy, given = run.args, run.policy, run.args.pretrained_model_name_or_path
     pushed, where, data = bool(args.push_to_hub), published_as(run), getattr(args, "dataset_name", None)
     input_names = parse_input_columns(args.input_columns) if getattr(args, "input_columns", None) else ()
@@ -163,9 +162,8 @@ def lora_card(run, results: dict[str, tuple[float, float]], pictures: list[str],
     text = f"A LoRA that aligns `{public(given)}` with {aim}, trained by {run.algorithm} with diffusers-align {__version__}."
     measured = f"; the reward, which only measures, is `{public(args.reward)}`" if data and args.reward else ""
     caption = f"Results on {judged_on} at equal seeds (mean ± standard error, {args.num_eval_samples} {'sounds' if sound else 'images'}{measured}):"
-    worded = {name: in_words(mean, error) for name, (mean, error) in results.items()}
     title = where if pushed else run.output_dir.name
-    return page(run, front, title, text, loading_lines(policy, given, where, pushed), caption, worded, pictures, note)
+    return page(run, front, title, text, loading_lines(policy, given, where, pushed), caption, results, pictures, note)
 
 
 def loading_lines(policy, given: str, where: str, pushed: bool) -> str:

@@ -160,8 +160,9 @@ class Report:
         for name, values in self.before.rewards.items():
             if name not in self.rewards:
                 continue
-            results[f"{name}, before"], results[f"{name}, after"] = mean_and_error(values), mean_and_error(after.rewards[name])
-            results[f"{name}, paired gain"] = gains[name] = paired_gain(values, after.rewards[name])
+            gain, gains[name] = after.rewards[name] - values, paired_gain(values, after.rewards[name])
+            results[f"{name}, before"], results[f"{name}, after"] = in_words(values), in_words(after.rewards[name])
+            results[f"{name}, paired gain"] = in_words(gain, "+.4f")
         if run.is_main:
             with failures.resumable(run):
                 if after.images:
@@ -177,8 +178,9 @@ class Report:
             run.print(self.early_stop.summary())
         if self.rewards:
             run.print(f"after:  {_summary(after, args.reward, self.rewards)}")
-        for name, (gain, error) in gains.items():
-            run.print(f"gain in {args.reward if name == 'reward' else name} on {self.judged_on}: {in_words(gain, error, '+.4f')} (paired, s.e.)")
+        for name in gains:
+            gain = results[f"{name}, paired gain"]
+            run.print(f"gain in {args.reward if name == 'reward' else name} on {self.judged_on}: {gain} (paired, s.e.)")
         run.print(f"LoRA, pictures and model card: {run.output_dir}")
         if len(run.policy.denoisers) > 1:
             where = args.hub_model_id if args.push_to_hub else str(run.output_dir)
@@ -203,7 +205,9 @@ def _summary(evaluation: Evaluation, reward: str, asked: Iterable[str]) -> str:
     """The rewards' means on one line; the one that is trained on by its own name."""
     parts = []
     for name, values in evaluation.rewards.items():
-        shown = reward + name.removeprefix("reward") if name.startswith("reward") else name
-        if name in asked or not values.isnan().all():  # the parts of a sum and of the scene score may not apply to any of the prompts
-            parts.append(f"{shown} {in_words(*mean_and_error(values))}")
+        shown = reward + name.removeprefix("reward") if name == "reward" or name.startswith("reward/") and name not in asked else name
+        if name in asked:
+            parts.append(f"{shown} {in_words(values)}")
+        elif not values.isnan().all():  # the parts of a sum and of the scene score may apply to some prompts alone, or to none
+            parts.append(f"{shown} {in_words(values[~values.isnan()])}")
     return ", ".join(parts)

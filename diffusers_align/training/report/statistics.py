@@ -19,11 +19,14 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return float(valid.mean()) if len(valid) else math.nan, error
 
 
-def in_words(mean: float, error: float, form: str = ".4f") -> str:
-    """`mean ± error`; the mean alone where one sample has no error; that there is no score where there is no mean."""
+def in_words(values: Tensor, form: str = ".4f") -> str:
+    """`mean ± error` of scores (N,), and how many there are none of (NaN), which neither counts; the mean alone where one sample has no error."""
+    mean, error = mean_and_error(values)
     if math.isnan(mean):
         return "without a score"
-    return f"{mean:{form}}" if math.isnan(error) else f"{mean:{form}} ± {error:.4f}"
+    missing = int(values.isnan().sum())
+    left_out = f" ({missing} of {len(values)} without a score)" if missing else ""
+    return (f"{mean:{form}}" if math.isnan(error) else f"{mean:{form}} ± {error:.4f}") + left_out
 
 
 def wilson_interval(successes: float, number: int) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ...data.prompts import Prompt
 from ..online.sampling import Evaluation, paired_gain
 from ..report.statistics import diversity, mean_and_error, pairwise_rms
+from .symptoms import MANY_MISSING
 from .weight_copies import LaggingWeights
 
 
@@ -40,8 +41,9 @@ class EarlyStop:
         self.run, self.args = run, run.args
         self.weights: LaggingWeights | None = None
         self.epoch, self.seen, self.best, self.stale, self.variety, self.first_variety = 0, None, None, 0, None, None
-        self.first_judged: Tensor | None = None
+        self.first_scores: dict[str, Tensor] = {}
         self.fall = 0.0  # of the reward that took no part, in standard errors
+        self.lost: dict[str, float] = {}  # by reward, the share of images that had a score at first and have none now
         number = self.args.num_eval_samples
         asked = [prompts[i % len(prompts)] for i in range(number)]
         self.tasks = [prompt.key for prompt in asked]
@@ -64,6 +66,8 @@ class EarlyStop:
         """Why the run is to stop now; None to go on."""
         if self._uniform:
             return f"diversity fell to {self.variety:.4g}, below {self.args.early_stop_diversity:g} of the pretrained model's {self.first_variety:.4g}"
+        if self.args.early_stop_hacking is not None and self._unscored == self.args.eval_reward:
+            return f"{self.args.eval_reward} has no score for {self.lost[self.args.eval_reward]:.0%} of the images that it could score before training"
         if self._hacked:
             return f"{self.args.eval_reward} fell by {self.fall:.1f} standard errors below the pretrained model's, more than {self.args.early_stop_hacking:g}"
         if self.args.early_stop_metric is not None and self.stale >= self.args.early_stop_patience:
@@ -79,14 +83,19 @@ class EarlyStop:
     def _hacked(self) -> bool:
         return self.args.early_stop_hacking is not None and self.fall > self.args.early_stop_hacking
 
+    @property
+    def _unscored(self) -> str | None:
+        """A reward that has lost the scores of too many images for its mean to say anything: pictures that a judge cannot read are no gain."""
+        return next((name for name, share in self.lost.items() if share >= MANY_MISSING), None)
+
     def look(self, epoch: int, evaluation: Evaluation) -> None:
         """Take in a validation after so many epochs, with all its images, of the weights that are in place: the best are kept."""
         self.seen = epoch
         self.measure(evaluation)
-        bad = self._uniform or self._hacked
-        if bad and self.weights is not None:
+        over = self._uniform or self._hacked
+        if over and self.weights is not None:
             return
-        value = -math.inf if bad else self._value(evaluation)
+        value = -math.inf if over or self._unscored is not None else self._value(evaluation)
         if self.best is not None and not value > self.best:
             self.stale += 1
             return
@@ -96,22 +105,38 @@ class EarlyStop:
         self.weights.update(0.0)
 
     def measure(self, evaluation: Evaluation) -> None:
-        """How varied it is, and how far the reward that took no part has fallen. The first one is what the others are compared with: the pretrained model's,
-        also where the weights in place are others, as in a run that is resumed and has had no early stop before."""
+        """How varied it is, how far the reward that took no part has fallen, and how many scores are lost. The first one is what the others are compared
+        with: the pretrained model's, also where the weights in place are others, as in a run that is resumed and has had no early stop before."""
         if self.args.early_stop_diversity is not None:
             self.variety = float(diversity(torch.stack(evaluation.images).flatten(1), self.tasks, pairwise_rms).mean())
             self.first_variety = self.variety if self.first_variety is None else self.first_variety
+        for name in self._watched:
+            scores = evaluation.rewards[name].double().cpu()
+            first = self.first_scores.setdefault(name, scores)
+            self.lost[name] = lost_share(first, scores)
         if self.args.early_stop_hacking is not None:
-            judged = evaluation.rewards[self.args.eval_reward].double().cpu()
-            self.first_judged = judged if self.first_judged is None else self.first_judged
-            self.fall = fall_in_errors(self.first_judged, judged)
+            self.fall = fall_in_errors(self.first_scores[self.args.eval_reward], evaluation.rewards[self.args.eval_reward].double().cpu())
+
+    @property
+    def _metric(self) -> str | None:
+        """The reward that is to rise, by its name in evaluations."""
+        return self.args.eval_reward if self.args.early_stop_metric == "eval_reward" else self.args.early_stop_metric
+
+    @property
+    def _watched(self) -> list[str]:
+        names = (self._metric, self.args.eval_reward if self.args.early_stop_hacking is not None else None)
+        return [name for name in names if name is not None]
 
     def _value(self, evaluation: Evaluation) -> float:
-        """What is to rise: the held-out reward; without one, the epoch, so that the latest weights that are good enough are the best."""
-        if self.args.early_stop_metric is None:
+        """What is to rise: the held-out reward; without one, the epoch, so that the latest weights that are good enough are the best.
+
+        It is the first mean and the paired gain over it, which is the mean itself where all images have a score: with fewer of them it is no other images' mean.
+        """
+        if self._metric is None:
             return self.seen
-        mean, _ = mean_and_error(evaluation.rewards["reward" if self.args.early_stop_metric == "reward" else self.args.eval_reward])
-        return -math.inf if math.isnan(mean) else mean
+        first, now = self.first_scores[self._metric], evaluation.rewards[self._metric].double().cpu()
+        value = mean_and_error(first)[0] + paired_gain(first, now)[0]
+        return -math.inf if math.isnan(value) else value
 
     def summary(self) -> str:
         """Which weights were kept, and why the run stopped if it did."""
@@ -121,15 +146,23 @@ class EarlyStop:
         return f"{stopped}The weights are those {place}, {why}."
 
     def state_dict(self) -> dict[str, Any]:
-        numbers = {name: getattr(self, name) for name in ("epoch", "seen", "best", "stale", "variety", "first_variety", "first_judged", "fall")}
-        return {**numbers, "weights": self.weights and self.weights.state_dict()}
+        numbers = {name: getattr(self, name) for name in ("epoch", "seen", "best", "stale", "variety", "first_variety", "fall", "lost")}
+        first = {name: scores.tolist() for name, scores in self.first_scores.items()}
+        return {**numbers, "first_scores": first, "weights": self.weights and self.weights.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         weights = state["weights"]
-        self.__dict__.update({name: value for name, value in state.items() if name != "weights"})
+        self.__dict__.update({name: value for name, value in state.items() if name not in ("weights", "first_scores")})
+        self.first_scores = {name: torch.tensor(scores, dtype=torch.float64) for name, scores in state["first_scores"].items()}
         if weights is not None:
             self.weights = LaggingWeights(self.run.parameters)
             self.weights.load_state_dict(weights)
+
+
+def lost_share(before: Tensor, after: Tensor) -> float:
+    """Of the images that have a score in `before` (N,), those that have none (NaN) in `after`."""
+    scored = ~before.isnan()
+    return float((scored & after.isnan()).sum() / scored.sum().clamp(min=1))
 
 
 def fall_in_errors(before: Tensor, after: Tensor) -> float:

@@ -88,7 +88,7 @@ def test_the_lines_of_a_card_load_what_lies_beside_it(tmp_path, monkeypatch):
     policy.save_lora(tmp_path / "run")
     samples = [(f"a {i}", torch.rand(3, 8, 8)) for i in range(6)]
     run = run_of(tmp_path / "run", policy)
-    path = hub.write_model_card(run, {"reward, after": (1.0, 0.1)}, ["before_after.png"], samples=samples)
+    path = hub.write_model_card(run, {"reward, after": "1.0000 ± 0.1000"}, ["before_after.png"], samples=samples)
     card = ModelCard.load(path)
     assert [entry["text"] for entry in card.data.widget] == ["a 0", "a 1", "a 2", "a 3"]
     assert all(Image.open(tmp_path / "run" / entry["output"]["url"]).size == (8, 8) for entry in card.data.widget)
@@ -104,6 +104,6 @@ def test_the_lines_of_a_card_load_what_lies_beside_it(tmp_path, monkeypatch):
     assert 'pipe.load_lora_weights("me/it", weight_name="pytorch_lora_weights.safetensors")' in text and "base_model: owner/base" in text
 
     run = run_of(tmp_path / "run", policy, dataset_name="owner/pairs", reward="pick_score")
-    text = hub.write_model_card(run, {"reward, after": (float("nan"), float("nan"))}, []).read_text()
+    text = hub.write_model_card(run, {"reward, after": "without a score"}, []).read_text()
     assert "the preferences of `owner/pairs`" in text and "4 images; the reward, which only measures, is `pick_score`):" in text
     assert "| reward, after | without a score |" in text

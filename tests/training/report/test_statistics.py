@@ -67,5 +67,8 @@ def test_cosine_distance():
 
 
 def test_numbers_in_words():
-    nan = float("nan")
-    assert [in_words(0.5, 0.125, "+.4f"), in_words(-0.5, nan), in_words(nan, nan)] == ["+0.5000 ± 0.1250", "-0.5000", "without a score"]
+    def words(*numbers, **form):
+        return in_words(torch.tensor(numbers), **form)
+
+    assert [words(0.375, 0.625, form="+.4f"), words(-0.5), words(NAN, NAN)] == ["+0.5000 ± 0.1250", "-0.5000", "without a score"]
+    assert [words(0.375, NAN, 0.625), words(NAN, -0.5)] == ["0.5000 ± 0.1250 (1 of 3 without a score)", "-0.5000 (1 of 2 without a score)"]

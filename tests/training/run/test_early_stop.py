@@ -96,6 +96,34 @@ def test_a_hacked_reward_stops_the_run_and_what_came_before_is_kept():
     assert again.reason is None
 
 
+def test_images_that_have_lost_their_score_are_no_gain():
+    """What a mean over the survivors would call a rise: 0.5 before, 0.9 of the one image that can still be judged."""
+    lost, four = [0.9, math.nan, math.nan, math.nan], [0.1, 0.3, 0.7, 0.9]
+    for metric, patience in (("eval_reward", 2), (None, 2)):
+        stop = stop_of(early_stop_metric=metric, early_stop_patience=patience, early_stop_hacking=None if metric else 3.0)
+        look(stop, 0, other=four)
+        look(stop, 1, other=[0.2, 0.4, 0.8, 1.0])
+        look(stop, 2, other=lost)
+        assert stop.lost == {"other": 0.75} and kept(stop) == 1.0
+        assert stop.reason == (None if metric else "other has no score for 75% of the images that it could score before training")
+        again = stop_of(early_stop_metric=metric, early_stop_hacking=stop.args.early_stop_hacking)
+        again.load_state_dict(stop.state_dict())
+        assert again.reason == stop.reason and torch.equal(again.first_scores["other"], torch.tensor(four).double())
+    stop = stop_of(early_stop_hacking=3.0)
+    look(stop, 0, other=[0.5, 0.4, math.nan])
+    look(stop, 1, other=[math.nan] * 3)
+    assert stop.reason is not None and math.isnan(stop.fall), "no fall can be measured, and that is no good sign"
+
+
+def test_a_mean_over_fewer_images_is_compared_over_these():
+    stop = stop_of(early_stop_metric="eval_reward")
+    look(stop, 0, other=[0.1, 0.5, 0.5, 0.5, 0.9])
+    look(stop, 1, other=[math.nan, 0.5, 0.5, 0.5, 0.9])  # a fifth: no matter of the model, and no rise
+    assert stop.epoch == 0 and stop.best == pytest.approx(0.5)
+    look(stop, 2, other=[math.nan, 0.6, 0.6, 0.6, 1.0])
+    assert stop.epoch == 2 and stop.best == pytest.approx(0.6)
+
+
 def test_pictures_that_are_alike_are_no_peak():
     stop = stop_of(early_stop_metric="reward", early_stop_diversity=0.5)
     look(stop, 0, reward=0.0)
