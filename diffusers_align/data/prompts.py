@@ -85,7 +85,7 @@ def load_prompts(source: str, column: str = "prompt", inputs: Inputs | None = No
 
 
 def _file_of(source: str) -> Path:
-    path = Path(source)
+    path = Path(source).expanduser()
     if not path.suffix and source in shipped_sets():
         return next(_SHIPPED.glob(f"{source}.*"))
     kinds = "a .txt, .jsonl or .csv file (.json and .tsv are read as well)"

@@ -189,7 +189,7 @@ def load_preferences(
     if inputs:
         _check_inputs(inputs, table, schema, kind, source)
     report = Report(source, kind, schema.name, ties, prompt_column=names.get("prompt", "prompt"))
-    scan = _Scan(table, names, schema, Path(image_root) if image_root else table.root, verify, report.images, inputs)
+    scan = _Scan(table, names, schema, Path(image_root).expanduser() if image_root else table.root, verify, report.images, inputs)
     rows = _read(scan, report, max_rows, bad_rows, progress)
     if schema.kind == "ranked":
         rows = _merge_groups(rows, report)

@@ -41,7 +41,7 @@ def open_table(source: str, split: str) -> Table:
     Raises:
         ValueError: a path without anything that can be read, or no such split.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         if split not in (WHOLE, path.stem):
             raise _no_split(path, split, [WHOLE])

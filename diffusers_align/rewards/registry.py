@@ -78,7 +78,7 @@ def checkpoint_file(checkpoint: str | os.PathLike, filename: str) -> Path:
     Raises:
         FileNotFoundError: there is no such file.
     """
-    path = Path(checkpoint)
+    path = Path(checkpoint).expanduser()
     if path.is_dir():
         path = path / filename
     if path.is_file():
@@ -126,8 +126,8 @@ def find_reward(name: str, options: dict[str, Any]) -> tuple[Callable, set[str]]
     """The reward of that name with those of the options that it takes, and their names."""
     spec = "diffusers_align.rewards.remote:RemoteReward" if is_url(name) else BUILT_INS.get(name, name)
     options = options | {"url": name} if is_url(name) else options
-    if (Path(name) / "learned_reward.json").is_file():
-        spec, options = "diffusers_align.rewards.learned:LearnedReward", options | {"folder": name}
+    if ((folder := Path(name).expanduser()) / "learned_reward.json").is_file():
+        spec, options = "diffusers_align.rewards.learned:LearnedReward", options | {"folder": str(folder)}
     module_name, colon, attribute = spec.rpartition(":")
     if not colon or not module_name or not attribute:
         raise ValueError(_unknown(name))

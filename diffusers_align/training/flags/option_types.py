@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -85,13 +86,13 @@ class Kind:
 
     def _one(self, value: Any) -> Any:
         if isinstance(value, bool) and self.type is not bool:
-            if value is False and "no" in self.choices:
-                return "no"  # which YAML 1.1 reads as false
             raise ValueError(f"must be {self.describe}")
         if self.type is bool and not (isinstance(value, bool) or (value is None and self.optional)):
-            raise ValueError("must be true or false")
+            raise ValueError("must be true or false" + (", without quotes" if isinstance(value, str) else ""))
         if self.type is str and not self.choices and isinstance(value, list):
             return ",".join(map(str, value))
+        if self.type is str and not self.choices and isinstance(value, str):
+            return os.path.expanduser(value)  # a path in a recipe, or after "=", which no shell expands
         return _json_object(value) if self.type is dict and isinstance(value, str) else value
 
 

@@ -255,7 +255,8 @@ def _validated(parser: argparse.ArgumentParser, arguments: type[Arguments], opti
     values = {}
     for name, entry in given.items():
         try:
-            values[name] = options[name].kind.prepared(entry.value)
+            kind = options[name].kind
+            values[name] = kind.prepared(entry.for_text() if kind.type is str else entry.value)
         except ValueError as error:
             parser.error(_refusal(options[name], entry, str(error)))
     try:

@@ -21,11 +21,20 @@ class RecipeError(ValueError):
 
 @dataclass(frozen=True)
 class Given:
-    """A value that was given for a flag, and where."""
+    """A value that was given for a flag, and where.
+
+    Attributes:
+        written: the text or texts that a recipe has for it, which YAML may have read as another thing: 0123 as a number, no as a truth value.
+    """
 
     value: Any
     source: str
     is_recipe: bool = False
+    written: str | list[str] | None = None
+
+    def for_text(self) -> Any:
+        """The value where text is wanted."""
+        return self.value if self.written is None else self.written
 
     @property
     def shown(self) -> str:
@@ -67,7 +76,7 @@ def read_recipe(name: str, flags: Mapping[str, str]) -> dict[str, Given]:
         if flag in found:
             raise RecipeError(f"{path}, line {line}: {flag} stands there a second time; first {found[flag].source}")
         try:
-            found[flag] = Given(constructor.construct_object(value, deep=True), f"in {path}, line {line}", is_recipe=True)
+            found[flag] = Given(constructor.construct_object(value, deep=True), f"in {path}, line {line}", is_recipe=True, written=_written(value))
         except yaml.YAMLError as error:
             raise RecipeError(f"{path}, line {line}: {flag} is no plain value: {getattr(error, 'problem', error)}") from error
     today = {flag: name for flag, name in flags.items() if flag not in NOT_IN_RECIPES}
@@ -75,6 +84,13 @@ def read_recipe(name: str, flags: Mapping[str, str]) -> dict[str, Given]:
         where = "; ".join(f"{flag} in {found[flag].source.rpartition(', ')[2]}{suggestion(flag, today)}" for flag in unknown)
         raise RecipeError(f"{path}: unknown keys: {where}. The keys are the script's flags, see --help_all")
     return found
+
+
+def _written(node: yaml.Node) -> str | list[str] | None:
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.tag.endswith(":null") else node.value
+    items = [_written(item) for item in node.value] if isinstance(node, yaml.SequenceNode) else [None]
+    return items if all(isinstance(item, str) for item in items) else None
 
 
 def _composed(file: Path) -> yaml.Node | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from flag_tools import ALIGNING, SCRIPTS, load_script, message, parse, recipe
 
-from diffusers_align.data import load_prompts
+from diffusers_align.data import load_preferences, load_prompts
 from diffusers_align.embedded import edits
 from diffusers_align.rewards import BUILT_INS
 from diffusers_align.rewards.registry import parse_terms
@@ -49,6 +49,31 @@ def test_recipe_values_get_their_flags_type(tmp_path):
     assert (args.rank, args.learning_rate, args.window, args.call_kwargs, args.guidance_scale) == (7, 1.0, (0, 3), {"num_frames": 9}, None)
     assert args.prompt_column == "2024"
     assert parse(*recipe(tmp_path, "call_kwargs: '{\"num_frames\": 9}'\n")).call_kwargs == {"num_frames": 9}
+
+
+@pytest.mark.parametrize("text", ["0123456", "1.50", "12:34:56", "0010", "0b11", "1e3", "no", "2026-01-01", "1_000"])
+def test_a_text_is_what_is_written(tmp_path, text):
+    """YAML 1.1 reads a commit of digits as an octal number, a time as seconds in base 60, a date as a date."""
+    args = parse(*recipe(tmp_path, f"revision: {text}\nreport_to: tensorboard\nrun_name: {text}\nprompt_column: '{text}'\nlora_layers: [{text}, to_q]\n"))
+    assert (args.revision, args.run_name, args.prompt_column, args.lora_layers) == (text, text, text, f"{text},to_q")
+
+
+def test_a_truth_value_in_quotes_is_told_from_one_without(tmp_path, capsys):
+    assert "--use_ema must be true or false, without quotes, got false" in message(capsys, *recipe(tmp_path, "use_ema: 'false'\n"))
+
+
+def test_home_is_where_the_shell_has_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.txt").write_text("a fox\n")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "p", "image": "x.png"}\n')
+    args = parse(*recipe(tmp_path, "output_dir: ~/runs\nprompts: ~/p.txt\n"), "--reward=~/r.py:f", required=["--pretrained_model_name_or_path", "~/model"])
+    assert [args.output_dir, args.prompts] == [f"{tmp_path}/runs", f"{tmp_path}/p.txt"]
+    assert [args.reward, args.pretrained_model_name_or_path] == [f"{tmp_path}/r.py:f", f"{tmp_path}/model"]
+    assert [prompt.text for prompt in load_prompts("~/p.txt")] == ["a fox"]
+    with pytest.raises(ValueError, match=f"image: no file {tmp_path}/x.png"):
+        load_preferences("~/pairs.jsonl", "captioned")
+    with pytest.raises(ValueError, match="No file or folder '~/none'"):
+        load_preferences("~/none", "captioned")
 
 
 def test_a_list_is_a_comma_separated_value(tmp_path):
