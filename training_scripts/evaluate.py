@@ -7,7 +7,7 @@ Rewards, paired gains, win rates, diversity, the path KL and, with `--eval_datas
 go to `evaluation.md` and `evaluation.json`, samples to `evaluation.png`, of sounds also to `sounds/`.
 """
 
-from pathlib import Path
+import os
 from typing import Annotated
 
 from annotated_types import Interval
@@ -36,7 +36,7 @@ class ComparisonArguments(EvalSchedulerArguments, PipelineArguments, DecodingArg
 
     @model_validator(mode="after")
     def _check_loras(self):
-        self.lora_names = self.lora_names or [Path(lora).name for lora in self.lora]
+        self.lora_names = self.lora_names or [os.path.basename(os.path.abspath(lora)) for lora in self.lora]
         if len(self.lora_names) != len(self.lora):
             raise ValueError(f"--lora_names has {len(self.lora_names)} names for {len(self.lora)} LoRAs")
         if len({BASE, *self.lora_names}) <= len(self.lora_names):

@@ -16,7 +16,7 @@ from pydantic import model_validator
 from diffusers_align.training.flags.common import PlaceArguments, SeedArguments, SignalArguments
 from diffusers_align.training.flags.methods import StrengthArguments
 from diffusers_align.training.flags.model import CallArguments, DecodingArguments, PipelineArguments, PrecisionArguments
-from diffusers_align.training.flags.options import Count, NonNegative, Probability, Real, option, parse
+from diffusers_align.training.flags.options import Count, NonNegative, Probability, Real, option, options_of, parse
 from diffusers_align.training.flags.task import InvalidRewardArguments, OneRewardArguments, PromptArguments
 
 NOISY, STRENGTH = {"deterministic": False}, ("sde_type", "noise_level", "eta")
@@ -103,11 +103,8 @@ from diffusers_align.training.report.pictures import given_pictures, grid, save,
 from diffusers_align.training.run.inputs import batches_by_size, condition_of, inputs_of
 from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
 
-# What an image depends on besides its prompt and the LoRA's weights: a folder holds images of one such setting.
-SAMPLING = (
-    "pretrained_model_name_or_path", "single_file_config", "revision", "variant", "mixed_precision", "lora", "num_inference_steps", "guidance_scale",
-    "height", "width", "call_kwargs", "input_columns", "seed", "deterministic", "same_latent", "save_trajectories", "sde_type", "noise_level", "eta",
-)  # fmt: skip
+# What an image depends on besides its prompt and the LoRA's weights: a folder holds images of one such setting. The flags that are left out change rounding alone.
+SAMPLING = [*(name for name in options_of(DrawingArguments) if name not in ("config", "batch_size", "vae_slicing")), "input_columns"]
 
 
 def check_settings(args, prompts, lora, folder):
@@ -125,7 +122,9 @@ def check_settings(args, prompts, lora, folder):
     )
     settings["lora_weights"] = hash_of(lora) if lora else None
     before = settings_of(file) if file.is_file() else {**settings, "prompts": texts}
-    changed = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in settings.items() if json.dumps(before.get(name)) != json.dumps(value)]
+    defaults = {name: option.default for name, option in options_of(PreferenceArguments).items()}  # of a file that was written before there was such a flag
+    then = {name: before.get(name, defaults.get(name)) for name in settings}
+    changed = [f"{name} was {then[name]!r}, now {value!r}" for name, value in settings.items() if json.dumps(then[name]) != json.dumps(value)]
     changed += [f"prompt {i} was {old!r}, now {new!r}" for i, (old, new) in enumerate(zip(before["prompts"], texts), 1) if old != new]
     if changed:
         listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")

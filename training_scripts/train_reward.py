@@ -111,8 +111,14 @@ def weighing(rows, source):
 
 
 def standardise(examples, train):
-    """Scores as the model is to learn them, in place: with mean 0 and standard deviation 1 on `train`. Returns the scale and the shift back."""
+    """Scores as the model is to learn them, in place: with mean 0 and standard deviation 1 on `train`. Returns the scale and the shift back.
+
+    Raises:
+        ValueError: the scores of `train` do not differ.
+    """
     targets = targets_of(train)
+    if len(targets.unique()) < 2:
+        raise ValueError(f"The {len(targets)} images to learn from have no two different scores: give more images, or hold fewer back with --held_out.")
     scale, shift = targets.std().clamp(min=1e-6).item(), targets.mean().item()
     for example in examples:
         example.target = (example.target - shift) / scale

@@ -3,6 +3,7 @@ rewards alone look at."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -97,7 +98,7 @@ class Inputs:
             return value
         if isinstance(value, (list, tuple)):
             return [self._value(argument, column, part, root, changes) for part in value]
-        if isinstance(value, str) and (number := _number(value)) is not None:
+        if isinstance(value, str) and column not in self.pictures and not (root / value).is_file() and (number := _number(value)) is not None:
             return number
         if isinstance(value, str):
             value = {"path": value}
@@ -112,10 +113,10 @@ class Inputs:
 
 
 def _number(text: str) -> int | float | None:
-    """Of a .csv file, where all is text."""
+    """Of a .csv file, where all is text; None of what is no finite number."""
     for kind in (int, float):
         try:
-            return kind(text)
+            return number if math.isfinite(number := kind(text)) else None
         except ValueError:
             continue
     return None

@@ -105,7 +105,10 @@ class WeightedSum:
         if not terms:
             raise ValueError("A weighted sum needs at least one reward.")
         if len(set(self.names)) < len(terms) or "reward" in self.names:
-            raise ValueError(f"The components of a weighted sum need different names, none of them 'reward': got {self.names}.")
+            raise ValueError(
+                f"The components of a weighted sum need different names, none of them 'reward': got {self.names}. A function goes by its own name: "
+                "rename it, or give it another in an attribute, `function.name = ...`."
+            )
         self.name = "+".join(f"{name}*{weight:g}" for name, weight in zip(self.names, self.weights))
 
     def to(self, device: torch.device | str) -> WeightedSum:

@@ -8,6 +8,7 @@ the status of a success. (`os._exit` ends the process whatever Python code says.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -97,6 +98,16 @@ def parameters_of(reward: Callable) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
+def options_of(reward: Callable) -> set[str]:
+    """Arguments that a column of the same name does not replace: what `functools.partial` has set, and the built-in rewards' own, whose columns are None by
+    default."""
+    if isinstance(reward, functools.partial):
+        return set(reward.keywords) | options_of(reward.func)
+    if not str(getattr(reward, "__module__", "")).startswith(__package__):
+        return set()
+    return {name for name, parameter in parameters_of(reward).items() if parameter.default not in (parameter.empty, None)}
+
+
 def check_kind(reward: Callable, images: Tensor, columns: Mapping[str, Any]) -> None:
     """Rewards of sounds declare an argument `sampling_rate`: one that does not is given no sounds; one that cannot do without is given no pictures.
 
@@ -126,13 +137,14 @@ def check_kind(reward: Callable, images: Tensor, columns: Mapping[str, Any]) -> 
 
 
 def arguments_of(reward: Callable, prompts: list[str], columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies of the columns, as the reward's signature wants them.
+    """Copies of the columns, as the reward's signature wants them, without those that are called like one of its options.
 
     Raises:
         InvalidReward: it does not take them.
     """
     heard = {name: columns[name] for name in SOUND if name in columns and not isinstance(columns[name], (list, tuple))}
-    columns = {name: values for name, values in columns.items() if name not in heard}
+    taken = heard.keys() | options_of(reward)
+    columns = {name: values for name, values in columns.items() if name not in taken}
     arguments = copied(columns)
     try:
         signature = inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward)

@@ -110,30 +110,29 @@ def _sources(column: list, images: Tensor) -> Tensor:
 def _as_tensor(picture: Any, images: Tensor) -> Tensor:
     """(3, H, W) of the images' size, as `--height` and `--width` bring it there: resized, aspect kept, the overhang cropped."""
     from ..data.augment import to_tensor
+    from ..data.images import LazyImage
 
     height, width = images.shape[-2:]
     if picture is None:
         return torch.full_like(images.flatten(0, -4)[0], torch.nan)
     if isinstance(picture, (str, os.PathLike)):
-        picture = _read(Path(picture))
-    if not isinstance(picture, Tensor):
-        return to_tensor(picture, height, width).to(images)
+        picture = _existing(Path(picture))
+    if not isinstance(picture, Tensor):  # turned, laid on white and in sRGB, as the pipeline has had it
+        return to_tensor(LazyImage(picture).open(), height, width).to(images)
     if picture.shape[-2:] != (height, width):
         raise ValueError(f"A source of {tuple(picture.shape)} beside images of {height} x {width}: tensors are not resized, PIL pictures are.")
     return picture.to(images).expand(3, height, width)
 
 
-def _read(path: Path) -> Any:
-    """The PIL picture of a column that `--input_columns` does not name, and which therefore comes as text.
+def _existing(path: Path) -> Path:
+    """The file of a column that `--input_columns` does not name, and which therefore comes as text.
 
     Raises:
         ValueError: there is no such file.
     """
-    from PIL import Image
-
     if not path.is_file():
         raise ValueError(
             f"There is no picture {path}: a column that no flag names comes as it is written. --picture_columns opens those beside their file; in Python give "
             "pictures, or the path from the working directory."
         )
-    return Image.open(path)
+    return path

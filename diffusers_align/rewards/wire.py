@@ -3,7 +3,8 @@
 A request: `{"format", "images", "frames", "prompts", "columns", "sampling_rate"}`. In the format `safetensors`, images are one base64 string, a
 safetensors file whose tensor `images` is float32, (B, 3, H, W), (B, F, 3, H, W), or (B, C, T) of sounds: exact. The sound of videos is another of its
 tensors, `audio`, and `sampling_rate` belongs to either, else null. In the format `png`, they are a list of B (or B F) base64 strings, PNG files: about ten
-times smaller, rounded to 8 bits, without sound. `frames` is F of PNG videos, else null.
+times smaller, rounded to 8 bits, without sound. `frames` is F of PNG videos, else null. A picture in a column, such as the source of an edit, is an object
+`{"png": "..."}`, a base64 PNG file.
 
 An answer: `{"scores": {"reward": [0.5, null], ...}}`, null where the reward could not score (NaN or infinite); an error: `{"error": "..."}`.
 """
@@ -41,12 +42,13 @@ def to_pil(images: Tensor) -> list:
 
 def to_png(images: Tensor) -> list[str]:
     """(N, 3, H, W) in [0, 1] as base64 PNG files."""
-    files = []
-    for picture in to_pil(images):
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
-        files.append(base64.b64encode(buffer.getvalue()).decode())
-    return files
+    return [_as_png(picture) for picture in to_pil(images)]
+
+
+def _as_png(picture: Any) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def encode_request(
@@ -55,7 +57,7 @@ def encode_request(
     """A request's body.
 
     Raises:
-        ValueError: a column holds something that JSON has no word for, a pixel of a PNG would be NaN, or sound goes into one.
+        ValueError: a column holds something that is no picture and that JSON has no word for, a pixel of a PNG would be NaN, or sound goes into one.
     """
     frames = None
     if format == "png":
@@ -71,9 +73,17 @@ def encode_request(
         packed = base64.b64encode(save({name: x.detach().float().cpu().contiguous() for name, x in tensors.items()})).decode()
     try:
         request = {"format": format, "images": packed, "frames": frames, "prompts": list(prompts), "columns": columns, "sampling_rate": sampling_rate}
-        return json.dumps(request).encode()
+        return json.dumps(request, default=_picture).encode()
     except TypeError as error:
-        raise ValueError(f"A remote reward gets the data set's columns as JSON: {error}.") from error
+        raise ValueError(f"A remote reward gets the data set's columns as JSON: {error}. Leave that column out.") from error
+
+
+def _picture(value: Any) -> dict[str, str]:
+    from PIL import Image
+
+    if not isinstance(value, Image.Image):
+        raise TypeError(f"{type(value).__name__} is no picture, text, number, list or object of these")
+    return {"png": _as_png(value)}
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,21 @@ class ScoreRequest:
         images = tensors.pop("images")
         if len(images) != len(self.prompts):
             raise ValueError(f"As many prompts as images are needed: got {len(images)} images and {len(self.prompts)} prompts.")
-        return images, {**self.columns, **tensors, **({} if self.sampling_rate is None else {"sampling_rate": self.sampling_rate})}
+        return images, {**_opened(self.columns), **tensors, **({} if self.sampling_rate is None else {"sampling_rate": self.sampling_rate})}
+
+
+def _opened(value: Any) -> Any:
+    """Columns with the pictures in them read."""
+    if isinstance(value, list):
+        return [_opened(entry) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) != {"png"}:
+        return {key: _opened(entry) for key, entry in value.items()}
+    file = _bytes(value["png"])
+    _png_values([file])
+    with _png(file) as picture:
+        return picture.copy()
 
 
 def read_request(body: bytes) -> ScoreRequest:

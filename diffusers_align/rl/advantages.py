@@ -22,6 +22,9 @@ def _mean_std(rewards: Tensor, ddof: int) -> tuple[Tensor, Tensor]:
     return mean, (squares / (count - ddof).clamp(min=1)).sqrt()
 
 
+SMALL_SPREAD = 0.01  # from here on down, eps is the hundredth part of a reward's spread: 1e-4 would be a weight of its own
+
+
 def _within_groups(rewards: Tensor, groups: Tensor, of_group: Callable[[Tensor], Tensor]) -> Tensor:
     """`of_group` of each group's rewards, both in float64, in their places; 0 for NaN."""
     rewards = rewards.double()
@@ -45,7 +48,7 @@ def group_advantages(
     normalise: bool = True,
     global_std: bool = True,
     zero_std: str = "keep",
-    eps: float = 1e-4,
+    eps: float | Tensor = 1e-4,
     ddof: int = 0,
 ) -> Tensor:
     """(r - mean of the sample's group) / (std + eps). GRPO.
@@ -62,7 +65,7 @@ def group_advantages(
             update shrinks with their number. "drop": left out of its mean; the other advantages grow by N / (samples left), at
             each step (DAPO, https://arxiv.org/abs/2503.14476, samples others in their place). Samples of NaN rewards are left
             out with them.
-        eps: 1e-4 as in the official code: smaller values amplify rounding noise among tied rewards.
+        eps: 1e-4 as in the official code: smaller values amplify rounding noise among tied rewards. One for each column, (K,), or one for all.
         ddof: 0 is numpy's and the official code's; 1 is torch's default (DanceGRPO).
 
     Returns:
@@ -113,14 +116,17 @@ def multi_reward_advantages(components: Tensor, weights: Tensor, groups: Tensor,
         components: (M, N), M rewards of N samples.
         weights: (M,); a component of weight 0 is left out, with its NaN.
         groups: (N,) integers.
-        eps, ddof: as in `group_advantages`, for both normalisations.
+        eps, ddof: as in `group_advantages`, for both normalisations; `eps` shrinks with the spread of a reward whose standard deviation over the batch is
+            below 0.01, where the official constant would take its weight away.
 
     Returns:
         (N,); 0 for samples with a NaN or an infinity in any component, which enter no statistic of the others.
     """
     rewards = components[weights != 0].T
     unscored = ~rewards.isfinite().all(1)
-    advantages = group_advantages(rewards.masked_fill(unscored[:, None], torch.nan), groups, global_std=False, eps=eps, ddof=ddof)
+    rewards = rewards.masked_fill(unscored[:, None], torch.nan)
+    own_eps = eps * (_mean_std(rewards, ddof)[1] / SMALL_SPREAD).clamp(max=1.0)
+    advantages = group_advantages(rewards, groups, global_std=False, eps=own_eps, ddof=ddof)
     total = (advantages * weights[weights != 0]).sum(1)
     return batch_advantages(total.masked_fill(unscored, torch.nan), eps=eps, ddof=ddof)
 

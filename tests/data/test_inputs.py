@@ -54,6 +54,20 @@ def test_numbers_texts_and_lists_of_pictures_are_inputs_too(tmp_path):
     assert [picture.open().size for picture in prompt.inputs["image"]] == [(8, 8), (8, 8)]
 
 
+def test_a_picture_may_be_called_like_a_number_and_no_number_is_infinite(tmp_path):
+    Image.new("L", (8, 8), 255).save(tmp_path / "123", format="PNG")
+    (tmp_path / "p.csv").write_text("prompt,image,mask\nx,123,123\n")
+    (prompt,) = load_prompts(str(tmp_path / "p.csv"), inputs=Inputs({"image": "image"}, pictures=("mask",)))
+    assert prompt.inputs["image"].open().size == (8, 8) and fields_of([prompt])["mask"][0].size == (8, 8)
+    for text in ("nan", "inf", "-Infinity"):
+        (tmp_path / "q.csv").write_text(f"prompt,scale\nx,{text}\n")
+        with pytest.raises(ValueError, match=f"row 1: 'scale': no file .*{text}"):
+            load_prompts(str(tmp_path / "q.csv"), inputs=Inputs({"scale": "scale"}))
+    (tmp_path / "r.csv").write_text("prompt,mask\nx,7\n")
+    with pytest.raises(ValueError, match="row 1: 'mask': no file .*7"):
+        load_prompts(str(tmp_path / "r.csv"), inputs=Inputs({}, pictures=("mask",)))
+
+
 def test_pictures_for_rewards_alone_are_read_beside_their_file_and_may_be_missing(tmp_path):
     Image.new("L", (8, 8), 255).save(tmp_path / "0.png")
     rows = [{"prompt": "x", "mask": "0.png"}, {"prompt": "y", "mask": None}, {"prompt": "z"}]

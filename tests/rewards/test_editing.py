@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,11 +11,12 @@ from torch.nn import functional as F
 
 from diffusers_align import embedded
 from diffusers_align.data.augment import to_tensor
+from diffusers_align.data.images import LazyImage
 from diffusers_align.embedded import scenes
 from diffusers_align.embedded.scenes import Scene
 from diffusers_align.rewards import load_reward, score
 from diffusers_align.rewards.clip_embedder import CLIPEmbedder
-from diffusers_align.rewards.editing import EditDirection, edit_preservation
+from diffusers_align.rewards.editing import EditDirection, _sources, edit_preservation
 
 BOXES = [(8, 8, 16)]
 
@@ -119,3 +121,26 @@ def test_a_path_is_read(tmp_path):
     assert float(edit_preservation(images, ["x"], image=[str(tmp_path / "source.png")])) == 0
     with pytest.raises(ValueError, match="There is no picture .*source.jpg"):
         edit_preservation(images, ["x"], image=[str(tmp_path / "source.jpg")])
+
+
+@pytest.mark.parametrize("given", [str, Image.open])
+@pytest.mark.parametrize("kind", ["turned", "transparent", "16 bits"])
+def test_a_picture_that_equals_its_source_has_changed_nothing_however_it_lies_in_the_file(tmp_path, kind, given):
+    file, whole = tmp_path / "source.png", picture("fox", "red")
+    if kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 6  # shown a quarter turned
+        whole.save(file, exif=exif)
+    elif kind == "transparent":
+        whole.putalpha(Image.new("L", whole.size, 0))
+        whole.save(file)
+    else:
+        Image.fromarray((np.arange(32 * 32).reshape(32, 32) * 60).astype(np.uint16)).save(file)
+    shown = as_image(LazyImage(file).open())
+    for reward, wanted in ((edit_preservation, 0.0), (edit_direction_of_nothing, 0.0)):
+        assert float(reward(shown[None], ["x"], image=[given(file)])) == pytest.approx(wanted, abs=1e-6)
+
+
+def edit_direction_of_nothing(images, prompts, image):
+    """How far the source that `EditDirection` sees lies from the images."""
+    return (_sources(image, images) - images).abs().mean()

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from reward_models import PROMPTS, bytes_of
 
+from diffusers_align.rewards import load_reward, score
 from diffusers_align.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 
 
@@ -38,3 +39,11 @@ def test_jpeg_of_videos_is_the_mean_and_a_nan_pixel_is_no_score():
     assert jpeg_compressibility(images, PROMPTS).isnan().tolist() == [False, True]
     with pytest.raises(ValueError, match=r"got the shape \(2, 1, 8, 8\)"):
         jpeg_compressibility(torch.rand(2, 1, 8, 8), PROMPTS)
+
+
+def test_a_column_is_no_option():
+    """A prompt file may well have a column `quality`, which is nothing of a JPEG's."""
+    images, reward = torch.rand(2, 3, 16, 16), load_reward("jpeg_compressibility")
+    assert torch.equal(score(reward, images, ["a", "b"], quality=[1, 2])["reward"], score(reward, images, ["a", "b"])["reward"])
+    coarse = load_reward("jpeg_compressibility", quality=10)
+    assert (score(coarse, images, ["a", "b"], quality=[95, 95])["reward"] > score(reward, images, ["a", "b"])["reward"]).all()

@@ -24,6 +24,24 @@ def test_images_survive(shape):
     assert torch.equal(rounded, (images * 255).round() / 255) and not torch.equal(rounded, images)
 
 
+def test_pictures_in_columns_survive():
+    source, mask = Image.new("RGB", (4, 3), (200, 10, 0)), Image.new("L", (4, 3), 7)
+    columns = {"image": [source, None], "frames": [[source, mask], []], "mask": [mask, mask], "about": [{"png": 1, "kind": "x"}, "a"]}
+    found = decode_request(encode_request(torch.rand(2, 3, 4, 4), PROMPTS, columns, "png"))[2]
+    assert found["about"] == columns["about"] and found["image"][1] is None and found["frames"][1] == []
+    for here, there in ((found["image"][0], source), (found["frames"][0][1], mask), (found["mask"][1], mask)):
+        assert (here.mode, here.size, here.tobytes()) == (there.mode, there.size, there.tobytes())
+
+
+def test_a_column_is_no_way_around_the_limits(monkeypatch):
+    body = encode_request(torch.rand(2, 3, 4, 4), PROMPTS, {"image": [Image.new("RGB", (99, 99)), None]}, "safetensors")
+    monkeypatch.setattr(wire, "MAX_VALUES", 1000)
+    with pytest.raises(ValueError, match="1 images of 99 x 99 are too many"):
+        decode_request(body)
+    with pytest.raises(ValueError, match="'images' is no base64"):
+        decode_request(request_body(columns={"image": [{"png": "%"}, None]}))
+
+
 def test_scores_survive_to_the_last_bit():
     values = torch.tensor([0.1, 1e-42, -3.4e38, math.nan, math.inf, 1 / 3])
     back = decode_scores(encode_scores({"reward": values}))["reward"]

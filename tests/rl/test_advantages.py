@@ -173,6 +173,16 @@ def test_each_reward_is_normalised_in_its_group_before_they_are_summed():
     torch.testing.assert_close(multi_reward_advantages(components * tensor(10, 0.01)[:, None], tensor(1, 0.5), groups), advantages, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e3, 1.0, 1e-3, 1e-6, 1e-9])
+def test_a_reward_has_the_same_say_whatever_its_scale(scale):
+    """Two rewards of weight 1 that have nothing to do with each other."""
+    a, b, groups = tensor(1, -1, 1, -1), tensor(1, 1, -1, -1), torch.zeros(4)
+    advantages = multi_reward_advantages(torch.stack([a, scale * b]), tensor(1, 1), groups)
+    assert (advantages * b).mean() / (advantages * a).mean() == pytest.approx(1, rel=0.011)
+    equal = multi_reward_advantages(torch.stack([a, torch.full_like(a, scale)]), tensor(1, 1), groups)
+    torch.testing.assert_close(equal, multi_reward_advantages(a[None], tensor(1), groups), rtol=1e-3, atol=0.0)
+
+
 def test_one_reward_that_could_not_be_scored_masks_its_sample_alone():
     components, groups, weights = torch.stack([rewards_of(12), rewards_of(12, 1)]), torch.arange(12) % 3, tensor(1, 2)
     others = torch.arange(12) != 5

@@ -93,8 +93,12 @@ def test_an_interrupted_run_goes_on_and_another_reward_draws_nothing(made, task,
     assert rows_of(folder / "scored", "scored")[0]["reward"] == pytest.approx(
         load_make_preferences().read(folder / "images" / "00000_00.png")[0].mean().item(), rel=1e-5
     )
-    with pytest.raises(ValueError, match="images of other settings: seed was 42, now 7"):
-        make(folder, task, "--seed", "7")
+    for flags, changed in ((("--seed", "7"), "seed was 42, now 7"), (("--vae_tiling",), "vae_tiling was False, now True")):
+        with pytest.raises(ValueError, match=f"images of other settings: {changed}"):
+            make(folder, task, *flags)
+    sampling = json.loads((folder / "sampling.json").read_text())
+    (folder / "sampling.json").write_text(json.dumps({name: value for name, value in sampling.items() if name != "vae_tiling"}))
+    make(folder, task)  # of a time when there was no such flag
 
 
 def test_images_belong_to_their_prompts_and_to_the_loras_weights(tmp_path):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -74,10 +75,11 @@ def table(models: dict[str, Entry], rewards: list[str]) -> str:
 
     for name in sorted({name for entry in models.values() for name in entry["rewards"]}, key=lambda name: (_owner(name, rewards), name)):
         asked = name in rewards
-        add(f"**{name}**" if asked else name, _mean_or_none if asked else _mean_left_out, "rewards", name, always=asked)
-        add(f"{name}: gain", _signed, "rewards", name, "gain")
+        shown = as_text(name)
+        add(f"**{shown}**" if asked else shown, _mean_or_none if asked else _mean_left_out, "rewards", name, always=asked)
+        add(f"{shown}: gain", _signed, "rewards", name, "gain")
         if asked:
-            add(f"{name}: win rate", _wins, "rewards", name, "win_rate")
+            add(f"{shown}: win rate", _wins, "rewards", name, "win_rate")
     for name, label in DIVERSITY.items():
         add(label, _plain, "diversity", name)
     add("implicit accuracy on held-out pairs", _wins, "held_out_pairs", "accuracy")
@@ -86,8 +88,13 @@ def table(models: dict[str, Entry], rewards: list[str]) -> str:
     add("KL to the base, nats a dimension", _plain, "kl", "nats_per_dimension")
     for name, label in COSTS.items():
         add(label, _duration if name == "seconds" else "{:,}".format, "costs", name)
-    lines = [f"| | {' | '.join(models)} |", f"|---|{'---|' * len(models)}", *(f"| {label} | {' | '.join(cells)} |" for label, cells in rows)]
+    lines = [f"| | {' | '.join(map(as_text, models))} |", f"|---|{'---|' * len(models)}", *(f"| {label} | {' | '.join(cells)} |" for label, cells in rows)]
     return "\n".join(lines) + "\n"
+
+
+def as_text(name: str) -> str:
+    """A name in a Markdown table as it is: the `*` of a sum would be emphasis, a `|` would end the cell."""
+    return re.sub(r"([\\`*|<])", r"\\\1", name)
 
 
 def _at(entry: Entry, *path: str) -> Any:

@@ -17,6 +17,7 @@ from ...data.inputs import parse_input_columns
 from ...driving.calls import calls_of
 from ...files.paths import folder as shipped
 from ..checkpoints import allowed_changes
+from .comparison import as_text
 from .pictures import film_strip, to_pil
 from .sounds import write_wav
 
@@ -35,10 +36,12 @@ def public(value: Any) -> Any:
         value = str(value)
     if not isinstance(value, str):
         return value
+    value = re.sub(r"\bfile://(?=/)", "", value)
     value = re.sub(r"(\w+://)[^/@\s]*@", r"\1", value)
     value = re.sub(r"(\w+://[^\s?#]*)[?#][^\s*+]*", r"\1", value)
     if re.match(r"(/|~|[A-Za-z]:\\)", value) and not re.search(r"[:*+,{]", value[2:]):  # one path, whatever blanks it has
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    value = re.sub(r"^~?/(?:[^*+,:'\"/]+/)*(?=[^\s/])", "", value)  # with blanks: the value begins with a path
     return re.sub(r"(?<![\w.:/~-])~?/(?:[^\s*+,:'\"/]+/)*(?=[^\s/])", "", value)
 
 
@@ -124,7 +127,7 @@ def published_as(run) -> str:
 def page(run, front: str, title: str, text: str, code: str, caption: str, results: dict[str, str], pictures: list[str], note: str = "") -> str:
     """A card: what it is and the lines that load it, results in words with a caption (none: no table), pictures of the output folder, a note
     on the training, the command and the configuration."""
-    rows = "\n".join(f"| {public(name)} | {value} |" for name, value in results.items())
+    rows = "\n".join(f"| {as_text(public(name))} | {value} |" for name, value in results.items())
     table = f"{caption}\n\n| | |\n|---|---|\n{rows}\n\n" if results else ""
     shown = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in pictures)
     return f"""{front}
@@ -162,7 +165,7 @@ def lora_card(run, results: dict[str, str], pictures: list[str], note: str, judg
     text = f"A LoRA that aligns `{public(given)}` with {aim}, trained by {run.algorithm} with diffusers-align {__version__}."
     measured = f"; the reward, which only measures, is `{public(args.reward)}`" if data and args.reward else ""
     caption = f"Results on {judged_on} at equal seeds (mean ± standard error, {args.num_eval_samples} {'sounds' if sound else 'images'}{measured}):"
-    title = where if pushed else run.output_dir.name
+    title = where if pushed else run.output_dir.resolve().name  # "." has none
     return page(run, front, title, text, loading_lines(policy, given, where, pushed), caption, results, pictures, note)
 
 

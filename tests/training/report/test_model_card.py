@@ -13,6 +13,7 @@ from tiny_pipelines import FAMILIES
 from diffusers_align import Policy, embedded
 from diffusers_align.files.paths import folder
 from diffusers_align.training.report import hub
+from diffusers_align.training.report.comparison import as_text, table
 from diffusers_align.training.report.model_card import front_matter, pipeline_tag, public, public_command
 
 
@@ -25,6 +26,8 @@ from diffusers_align.training.report.model_card import front_matter, pipeline_ta
         ("runs/a", "runs/a"),
         ("/home/me/reward.py:blue", "reward.py:blue"),
         ("clip_score*1+/home/me/reward.py:blue*0.5", "clip_score*1+reward.py:blue*0.5"),
+        ("/home/John Doe/r/reward.py:blue*1+/home/me/x.py:f", "reward.py:blue*1+x.py:f"),
+        ("file:///home/me/a b/set.jsonl", "set.jsonl"),
         ("http://me:secret@host:8000/score?token=x", "http://host:8000/score"),
         ("http://host:8000", "http://host:8000"),
         ("owner/name", "owner/name"),
@@ -53,6 +56,12 @@ def test_the_front_matter_says_what_the_hub_asks_for(tmp_path):
     assert ModelCard(front_matter("mini-sd", [], "text-to-image")).data.license == "apache-2.0"
     local = ModelCard(front_matter(str(tmp_path), [], "text-to-image", data=str(tmp_path))).data
     assert local.base_model is None and local.datasets is None and str(tmp_path) not in str(local)
+
+
+def test_a_sum_of_rewards_is_shown_with_its_weights():
+    assert as_text("scene_score*1+a|b*0.1") == r"scene_score\*1+a\|b\*0.1"
+    found = {"rewards": {"scene_score*1+x*0.1": {"mean": 0.5, "se": 0.1, "left_out": 0, "values": [0.5]}}, "diversity": {}, "kl": {}}
+    assert r"| **scene_score\*1+x\*0.1** | 0.5 ± 0.1 |" in table({"base": found}, ["scene_score*1+x*0.1"])
 
 
 @pytest.mark.parametrize("name, tag", [("sd3", "text-to-image"), ("sd15_img2img", "image-to-image"), ("wan", "text-to-video")])
