@@ -36,7 +36,8 @@ class Policy(Driver):
     """Wraps a pipeline. Its parameters are frozen and in evaluation mode; `add_lora` adds what can be trained.
 
     Args:
-        pipeline: any diffusers pipeline, classic or modular. Its scheduler is replaced, or all of several.
+        pipeline: any diffusers pipeline, classic or modular. It keeps its scheduler, so that its own call samples as ever, with the LoRA; calls of the
+            policy have the SDE scheduler, of several each its own.
         scheduler: an SDE scheduler; the SDE twin of the pipeline's own by default.
         call_kwargs: arguments of every call (`num_inference_steps`, `guidance_scale`, `height` ...), which a method's own
             override.

@@ -297,7 +297,7 @@ def test_prompts_beside_embeddings_are_what_rewards_read():
 
 def test_pipelines_take_embeddings():
     _, policy, embeddings = embedded("sd15")
-    policy.pipeline.scheduler, seen = policy.stock_scheduler, []
+    seen = []
     search = BestOfNPipeline(policy.pipeline, reward=lambda images, prompts: seen.extend(prompts) or images.mean((1, 2, 3)))
     output = search(num_candidates=2, **FAMILIES["sd15"].call, **embeddings, output_type="pt")
     assert set(seen) == {""} and output.rewards.shape == (2, 2)

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, StableDiffusion3Pipeline
 from policies import PROMPTS, SEEDS, make
 from tiny_pipelines import FAMILIES
 
-from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, Policy
+from diffusers_align import DDIMSDEScheduler, FlowMatchSDEScheduler, Policy, sde_twin
 
 
 def gradient(policy, parameters, trajectories, steps=None):
@@ -245,6 +245,7 @@ def test_a_lora_that_is_only_loaded_is_frozen(tmp_path):
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "pixart_sigma"])
 def test_a_plain_call_with_an_sde_scheduler_is_governed_by_its_generator(name):
     policy, _, _ = make(name)
+    policy.pipeline.scheduler = policy.scheduler
     call = {**FAMILIES[name].call, "prompt": PROMPTS[0], "output_type": "latent"}
     finals = [policy.pipeline(**call, generator=torch.Generator().manual_seed(seed))[0] for seed in (1, 1, 2)]
     assert torch.equal(finals[0], finals[1]) and not torch.equal(finals[0], finals[2])
@@ -284,3 +285,45 @@ def test_a_second_modality_keeps_its_own_latents():
     assert torch.equal(policy.encode(images, trajectory.condition), alone.encode(images, expected.condition))
     kernels = policy.transitions(trajectory)
     assert all(torch.equal(kernel.log_prob(trajectory.actions[:, k]), trajectory.log_probs[:, k]) for k, kernel in kernels.items())
+
+
+def replayed(policy, trajectory):
+    """Log-probabilities (B, noisy steps) of the actions under the weights that are in place."""
+    with torch.no_grad():
+        found = policy.transitions(trajectory, list(trajectory.noisy_steps))
+    return torch.stack([found[k].log_prob(trajectory.actions[:, k]) for k in trajectory.noisy_steps], 1)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_the_pipelines_own_call_is_as_ever(name):
+    """What users look at after training is the model as it is used, not as it is explored."""
+
+    def picture(pipeline):
+        return pipeline("a fox", generator=torch.Generator().manual_seed(0), output_type="pt", num_inference_steps=3).images
+
+    pipeline = FAMILIES[name].build()
+    before, scheduler = picture(pipeline), pipeline.scheduler
+    policy = Policy(pipeline, num_inference_steps=3)
+    trajectory = policy.rollout(PROMPTS, seeds=SEEDS)
+    assert pipeline.scheduler is scheduler is policy.stock_scheduler and torch.equal(picture(pipeline), before)
+    for parameter in policy.add_lora(rank=2):
+        parameter.data.normal_()
+    assert not torch.equal(picture(pipeline), before), "with the LoRA"
+    with policy.reference():
+        assert torch.equal(picture(pipeline), before)
+        assert torch.equal(replayed(policy, trajectory), trajectory.log_probs[:, trajectory.noisy_steps])
+
+
+def test_policies_of_one_pipeline_do_not_disturb_each_other():
+    pipeline = FAMILIES["sd3"].build()
+    first = Policy(pipeline, sde_twin(pipeline.scheduler, sde_window=(0, 2)), num_inference_steps=4)
+    trajectory = first.rollout(PROMPTS, seeds=SEEDS)
+    second = Policy(pipeline, sde_twin(pipeline.scheduler, noise_level=0.4), num_inference_steps=4)
+    other = second.rollout(PROMPTS, seeds=SEEDS)
+    assert list(trajectory.noisy_steps) == [0, 1] and list(other.noisy_steps) == [0, 1, 2, 3]
+    pipeline.scheduler = copy.deepcopy(first.stock_scheduler)  # as users put theirs back
+    for policy, walked in ((first, trajectory), (second, other)):
+        assert torch.equal(replayed(policy, walked), walked.log_probs[:, walked.noisy_steps]), "the ratio before any update is 1 to the bit"
+        assert torch.equal(policy.rollout(PROMPTS, seeds=SEEDS).final, walked.final)
+        policy.predict(walked.final, torch.full((len(PROMPTS),), 500.0), policy.condition(PROMPTS))
+    assert second.scheduler.config.sde_window is None, "a twin of the pipeline's own, not of the first one's"

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ..checks.ranges import Count, checked
 from ..condition import Condition
-from ..schedulers.scheduling_utils import SDESchedulerMixin, put_in_place
+from ..schedulers.scheduling_utils import SDESchedulerMixin
 from ..schedulers.twin import sde_twins
 from . import scheduler_hook
 from .arguments import check_arguments, checked_prompts, maybe_of_samples, unknown_prompts
@@ -28,7 +28,7 @@ from .noise import noise_seed, step_streams
 from .one_chain import check_one_chain
 from .portions import refuse_portions
 from .prompt_memory import PromptMemory, Store, encoded_prompt
-from .replacements import reads_levels_by_number, replaced
+from .replacements import held, reads_levels_by_number, replaced
 from .safety_checker import unchecked
 
 logger = logging.get_logger(__name__)
@@ -45,11 +45,12 @@ class Driver:
     >>> images_of(output)  # doctest: +SKIP
 
     Args:
-        pipeline: any diffusers pipeline, classic or modular. Its scheduler is replaced; all are, where it has several.
+        pipeline: any diffusers pipeline, classic or modular. It keeps its scheduler: calls of the driver have another one for as long as they last.
         scheduler: an SDE scheduler; the SDE twin of the pipeline's own by default.
         call_kwargs: arguments of every call, which a condition's own override.
 
     Attributes:
+        schedulers: those of this driver's calls, by component name: the SDE twins, or a stock solver for a while (`stock.stock_solver`).
         stock_scheduler: what the pipeline came with.
         calls: how a pipeline of this kind, classic or modular, is called.
         parameters: of the pipeline's call, by name, as `inspect.signature` has them.
@@ -74,8 +75,8 @@ class Driver:
         check_one_chain(self.calls)
         scheduler_hook.check_draws(self.calls)
         self.pipeline, self.call_kwargs, self.lockstep = pipeline, call_kwargs or {}, False
-        twins = sde_twins(self.calls.schedulers, scheduler, by_sigmas=reads_levels_by_number(self.calls.functions))
-        self.stock_schedulers = {name: put_in_place(pipeline, twin, name) for name, twin in twins.items()}
+        self.stock_schedulers = self.calls.schedulers
+        self.schedulers = sde_twins(self.stock_schedulers, scheduler, by_sigmas=reads_levels_by_number(self.calls.functions))
         self.parameters = self.calls.parameters
         self.prompt_memory = PromptMemory()
         self._embeddings: Condition | None = None
@@ -85,7 +86,7 @@ class Driver:
 
     @property
     def scheduler(self) -> SDESchedulerMixin:
-        return next(iter(self.calls.schedulers.values()))
+        return next(iter(self.schedulers.values()))
 
     @property
     def stock_scheduler(self):
@@ -226,7 +227,7 @@ class Driver:
         Args:
             deterministic: walk the ODE; no step draws then. A sampler that has noise of its own and no ODE draws still, as in a stock call.
         """
-        schedulers, streams = self.calls.schedulers.values(), self._streams
+        schedulers, streams = self.schedulers.values(), self._streams
         before = [getattr(scheduler, "deterministic", False) for scheduler in schedulers]
         as_stock = not isinstance(self.scheduler, SDESchedulerMixin) or (deterministic and self.scheduler.own_noise)
         self._streams = step_streams(condition.step_seeds or (None if as_stock else condition.seeds))
@@ -276,7 +277,10 @@ class Driver:
             ValueError: gradients through an offloaded component, a pipeline that reads what the scheduler does not have. What the pipeline or
                 `on_step` raises comes through.
         """
-        with unchecked(self.pipeline):
+        with ExitStack() as stack:
+            for name, scheduler in self.schedulers.items():  # whatever the pipeline's users, or another policy of it, have put there
+                stack.enter_context(held(self.pipeline, name, scheduler))
+            stack.enter_context(unchecked(self.pipeline))
             return scheduler_hook.drive(
                 self.pipeline, on_step, self.call(condition, **overrides), gradients=torch.is_grad_enabled(), timesteps=timesteps,
                 needs_denoiser=needs_denoiser, memory=self.prompt_memory, noise=self._streams, global_seed=_global_seed(condition),

@@ -18,21 +18,18 @@ from .outcome import Outcome, images_of, outcome
 
 @contextmanager
 def stock_solver(driver: Driver) -> Iterator[None]:
-    """Within, the pipeline walks a fresh copy of the scheduler that it came with, in the place of its SDE twin.
+    """Within, the driver walks a fresh copy of the scheduler that the pipeline came with, in the place of its SDE twin.
 
     A pipeline that came with an SDE scheduler walks that one's deterministic steps.
     """
-    twins = driver.calls.schedulers
-    for name, scheduler in driver.stock_schedulers.items():
-        solver = copy.deepcopy(scheduler)
+    twins, driver.schedulers = driver.schedulers, copy.deepcopy(driver.stock_schedulers)
+    for solver in driver.schedulers.values():
         if isinstance(solver, SDESchedulerMixin):
             solver.deterministic = True
-        setattr(driver.pipeline, name, solver)
     try:
         yield
     finally:
-        for name, twin in twins.items():
-            setattr(driver.pipeline, name, twin)
+        driver.schedulers = twins
 
 
 def stock_images(driver: Driver, condition: Condition) -> Tensor:

@@ -131,19 +131,6 @@ def check_window(window: tuple[int, int] | list[int] | None) -> None:
         raise ValueError(f"sde_window must be (first, last + 1) with 0 <= first < last + 1, got {tuple(window)}.")
 
 
-def put_in_place(pipeline, scheduler: SDESchedulerMixin, name: str = "scheduler"):
-    """Give `pipeline` the scheduler as the component `name`, and return the one that the pipeline came with.
-
-    A second policy on the same pipeline finds the first one's twin there, which remembers whose place it took.
-    """
-    before = getattr(pipeline, name)
-    replaced = getattr(before, "replaced", None)
-    stock = before if replaced is None else replaced  # not `or`: schedulers have a length, which some cannot tell
-    setattr(pipeline, name, scheduler)
-    scheduler.replaced = stock if stock is not scheduler else None
-    return stock
-
-
 def as_state(x: Tensor, state: Tensor) -> Tensor:
     """`x` (B, *D) in the dtype, on the device and in the memory layout of `state`: kernels round by all three, so a state that is handed
     to the pipeline again must have what the pipeline's own had."""

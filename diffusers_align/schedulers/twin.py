@@ -78,7 +78,7 @@ def sde_twin(scheduler, *, by_sigmas: bool = False, **sde_fields):
 
     Args:
         by_sigmas: the pipeline reads the scheduler's `sigmas`: the twin has them too, though its levels lie on a table.
-        sde_fields: `sde_window`, and `eta` or `sde_type` and `noise_level`; the class's defaults where absent.
+        sde_fields: `sde_window`, and `eta` or `sde_type` and `noise_level`; where absent the class's defaults, or those of an SDE scheduler that is copied.
 
     Raises:
         ValueError: the scheduler has no Gaussian kernel of these forms, or a field belongs to another form.

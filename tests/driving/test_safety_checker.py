@@ -75,7 +75,6 @@ def test_a_policy_decodes_what_was_drawn_and_the_pipeline_keeps_its_checker(capl
     assert torch.equal(images, clean.decode(trajectory.final, trajectory.condition)) and not any(blackened(images))
     assert sum("is left out" in record.message for record in caplog.records) == 1, "it is said once"
     assert pipeline.safety_checker is checker and pipeline.config.safety_checker == listed
-    pipeline.scheduler = policy.stock_scheduler
     assert blackened(stock_images(pipeline)) == [True, False, True, False], "the user's own calls are checked as before"
 
 
