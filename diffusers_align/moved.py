@@ -54,7 +54,7 @@ SPLIT = {
     "training.arguments": ("training.flags.model", "training.flags.task"),
     "training.noised_images": ("training.offline.noised_latents",),
     "training.preferences": ("training.online.sampling",),
-    "training.resuming": ("training.checkpoints.contents",),
+    "training.resuming": ("rewards.contents",),
     "training.reward_gradients": tuple(f"training.gradient.{name}" for name in ("reward_check", "losses", "epoch_log", "adjoints", "renoised")),
 }
 # Modules in whose place stands a folder of that name, which hands on what they had.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -182,7 +183,8 @@ def _load_file(path: Path, who: str) -> ModuleType:
     path = path.expanduser().resolve()
     if not path.is_file():
         raise ValueError(f"{who}: there is no file {path}.")
-    key = f"diffusers_align_user_{path.stem}_{abs(hash(path)):x}"
+    written = hashlib.sha256(path.read_bytes()).hexdigest()[:16]  # an edited file is another module, in a notebook's next cell
+    key = f"diffusers_align_user_{path.stem}_{abs(hash(path)):x}_{written}"
     if key in sys.modules:
         return sys.modules[key]
     spec = importlib.util.spec_from_file_location(key, path)
@@ -195,10 +197,15 @@ def _load_file(path: Path, who: str) -> ModuleType:
     return module
 
 
-def _import(module_name: str, who: str) -> ModuleType:
-    """Import from the usual places, then from the current folder, which `sys.path` lacks under a launcher."""
+def from_here() -> None:
+    """Modules of the current folder can be imported, last of all: `sys.path` lacks it under a launcher."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+
+
+def _import(module_name: str, who: str) -> ModuleType:
+    """Import from the usual places, then from the current folder."""
+    from_here()
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -17,6 +17,9 @@ from .base import RewardError
 from .wire import FORMATS, decode_scores, encode_request
 
 
+SERVED: dict[str, str] = {}  # what the servers said that were asked by this process, by address: the reward's name, and a hash of its source
+
+
 class RemoteReward:
     """Asks a server for scores. Not differentiable.
 
@@ -46,6 +49,7 @@ class RemoteReward:
         advice = "Start one with `python -m diffusers_align.rewards.server --reward NAME --port PORT`, or correct the address."
         try:
             health = json.loads(web.request(f"{self.address}/health", **self.patience | {"timeout": min(10.0, self.patience["timeout"])}))
+            SERVED[self.name] = web.printable(f"{health['reward']} {health.get('content')}", 400)
             return web.printable(health["reward"], 200)
         except (web.Unreachable, web.RequestRefused) as error:
             raise RewardError(f"There is no reward server at {self.address}: {error}. {advice}") from error

@@ -26,6 +26,7 @@ import torch
 
 from ..checks.ranges import Count, CountOrNone, Positive, checked
 from .base import load_reward, score_columns
+from .contents import content
 from .registry import model_option, reward_name
 from .wire import ScoreRequest, encode_scores, read_request
 
@@ -97,6 +98,7 @@ class RewardServer(ThreadingHTTPServer):
 
     Args:
         reward: any reward.
+        content: a hash of what it was made of, by which clients know it again; None where nothing is known.
         device: where images are moved before scoring.
         max_body: bytes of a request.
         max_waiting: requests at a time, of the small and of the large kind each; further ones are told to come back.
@@ -109,10 +111,10 @@ class RewardServer(ThreadingHTTPServer):
 
     @checked
     def __init__(
-        self, reward, host: str = "127.0.0.1", port: CountOrNone = 0, *, device="cpu", max_body: Count = MAX_BODY_MB * 2**20,
+        self, reward, host: str = "127.0.0.1", port: CountOrNone = 0, *, content: str | None = None, device="cpu", max_body: Count = MAX_BODY_MB * 2**20,
         max_waiting: Count = MAX_WAITING, patience: Positive = 10.0, deadline: Positive = 240.0,
     ):  # fmt: skip
-        self.reward, self.device, self.max_body, self.patience, self.deadline = reward, torch.device(device), max_body, patience, deadline
+        self.reward, self.content, self.device, self.max_body, self.patience, self.deadline = reward, content, torch.device(device), max_body, patience, deadline
         self.connections, self.bodies = threading.BoundedSemaphore(MAX_CONNECTIONS), Room(MAX_BODIES * max_body)
         self.turns, self.parsing = Turns(), {large: threading.Lock() for large in (False, True)}
         self.places = {large: threading.BoundedSemaphore(max_waiting) for large in (False, True)}
@@ -196,7 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path != "/health":
             return self._error(404, f"There is no {self.path}: ask GET /health or POST /score.")
-        self._answer(200, json.dumps({"status": "ok", "reward": reward_name(self.server.reward)}).encode())
+        self._answer(200, json.dumps({"status": "ok", "reward": reward_name(self.server.reward), "content": self.server.content}).encode())
 
     def do_POST(self) -> None:
         if self.path != "/score":
@@ -299,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         raise SystemExit(f"Cannot listen at --host {args.host} --port {args.port}: {error}. Choose another address or port (0 for any that is free).") from None
     with server:
-        server.reward = load_reward(args.reward, device=args.device, **model_option(args.reward_model))
+        server.reward, server.content = load_reward(args.reward, device=args.device, **model_option(args.reward_model)), content(args.reward)
         print(f"Serving {args.reward} at {server.url}", flush=True)
         if reachable_from_outside(args.host):
             print(f"Warning: --host {args.host} lets every machine in reach use this server; it asks for no password and encrypts nothing.", file=sys.stderr)

@@ -87,3 +87,11 @@ def test_built_ins_are_complete_and_importing_them_is_light():
                 assert parts <= {"checks.ranges", "files"}, f"{file.name} imports a part of the package that is not light at its top level"
                 names = [node.module] if node.level == 0 else []
             assert {name.split(".")[0] for name in names} <= light, file.name
+
+
+def test_an_edited_file_is_loaded_anew_and_one_that_is_not_once(tmp_path):
+    file = tmp_path / "mine.py"
+    for value in (1, 2):
+        file.write_text(f"def f(images, prompts, **columns): return 0 * images.mean((1, 2, 3)) + {value}")
+        reward = load_reward(f"{file}:f")
+        assert score(reward, torch.rand(1, 3, 4, 4), ["a"])["reward"].tolist() == [value] and load_reward(f"{file}:f") is reward

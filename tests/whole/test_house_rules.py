@@ -267,7 +267,7 @@ TESTED_WITH = {
     "pipelines/outputs": "pipelines/test_best_of_n",
     "pipelines/particles": "pipelines/test_particle_steering",
     "rewards/learned": "training/offline/test_reward_fitting",
-    "training/checkpoints/contents": "training/checkpoints/test_allowed_changes",
+    "rewards/contents": "training/checkpoints/test_allowed_changes",
     "training/checkpoints/state_adapters": "training/checkpoints/test_checkpoints",
     "training/flags/command_line": "training/flags/test_options",
     "training/flags/data": "training_scripts/test_train_dpo",

@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from ...rewards.contents import content
 from ..flags.options import Arguments, Resume, old_names_of, options_of
-from .contents import content
 
 MADE_BY = frozenset({"algorithm", "flags", "contents", "commands", "samples_a_step", "processes"})
 

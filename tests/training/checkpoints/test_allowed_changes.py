@@ -1,14 +1,19 @@
 """A resumed run and its checkpoint's flags: what is refused, what takes effect, what is free."""
 
 import json
+import sys
+import threading
 from typing import get_args
 
 import pytest
 import torch
+from reward_servers import no_proxy  # noqa: F401
 from script_tools import AnyArguments, Run
 from small_run import resumed, train, weights
 
-from diffusers_align.training.checkpoints import allowed_changes, contents
+from diffusers_align.rewards import contents, remote
+from diffusers_align.rewards.server import RewardServer
+from diffusers_align.training.checkpoints import allowed_changes
 from diffusers_align.training.flags.options import Resume, option
 
 # --- hyper-parameters take effect ----------------------------------------------------------------------------------------------
@@ -156,6 +161,36 @@ def test_the_code_of_a_reward_and_its_weights_count(tmp_path):
     assert contents.content(spec.format(tmp_path / "a.py", 2)) != found[0]
     assert contents.content(f"{tmp_path / 'a.py'}:f") != contents.content(f"{tmp_path / 'a.py'}:g")
     assert contents.content("clip_score*1+scene_score") is None and contents.content("http://host:1") is None and contents.content("x" * 5000) is None
+
+
+def test_a_reward_of_a_module_is_known_by_its_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "of_mine").mkdir()
+    (tmp_path / "of_mine" / "__init__.py").write_text("")
+    file = tmp_path / "of_mine" / "taste.py"
+    file.write_text("def f(images, prompts, **columns): return images.mean((1, 2, 3))")
+    first = contents.content("of_mine.taste:f")
+    assert first == contents.content("of_mine.taste:f") is not None
+    assert contents.content("of_mine.taste:g") != first != contents.content("of_mine.taste:f*2")
+    file.write_text("def f(images, prompts, **columns): return -images.mean((1, 2, 3))")
+    assert contents.content("of_mine.taste:f") != first, "the sign is another one"
+    assert contents.content("of_mine.none:f") is None and contents.content("no_such_module:f") is None
+
+
+@pytest.mark.usefixtures("no_proxy")
+def test_a_reward_on_a_server_is_known_by_what_is_served(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "SERVED", {})
+    found = []
+    for text in ("images.mean((1, 2, 3))", "images.mean((1, 2, 3))", "-images.mean((1, 2, 3))"):
+        (tmp_path / "taste.py").write_text(f"def f(images, prompts, **columns): return {text}")
+        with RewardServer(None, content=contents.content(f"{tmp_path / 'taste.py'}:f")) as server:
+            server.reward = lambda images, prompts: images.mean((1, 2, 3))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            remote.RemoteReward(server.url)
+            found.append(contents.content(server.url) and remote.SERVED[server.url])
+            server.shutdown()
+    assert found[0] is not None and found[0] == found[1] != found[2]
 
 
 def test_a_folder_counts_by_its_lists_and_sizes(tmp_path, monkeypatch):

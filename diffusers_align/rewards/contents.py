@@ -1,20 +1,24 @@
-"""What the files hold that a flag names, as a hash: an edited file is a change, a moved one is none."""
+"""What stands behind the value of a flag, as a hash: the files that it names, the module of a reward, the reward of a server. An edit is a change, a moved file
+is none."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import itertools
 import os
 from pathlib import Path
 
-from ...rewards.registry import parse_terms
+from . import remote
+from .registry import BUILT_INS, from_here, is_url, parse_terms
 
 # A file up to this size counts by its content, a larger one by its size.
 READ_BYTES, MAX_FILES, LISTS = 1 << 26, 10_000, (".jsonl", ".csv", ".json", ".txt")
 
 
 def content(value: str) -> str | None:
-    """A hash of what the files hold that a flag's value names: itself a path, or the sum of a reward's terms. None if it names no file.
+    """A hash of what the files hold that a flag's value names: itself a path, or the sum of a reward's terms. None if it names no file, no module, and no
+    server that was asked.
 
     Of folders the names and sizes count, and the content of the lists in them (.jsonl, .csv, .json, .txt); of those with very many files the
     lists alone.
@@ -24,11 +28,27 @@ def content(value: str) -> str | None:
     parts = []
     for name, weight in _terms(value):
         path, _, attribute = name.rpartition(":")
-        if os.path.exists(path or name):
+        if is_url(name):
+            parts.append((name, weight) if name not in remote.SERVED else (remote.SERVED[name], "", weight))
+        elif os.path.exists(path or name):
             parts.append((_hash(Path(path or name)), attribute if path else "", weight))
+        elif file := _file_of_module(path):
+            parts.append((_hash(file), attribute, weight))
         else:
             parts.append((name, weight))
     return hashlib.sha256(repr(parts).encode()).hexdigest() if any(len(part) == 3 for part in parts) else None
+
+
+def _file_of_module(name: str) -> Path | None:
+    """The file of a module that is named in a reward `module:function`."""
+    if not name or name in BUILT_INS or not all(part.isidentifier() for part in name.split(".")):
+        return None
+    from_here()
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin and os.path.isfile(spec.origin) else None
 
 
 def _terms(value: str) -> list[tuple[str, float | None]]:
