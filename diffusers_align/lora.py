@@ -73,7 +73,7 @@ def add(denoisers: dict[str, nn.Module], rank: int = 16, alpha: int | None = Non
     for name, denoiser in denoisers.items():
         with bare(denoiser) as module, _beside_others(name, module):
             if ADAPTER in getattr(module, "peft_config", {}):
-                raise ValueError(f"The {name} carries an adapter {ADAPTER!r} already; unload or fuse it first.")
+                raise ValueError(f"The {name} carries an adapter {ADAPTER!r} already: pipe.unload_lora_weights() takes it off, or load the pipeline anew.")
             fields = {"init_lora_weights": "gaussian", **config, "target_modules": config.get("target_modules") or attention_targets(module)}
             _inject(module, LoraConfig(r=rank, lora_alpha=2 * rank if alpha is None else alpha, **fields))
         for parameter in module.parameters():

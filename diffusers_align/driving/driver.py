@@ -248,6 +248,14 @@ class Driver:
                 stack.enter_context(replaced(module, "forward", call))
             yield
 
+    @contextmanager
+    def schedulers_in_place(self) -> Iterator[None]:
+        """Context: the pipeline has this driver's schedulers, whatever its users, or another policy of it, have put there."""
+        with ExitStack() as stack:
+            for name, scheduler in self.schedulers.items():
+                stack.enter_context(held(self.pipeline, name, scheduler))
+            yield
+
     def drive(
         self,
         condition: Condition,
@@ -277,10 +285,7 @@ class Driver:
             ValueError: gradients through an offloaded component, a pipeline that reads what the scheduler does not have. What the pipeline or
                 `on_step` raises comes through.
         """
-        with ExitStack() as stack:
-            for name, scheduler in self.schedulers.items():  # whatever the pipeline's users, or another policy of it, have put there
-                stack.enter_context(held(self.pipeline, name, scheduler))
-            stack.enter_context(unchecked(self.pipeline))
+        with self.schedulers_in_place(), unchecked(self.pipeline):
             return scheduler_hook.drive(
                 self.pipeline, on_step, self.call(condition, **overrides), gradients=torch.is_grad_enabled(), timesteps=timesteps,
                 needs_denoiser=needs_denoiser, memory=self.prompt_memory, noise=self._streams, global_seed=_global_seed(condition),

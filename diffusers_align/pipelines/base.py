@@ -245,12 +245,14 @@ class WrappedPipeline(DiffusionPipeline):
 
     @contextmanager
     def as_policy(self, scheduler=None, **call_kwargs: Any) -> Iterator[Policy]:
-        """The pipeline inside as a `Policy`, for a while: its gradient flags and training modes come back afterwards."""
+        """The pipeline inside as a `Policy`, with its scheduler, for a while: its own, its gradient flags and training modes come back afterwards."""
         modules = [m for component in self.pipeline.components.values() if isinstance(component, nn.Module) for m in component.modules()]
         flags = {p: p.requires_grad for m in modules for p in m.parameters(recurse=False)}
         modes = {m: m.training for m in modules}
         try:
-            yield Policy(self.pipeline, scheduler, **call_kwargs)
+            policy = Policy(self.pipeline, scheduler, **call_kwargs)
+            with policy.schedulers_in_place():
+                yield policy
         finally:
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)

@@ -29,3 +29,6 @@ def background_color(images: Tensor, prompts: list[str], **columns: Any) -> Tens
     border = torch.cat([side.flatten(2) for side in sides], -1)
     distance = (border - repeat_for_frames(wanted, images)[..., None]).abs().mean((1, 2))
     return -mean_over_frames(distance, images)
+
+
+background_color.scores_only = "prompts that name a colour that it knows, or rows with one in a column `background`: red, blue ... (`embedded.scenes.COLORS`)"

@@ -13,6 +13,7 @@ tensors, of which `reward` is the one to optimise and the others are logged. `ca
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol
 
@@ -81,10 +82,18 @@ def _describe_invalid(reward: Reward, scores: dict[str, Tensor], valid: Tensor, 
     invalid = [prompt for prompt, ok in zip(prompts, valid.tolist()) if not ok]
     parts = [name for name in reward.names if not torch.isfinite(scores[name]).all()] if isinstance(reward, WeightedSum) else []
     blame = f" because of {', '.join(map(repr, parts))}" if parts else ""
+    known = [(name, only) for name, part in _parts(reward) if (only := getattr(part, "scores_only", None)) and (name in parts or not parts)]
+    advice = "".join(f"{name} scores only {only}. " for name, only in known) + ("Give it such ones" if known else "Repair the reward")
     return (
         f"Reward {reward_name(reward)!r} is NaN or infinite for {len(invalid)} of {len(prompts)} images{blame}. Prompts: {listed(invalid)}. "
-        "Repair the reward, or leave such images out with `--invalid_rewards mask` (`on_invalid='mask'` in Python)."
+        f"{advice}, or leave such images out with `--invalid_rewards mask` (`on_invalid='mask'` in Python)."
     )
+
+
+def _parts(reward: Reward) -> list[tuple[str, Any]]:
+    """The rewards of a sum, or the reward itself, by name, without options that were bound to them."""
+    named = zip(reward.names, reward.rewards) if isinstance(reward, WeightedSum) else [(reward_name(reward), reward)]
+    return [(name, part.func if isinstance(part, functools.partial) else part) for name, part in named]
 
 
 class WeightedSum:

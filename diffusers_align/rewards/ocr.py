@@ -32,6 +32,7 @@ class OCRScore:
     """
 
     name = "ocr"
+    scores_only = "prompts that have the wanted text between double quotes, or rows with it in a column `text`"
 
     def __init__(self, recogniser: Callable[[Any], str] | None = None):
         self.recogniser = recogniser or rapid_ocr()

@@ -29,6 +29,7 @@ class SceneScore(nn.Module):
     """
 
     name = "scene_score"
+    scores_only = "prompts that name an object that it knows, in the words of the package's sets (`embedded.scenes.OBJECTS`)"
 
     def __init__(self, model: str | None = None):
         super().__init__()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from reward_models import PROMPTS, Scaled, brightness
 
-from diffusers_align.rewards import InvalidReward, WeightedSum, score
+from diffusers_align.rewards import InvalidReward, WeightedSum, load_reward, score
 
 
 def test_score_normalises_every_kind_of_answer():
@@ -81,3 +81,17 @@ def test_weighted_sum_blames_the_component():
         WeightedSum([(brightness, 1.0), (brightness, 2.0)])
     with pytest.raises(ValueError, match="at least one"):
         WeightedSum({})
+
+
+@pytest.mark.parametrize(
+    "reward, prompt, only",
+    [
+        ("background_color", "a fox", "background_color scores only prompts that name a colour that it knows, or rows with one in a column `background`"),
+        ("scene_score", "a sonnet", "scene_score scores only prompts that name an object that it knows"),
+        ("background_color*1+jpeg_compressibility*0.1", "a fox", "background_color scores only prompts that name a colour"),
+    ],
+)
+def test_a_prompt_that_a_reward_cannot_score_is_not_the_rewards_fault(reward, prompt, only):
+    with pytest.raises(InvalidReward, match=only) as error:
+        score(load_reward(reward), torch.rand(1, 3, 32, 32), [prompt])
+    assert "Give it such ones, or leave such images out" in str(error.value) and "Repair" not in str(error.value)

@@ -359,3 +359,21 @@ def test_a_column_that_is_called_like_what_is_heard_is_refused():
     with pytest.raises(ValueError, match="column 'audio' is called like what rewards get of the pipeline's sound: rename"):
         Scorer(loudness)(Outcome(VIDEOS, SOUNDS, 2), asked)
     assert Scorer(lambda images, prompts, audio: [len(name) for name in audio])(PICTURES, asked), "without sound it is a column like any other"
+
+
+@pytest.mark.parametrize(
+    "reward, images, error",
+    [
+        ("clip_score", torch.rand(1, 3, 4, 4), "'clip_score' is a name: load_reward"),
+        (lambda images, prompts: images.mean((1, 2, 3)), [torch.rand(3, 4, 4)], "got a list"),
+        (lambda images, prompts: images.mean((1, 2, 3)), 255 * torch.ones(1, 3, 4, 4), "got values up to 255: `images / 255`"),
+        (lambda images, prompts: images.mean((1, 2, 3)), (255 * torch.ones(1, 3, 4, 4)).byte(), "of 8-bit ones"),
+    ],
+)
+def test_what_is_no_reward_and_what_are_no_images_is_said(reward, images, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        score(reward, images, ["a"])
+
+
+def test_a_decoder_may_overshoot():
+    assert score(lambda images, prompts: images.mean((1, 2, 3)), torch.full((1, 3, 4, 4), 1.3), ["a"])["reward"] == pytest.approx(1.3)

@@ -15,7 +15,7 @@ from ..online.sampling import Evaluation, described_solver, evaluate, paired_gai
 from ..online.scoring import reward_of_flags
 from ..run import failures
 from ..run.early_stop import EarlyStop
-from ..run.inputs import check_one_size, inputs_of, prompts_of_rows
+from ..run.inputs import check_one_size, columns_of_the_call, inputs_of, prompts_of_rows
 from . import hub
 from .pictures import before_and_after, given_pictures, samples, save
 from .sounds import captions_of, noun, write_sounds
@@ -77,6 +77,7 @@ class Report:
     def start(self) -> None:
         """Evaluate the pretrained model."""
         args, run, stop = self.run.args, self.run, self.early_stop
+        run.explain_once(*columns_of_the_call([*self.prompts[:1], *self.judged[:1]], run.policy))
         first = stop is not None and stop.seen is None
         with run.policy.reference():
             self.before = self._evaluate(None if not first else stop.measure if run.epoch else partial(stop.look, 0))

@@ -16,7 +16,7 @@ from diffusers_align.data.conversions import weight_by_prompt
 from diffusers_align.data.inputs import Inputs
 from diffusers_align.policy import Policy
 from diffusers_align.training.online.sampling import evaluate
-from diffusers_align.training.run.inputs import batches_by_size, check_moved_together, inputs_of
+from diffusers_align.training.run.inputs import batches_by_size, check_moved_together, columns_of_the_call, inputs_of
 
 REWARDS = """
 from PIL import Image
@@ -223,3 +223,12 @@ def test_batches_hold_one_size():
     dealt = [batches_by_size(mixed, 3, rank, 2) for rank in (0, 1)]
     assert dealt == [[[0, 2, 4], [1, 3, 5]], [[6], [0, 2, 4]]]
     assert sorted(i for rank in (0, 1) for batch in batches_by_size(mixed, 3, rank, 2, even=False) for i in batch) == list(range(7))
+
+
+def test_columns_that_the_call_would_take_are_said_where_rewards_alone_get_them():
+    policy = Policy(stable_diffusion(), height=16)
+    prompts = [Prompt("x", {"negative_prompt": "y", "mask": 1, "height": 8}), Prompt("x", {"clip_skip": 1, "eta": 1}, {"eta": 1})]
+    (said,) = columns_of_the_call(prompts, policy)
+    assert "has the columns negative_prompt, clip_skip, and the call of StableDiffusionPipeline takes" in said
+    assert said.endswith("--input_columns negative_prompt clip_skip hands them to the pipeline as well.")
+    assert columns_of_the_call([Prompt("x", {"mask": 1})], policy) == []
