@@ -60,7 +60,7 @@ PAGES = {
         rows=("Adjoint Matching",),
     ),
     "advantage_weighted_matching": Page("train_awm", ("awm_mini_sd3", "awm_sd35"), rows=("AWM",)),
-    "alignprop": Page("train_alignprop", ("alignprop_mini_sd", "alignprop_sd15"), rows=("AlignProp",)),
+    "alignprop": Page("train_alignprop", ("alignprop_mini_sd", "alignprop_sd15"), rows=("AlignProp", "AlignProp, stopped")),
     "best_of_n": Page(
         pipeline="best_of_n", call="num_candidates=8", rows=("stock (best of 1)", "best of 2", "best of 4", "best of 8", "zero-order, 2 x 4"), picture=COMPUTE
     ),
@@ -78,7 +78,7 @@ PAGES = {
     "diffusion_dpo": Page(
         "train_dpo",
         ("dpo_mini_sd3", "dpo_sd15", "dpo_sdxl", "dpo_sd35", "dpo_flux"),
-        rows=("Diffusion-DPO", "DPO, safeguard"),
+        rows=("Diffusion-DPO", "Diffusion-DPO, stopped", "DPO, safeguard"),
         note="[Why is my loss 0.69?](../why_is_my_loss_069.md) says what to expect of the first epochs, [Preference data](../preference_data.md) "
         "what the data may look like.",
     ),
@@ -88,7 +88,7 @@ PAGES = {
     "discrete_adjoint_matching": Page(note="It is for models over tokens and has no script: its functions are for your own loop."),
     "dpok": Page("train_dpok", ("dpok_mini_sd", "dpok_sd15"), rows=("DPOK",)),
     "draft": Page("train_draft", ("draft_mini_sd3", "draft_sd15", "draft_sd35"), rows=("DRaFT-1", "DRaFT-3", "DRaFT", "DRaFT-LV")),
-    "drtune": Page("train_draft", ("draft_mini_sd3",), flags="--method drtune --num_trained_steps 3", rows=("DRTune",)),
+    "drtune": Page("train_draft", ("draft_mini_sd3",), flags="--method drtune --num_trained_steps 3", rows=("DRTune", "DRTune, stopped")),
     "dspo": Page("train_dspo", ("dspo_mini_sd3", "dspo_sd15", "dspo_sdxl"), rows=("DSPO",)),
     "flow_cps": Page("train_flow_grpo", ("flow_grpo_cps_mini_sd3", "flow_grpo_cps_sd35"), rows=("Flow-CPS",)),
     "flow_grpo": Page(
@@ -134,7 +134,7 @@ PAGES = {
         note="It needs pictures alone, so the generator may be a closed API. [Figures](../../benchmarks/README.md#preference-flow-matching-python-"
         "benchmarkspreference_flowpy---task-likes_blue-scene_score-variations) say what was won and what was lost.",
     ),
-    "refl": Page("train_refl", ("refl_mini_sd3", "refl_sd15"), rows=("ReFL",)),
+    "refl": Page("train_refl", ("refl_mini_sd3", "refl_sd15"), rows=("ReFL", "ReFL, stopped")),
     "reinforce": Page("train_ddpo", ("ddpo_mini_sd",), flags="--estimator sf", rows=("DDPO-SF",)),
     "reward_weighted_regression": Page("train_rwr", ("rwr_mini_sd3", "rwr_sd15"), rows=("RWR",)),
     "spo": Page("train_spo", ("spo_mini_sd3", "spo_sd15", "spo_sdxl"), rows=("SPO",)),
