@@ -324,9 +324,10 @@ class Policy(Driver):
     def reference(self):
         """Context: the LoRA of `add_lora` or `load_lora` off, so that the policy is the model that it was put on; restored on any exception.
 
-        Adapters of others, such as a style that `pipe.load_lora_weights` brought before, belong to that model and stay.
+        What a file has for text encoders is off, too: prompts are encoded as that model does. Adapters of others, such as a style that
+        `pipe.load_lora_weights` brought before, belong to that model and stay.
         """
-        return lora.disabled(self.denoisers.values(), lora.ADAPTER)
+        return lora.disabled([part for part in self.pipeline.components.values() if isinstance(part, nn.Module)], lora.ADAPTER)
 
 
 def _of_samples(condition: Condition, number: int, what: str) -> Condition:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from lora_tools import WEIGHTS, Sharded, compiled, drawn, moved, stock, trained
+from lora_tools import WEIGHTS, Sharded, compiled, drawn, moved, stock, trained, with_text_encoder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import FAMILIES, wan
@@ -366,3 +366,23 @@ def test_a_fused_style_is_the_base_once_it_is_unloaded_and_refused_before(style)
     moved(policy.add_lora(rank=4))
     with policy.reference():
         assert torch.equal(drawn(stock(policy), "sd3"), fused)
+
+
+def test_what_a_file_has_for_the_text_encoder_comes_and_goes_with_it(tmp_path, monkeypatch):
+    """Whatever the policy has encoded before."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.10.0")  # newer ones want a newer peft for what it does here
+    tuned, call = with_text_encoder(tmp_path), FAMILIES["sd15"].call
+    base = drawn(FAMILIES["sd15"].build(), "sd15")
+    policy = Policy(FAMILIES["sd15"].build(), **call)
+
+    def rolled():
+        return policy.rollout(["a cat", "a dog"], seeds=[0, 1], deterministic=True).final
+
+    assert torch.equal(rolled(), base)
+    policy.load_lora(tmp_path)
+    assert torch.equal(rolled(), tuned) and not torch.equal(tuned, base)
+    with policy.reference():
+        assert torch.equal(rolled(), base)
+    assert torch.equal(rolled(), tuned)
+    lora.unload(policy.pipeline)
+    assert torch.equal(rolled(), base)

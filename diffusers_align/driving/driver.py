@@ -22,6 +22,7 @@ from . import scheduler_hook
 from .arguments import check_arguments, checked_prompts, maybe_of_samples, unknown_prompts
 from .calls import calls_of
 from .denoisers import denoisers as denoisers_of
+from .encoder_state import encoder_state
 from .encoders_away import EncodersAway, KeptOnCPU
 from .module_tree import device_of
 from .noise import noise_seed, step_streams
@@ -116,7 +117,7 @@ class Driver:
         per_sample: dict[str, Any] | None = None,
         **call_kwargs: Any,
     ) -> Condition:
-        """The call for these prompts. They are encoded at first use and remembered for replays.
+        """The call for these prompts. They are encoded at first use and remembered for replays, as long as the text encoders stay as they are.
 
         Args:
             prompts: B strings, or one. With `prompt_embeds` they are what rewards read, and may be None (then "").
@@ -200,7 +201,7 @@ class Driver:
             return _pooled(encoded_prompt(self.pipeline, self.call(part), memory))
 
         parts = [condition.select([i]) for i in range(len(condition))]
-        place = [getattr(self.pipeline, name, None) for name in ("dtype", "device")]
+        place = [*(getattr(self.pipeline, name, None) for name in ("dtype", "device")), encoder_state(self.pipeline)]
         return torch.stack([self.prompt_memory.feature(part.arguments(self.parameters), partial(compute, part), *place) for part in parts])
 
     # --- calls -----------------------------------------------------------------------------------------------------
