@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import prompt_form
-from .calls import calls_of
+from .calls import OneForAll, calls_of
 from .encoder_state import EncoderState, encoder_state
 from .encoders_away import EncodersAway, KeptOnCPU
 from .module_tree import ModuleTree, walks_spared
@@ -185,7 +185,7 @@ class PromptMemory:
         own, expected = [_only_text(row) for row in rows], dict.fromkeys(self.expected)
         if self.encoders is not None and all(text in expected for text in own):
             for text in expected:
-                self._entry(encode, _with_texts(rows[0], lambda texts, text=text: [text]))
+                self._entry(encode, _with_texts(rows[0], lambda texts, text=text: texts if isinstance(texts[0], OneForAll) else [text]))
 
     def _example(self, encode: Callable, call: Call) -> tuple[Any, Any] | None:
         """What the pipeline makes of one text and of two, with the call's other arguments; None if it does not do so by rows."""
@@ -261,7 +261,7 @@ def _rows(call: Call) -> list[Call]:
 
 def _only_text(call: Call) -> str | None:
     """The text of a call for one prompt that is given nothing else of its own (a negative prompt)."""
-    found = [value[0] for value in (*call[0], *call[1].values()) if _texts(value)]
+    found = [value[0] for value in (*call[0], *call[1].values()) if _texts(value) and not isinstance(value[0], OneForAll)]
     return found[0] if len(found) == 1 else None
 
 
