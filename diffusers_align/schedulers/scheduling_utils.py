@@ -72,6 +72,18 @@ class SDESchedulerMixin:
         """The times with the least and the most noise at which the model can be asked."""
         return 0.0, float(self.config.num_train_timesteps)
 
+    def noise_weight(self, timestep: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """The weight of the noise, from 0 to 1, in states at these times: of states of unit variance, or of flow matching's.
+
+        Args:
+            sigma: what the schedule's own table has there, where it has one; some schedules round its times. None: by the time alone.
+        """
+        table = getattr(self, "alphas_cumprod", None)
+        if table is not None:
+            return (1 - table.double()[timestep.round().long().to(table.device)]).sqrt()
+        level = timestep / self.config.num_train_timesteps if sigma is None else sigma
+        return 1 - level if self.config.get("invert_sigmas") else level
+
     def stand_in(self, timesteps: Tensor) -> None:
         """Let `timesteps` take the place of the schedule's: rows (N,) or (N, B), for single evaluations."""
         self.timesteps = timesteps.to(self.timesteps)
@@ -131,14 +143,18 @@ def check_window(window: tuple[int, int] | list[int] | None) -> None:
         raise ValueError(f"sde_window must be (first, last + 1) with 0 <= first < last + 1, got {tuple(window)}.")
 
 
+def stock_of(scheduler):
+    """The scheduler whose place this one took, or itself."""
+    replaced = getattr(scheduler, "replaced", None)
+    return scheduler if replaced is None else replaced  # not `or`: schedulers have a length, which some cannot tell
+
+
 def put_in_place(pipeline, scheduler: SDESchedulerMixin, name: str = "scheduler"):
     """Give `pipeline` the scheduler as the component `name`, and return the one that the pipeline came with.
 
     A second policy on the same pipeline finds the first one's twin there, which remembers whose place it took.
     """
-    before = getattr(pipeline, name)
-    replaced = getattr(before, "replaced", None)
-    stock = before if replaced is None else replaced  # not `or`: schedulers have a length, which some cannot tell
+    stock = stock_of(getattr(pipeline, name))
     setattr(pipeline, name, scheduler)
     scheduler.replaced = stock if stock is not scheduler else None
     return stock
