@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 
 from ..checks.ranges import Count, checked
 from ..condition import Condition
-from ..schedulers.scheduling_utils import SDESchedulerMixin, put_in_place
+from ..schedulers.scheduling_utils import SDESchedulerMixin, put_in_place, stock_of
 from ..schedulers.twin import sde_twins
 from . import scheduler_hook
-from .arguments import check_arguments, checked_prompts, maybe_of_samples, unknown_prompts
+from .arguments import asks_for_levels, check_arguments, check_levels, checked_prompts, maybe_of_samples, unknown_prompts
 from .calls import calls_of
 from .denoisers import denoisers as denoisers_of
 from .encoder_state import encoder_state
@@ -48,7 +48,8 @@ class Driver:
     Args:
         pipeline: any diffusers pipeline, classic or modular. Its scheduler is replaced; all are, where it has several.
         scheduler: an SDE scheduler; the SDE twin of the pipeline's own by default.
-        call_kwargs: arguments of every call, which a condition's own override.
+        call_kwargs: arguments of every call, which a condition's own override. With `timesteps` or `sigmas` among them the twin follows the levels of the
+            pipeline's own scheduler, which takes them.
 
     Attributes:
         stock_scheduler: what the pipeline came with.
@@ -62,7 +63,7 @@ class Driver:
     Raises:
         TypeError: a scheduler that returns no log-probabilities, or a pipeline that is wrapped around another.
         ValueError: a pipeline without scheduler, whose scheduler has no SDE twin, that hands its scheduler the noise of each step, or whose steps are no
-            chain of states (`driving.one_chain`).
+            chain of states (`driving.one_chain`); `timesteps` or `sigmas` that no twin follows.
     """
 
     def __init__(self, pipeline, scheduler: SDESchedulerMixin | None = None, call_kwargs: dict[str, Any] | None = None):
@@ -75,7 +76,9 @@ class Driver:
         check_one_chain(self.calls)
         scheduler_hook.check_draws(self.calls)
         self.pipeline, self.call_kwargs, self.lockstep = pipeline, call_kwargs or {}, False
-        twins = sde_twins(self.calls.schedulers, scheduler, by_sigmas=reads_levels_by_number(self.calls.functions))
+        by_sigmas = asks_for_levels(self.call_kwargs) or reads_levels_by_number(self.calls.functions)
+        twins = sde_twins(self.calls.schedulers, scheduler, by_sigmas=by_sigmas)
+        check_levels(self.call_kwargs, next(iter(twins.values())), stock_of(self.calls.main_scheduler))
         self.stock_schedulers = {name: put_in_place(pipeline, twin, name) for name, twin in twins.items()}
         self.parameters = self.calls.parameters
         self.prompt_memory = PromptMemory()
@@ -135,6 +138,7 @@ class Driver:
         name, own = type(self.pipeline).__name__, per_sample or {}
         check_arguments(name, self.parameters, {**self.call_kwargs, **call_kwargs}, own, set(call_kwargs))
         kwargs = {argument: value for argument, value in {**self.call_kwargs, **call_kwargs}.items() if argument not in own}
+        check_levels(kwargs, self.scheduler, self.stock_scheduler)
         given = checked_prompts(prompts) if prompts is not None else unknown_prompts(name, self.parameters, kwargs, own, seeds)
         condition = Condition(given, kwargs, seeds, step_seeds, own)
         for argument in maybe_of_samples(condition):
