@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from math import isclose
 from pathlib import Path
 
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
@@ -190,7 +191,7 @@ def stock_lines(pipeline, denoisers: dict[str, nn.Module], name: str) -> list[st
 
 
 def load(pipeline, denoisers: dict[str, nn.Module], path: str | Path) -> None:
-    """Load a LoRA: into the adapter that is there, so that training goes on, or as a new frozen one.
+    """Load a LoRA: into the adapter that is there, so that training goes on, or as a new frozen one. In both cases the adapter is the file's then.
 
     Args:
         path: what `save` wrote, a `.safetensors` file, or a folder with one, in any format that the pipeline's `load_lora_weights` reads. The
@@ -198,7 +199,7 @@ def load(pipeline, denoisers: dict[str, nn.Module], path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: tensors of the file found no place in the model, or the adapter that is there has another scale.
+        ValueError: tensors of the file found no place in the model, or the adapter that is there has other layers, another rank or another scale.
     """
     found = lora_finder.files(path, denoisers)
     if left_out := [name for name in denoisers if name not in found]:
@@ -236,13 +237,13 @@ def load_lora(pipeline, name: str | Path) -> None:
     load(pipeline, denoisers_of(pipeline), lora_finder.find(name))
 
 
-def _read(pipeline, file: Path) -> tuple[dict[str, Tensor], set[float]]:
-    """The file's tensors in diffusers' keys, whoever wrote it, and the alphas that it states among them."""
+def _read(pipeline, file: Path) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The file's tensors in diffusers' keys, whoever wrote it, and the alphas that it states among them, by layer with `.alpha`."""
     if not hasattr(type(pipeline), "lora_state_dict"):
-        return load_file(file), set()
+        return load_file(file), {}
     found = type(pipeline).lora_state_dict(str(file.parent), weight_name=file.name)
     weights, alphas = found if isinstance(found, tuple) else (found, None)
-    return weights, {float(alpha) for alpha in (alphas or {}).values()}
+    return weights, {name: float(alpha) for name, alpha in (alphas or {}).items()}
 
 
 def _num_loaded(pipeline) -> int:
@@ -263,22 +264,23 @@ def _check_all_found(pipeline, file: Path, loaded: int) -> None:
 
 
 def _load_into(module: nn.Module, pipeline, file: Path) -> None:
+    """The file's weights in the adapter that is there, which is the file's then: of what the file lacks, or has at another scale, nothing may stay."""
     weights, alphas = _read(pipeline, file)
-    stored, own = lora_finder.configuration(file), module.peft_config[ADAPTER]
-    alphas = {float(stored["lora_alpha"])} if stored else alphas
-    if alphas - {float(own.lora_alpha)}:
-        listed = ", ".join(f"{alpha:g}" for alpha in sorted(alphas))
-        raise ValueError(f"{file} has alpha {listed}, the LoRA that is there {own.lora_alpha}: its weights would act at another scale.")
     for name in ("unet.", "transformer.", "transformer_2."):
-        weights = {key.removeprefix(name): value for key, value in weights.items()}
+        weights, alphas = ({key.removeprefix(name): value for key, value in found.items()} for found in (weights, alphas))
     if not any("lora_A" in key for key in weights):
         weights = convert_unet_state_dict_to_peft(weights)
-    try:
-        result = set_peft_model_state_dict(module, weights, adapter_name=ADAPTER)
-    except RuntimeError as error:  # shapes
-        raise ValueError(f"{file} does not fit the LoRA that is there, of rank {own.r}: {str(error).splitlines()[-1].strip()}") from error
-    if result is not None and result.unexpected_keys:
-        raise ValueError(f"{file} does not fit this model: unexpected keys such as {result.unexpected_keys[:3]}.")
+    own, layers = get_peft_model_state_dict(module, adapter_name=ADAPTER), dict(module.named_modules())
+    what_to_do = "Take that one out first, diffusers_align.lora.unload(pipeline), and load the file then."
+    if key := min(set(own) ^ set(weights), default=None):
+        raise ValueError(f"{file} {'lacks layers of' if key in own else 'has layers beside those of'} the LoRA that is there, such as {key}. {what_to_do}")
+    for key, value in own.items():
+        if value.shape != weights[key].shape:
+            raise ValueError(f"{file} does not fit the LoRA that is there: {key} is {tuple(weights[key].shape)} in it, {tuple(value.shape)} here. {what_to_do}")
+    for name, scale in lora_finder.scales(file, weights, alphas).items():
+        if not isclose(scale, here := layers[name].scaling[ADAPTER], rel_tol=1e-6):
+            raise ValueError(f"{file} would act at another scale in the LoRA that is there: {name} has {scale:g} in the file, {here:g} here. {what_to_do}")
+    set_peft_model_state_dict(module, weights, adapter_name=ADAPTER)
 
 
 def _load_beside(module: nn.Module, file: Path) -> None:

@@ -19,7 +19,7 @@ from .condition import Condition
 from .driving.chains import SEVERAL_CHAINS, Chains
 from .driving.driver import Driver, seeded
 from .driving.forwards import Forwards
-from .driving.latent_layout import LatentLayout, check_images
+from .driving.latent_layout import LatentLayout, check_images, holds_a_part
 from .driving.noise import noise_seed
 from .driving.outcome import Outcome, by_sample, check_seen, images_of, outcome, sampling_rate_of
 from .driving.prediction import Prediction
@@ -295,14 +295,13 @@ class Policy(Driver):
                 that holds a part, of another number of samples.
         """
         check_images(images)
-        if self._layout is None or self._layout.image_shape != images.shape[1:]:
-            single = condition.select([0]) if condition else self.any_condition(1)
-            layout = LatentLayout.find(self, single, images[:1])
-            if condition and layout.held.any():  # each sample holds its own
-                rows = [condition.select([i]) for i in range(len(_of_samples(condition, len(images), "images")))]
-                layouts = [layout, *(LatentLayout.find(self, row, image[None]) for row, image in zip(rows[1:], images[1:]))]
-                return torch.cat([own.encode(image[None]) for own, image in zip(layouts, images)])
-            self._layout = layout
+        known = self._layout is not None and self._layout.image_shape == images.shape[1:]
+        condition = self.any_condition(len(images)) if condition is None and not known else condition
+        if condition is not None and holds_a_part(self, condition):  # each sample its own
+            rows = [condition.select([i]) for i in range(len(_of_samples(condition, len(images), "images")))]
+            return torch.cat([LatentLayout.find(self, row, image[None]).encode(image[None]) for row, image in zip(rows, images)])
+        if not known:
+            self._layout = LatentLayout.find(self, condition.select([0]), images[:1])
         return self._layout.encode(images)
 
     # --- weights ---------------------------------------------------------------------------------------------------
@@ -325,9 +324,10 @@ class Policy(Driver):
     def reference(self):
         """Context: the LoRA of `add_lora` or `load_lora` off, so that the policy is the model that it was put on; restored on any exception.
 
-        Adapters of others, such as a style that `pipe.load_lora_weights` brought before, belong to that model and stay.
+        What a file has for text encoders is off, too: prompts are encoded as that model does. Adapters of others, such as a style that
+        `pipe.load_lora_weights` brought before, belong to that model and stay.
         """
-        return lora.disabled(self.denoisers.values(), lora.ADAPTER)
+        return lora.disabled([part for part in self.pipeline.components.values() if isinstance(part, nn.Module)], lora.ADAPTER)
 
 
 def _of_samples(condition: Condition, number: int, what: str) -> Condition:

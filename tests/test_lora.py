@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
-from lora_tools import WEIGHTS, Sharded, compiled, drawn, moved, stock, trained
+from lora_tools import WEIGHTS, Sharded, compiled, drawn, moved, stock, trained, with_text_encoder
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import FAMILIES, wan
@@ -366,3 +366,72 @@ def test_a_fused_style_is_the_base_once_it_is_unloaded_and_refused_before(style)
     moved(policy.add_lora(rank=4))
     with policy.reference():
         assert torch.equal(drawn(stock(policy), "sd3"), fused)
+
+
+def test_what_a_file_has_for_the_text_encoder_comes_and_goes_with_it(tmp_path, monkeypatch):
+    """Whatever the policy has encoded before."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.10.0")  # newer ones want a newer peft for what it does here
+    tuned, call = with_text_encoder(tmp_path), FAMILIES["sd15"].call
+    base = drawn(FAMILIES["sd15"].build(), "sd15")
+    policy = Policy(FAMILIES["sd15"].build(), **call)
+
+    def rolled():
+        return policy.rollout(["a cat", "a dog"], seeds=[0, 1], deterministic=True).final
+
+    assert torch.equal(rolled(), base)
+    policy.load_lora(tmp_path)
+    assert torch.equal(rolled(), tuned) and not torch.equal(tuned, base)
+    with policy.reference():
+        assert torch.equal(rolled(), base)
+    assert torch.equal(rolled(), tuned)
+    lora.unload(policy.pipeline)
+    assert torch.equal(rolled(), base)
+
+
+def weights_of(policy):
+    return [parameter.clone() for layer in lora.layers_of(policy.pipeline.transformer) for parameter in layer.parameters()]
+
+
+DIFFERENT = {
+    "lacks layers": ({"target_modules": ["to_q", "to_v"]}, {}, "lacks layers of the LoRA that is there, such as .*(to|add)_k"),
+    "more layers": ({}, {"target_modules": ["to_q", "to_v"]}, "has layers beside those of the LoRA that is there, such as .*(to|add)_k"),
+    "by roots": ({"use_rslora": True}, {}, "another scale.* has 4 in the file, 2 here"),
+    "one layer's scale": ({"alpha_pattern": {"to_q": 32}}, {}, "another scale.*to_q has 8 in the file, 2 here"),
+    "one layer's rank": ({"rank_pattern": {"to_q": 2}}, {}, r"does not fit .*to_q\S+ is \(2, \d+\) in it, \(4, \d+\) here"),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_a_file_takes_the_place_of_a_lora_or_is_refused(name, tmp_path):
+    """No mixture of two, at no other scale; where the adapter is alike, it is the file's."""
+    stored, there, match = DIFFERENT[name]
+    expected = trained(FAMILIES["sd3"].build(), "sd3", tmp_path, **stored)
+    alike, other = (Policy(FAMILIES["sd3"].build(), **FAMILIES["sd3"].call) for _ in range(2))
+    moved(alike.add_lora(rank=4, **stored), seed=1)
+    alike.load_lora(tmp_path)
+    assert torch.equal(drawn(stock(alike), "sd3"), expected)
+    moved(other.add_lora(rank=4, **there), seed=1)
+    before = weights_of(other)
+    with pytest.raises(ValueError, match=f"{match}.*lora.unload"):
+        other.load_lora(tmp_path)
+    assert all(map(torch.equal, before, weights_of(other)))
+    lora.unload(other.pipeline)
+    other.load_lora(tmp_path)
+    assert torch.equal(drawn(stock(other), "sd3"), expected)
+
+
+def test_a_file_that_says_no_alpha_acts_at_scale_one(tmp_path):
+    """As in stock diffusers."""
+    trained(FAMILIES["sd3"].build(), "sd3", tmp_path / "ours")
+    (tmp_path / "bare").mkdir()
+    save_file(load_file(tmp_path / "ours" / WEIGHTS), tmp_path / "bare" / WEIGHTS)
+    expected = FAMILIES["sd3"].build()
+    expected.load_lora_weights(tmp_path / "bare")
+    policy = Policy(FAMILIES["sd3"].build(), **FAMILIES["sd3"].call)
+    policy.add_lora(rank=4)
+    with pytest.raises(ValueError, match="another scale.* has 1 in the file, 2 here"):
+        policy.load_lora(tmp_path / "bare")
+    lora.unload(policy.pipeline)
+    policy.add_lora(rank=4, alpha=4)
+    policy.load_lora(tmp_path / "bare")
+    assert torch.equal(drawn(stock(policy), "sd3"), drawn(expected, "sd3"))

@@ -8,6 +8,8 @@ from typing import Any
 from ..checks.given_names import did_you_mean
 from ..checks.ranges import check_call
 from ..condition import Condition, belongs_to_samples, counts_samples, is_embedding, number_of_samples
+from ..schedulers import DDIMSDEScheduler
+from .replacements import signature_of
 
 # What a policy's methods set in each call, and the value that says nothing else. None is the pipeline's own default for all of them.
 _ONE_OUTPUT = (1, "it makes one sample a prompt; repeat the prompts, with other seeds.")
@@ -52,6 +54,40 @@ def check_arguments(pipeline: str, accepted: Collection[str], shared: dict[str, 
             "ip_adapter_image cannot be per_sample: pipelines take several images of an adapter as all of one prompt's. Give ip_adapter_image_embeds, "
             "for each sample what pipeline.prepare_ip_adapter_image_embeds makes of its image."
         )
+
+
+# Arguments of stock calls that put a schedule of one's own in the place of the scheduler's.
+_SCHEDULES = ("timesteps", "sigmas")
+
+
+def asks_for_levels(call: dict[str, Any]) -> bool:
+    """Whether a call has a schedule of its own, which a twin on a table of timesteps does not take."""
+    return any(call.get(name) is not None for name in _SCHEDULES)
+
+
+def check_levels(call: dict[str, Any], scheduler: Any, stock: Any) -> None:
+    """Refuse a schedule that the policy's scheduler does not take.
+
+    Args:
+        stock: what the pipeline came with.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if not isinstance(scheduler, DDIMSDEScheduler):  # others take what theirs takes, and say so
+        return
+    for name in _SCHEDULES:
+        if call.get(name) is None:
+            continue
+        known = signature_of(type(stock).set_timesteps).parameters
+        if name in known and hasattr(stock, "sigmas"):
+            what_to_do = f"say them where the policy is made, Policy(pipe, {name}=...), or give it sde_twin(pipe.scheduler, by_sigmas=True)"
+        else:
+            what_to_do = (
+                f"give num_inference_steps in their place, or the pipeline a scheduler that takes {name} and has levels of its own: "
+                "pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)"
+            )
+        raise ValueError(f"A policy on a {type(stock).__name__} walks its table in even steps, and takes no {name} of one's own: {what_to_do}.")
 
 
 def check_number(given: Collection[str], accepted: Collection[str]) -> None:

@@ -17,8 +17,19 @@ from typing import Any
 from diffusers import ModularPipeline
 from torch import Tensor
 
+from ..condition import belongs_to_samples
 from .guiders import guider_parameters
 from .replacements import reads_global
+
+
+class OneForAll(str):
+    """One of several equal texts, in the place of one that was given for all samples."""
+
+
+def one_a_prompt(call: dict[str, Any]) -> dict[str, Any]:
+    """The call with one text for each of its list of prompts where one stands for all: not all pipelines and blocks repeat it."""
+    number = len(call["prompt"]) if isinstance(call.get("prompt"), list) else None
+    return {name: [OneForAll(v)] * number if number and isinstance(v, str) and belongs_to_samples(name) else v for name, v in call.items()}
 
 
 class Calls(ABC):
@@ -82,6 +93,10 @@ class Calls(ABC):
     @abstractmethod
     def whats_missing(self) -> str:
         """Why a pipeline of this kind may have no scheduler, or what to do; an end of a sentence."""
+
+    def spread(self, call: dict[str, Any]) -> dict[str, Any]:
+        """The call as `run` is given it, with one text for each prompt where one stands for all."""
+        return one_a_prompt(call)
 
     @abstractmethod
     def run(self, call: dict[str, Any]) -> Any:

@@ -19,9 +19,10 @@ from ..condition import Condition
 from ..schedulers.scheduling_utils import SDESchedulerMixin
 from ..schedulers.twin import sde_twins
 from . import scheduler_hook
-from .arguments import check_arguments, checked_prompts, maybe_of_samples, unknown_prompts
+from .arguments import asks_for_levels, check_arguments, check_levels, checked_prompts, maybe_of_samples, unknown_prompts
 from .calls import calls_of
 from .denoisers import denoisers as denoisers_of
+from .encoder_state import encoder_state
 from .encoders_away import EncodersAway, KeptOnCPU
 from .module_tree import device_of
 from .noise import noise_seed, step_streams
@@ -47,7 +48,8 @@ class Driver:
     Args:
         pipeline: any diffusers pipeline, classic or modular. It keeps its scheduler: calls of the driver have another one for as long as they last.
         scheduler: an SDE scheduler; the SDE twin of the pipeline's own by default.
-        call_kwargs: arguments of every call, which a condition's own override.
+        call_kwargs: arguments of every call, which a condition's own override. With `timesteps` or `sigmas` among them the twin follows the levels of the
+            pipeline's own scheduler, which takes them.
 
     Attributes:
         schedulers: those of this driver's calls, by component name: the SDE twins, or a stock solver for a while (`stock.stock_solver`).
@@ -62,7 +64,7 @@ class Driver:
     Raises:
         TypeError: a scheduler that returns no log-probabilities, or a pipeline that is wrapped around another.
         ValueError: a pipeline without scheduler, whose scheduler has no SDE twin, that hands its scheduler the noise of each step, or whose steps are no
-            chain of states (`driving.one_chain`).
+            chain of states (`driving.one_chain`); `timesteps` or `sigmas` that no twin follows.
     """
 
     def __init__(self, pipeline, scheduler: SDESchedulerMixin | None = None, call_kwargs: dict[str, Any] | None = None):
@@ -75,8 +77,10 @@ class Driver:
         check_one_chain(self.calls)
         scheduler_hook.check_draws(self.calls)
         self.pipeline, self.call_kwargs, self.lockstep = pipeline, call_kwargs or {}, False
+        by_sigmas = asks_for_levels(self.call_kwargs) or reads_levels_by_number(self.calls.functions)
         self.stock_schedulers = self.calls.schedulers
-        self.schedulers = sde_twins(self.stock_schedulers, scheduler, by_sigmas=reads_levels_by_number(self.calls.functions))
+        self.schedulers = sde_twins(self.stock_schedulers, scheduler, by_sigmas=by_sigmas)
+        check_levels(self.call_kwargs, self.scheduler, self.stock_scheduler)
         self.parameters = self.calls.parameters
         self.prompt_memory = PromptMemory()
         self._embeddings: Condition | None = None
@@ -117,7 +121,7 @@ class Driver:
         per_sample: dict[str, Any] | None = None,
         **call_kwargs: Any,
     ) -> Condition:
-        """The call for these prompts. They are encoded at first use and remembered for replays.
+        """The call for these prompts. They are encoded at first use and remembered for replays, as long as the text encoders stay as they are.
 
         Args:
             prompts: B strings, or one. With `prompt_embeds` they are what rewards read, and may be None (then "").
@@ -135,6 +139,7 @@ class Driver:
         name, own = type(self.pipeline).__name__, per_sample or {}
         check_arguments(name, self.parameters, {**self.call_kwargs, **call_kwargs}, own, set(call_kwargs))
         kwargs = {argument: value for argument, value in {**self.call_kwargs, **call_kwargs}.items() if argument not in own}
+        check_levels(kwargs, self.scheduler, self.stock_scheduler)
         given = checked_prompts(prompts) if prompts is not None else unknown_prompts(name, self.parameters, kwargs, own, seeds)
         condition = Condition(given, kwargs, seeds, step_seeds, own)
         for argument in maybe_of_samples(condition):
@@ -201,7 +206,7 @@ class Driver:
             return _pooled(encoded_prompt(self.pipeline, self.call(part), memory))
 
         parts = [condition.select([i]) for i in range(len(condition))]
-        place = [getattr(self.pipeline, name, None) for name in ("dtype", "device")]
+        place = [*(getattr(self.pipeline, name, None) for name in ("dtype", "device")), encoder_state(self.pipeline)]
         return torch.stack([self.prompt_memory.feature(part.arguments(self.parameters), partial(compute, part), *place) for part in parts])
 
     # --- calls -----------------------------------------------------------------------------------------------------

@@ -12,15 +12,17 @@ whatever the latents. It is no part of the map, and images have no say in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from ..condition import Condition
+from ..condition import Condition, belongs_to_samples
 from .module_tree import device_of
+from .pipeline_state import Enough
 from .replacements import replaced
 
 if TYPE_CHECKING:
@@ -182,6 +184,35 @@ class _Tail:
 
         with late, torch.autocast(device_of(vae).type, enabled=False):
             return self.driver.drive(self.condition, put, needs_denoiser=lambda k: False, output_type=output_type)
+
+
+@torch.no_grad()
+def holds_a_part(driver: Driver, condition: Condition) -> bool:
+    """Whether a condition with pictures or tensors beside its prompts holds a part of what is decoded of any of its samples: two calls that end where the
+    decoding begins. Yes also where the pipeline decodes its samples apart, and only the first was seen."""
+    given = {name: value for name, value in {**condition.kwargs, **condition.per_sample}.items() if not belongs_to_samples(name)}
+    vae = getattr(driver.pipeline, "vae", None)
+    if vae is None or not any(isinstance(x, Tensor) or hasattr(x, "getpixel") or hasattr(x, "__array__") for x in pytree.tree_leaves(given)):
+        return False
+    condition = condition if condition.seeds is not None else replace(condition, seeds=list(range(len(condition))))
+
+    def received(value: float) -> Tensor | None:
+        found: list[Tensor] = []
+
+        def leave(decode: Callable, z: Tensor, *args: Any, **kwargs: Any):
+            found.append(z.double())
+            raise Enough
+
+        def put(step) -> Tensor:
+            step.skip()
+            return step.sample if step.child else torch.full_like(step.sample, value)
+
+        with replaced(vae, "decode", leave), suppress(Enough):
+            driver.drive(condition, put, needs_denoiser=lambda k: False, output_type="pt")
+        return found[0] if found else None
+
+    zeros, ones = received(0.0), received(1.0)
+    return zeros is not None and (len(zeros) != len(condition) or bool((zeros == ones).any()))
 
 
 def _probe_index(tail: _Tail, number: int, shift: Tensor, scale: Tensor, held: Tensor, bits: int) -> Tensor:

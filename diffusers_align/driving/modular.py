@@ -19,9 +19,8 @@ from diffusers.modular_pipelines import PipelineState
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from ..condition import belongs_to_samples
 from .blocks import leaves, own_blocks, undecorated
-from .calls import Calls
+from .calls import Calls, one_a_prompt
 from .guiders import guided, guider_parameters, state_of
 from .replacements import held, reads_global, with_globals
 
@@ -85,6 +84,9 @@ class ModularCalls(Calls):
         found = {"output_type": ("pil", str), "return_dict": (True, bool)} | found
         return {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kind) for name, (value, kind) in found.items()}
 
+    def spread(self, call: dict[str, Any]) -> dict[str, Any]:
+        return call  # `run` does so itself, once it has seen which arguments differ from their defaults
+
     def run(self, call: dict[str, Any]) -> Any:
         whole, own = self.own_parameters, guider_parameters(self.pipeline)
         if unknown := sorted(set(call) - set(whole) - set(own)):
@@ -100,7 +102,7 @@ class ModularCalls(Calls):
         blocks = own_blocks(self._without_tail() if wants_latents else self.blocks, around=lambda block: with_graph)
         taken = {p.name or p.kwargs_type for p in blocks.inputs}
         with held(self.pipeline, "_blocks", blocks), guided(self.pipeline, settings):
-            given = {name: value for name, value in _one_a_prompt(call).items() if name in taken and value is not None}
+            given = {name: value for name, value in one_a_prompt(call).items() if name in taken and value is not None}
             state = undecorated(type(self.pipeline).__call__)(self.pipeline, **given)
         output = Output(state.values, state.kwargs_mapping)
         output.main = "latents" if wants_latents else self._main_output(state)
@@ -225,9 +227,3 @@ class ModularCalls(Calls):
         if not isinstance(self.blocks, (ConditionalPipelineBlocks, SequentialPipelineBlocks)):
             return self.blocks  # there is nothing to choose
         return self.blocks.get_execution_blocks(**{name: value for name, value in arguments.items() if value is not None})
-
-
-def _one_a_prompt(call: dict[str, Any]) -> dict[str, Any]:
-    """The call with one text for each prompt where one stands for all: some blocks do not repeat it."""
-    number = len(call["prompt"]) if isinstance(call.get("prompt"), list) else None
-    return {name: [v] * number if number and isinstance(v, str) and belongs_to_samples(name) else v for name, v in call.items()}

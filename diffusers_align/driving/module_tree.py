@@ -195,7 +195,12 @@ def _settled(cls: type) -> type:
     known = {name: property(lambda self, name=name: self.__dict__["_devices"][name]) for name in _LOOK_UPS if hasattr(cls, name)}
     if getattr(cls, "components", None) is DiffusionPipeline.components:  # which reads the signature of `__init__` each time
         known["components"] = property(lambda self: {name: getattr(self, name) for name in self.__dict__["names_of_components"]})
-    return type(cls.__name__, (cls,), {**known, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return type(cls.__name__, (cls,), {**known, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "class_outside": cls})
+
+
+def class_of(pipeline) -> type:
+    """The pipeline's class as it is outside of a call."""
+    return getattr(type(pipeline), "class_outside", type(pipeline))
 
 
 @contextmanager

@@ -12,11 +12,13 @@ import torch
 
 from ..condition import belongs_to_samples
 from .calls import Calls
+from .module_tree import class_of
 from .pipeline_state import own_arguments
 
-# Classes whose call refused lists of one and took what is in them, with the kinds of lists that it was.
+# Classes whose call refused lists of one and took what is in them, with the kinds of lists that it was. Texts beside the prompt come first: that a call
+# takes the prompt as a string beside a string says nothing of lists of prompts.
 _SINGLE: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
-_FORMS = (("texts",), ("pictures",), ("texts", "pictures"))
+_FORMS = (("others",), ("texts",), ("pictures",), ("texts", "pictures"))
 _REFUSALS = (AttributeError, TypeError, ValueError)
 _ONE_BY_ONE = "(batch_size=1, --train_batch_size 1)"
 
@@ -33,9 +35,10 @@ def run(calls: Calls, call: dict[str, Any], begun: Callable[[], bool] = lambda: 
     """
     # The draws are the same. Some pipelines take a list of generators for one of frames.
     call = {name: value[0] if name == "generator" and isinstance(value, list) and len(value) == 1 else value for name, value in call.items()}
-    prompts, known = call.get("prompt"), _SINGLE.get(type(calls.pipeline), ())
+    prompts, known = call.get("prompt"), _SINGLE.get(class_of(calls.pipeline), ())
     if not isinstance(prompts, list):
         return calls.run(own_arguments(call))
+    call = call if "others" in known else calls.spread(call)
     if known and len(prompts) == 1:
         return calls.run(own_arguments(_singly(call, known)))
     states = _states(call)
@@ -59,7 +62,8 @@ def run(calls: Calls, call: dict[str, Any], begun: Callable[[], bool] = lambda: 
 
 def takes_one_prompt(calls: Calls) -> bool:
     """Whether the pipeline is known, by its signature or by a call that it refused, to take one prompt a call."""
-    return type(calls.pipeline) in _SINGLE or ("prompt" in calls.parameters and _declares_a_string(calls))
+    refused = {*_SINGLE.get(class_of(calls.pipeline), ())} - {"others"}
+    return bool(refused) or ("prompt" in calls.parameters and _declares_a_string(calls))
 
 
 def _run_singly(calls: Calls, call: dict[str, Any], refusal: Exception, begun: Callable[[], bool]) -> Any:
@@ -77,16 +81,17 @@ def _run_singly(calls: Calls, call: dict[str, Any], refusal: Exception, begun: C
             last = error if str(error) != str(refusal) else last
         finally:
             if begun():
-                _SINGLE[type(calls.pipeline)] = kinds
+                _SINGLE[class_of(calls.pipeline)] = kinds
     raise last from None
 
 
 def _unpacked(call: dict[str, Any], kinds: tuple[str, ...]) -> set[str]:
-    """The names of the lists of one text that belongs to the sample ("texts"), and of one picture or film ("pictures")."""
+    """The names of the lists of one text that belongs to the sample ("texts"; "others" without the prompt), and of one picture or film ("pictures")."""
     lists = {name: value[0] for name, value in call.items() if isinstance(value, list) and len(value) == 1}
     texts = {name for name, value in lists.items() if belongs_to_samples(name) and isinstance(value, str)}
     pictures = {name for name, value in lists.items() if not belongs_to_samples(name) and _is_picture(value)}
-    return (texts if "texts" in kinds else set()) | (pictures if "pictures" in kinds else set())
+    found = {"texts": texts, "others": texts - {"prompt"}, "pictures": pictures}
+    return set().union(*(found[kind] for kind in kinds))
 
 
 def _singly(call: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:

@@ -24,10 +24,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import prompt_form
-from .calls import calls_of
-from .encoders_away import EncodersAway
+from .calls import OneForAll, calls_of
+from .encoder_state import EncoderState, encoder_state
+from .encoders_away import EncodersAway, KeptOnCPU
 from .module_tree import ModuleTree, walks_spared
 from .pipeline_state import restored_if_abandoned
+from .prompt_rows import NotByRows, is_by_rows, joined, picked
 
 # Two prompts by which a pipeline shows how it joins rows: of different meaning, and one token each in any vocabulary.
 PROBE = ("dog", "cat")
@@ -51,12 +53,13 @@ class Store(Protocol):
 
 
 class PromptMemory:
-    """Remembers what `encode_prompt` returned, so that replays cost no text encoding.
+    """Remembers what `encode_prompt` returned, so that replays cost no text encoding. What other encoders made, or the same ones with other weights or
+    LoRAs, is no answer (`encoder_state`).
 
     Args:
         size: results of the latest batches that are kept in memory.
         store: for what is encoded from plain arguments (strings, numbers, None, lists of them); calls with tensors, images or other
-            objects do not go there. It belongs to one model, revision and dtype.
+            objects do not go there. It belongs to one model, revision and dtype: what changed encoders make is kept in memory.
         once_each: encode a prompt that comes more than once in a batch once: the same up to the rounding of another batch size.
         encoders: of the pipeline, where they are on the device only while they encode; it needs a store.
 
@@ -69,6 +72,8 @@ class PromptMemory:
         self.examples: dict[str, tuple[Any, Any] | None] = {}
         self.expected: list[str] = []
         self.features: OrderedDict[tuple, Tensor] = OrderedDict()
+        self._given: tuple[Store, EncoderState] | None = None
+        self._now, self._mark = store, ""
 
     def __reduce__(self):
         # Keys are identities of objects, which copies do not share: a copy remembers nothing.
@@ -86,14 +91,27 @@ class PromptMemory:
 
     def recall(self, pipeline, encode: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """`encode(*args, **kwargs)`, or what it returned before."""
-        key = (_key((args, kwargs)), pipeline.dtype, pipeline.device)
+        state = encoder_state(pipeline)
+        key = (_key((args, kwargs)), pipeline.dtype, pipeline.device, state)
         if key not in self.entries:
+            self._turn_to(state)
             with torch.no_grad(), self.encoders.called(encode) if self.encoders else nullcontext(encode) as encode:
                 # The arguments are kept as well: keys of tensors and images are their identities.
                 self.entries[key] = (*self._encoded(encode, (list(args), kwargs), pipeline._execution_device), args, kwargs)
             self._forget()
         self.entries.move_to_end(key)
         return self.entries[key][0]
+
+    def _turn_to(self, state: EncoderState) -> None:
+        """From now on entries are of these encoders alone: those of the store if they are as they were at its first use, and without LoRA."""
+        if self.store is not None and (self._given is None or self._given[0] is not self.store):
+            self._given = self.store, state
+        as_given = self.store is None or (state == self._given[1] and not state.adapters)
+        self._mark = "" if as_given else repr(state)
+        if as_given or isinstance(self.store, KeptOnCPU):
+            self._now = self.store
+        elif not isinstance(self._now, KeptOnCPU):
+            self._now = KeptOnCPU()
 
     def feature(self, arguments: dict[str, Any], compute: Callable[[], Tensor], *place: Any) -> Tensor:
         """`compute()`, the vector of a prompt in a call with these arguments. Where prompts are encoded once (`once_each`), what it returned for equal
@@ -119,7 +137,7 @@ class PromptMemory:
             result = encode(*call[0], **call[1])
             self._explain("what encodes the prompts is given more than texts (pictures, embeddings)")
             return result, False
-        if self.store is None:
+        if self._now is None:
             return (self._once_each(encode, call) if self.once_each else encode(*call[0], **call[1])), False
         device = next((value for value in (*call[0], *call[1].values()) if isinstance(value, torch.device)), device)
         result, by_rows = self._by_rows(encode, call)
@@ -131,30 +149,30 @@ class PromptMemory:
 
     def _once_each(self, encode: Callable, call: Call) -> Any:
         """The result with each different prompt encoded once, where the pipeline's allow it."""
-        rows = [_name(row) for row in _rows(call)]
+        rows = [self._name(row) for row in _rows(call)]
         different = list(dict.fromkeys(rows))
         if len(different) < len(rows) and (example := self._example(encode, call)) is not None:
             first = [rows.index(row) for row in different]
             result = encode(*(part := _with_texts(call, lambda texts: [texts[i] for i in first]))[0], **part[1])
             try:
-                return _picked(result, [different.index(row) for row in rows], len(different), *example)
-            except _NotByRows:
+                return picked(result, [different.index(row) for row in rows], len(different), *example)
+            except NotByRows:
                 pass
         return encode(*call[0], **call[1])
 
     def _by_rows(self, encode: Callable, call: Call) -> tuple[Any, bool]:
         """The stored result, put together from those of the prompts where the pipeline's allow it; and whether it was."""
         rows = _rows(call)
-        names = [_name(row) for row in rows]
-        stored = {name: self.store.get(name) for name in dict.fromkeys(names)}
+        names = [self._name(row) for row in rows]
+        stored = {name: self._now.get(name) for name in dict.fromkeys(names)}
         if None in stored.values():
             self._ahead(encode, rows)
         if len(rows) > 1 and (example := self._example(encode, call)) is not None:
             try:
                 # A prompt that comes again is read again, so that rows share no tensor.
                 parts = [self._entry(encode, row) if (tree := stored.pop(name, None)) is None else tree for name, row in zip(names, rows)]
-                return _joined(parts, *example), True
-            except _NotByRows:  # of different lengths
+                return joined(parts, *example), True
+            except NotByRows:  # of different lengths
                 pass
         if any(_texts(value) and len(value) > 1 for value in (*call[0], *call[1].values())):
             result = self._once_each(encode, call) if self.once_each else encode(*call[0], **call[1])
@@ -167,24 +185,28 @@ class PromptMemory:
         own, expected = [_only_text(row) for row in rows], dict.fromkeys(self.expected)
         if self.encoders is not None and all(text in expected for text in own):
             for text in expected:
-                self._entry(encode, _with_texts(rows[0], lambda texts, text=text: [text]))
+                self._entry(encode, _with_texts(rows[0], lambda texts, text=text: texts if isinstance(texts[0], OneForAll) else [text]))
 
     def _example(self, encode: Callable, call: Call) -> tuple[Any, Any] | None:
         """What the pipeline makes of one text and of two, with the call's other arguments; None if it does not do so by rows."""
         both = _with_texts(call, lambda texts: list(PROBE))
-        if (key := _name(both)) not in self.examples:
+        if (key := self._name(both)) not in self.examples:
             single = [self._entry(encode, _with_texts(call, lambda texts, text=text: [text])) for text in PROBE]
             example = single[0], self._entry(encode, both)
-            self.examples[key] = example if _is_by_rows(single, example[1]) else None
+            self.examples[key] = example if is_by_rows(single, example[1]) else None
         return self.examples[key]
 
     def _entry(self, encode: Callable, call: Call) -> Any:
-        if self.store is None:
+        if self._now is None:
             return encode(*call[0], **call[1])
-        if (tree := self.store.get(_name(call))) is None:
-            self.store.put(_name(call), encode(*call[0], **call[1]))
-            tree = self.store.get(_name(call))  # so that the first use has what later ones have
+        if (tree := self._now.get(self._name(call))) is None:
+            self._now.put(self._name(call), encode(*call[0], **call[1]))
+            tree = self._now.get(self._name(call))  # so that the first use has what later ones have
         return tree
+
+    def _name(self, call: Call) -> str:
+        """Of the call's entry in a store."""
+        return hashlib.sha256((json.dumps(_plain(call)) + self._mark).encode()).hexdigest()
 
 
 class _Encoded(BaseException):
@@ -215,10 +237,6 @@ def encoded_prompt(pipeline, call: dict[str, Any], memory: PromptMemory | None =
     raise ValueError(f"{calls.name}'s call does not use its encode_prompt, so its prompts have no features for a learned value: choose another --advantage.")
 
 
-class _NotByRows(Exception):
-    """A batch's result is not made of its prompts' results."""
-
-
 def _texts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(text, str) for text in value)
 
@@ -243,71 +261,8 @@ def _rows(call: Call) -> list[Call]:
 
 def _only_text(call: Call) -> str | None:
     """The text of a call for one prompt that is given nothing else of its own (a negative prompt)."""
-    found = [value[0] for value in (*call[0], *call[1].values()) if _texts(value)]
+    found = [value[0] for value in (*call[0], *call[1].values()) if _texts(value) and not isinstance(value[0], OneForAll)]
     return found[0] if len(found) == 1 else None
-
-
-def _joined(parts: list, single: Any, both: Any) -> Any:
-    """The result for all rows from those for each; `single` and `both` show how the pipeline has it for one row and for two."""
-    first = parts[0]
-    if isinstance(both, Tensor):
-        if any(part.shape != first.shape for part in parts):
-            raise _NotByRows
-        if both.shape != single.shape:
-            return torch.cat(parts)
-        if all(torch.equal(part, first) for part in parts):  # of no row in particular, as positions are
-            return first
-    elif isinstance(both, list) and len(both) == 2 * len(single):
-        return [item for part in parts for item in part]
-    elif isinstance(both, (list, tuple)) and len(both) == len(single):
-        return type(both)(_joined(list(items), *pair) for items, *pair in zip(zip(*parts), single, both))
-    elif isinstance(both, dict) and both.keys() == single.keys():
-        return {name: _joined([part[name] for part in parts], single[name], both[name]) for name in both}
-    elif both == single and all(part == first for part in parts):
-        return first
-    raise _NotByRows
-
-
-def _picked(result: Any, index: list[int], number: int, single: Any, both: Any) -> Any:
-    """The rows `index` of a result for `number` prompts; `single` and `both` as for `_joined`.
-
-    Raises:
-        _NotByRows: the result is made otherwise than those two show (a mask that is there for prompts of different lengths alone, say).
-    """
-    if type(result) is not type(both):
-        raise _NotByRows
-    if isinstance(both, (Tensor, list)) and len(both) == 2 * len(single) and len(result) == number * len(single):
-        rows = [i * len(single) + j for i in index for j in range(len(single))]
-        return result[rows] if isinstance(result, Tensor) else [result[row] for row in rows]
-    if isinstance(both, Tensor) and both.shape == single.shape == result.shape:
-        return result
-    if isinstance(both, (list, tuple)) and len(both) == len(single) == len(result):
-        return type(both)(_picked(items, index, number, *pair) for items, *pair in zip(result, single, both))
-    if isinstance(both, dict) and both.keys() == single.keys() == result.keys():
-        return {name: _picked(result[name], index, number, single[name], both[name]) for name in both}
-    if isinstance(both, (Tensor, list, tuple, dict)):
-        raise _NotByRows
-    return result
-
-
-def _is_by_rows(single: list, both: Any) -> bool:
-    """Whether joining two rows gives what the pipeline makes of both."""
-    try:
-        joined = pytree.tree_leaves(_joined(single, single[0], both))
-    except _NotByRows:
-        return False
-    return all(_close(leaf, target) for leaf, target in zip(joined, pytree.tree_leaves(both)) if isinstance(target, Tensor))
-
-
-def _close(leaf: Tensor, target: Tensor) -> bool:
-    """Equal up to rounding: kernels round differently for another batch, half precision to 1e-2."""
-    tolerance = 1e-3 if target.dtype in (torch.float32, torch.float64) else 2e-2
-    return leaf.shape == target.shape and bool((leaf.double() - target.double()).norm() <= tolerance * target.double().norm())
-
-
-def _name(call: Call) -> str:
-    """Of the call's entry in a store."""
-    return hashlib.sha256(json.dumps(_plain(call)).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:

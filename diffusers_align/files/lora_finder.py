@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from torch import Tensor
 
 from ..checks.given_names import hub_reason, is_repository, nearest_path
 
@@ -92,3 +95,24 @@ def configuration(file: Path) -> dict:
     prefixes = {key.split(".", 1)[0] for key in fields if "." in key}
     denoiser = next((prefix for prefix in sorted(prefixes) if prefix.startswith(("unet", "transformer"))), None)
     return {key.removeprefix(f"{denoiser}."): value for key, value in fields.items() if denoiser is None or key.startswith(f"{denoiser}.")}
+
+
+def scales(file: Path, weights: dict[str, Tensor], alphas: dict[str, float]) -> dict[str, float]:
+    """By which number stock diffusers multiplies each layer's product when it loads the file: what is saved with it says so, or the tensors named alpha, or
+    it is 1.
+
+    Args:
+        weights: the file's tensors, in peft's keys.
+        alphas: that it states among them, by layer with `.alpha`.
+    """
+    config = configuration(file)
+    ranks = {key.rsplit(".lora_A", 1)[0]: value.shape[0] for key, value in weights.items() if ".lora_A" in key}
+    patterns = config.get("alpha_pattern") or {}
+    common = config.get("lora_alpha") or (Counter(alphas.values()).most_common(1)[0][0] if alphas else None)
+
+    def alpha(layer: str) -> float | None:
+        own = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+        return next(own, alphas.get(f"{layer}.alpha", common))
+
+    power = 0.5 if config.get("use_rslora") else 1
+    return {layer: 1.0 if alpha(layer) is None else alpha(layer) / rank**power for layer, rank in ranks.items()}

@@ -147,7 +147,7 @@ class WuerstchenSDEScheduler(OwnNoiseMixin, DDPMWuerstchenScheduler):
         times = torch.as_tensor(timestep, device=sample.device).reshape(-1)
         return self._alpha_cumprod(times, sample.device).view(-1, *[1] * (sample.ndim - 1))
 
-    def noise_weight(self, timestep: Tensor) -> Tensor:
+    def noise_weight(self, timestep: Tensor, sigma: Tensor | None = None) -> Tensor:
         """The weight of the noise in a state, from 0 to 1."""
         return (1 - self._alpha_cumprod(timestep.reshape(-1), timestep.device)).sqrt()
 

@@ -203,7 +203,7 @@ class SCMSDEScheduler(OwnNoiseMixin, SCMScheduler):
     def time_range(self) -> tuple[float, float]:
         return 0.0, math.pi / 2 + 1e-5  # the stock schedule begins at 1.5708
 
-    def noise_weight(self, timestep: Tensor) -> Tensor:
+    def noise_weight(self, timestep: Tensor, sigma: Tensor | None = None) -> Tensor:
         """The weight of the noise in a state, in units of sigma_data, from 0 to 1."""
         return torch.sin(timestep)
 
@@ -236,10 +236,10 @@ class CMSDEScheduler(OwnNoiseMixin, CMStochasticIterativeScheduler):
         """The clean sample (B, *D) that the consistency function says at `timestep`, boundary conditions included."""
         return self._clean(model_output, of_each(self._sigma(timestep), sample), sample)
 
-    def noise_weight(self, timestep: Tensor) -> Tensor:
+    def noise_weight(self, timestep: Tensor, sigma: Tensor | None = None) -> Tensor:
         """The weight of the noise in a state that is scaled to unit variance, from 0 to 1."""
-        sigma = self._sigma(timestep)
-        return sigma / (1 + sigma**2) ** 0.5
+        level = self._sigma(timestep)
+        return level / (1 + level**2) ** 0.5
 
     def _sigma(self, timestep) -> Tensor:
         """`sigma_to_t`, inverted."""

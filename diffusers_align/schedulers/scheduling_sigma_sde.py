@@ -173,6 +173,11 @@ class SigmaSDEScheduler(SDESchedulerMixin, EulerDiscreteScheduler):
     def time_range(self) -> tuple[float, float]:
         return self.space.time_range
 
+    def noise_weight(self, timestep: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """The weight of the noise in a state that is scaled to unit variance, from 0 to 1."""
+        sigma = self.space.sigma_of(timestep) if sigma is None else sigma.double()
+        return sigma * (1 + sigma.square()).rsqrt()
+
     def kernel(self, k: int) -> tuple[float, float, float]:
         """Weights of the state and of the clean sample in the mean of solver step k, and its standard deviation; 0 where there is no noise."""
         sigma, sigma_next = self.sigmas[k : k + 2].tolist()

@@ -72,6 +72,18 @@ class SDESchedulerMixin:
         """The times with the least and the most noise at which the model can be asked."""
         return 0.0, float(self.config.num_train_timesteps)
 
+    def noise_weight(self, timestep: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """The weight of the noise, from 0 to 1, in states at these times: of states of unit variance, or of flow matching's.
+
+        Args:
+            sigma: what the schedule's own table has there, where it has one; some schedules round its times. None: by the time alone.
+        """
+        table = getattr(self, "alphas_cumprod", None)
+        if table is not None:
+            return (1 - table.double()[timestep.round().long().to(table.device)]).sqrt()
+        level = timestep / self.config.num_train_timesteps if sigma is None else sigma
+        return 1 - level if self.config.get("invert_sigmas") else level
+
     def stand_in(self, timesteps: Tensor) -> None:
         """Let `timesteps` take the place of the schedule's: rows (N,) or (N, B), for single evaluations."""
         self.timesteps = timesteps.to(self.timesteps)

@@ -307,3 +307,32 @@ def test_steps_of_other_rows_than_samples_are_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"made 4 samples for 2 prompts, .*guidance_scale=1"):
         policy.rollout(None, seeds=[1, 2], per_sample=case.per_sample)
     assert len(policy.rollout(None, seeds=[1, 2], per_sample=case.per_sample, guidance_scale=1.0)) == 2
+
+
+LEVELS = {"timesteps": [999, 600, 300, 50], "sigmas": [14.6, 3.7, 1.3, 0.3]}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_a_schedule_of_ones_own_is_walked_as_by_the_pipelines_scheduler(name):
+    """Also where a script has made the twin before, and where the pipeline has one in place already."""
+    call = {**FAMILIES["sdxl"].call, name: LEVELS[name]}
+    pipeline = FAMILIES["sdxl"].build()
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    expected = torch.as_tensor(pipeline(prompt=["a fox", "a cat"], generator=generators, output_type="latent", **call)[0])
+    for scheduler in (None, sde_twin(pipeline.scheduler, eta=0.5, sde_window=(0, 2))):
+        policy = Policy(pipeline, scheduler, **call)
+        assert torch.equal(policy.rollout(["a fox", "a cat"], seeds=[3, 4], deterministic=True).final, expected)
+        assert policy.rollout(["a fox"], seeds=[3]).noisy_steps == ([0, 1, 2] if scheduler is None else [0, 1])
+    assert Policy(pipeline, **FAMILIES["sdxl"].call).rollout(["a fox"], seeds=[3]).num_steps == FAMILIES["sdxl"].call["num_inference_steps"]
+
+
+def test_a_schedule_that_no_twin_follows_is_refused_with_what_to_do():
+    pipeline = FAMILIES["sdxl"].build()
+    policy = Policy(pipeline, **FAMILIES["sdxl"].call)
+    with pytest.raises(ValueError, match=r"a EulerDiscreteScheduler walks .* takes no timesteps .*Policy\(pipe, timesteps=...\)"):
+        policy.rollout(["a fox"], seeds=[3], timesteps=LEVELS["timesteps"])
+    pipeline = FAMILIES["sdxl"].build()
+    pipeline.scheduler = stock = DDPMScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(ValueError, match=r"a DDPMScheduler walks .* takes no timesteps .*EulerDiscreteScheduler.from_config"):
+        Policy(pipeline, **FAMILIES["sdxl"].call, timesteps=LEVELS["timesteps"])
+    assert pipeline.scheduler is stock

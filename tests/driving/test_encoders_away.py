@@ -76,6 +76,16 @@ def test_each_prompt_is_encoded_once_a_run():
     assert [found.texts[row] for row in tokens] == [2] * 4, "another kind of call, with a negative prompt"
 
 
+def test_a_negative_prompt_for_all_brings_them_once_and_one_of_each_prompt_again():
+    policy, found = placed()
+    for negative in ("grey", ["grey", "blue"]):
+        visits = policy.prompt_memory.encoders.visits
+        policy.expect_prompts(PROMPTS)
+        for batch in (PROMPTS[:2], PROMPTS[2:]):
+            policy.rollout(batch, seeds=[0, 1], guidance_scale=3.0, negative_prompt=negative)
+        assert policy.prompt_memory.encoders.visits == visits + (1 if negative == "grey" else 2)
+
+
 def test_placement_changes_no_bit_and_the_memory_rounds_alone():
     finals = []
     for away in (False, True, None):

@@ -7,7 +7,7 @@ from tiny_pipelines import FAMILIES
 
 from diffusers_align import Policy
 from diffusers_align.condition import Condition
-from diffusers_align.driving.latent_layout import in_float32
+from diffusers_align.driving.latent_layout import LatentLayout, in_float32
 from tests.families.cases import CASES
 from tests.families.parts import quiet, seeded
 
@@ -71,6 +71,37 @@ def test_what_inpainting_keeps_is_the_conditions_own_for_each_sample():
     painted[0, ..., :half] = painted[1, ..., half:] = True
     assert kept.abs().max() > 0.1
     torch.testing.assert_close(latents, torch.where(painted, own, kept), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_each_sample_and_each_batch_is_looked_at_for_what_it_keeps():
+    """The first sample may keep nothing, and a call before may have kept nothing, where others do."""
+    policy, condition = of_case("StableDiffusionInpaintPipeline", "blending")
+    images, masks = some_images(3, 16, 16), condition.per_sample["mask_image"]
+    right, plain = policy.encode(images, condition), policy.pipeline.vae.encode(images * 2 - 1).latent_dist.mode() * policy.pipeline.vae.config.scaling_factor
+    whole = [torch.ones_like(mask) for mask in masks]
+
+    def encoded(policy, masks):
+        own = {**condition.per_sample, "mask_image": masks}
+        return policy.encode(images, policy.condition(condition.prompts, seeds=[11, 12], per_sample=own))
+
+    fresh, _ = of_case("StableDiffusionInpaintPipeline", "blending")
+    torch.testing.assert_close(encoded(fresh, whole), plain, rtol=1e-4, atol=1e-4)
+    mixed = encoded(fresh, [whole[0], masks[1]])
+    torch.testing.assert_close(mixed, torch.stack([plain[0], right[1]]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(encoded(fresh, masks), right)
+    shared = Policy(fresh.pipeline, **fresh.call_kwargs, image=condition.per_sample["image"][:1], mask_image=masks[:1])
+    shared.encode(images[:1])
+    torch.testing.assert_close(shared.encode(images[:1], shared.condition(condition.prompts[:1], seeds=[11])), right[:1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_pictures_that_hold_nothing_cost_no_layout_a_sample(monkeypatch):
+    policy, condition = of_case("StableDiffusionImg2ImgPipeline")
+    images, found, find = some_images(3, 16, 16), [], LatentLayout.find
+    monkeypatch.setattr(LatentLayout, "find", lambda *args: found.append(1) or find(*args))
+    first = policy.encode(images, condition)
+    assert torch.equal(policy.encode(images, condition), first) and len(found) == 1
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
-from tiny_pipelines import SMALL, stable_diffusion
+from tiny_pipelines import FAMILIES, SMALL, stable_diffusion
 
 from diffusers_align import Policy
 from diffusers_align.driving import prompt_form
@@ -41,8 +41,53 @@ def test_one_prompt_and_its_generator_are_given_as_such(policy):
     expected = Policy(stable_diffusion(), **SMALL).rollout([">a cat"], seeds=[1], negative_prompt="grey").final
     for _ in range(2):
         assert torch.equal(policy.rollout(["a cat"], seeds=[1], per_sample={"negative_prompt": ["grey"]}).final, expected)
-    assert OneString.refusals == 1
+    assert OneString.refusals == 2  # as it is and with the negative prompt as a string; from then on never
     assert policy.prompt_features(policy.condition(["a cat"])).shape[0] == 1
+
+
+def test_what_was_refused_is_known_outside_of_the_call(policy):
+    other = Policy(stable_diffusion(OneString), **SMALL)
+    with patch.object(prompt_form, "_declares_a_string", lambda calls: False):
+        assert not prompt_form.takes_one_prompt(policy.calls)
+        policy.rollout(["a cat"], seeds=[1])
+        assert prompt_form.takes_one_prompt(policy.calls) and prompt_form.takes_one_prompt(other.calls)
+        stock = Policy(stable_diffusion(), **SMALL)
+        stock.rollout(["a cat"], seeds=[1])
+        assert not prompt_form.takes_one_prompt(stock.calls)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "qwen_image"])
+def test_a_string_stands_for_each_samples_own(family):
+    """Whether the pipeline repeats it or not; and says nothing of what it takes."""
+    build, call = FAMILIES[family].build, {**FAMILIES[family].call, "num_inference_steps": 2}
+    call.pop("negative_prompt", None)
+    with patch.object(prompt_form, "_SINGLE", type(prompt_form._SINGLE)()):
+        for prompts in (["a cat"], ["a cat", "a dog"]):
+            seeds = list(range(len(prompts)))
+            expected = Policy(build(), **call).rollout(prompts, seeds=seeds, negative_prompt=["grey"] * len(prompts)).final
+            policy = Policy(build(), **call, negative_prompt="grey")
+            assert torch.equal(policy.rollout(prompts, seeds=seeds).final, expected)
+            assert not prompt_form.takes_one_prompt(policy.calls)
+
+
+def test_a_list_beside_the_prompts_that_is_refused_is_not_the_prompts():
+    class OneNegative(StableDiffusionPipeline):
+        @torch.no_grad()
+        def __call__(self, prompt, *, num_inference_steps=2, guidance_scale=3.0, generator=None, negative_prompt=None, output_type="pil"):
+            if isinstance(negative_prompt, list):
+                raise TypeError("no list")
+            call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "output_type": output_type}
+            return StableDiffusionPipeline.__call__.__wrapped__(self, prompt, negative_prompt=[negative_prompt] * len(prompt), generator=generator, **call)
+
+    with patch.object(prompt_form, "_SINGLE", type(prompt_form._SINGLE)()):
+        policy = Policy(stable_diffusion(OneNegative), num_inference_steps=2)
+        expected = Policy(stable_diffusion(), num_inference_steps=2).rollout(["a cat"], seeds=[1], negative_prompt="grey", guidance_scale=3.0).final
+        for given in ({"negative_prompt": "grey"}, {"negative_prompt": ["grey"]}):
+            assert torch.equal(policy.rollout(["a cat"], seeds=[1], **given).final, expected)
+        assert not prompt_form.takes_one_prompt(policy.calls)
+        policy.rollout(["a cat", "a dog"], seeds=[1, 2], negative_prompt="grey")
+        with pytest.raises(TypeError, match="no list"):
+            policy.rollout(["a cat", "a dog"], seeds=[1, 2], negative_prompt=["grey", "blue"])
 
 
 def test_several_prompts_are_refused_in_words(policy):

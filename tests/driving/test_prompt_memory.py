@@ -49,7 +49,7 @@ def test_a_damaged_file_is_encoded_again(tmp_path):
 class Encoder:
     """A pipeline's side of `encode_prompt`."""
 
-    dtype, device, _execution_device = torch.float32, torch.device("cpu"), torch.device("cpu")
+    dtype, device, _execution_device, components = torch.float32, torch.device("cpu"), torch.device("cpu"), {}
 
     def __init__(self, result):
         self.result, self.asked = result, []

@@ -66,8 +66,7 @@ def test_a_step_is_a_call_of_the_scheduler():
 def test_the_stock_solver_of_an_sde_pipeline_is_its_deterministic_one():
     it = subject("sd3")
     pipeline = Subject("sd3").policy.pipeline
-    pipeline.scheduler = sde_twin(pipeline.scheduler)  # without a memory of whose place it takes: the pipeline came with it
-    pipeline.scheduler.replaced = None
+    pipeline.scheduler = sde_twin(pipeline.scheduler)
     second = Policy(pipeline, **it.family.call)
     with stock_solver(second):
         assert second.scheduler.deterministic

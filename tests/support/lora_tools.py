@@ -1,6 +1,9 @@
 """LoRAs that were trained a little, and what a pipeline draws with them."""
 
 import torch
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from tiny_pipelines import FAMILIES
 from torch import nn
 
@@ -36,6 +39,17 @@ def trained(pipeline, name, folder, **lora_config):
     moved(policy.add_lora(rank=4, **lora_config))
     policy.save_lora(folder)
     return drawn(stock(policy), name)
+
+
+def with_text_encoder(folder):
+    """A file for Stable Diffusion's denoiser and its text encoder, as other tools write it."""
+    pipeline, targets = FAMILIES["sd15"].build(), {"unet": ["to_q", "to_v"], "text_encoder": ["q_proj", "v_proj"]}
+    torch.manual_seed(0)
+    for name, layers in targets.items():
+        getattr(pipeline, name).add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=layers, init_lora_weights=False))
+    states = {name: get_peft_model_state_dict(getattr(pipeline, name)) for name in targets}
+    pipeline.save_lora_weights(folder, convert_state_dict_to_diffusers(states["unet"]), states["text_encoder"])
+    return drawn(pipeline, "sd15")
 
 
 # --- wrappers ----------------------------------------------------------------------------------------------------------

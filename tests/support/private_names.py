@@ -11,6 +11,7 @@ PRIVATE = re.compile(r"_[A-Za-z]\w*")
 # Private names of other libraries that we read, by what they are; docs/patches.md says where, and what breaks it.
 UPSTREAM = {
     "_modules": "torch: the parts of a module",
+    "_parameters": "torch: the weights of a module itself",
     "_forward_hooks": "torch: hooks of a module",
     "_forward_pre_hooks": "torch: hooks of a module",
     "_orig_mod": "torch: what torch.compile wraps",

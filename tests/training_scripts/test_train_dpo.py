@@ -5,6 +5,7 @@ import json
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -17,9 +18,11 @@ from diffusers_align import embedded
 from diffusers_align.algorithms.diffusion_dpo import diffusion_dpo_loss
 from diffusers_align.algorithms.diffusion_sdpo import safeguard_scale, scale_gradient
 from diffusers_align.algorithms.dspo import dspo_loss
+from diffusers_align.condition import Condition
+from diffusers_align.data import LazyImage, TensorCache
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.policy import Policy
-from diffusers_align.training.offline.data_latents import Position, image_shape
+from diffusers_align.training.offline.data_latents import LatentImages, Position, _held_by, image_shape
 from diffusers_align.training.offline.descent import Measured, Reference, descend, measure
 from diffusers_align.training.offline.loop import OfflineTraining, load_policy
 from diffusers_align.training.offline.noised_latents import predict, predict_together
@@ -27,6 +30,8 @@ from diffusers_align.training.offline.pairs_and_batches import Examples, pairs_o
 from diffusers_align.training.offline.rows import load_rows
 from diffusers_align.training.run.costs import Cost
 from diffusers_align.training.run.run import Run
+from tests.families.cases import CASES
+from tests.families.parts import quiet
 
 torch.set_num_threads(1)
 CAPTIONS = ("a cat", "two dogs", "a green apple", "a cat", "three birds", "a cat on grass")
@@ -497,6 +502,29 @@ def test_cached_latents_are_equal_and_encoded_once(task, tmp_path, monkeypatch):
     for calls in ([4, 4], [4, 4]):
         assert torch.equal(cached.latents(images, places, condition), expected)
         assert encoded == calls
+
+
+def test_cached_latents_are_a_rows_own_where_it_keeps_a_part(tmp_path):
+    """Two rows of one picture that were painted into other pictures, elsewhere; without such inputs keys are what they were."""
+    case = next(case for case in CASES["StableDiffusionInpaintPipeline"] if case.variant == "blending")
+    policy = Policy(quiet(case.build()), **case.call)
+    pictures = [Image.effect_noise((16, 16), 90).convert("RGB") for _ in range(3)]
+    masks = [Image.fromarray(np.kron(np.array([row], np.uint8), np.full((16, 8), 255, np.uint8))) for row in ([0, 1], [1, 0])]
+    latents = object.__new__(LatentImages)
+    latents.args, latents.policy, latents.shape = argparse.Namespace(random_crop=False, random_flip=False, seed=0), policy, torch.Size([3, 16, 16])
+
+    def encoded(cache):
+        latents.cache = cache
+        conditions = [policy.condition(["a"], seeds=[1], per_sample={"image": [pictures[i]], "mask_image": [masks[i]]}) for i in range(2)]
+        return torch.cat([latents([LazyImage(pictures[2])], [Position(i, i, 0)], condition) for i, condition in enumerate(conditions)])
+
+    expected = encoded(None)
+    assert not torch.equal(expected[0], expected[1])
+    for _ in range(2):
+        assert torch.equal(encoded(TensorCache(tmp_path, "model")), expected)
+    assert TensorCache(tmp_path, "model").size()[0] == 2
+    plain = policy.condition(["a"], seeds=[1], per_sample={"image": pictures[:1], "mask_image": masks[:1]})
+    assert _held_by(plain, 0) and _held_by(Condition(["a"], per_sample={"negative_prompt": ["b"]}), 0) == []
 
 
 def test_later_epochs_and_runs_encode_nothing(task, tmp_path, monkeypatch):

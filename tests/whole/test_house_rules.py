@@ -253,6 +253,7 @@ TESTED_WITH = {
     "checks/given_names": "training/run/test_model_loading",
     "driving/arguments": "driving/test_driver",
     "driving/denoisers": "driving/test_wrappers",
+    "driving/prompt_rows": "driving/test_prompt_memory",
     "driving/replacements": "whole/test_patches",
     "driving/scheduler_hook": "driving/test_driver",
     "driving/tape": "whole/test_precision",

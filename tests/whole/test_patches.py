@@ -258,6 +258,7 @@ def test_torch_keeps_parts_and_hooks_where_we_look():
     module, row = nn.Sequential(nn.Linear(1, 1)), "Attributes that a call leaves behind"
     for name in ("_modules", "_forward_hooks", "_forward_pre_hooks"):
         holds(isinstance(module.__dict__.get(name), dict), row, f"torch.nn.Module keeps no {name} any more.")
+    holds(isinstance(module[0].__dict__.get("_parameters"), dict), "_modules", "torch.nn.Module keeps no _parameters any more.")
     holds(isinstance(torch.zeros(1)._version, int), "_version", "Tensors count no versions any more.")
     for name in ("tree_flatten", "tree_unflatten", "tree_leaves", "tree_map", "tree_map_only"):
         holds(hasattr(torch.utils._pytree, name), "_pytree", f"torch.utils._pytree has no {name} any more.")

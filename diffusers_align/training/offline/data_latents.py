@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from ...condition import Condition
-from ...data import LazyImage, Prompt, TensorCache, key_of
+from ...condition import Condition, belongs_to_samples
+from ...data import LazyImage, Prompt, TensorCache, inputs, key_of
 from ...data.augment import Augmentation, draw_augmentations, to_tensor
 from ...driving.outcome import images_of
 from ...driving.scheduler_hook import Step
@@ -77,9 +79,18 @@ class LatentImages:
         if self.cache is None:
             latents = encode(list(range(len(images))))
         else:
-            latents = self.cache.get_or_compute([key_of(image.content_hash(), change.key) for image, change in zip(images, changes)], encode)
+            own = [_held_by(condition, i) for i in range(len(images))]
+            keys = [key_of(image.content_hash(), change.key, *beside) for image, change, beside in zip(images, changes, own)]
+            latents = self.cache.get_or_compute(keys, encode)
         return torch.stack(latents).to(self.policy.device)
 
     def _augmentation(self, place: Position) -> Augmentation:
         options = {"random_crop": self.args.random_crop, "random_flip": self.args.random_flip}
         return draw_augmentations(1, seed=self.args.seed, epoch=place.epoch, row=place.row, **options)[0]
+
+
+def _held_by(condition: Condition, i: int) -> list[str]:
+    """What the latents of a sample depend on beside its image, in a list: what the condition may hold in the place of it, such as a region that is kept.
+    Empty where there is nothing of the kind."""
+    own = {name: value[i] for name, value in condition.per_sample.items() if not belongs_to_samples(name)}
+    return [content] if (content := inputs.key_of(tree_map(lambda x: LazyImage(x) if isinstance(x, Image) else x, own), content=True)) else []

@@ -87,7 +87,7 @@ def noised_examples(args, accelerator, policy: Policy, rows: list[dict], kind: s
             clean = noising.forward.to_x0(predict(run, policy, side), side.x_t, side.t).to(x0.dtype)
             images = (policy.decode(clean, condition).float() * 255).round().byte().cpu()
             images = images[:, 0] if images.ndim == 5 else images
-            for (row, _), image, level in zip(part, images, noising.forward.sigma(side.t).tolist()):
+            for (row, _), image, level in zip(part, images, policy.scheduler.noise_weight(side.t).tolist()):
                 example = found[draw][row]
                 example.noise_level = level
                 example.pictures.append(Picture((draw, row, len(example.pictures)), lambda image=image: image.float() / 255))

@@ -182,13 +182,8 @@ def _score_candidates(args, policy: Policy, scorer: Scorer, candidates: Candidat
 
 def noise_levels(scheduler, trajectory: Trajectory) -> list[float]:
     """The weight of the noise, in [0, 1], in the state after each step: what rewards that want it get as the column `noise_level`."""
-    if hasattr(scheduler, "noise_weight"):
-        return [*(float(scheduler.noise_weight(t)) for t in trajectory.timesteps[1:]), 0.0]
-    if trajectory.sigmas.isnan().any():  # a table of noise: diffusion
-        alphas_cumprod = scheduler.alphas_cumprod[trajectory.timesteps[1:].round().long().to(scheduler.alphas_cumprod.device)]
-        return [*(1 - alphas_cumprod.double()).sqrt().tolist(), 0.0]
-    sigmas = 1 - trajectory.sigmas if scheduler.config.invert_sigmas else trajectory.sigmas
-    return [*sigmas[1:].tolist(), 0.0]
+    sigmas = None if trajectory.sigmas.isnan().any() else trajectory.sigmas[1:]
+    return [*scheduler.noise_weight(trajectory.timesteps[1:], sigmas).tolist(), 0.0]
 
 
 def _picked(drawn: Tensor, choice: Tensor) -> Tensor:

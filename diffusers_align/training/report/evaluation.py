@@ -97,11 +97,8 @@ def path_kl(policy: Policy, prompts: list[Prompt | str], seeds: list[int]) -> tu
     from above, which is why DPOK (https://arxiv.org/abs/2305.16381) penalises it.
 
     Raises:
-        ValueError: no step has noise, the policy has no LoRA, or the adapters reach beyond the denoisers, where `policy.reference` does not.
+        ValueError: no step has noise, or the policy has no LoRA.
     """
-    others = [name for name, module in policy.pipeline.components.items() if name not in policy.denoisers and isinstance(module, nn.Module)]
-    if adapted := [name for name in others if lora.layers_of(getattr(policy.pipeline, name))]:
-        raise ValueError(f"The KL is that of the denoiser, but the LoRA changes {', '.join(adapted)} as well: leave it out with --kl_samples 0.")
     trajectory = policy.rollout(condition_of(policy, prompts, seeds=seeds))
     if not trajectory.stochastic.any():
         raise ValueError("No step has noise, so the path KL does not exist: raise --noise_level or --eta, or leave it out with --kl_samples 0.")

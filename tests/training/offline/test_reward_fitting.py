@@ -6,13 +6,14 @@ from argparse import Namespace
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, EDMEulerScheduler, EulerDiscreteScheduler, FlowMapEulerDiscreteScheduler
 from script_tools import load_script, run_script, write_task
 
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.rewards import load_reward
 from diffusers_align.rewards.learned import Head, LearnedReward, RewardModel
 from diffusers_align.rl.pair_losses import pair_loss, plackett_luce_loss
-from diffusers_align.schedulers import DDIMSDEScheduler, FlowMatchSDEScheduler
+from diffusers_align.schedulers import DDIMSDEScheduler, FlowMatchSDEScheduler, sde_twin
 from diffusers_align.training.offline.reward_fitting import Example, Logits, Picture, comparisons, fit, judge
 from diffusers_align.training.online.step_candidates import noise_levels
 from diffusers_align.training.report.pictures import to_pil
@@ -170,6 +171,26 @@ def test_levels_of_spos_candidates_are_those_of_the_forward_process():
         found = noise_levels(scheduler, Namespace(timesteps=scheduler.timesteps.float(), sigmas=sigmas))
         assert found[-1] == 0 and found == sorted(found, reverse=True)
         assert found[:-1] == pytest.approx(ForwardProcess(scheduler).sigma(scheduler.timesteps[1:]).tolist(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["euler karras", "dpm exponential", "edm", "flow map"])
+def test_levels_off_the_table_are_weights_too(name):
+    """Of noise beyond 1 as well: the share of it in a state of unit variance. Candidates and examples of training alike."""
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    stock = {
+        "euler karras": lambda: EulerDiscreteScheduler.from_config(config, use_karras_sigmas=True),
+        "dpm exponential": lambda: DPMSolverMultistepScheduler.from_config(config, use_exponential_sigmas=True),
+        "edm": lambda: EDMEulerScheduler(sigma_max=80.0),
+        "flow map": lambda: FlowMapEulerDiscreteScheduler(shift=3.0),
+    }[name]()
+    scheduler = sde_twin(stock)
+    scheduler.set_timesteps(5)
+    stock.set_timesteps(5)
+    flow, sigmas = name == "flow map", stock.sigmas[:5].double()
+    found = noise_levels(scheduler, Namespace(timesteps=scheduler.timesteps[:5].float(), sigmas=getattr(scheduler, "levels", scheduler.sigmas)[:5]))
+    expected = (sigmas if flow else sigmas / (1 + sigmas**2).sqrt())[1:]
+    assert found == pytest.approx([*expected.tolist(), 0.0], abs=1e-5) and 1 > max(found) and found == sorted(found, reverse=True)
+    assert scheduler.noise_weight(scheduler.timesteps[1:5]).tolist() == pytest.approx(expected.tolist(), abs=1e-2)  # some of these times are rounded
 
 
 LEVELS = """
