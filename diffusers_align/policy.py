@@ -36,8 +36,7 @@ class Policy(Driver):
     """Wraps a pipeline. Its parameters are frozen and in evaluation mode; `add_lora` adds what can be trained.
 
     Args:
-        pipeline: any diffusers pipeline, classic or modular. It keeps its scheduler, so that its own call samples as ever, with the LoRA; calls of the
-            policy have the SDE scheduler, of several each its own.
+        pipeline: any diffusers pipeline, classic or modular. It keeps its scheduler: its own call samples as ever, with the LoRA.
         scheduler: an SDE scheduler; the SDE twin of the pipeline's own by default.
         call_kwargs: arguments of every call (`num_inference_steps`, `guidance_scale`, `height` ...), which a method's own
             override.

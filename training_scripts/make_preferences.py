@@ -103,7 +103,7 @@ from diffusers_align.training.report.pictures import given_pictures, grid, save,
 from diffusers_align.training.run.inputs import batches_by_size, condition_of, inputs_of
 from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
 
-# What an image depends on besides its prompt and the LoRA's weights: a folder holds images of one such setting. The flags that are left out change rounding alone.
+# What an image depends on besides its prompt and the LoRA's weights: a folder holds images of one such setting. The flags left out change rounding alone.
 SAMPLING = [*(name for name in options_of(DrawingArguments) if name not in ("config", "batch_size", "vae_slicing")), "input_columns"]
 
 

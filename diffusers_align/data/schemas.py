@@ -108,7 +108,9 @@ SCHEMAS = (
     Schema("chosen/rejected", "pair", ("prompt", "chosen", "rejected"), partial(_preferred, "chosen", "rejected")),
     Schema("open-image-preferences (Argilla)", "pair", ("images", "preference.responses"), _argilla),
     Schema("HPDv1/HPDv2 train", "ranked", ("prompt", "file_path", "human_preference"), _human_preference_dataset),
-    Schema("HPDv2 test", "ranked", ("prompt", "image_path", "rank"), partial(_ranked, "image_path", "rank"), lambda row: isinstance(parsed(row.get("rank")), list)),
+    Schema(
+        "HPDv2 test", "ranked", ("prompt", "image_path", "rank"), partial(_ranked, "image_path", "rank"), lambda row: isinstance(parsed(row.get("rank")), list)
+    ),
     Schema("ImageRewardDB", "ranked", ("prompt_id", "prompt", "image_path", "rank"), partial(_ranked_alone, "image_path")),
     Schema("ImageRewardDB", "ranked", ("prompt_id", "prompt", "image", "rank"), partial(_ranked_alone, "image")),
     Schema("ImageReward groups", "ranked", ("prompt", "generations", "ranking"), partial(_ranked, "generations", "ranking")),

@@ -83,7 +83,9 @@ def call(reward: Callable, images: Tensor, prompts: list[str], columns: Mapping[
     if isinstance(reward, str):
         raise TypeError(f"A reward is called here, and {reward!r} is a name: load_reward({reward!r}) makes the reward of it.")
     if not isinstance(images, Tensor):
-        raise TypeError(f"Images are a tensor (B, 3, H, W) of floats in [0, 1], got a {type(images).__name__}. `output_type='pt'` of a pipeline's call makes them.")
+        raise TypeError(
+            f"Images are a tensor (B, 3, H, W) of floats in [0, 1], got a {type(images).__name__}. `output_type='pt'` of a pipeline's call makes them."
+        )
     if images.ndim not in (3, 4, 5):
         raise ValueError(f"Images are (B, 3, H, W), videos (B, F, 3, H, W), sounds (B, C, T), got the shape {tuple(images.shape)}.")
     if not images.is_floating_point():

@@ -16,7 +16,6 @@ from . import web
 from .base import RewardError
 from .wire import FORMATS, decode_scores, encode_request
 
-
 SERVED: dict[str, str] = {}  # what the servers said that were asked by this process, by address: the reward's name, and a hash of its source
 
 

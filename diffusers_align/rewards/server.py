@@ -114,7 +114,8 @@ class RewardServer(ThreadingHTTPServer):
         self, reward, host: str = "127.0.0.1", port: CountOrNone = 0, *, content: str | None = None, device="cpu", max_body: Count = MAX_BODY_MB * 2**20,
         max_waiting: Count = MAX_WAITING, patience: Positive = 10.0, deadline: Positive = 240.0,
     ):  # fmt: skip
-        self.reward, self.content, self.device, self.max_body, self.patience, self.deadline = reward, content, torch.device(device), max_body, patience, deadline
+        self.reward, self.content = reward, content
+        self.device, self.max_body, self.patience, self.deadline = torch.device(device), max_body, patience, deadline
         self.connections, self.bodies = threading.BoundedSemaphore(MAX_CONNECTIONS), Room(MAX_BODIES * max_body)
         self.turns, self.parsing = Turns(), {large: threading.Lock() for large in (False, True)}
         self.places = {large: threading.BoundedSemaphore(max_waiting) for large in (False, True)}

@@ -130,7 +130,7 @@ class EarlyStop:
     def _value(self, evaluation: Evaluation) -> float:
         """What is to rise: the held-out reward; without one, the epoch, so that the latest weights that are good enough are the best.
 
-        It is the first mean and the paired gain over it, which is the mean itself where all images have a score: with fewer of them it is no other images' mean.
+        It is the first mean and the paired gain over it: the mean itself where all images have a score, and no mean of other images where some have none.
         """
         if self._metric is None:
             return self.seen

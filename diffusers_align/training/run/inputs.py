@@ -41,12 +41,13 @@ def inputs_of(args) -> Inputs | None:
 
 def columns_of_the_call(prompts: Sequence[Prompt], policy: Policy) -> list[str]:
     """That prompts have columns of the names of the call's arguments which are not handed to it, in words; nothing where there are none."""
-    found = {name: None for prompt in prompts for name in prompt.columns if name in policy.parameters and name not in {*prompt.inputs, *policy.call_kwargs}}
+    taken = [(name, {*prompt.inputs, *policy.call_kwargs}) for prompt in prompts for name in prompt.columns if name in policy.parameters]
+    found = dict.fromkeys(name for name, handed in taken if name not in handed)
     if not found:
         return []
     names, one = " ".join(found), len(found) == 1
     return [
-        f"The prompt file has the column{'' if one else 's'} {', '.join(found)}, and the call of {type(policy.pipeline).__name__} takes arguments of that name: "
+        f"The prompt file has the column{'' if one else 's'} {', '.join(found)}, and the call of {type(policy.pipeline).__name__} takes arguments so named: "
         f"rewards alone get {'it' if one else 'them'}. --input_columns {names} hands {'it' if one else 'them'} to the pipeline as well."
     ]
 

@@ -19,7 +19,12 @@ def test_only_held_out_prompts_are_called_so(judged, expected):
 
 def test_rewards_go_by_their_own_names_and_missing_scores_are_told():
     nan, two = math.nan, torch.tensor([0.25, 0.75])
-    scores = {"reward": two, "reward/count": torch.tensor([0.5, nan]), "reward/position": torch.tensor([nan, nan]), "rewards.py:judge": torch.tensor([nan, 1.0])}
+    scores = {
+        "reward": two,
+        "reward/count": torch.tensor([0.5, nan]),
+        "reward/position": torch.tensor([nan, nan]),
+        "rewards.py:judge": torch.tensor([nan, 1.0]),
+    }
     evaluation = Evaluation(["a", "b"], [0, 1], [], scores)
     found = _summary(evaluation, "scene_score", ["reward", "rewards.py:judge"])
     assert found == "scene_score 0.5000 ± 0.2500, scene_score/count 0.5000, rewards.py:judge 1.0000 (1 of 2 without a score)"
