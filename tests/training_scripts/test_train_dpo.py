@@ -20,6 +20,7 @@ from diffusers_align.algorithms.diffusion_sdpo import safeguard_scale, scale_gra
 from diffusers_align.algorithms.dspo import dspo_loss
 from diffusers_align.condition import Condition
 from diffusers_align.data import LazyImage, TensorCache
+from diffusers_align.driving import prompt_form
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.policy import Policy
 from diffusers_align.training.offline.data_latents import LatentImages, Position, _held_by, image_shape
@@ -206,8 +207,8 @@ def test_pipelines_of_one_prompt_see_side_after_side(task, tmp_path, monkeypatch
     monkeypatch.setattr(
         Policy, "predict", lambda self, x, t, condition, guidance=False: (asked.append(len(x)), predict_all(self, x, t, condition, guidance))[1]
     )
-    for single, expected in ((False, [8]), (True, [4, 4])):
-        monkeypatch.setattr("diffusers_align.training.offline.descent.takes_one_prompt", lambda calls, single=single: single)
+    for refused, expected in (((), [8]), (("others",), [8]), (("texts",), [4, 4])):
+        monkeypatch.setitem(prompt_form._SINGLE, type(policy.pipeline), refused)
         asked.clear()
         measure(run, policy, *sides)
         assert asked == expected
