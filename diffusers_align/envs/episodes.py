@@ -162,7 +162,7 @@ class Episodes:
 
     def _go(self, start: Particles | None, drawn: Tensor | None) -> None:
         rows, stop = list(range(len(self.rows))), self.left.pop(0) if self.left else None
-        with torch.no_grad():
+        with torch.no_grad(), self.task.policy.schedulers_in_place():
             self.at = self.walk.advance(rows, start, stop, drawn=drawn)
             if self.task.num_candidates is not None:
                 self.candidates = torch.stack([self._candidates(i) for i in rows])
@@ -195,7 +195,7 @@ class Episodes:
 
     def _judged(self) -> Tensor:
         """Rewards (B,) of what the predicted clean samples are like; of the samples, at the end."""
-        with torch.no_grad():
+        with torch.no_grad(), self.task.policy.schedulers_in_place():
             return self.task.judge(self.walk.decode(self.at, list(range(len(self.rows)))), self.rows).float().cpu()
 
 
