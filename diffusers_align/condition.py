@@ -83,6 +83,16 @@ class Condition:
         number = {"batch_size": len(self)} if "batch_size" in accepted and "prompt" not in accepted else {}
         return {**number, **self.kwargs, **own, **prompt}
 
+    def of_samples(self, number: int, what: str) -> Condition:
+        """Itself.
+
+        Raises:
+            ValueError: it is of another number of samples than `what` there are.
+        """
+        if len(self) != number:
+            raise ValueError(f"The condition is of {len(self)} samples, the {what} of {number}: give a condition with one prompt for each of them.")
+        return self
+
     def select(self, index: list[int]) -> Condition:
         """The condition of the samples `index`, in that order; a sample may come more than once."""
         index = positions(index)

@@ -19,9 +19,10 @@ from .condition import Condition
 from .driving.chains import SEVERAL_CHAINS, Chains
 from .driving.driver import Driver, seeded
 from .driving.forwards import Forwards
-from .driving.latent_layout import LatentLayout, check_images, holds_a_part
+from .driving.latent_layout import Layouts, check_images
 from .driving.noise import noise_seed
 from .driving.outcome import Outcome, by_sample, check_seen, images_of, outcome, sampling_rate_of
+from .driving.parts import components_of
 from .driving.prediction import Prediction
 from .driving.reproducibility import CarriedState, check_first_steps
 from .driving.scheduler_hook import Step
@@ -47,7 +48,7 @@ class Policy(Driver):
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
-        self._layout: LatentLayout | None = None
+        self._layouts = Layouts(self)
         self._prediction = Prediction(self)
         self._carried, self.compared = CarriedState(self), False
 
@@ -126,7 +127,7 @@ class Policy(Driver):
         wanted = set(trajectory.noisy_steps if steps is None else steps)
         for k in wanted:
             check_value("steps", k, Annotated[int, Range(0, trajectory.num_steps - 1)])
-        condition = _of_samples(condition or trajectory.condition, len(trajectory), "trajectory")
+        condition = (condition or trajectory.condition).of_samples(len(trajectory), "trajectory")
         self._carried.refuse(trajectory, wanted)
         (forwards.force if forwards else force)(self, trajectory, on_step, wanted, condition)
 
@@ -252,7 +253,7 @@ class Policy(Driver):
     def _decoded(self, parts: list[Tensor], condition: Condition | None) -> tuple[Any, bool]:
         """The pipeline's output for what each scheduler's steps lead to (B, K, *D), the last of which stands for those beyond; and whether those are all
         the schedulers that it steps."""
-        condition = _of_samples(condition or self.any_condition(len(parts[0])), len(parts[0]), "latents")
+        condition = (condition or self.any_condition(len(parts[0]))).of_samples(len(parts[0]), "latents")
         missing, chains, portions = set(), Chains(), {0}
 
         def put(step: Step) -> Tensor:
@@ -294,14 +295,7 @@ class Policy(Driver):
                 that holds a part, of another number of samples.
         """
         check_images(images)
-        known = self._layout is not None and self._layout.image_shape == images.shape[1:]
-        condition = self.any_condition(len(images)) if condition is None and not known else condition
-        if condition is not None and holds_a_part(self, condition):  # each sample its own
-            rows = [condition.select([i]) for i in range(len(_of_samples(condition, len(images), "images")))]
-            return torch.cat([LatentLayout.find(self, row, image[None]).encode(image[None]) for row, image in zip(rows, images)])
-        if not known:
-            self._layout = LatentLayout.find(self, condition.select([0]), images[:1])
-        return self._layout.encode(images)
+        return self._layouts.encode(images, condition)
 
     # --- weights ---------------------------------------------------------------------------------------------------
 
@@ -326,10 +320,4 @@ class Policy(Driver):
         What a file has for text encoders is off, too: prompts are encoded as that model does. Adapters of others, such as a style that
         `pipe.load_lora_weights` brought before, belong to that model and stay.
         """
-        return lora.disabled([part for part in self.pipeline.components.values() if isinstance(part, nn.Module)], lora.ADAPTER)
-
-
-def _of_samples(condition: Condition, number: int, what: str) -> Condition:
-    if len(condition) != number:
-        raise ValueError(f"The condition is of {len(condition)} samples, the {what} of {number}: give a condition with one prompt for each of them.")
-    return condition
+        return lora.disabled([part for part in components_of(self.pipeline).values() if isinstance(part, nn.Module)], lora.ADAPTER)

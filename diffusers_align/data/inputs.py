@@ -4,6 +4,7 @@ rewards alone look at."""
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -98,7 +99,7 @@ class Inputs:
             return value
         if isinstance(value, (list, tuple)):
             return [self._value(argument, column, part, root, changes) for part in value]
-        if isinstance(value, str) and column not in self.pictures and not (root / value).is_file() and (number := _number(value)) is not None:
+        if isinstance(value, str) and column not in self.pictures and not os.path.isfile(root / value) and (number := _number(value)) is not None:
             return number
         if isinstance(value, str):
             value = {"path": value}

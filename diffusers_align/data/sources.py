@@ -223,4 +223,8 @@ class _Named(Sequence):
         if isinstance(feature, dict):
             return {name: self._of(part, feature[name]) for name, part in value.items()}
         inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-        return value if inner is None else [self._of(part, inner) for part in value]
+        if inner is None:
+            return value
+        if isinstance(value, dict):  # older datasets have a list of objects as an object of lists
+            return {name: [self._of(part, inner[name]) for part in parts] for name, parts in value.items()}
+        return [self._of(part, inner) for part in value]

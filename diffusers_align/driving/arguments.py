@@ -85,7 +85,7 @@ def check_levels(call: dict[str, Any], scheduler: Any, stock: Any) -> None:
         else:
             what_to_do = (
                 f"give num_inference_steps in their place, or the pipeline a scheduler that takes {name} and has levels of its own: "
-                "pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)"
+                "pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config), before the policy is made"
             )
         raise ValueError(f"A policy on a {type(stock).__name__} walks its table in even steps, and takes no {name} of one's own: {what_to_do}.")
 

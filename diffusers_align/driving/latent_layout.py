@@ -186,14 +186,54 @@ class _Tail:
             return self.driver.drive(self.condition, put, needs_denoiser=lambda k: False, output_type=output_type)
 
 
+class Layouts:
+    """The layouts of a driver's pipeline, each found once: for a size of images and the names of the pictures that the call gets beside the prompts.
+
+    Of one picture, a call keeps the same part whatever it shows (the first frame of a video, or nothing). What it keeps of several may lie in one of them, a
+    mask: then each condition is looked at.
+    """
+
+    def __init__(self, driver: Driver):
+        self._driver, self._known = driver, {}
+
+    def encode(self, images: Tensor, condition: Condition | None) -> Tensor:
+        """Images (B, 3, H, W) or (B, F, 3, H, W) in [0, 1] to the pipeline's latents; None: under a condition that has nothing but the driver's own arguments.
+
+        Raises:
+            ValueError: see `LatentLayout.find`; a condition that holds a part, of another number of samples.
+        """
+        given = _pictures(self._driver.call_kwargs if condition is None else {**condition.kwargs, **condition.per_sample})
+        place = tuple(images.shape[1:]), given
+        if place in self._known and len(given) < 2:
+            return self._known[place].encode(images)
+        condition = condition or self._driver.any_condition(len(images))
+        first = None
+        if not (len(given) > 1 and holds_a_part(self._driver, condition)):
+            first = self._known.get(place) or LatentLayout.find(self._driver, condition.select([0]), images[:1])
+            if not first.held.any():
+                self._known[place] = first
+                return first.encode(images)
+        rows = [condition.of_samples(len(images), "images").select([i]) for i in range(len(images))]  # each sample holds its own
+        layouts = [first if i == 0 and first else LatentLayout.find(self._driver, row, images[i : i + 1]) for i, row in enumerate(rows)]
+        return torch.cat([own.encode(image[None]) for own, image in zip(layouts, images)])
+
+
+def _pictures(arguments: dict[str, Any]) -> tuple[str, ...]:
+    """The names of arguments that have pictures or tensors, of those that are not one a prompt by diffusers' own convention."""
+
+    def is_one(x: Any) -> bool:
+        return isinstance(x, Tensor) or hasattr(x, "getpixel") or hasattr(x, "__array__")
+
+    return tuple(sorted(name for name, value in arguments.items() if not belongs_to_samples(name) and any(map(is_one, pytree.tree_leaves(value)))))
+
+
 @torch.no_grad()
 def holds_a_part(driver: Driver, condition: Condition) -> bool:
-    """Whether a condition with pictures or tensors beside its prompts holds a part of what is decoded of any of its samples: two calls that end where the
-    decoding begins. Yes also where the pipeline decodes its samples apart, and only the first was seen."""
-    given = {name: value for name, value in {**condition.kwargs, **condition.per_sample}.items() if not belongs_to_samples(name)}
-    vae = getattr(driver.pipeline, "vae", None)
-    if vae is None or not any(isinstance(x, Tensor) or hasattr(x, "getpixel") or hasattr(x, "__array__") for x in pytree.tree_leaves(given)):
+    """Whether a condition holds a part of what is decoded of any of its samples: two calls that end where the decoding begins. Yes also where the pipeline
+    decodes its samples apart, and only the first was seen."""
+    if getattr(driver.pipeline, "vae", None) is None:
         return False
+    vae = driver.pipeline.vae
     condition = condition if condition.seeds is not None else replace(condition, seeds=list(range(len(condition))))
 
     def received(value: float) -> Tensor | None:
@@ -212,7 +252,7 @@ def holds_a_part(driver: Driver, condition: Condition) -> bool:
         return found[0] if found else None
 
     zeros, ones = received(0.0), received(1.0)
-    return zeros is not None and (len(zeros) != len(condition) or bool((zeros == ones).any()))
+    return zeros is not None and (len(zeros) % len(condition) != 0 or bool((zeros == ones).any()))
 
 
 def _probe_index(tail: _Tail, number: int, shift: Tensor, scale: Tensor, held: Tensor, bits: int) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
@@ -18,8 +18,10 @@ from .pipeline_state import own_arguments
 # Classes whose call refused lists of one and took what is in them, with the kinds of lists that it was. Texts beside the prompt come first: that a call
 # takes the prompt as a string beside a string says nothing of lists of prompts.
 _SINGLE: WeakKeyDictionary[type, tuple[str, ...]] = WeakKeyDictionary()
+# Classes that refused one text for several samples, and took as many.
+_REPEATED: WeakSet[type] = WeakSet()
 _FORMS = (("others",), ("texts",), ("pictures",), ("texts", "pictures"))
-_REFUSALS = (AttributeError, TypeError, ValueError)
+_REFUSALS = (AssertionError, AttributeError, TypeError, ValueError)
 _ONE_BY_ONE = "(batch_size=1, --train_batch_size 1)"
 
 
@@ -38,7 +40,8 @@ def run(calls: Calls, call: dict[str, Any], begun: Callable[[], bool] = lambda: 
     prompts, known = call.get("prompt"), _SINGLE.get(class_of(calls.pipeline), ())
     if not isinstance(prompts, list):
         return calls.run(own_arguments(call))
-    call = call if "others" in known else calls.spread(call)
+    if class_of(calls.pipeline) in _REPEATED:
+        call = calls.spread(call)
     if known and len(prompts) == 1:
         return calls.run(own_arguments(_singly(call, known)))
     states = _states(call)
@@ -47,6 +50,16 @@ def run(calls: Calls, call: dict[str, Any], begun: Callable[[], bool] = lambda: 
     except _REFUSALS as error:
         if begun() or not all(map(torch.equal, states, _states(call))):
             raise
+        spread = calls.spread(call)
+        if any(spread[name] is not value for name, value in call.items()):
+            try:
+                return calls.run(own_arguments(spread))
+            except _REFUSALS:
+                if begun():
+                    raise
+            finally:
+                if begun():
+                    _REPEATED.add(class_of(calls.pipeline))
         if len(prompts) == 1:
             return _run_singly(calls, call, error, begun)
         if "texts" in known or _declares_a_string(calls):

@@ -91,7 +91,8 @@ def call(reward: Callable, images: Tensor, prompts: list[str], columns: Mapping[
     if not images.is_floating_point():
         raise ValueError(f"Images are floats in [0, 1], got {images.dtype}: `images.float() / 255` of 8-bit ones.")
     if images.numel() and (largest := images.detach().amax()) > 2:  # what rounding and a decoder's overshoot do is far less
-        raise ValueError(f"Images are floats in [0, 1], sounds in [-1, 1], got values up to {largest:.4g}: `images / 255` of 8-bit ones.")
+        what = "Sounds are floats in [-1, 1]" if images.ndim == 3 else "Images are floats in [0, 1], 8-bit ones `images / 255`"
+        raise ValueError(f"{what}, got values up to {largest:.4g}.")
     check_kind(reward, images, columns)
     arguments = arguments_of(reward, prompts, columns)
     # Their own copy, with the graph; half precision is widened.

@@ -28,12 +28,13 @@ def content(value: str) -> str | None:
     parts = []
     for name, weight in _terms(value):
         path, _, attribute = name.rpartition(":")
+        place = os.path.expanduser(path or name)
         if is_url(name):
             parts.append((name, weight) if name not in remote.SERVED else (remote.SERVED[name], "", weight))
-        elif os.path.exists(path or name):
-            parts.append((_hash(Path(path or name)), attribute if path else "", weight))
-        elif file := _file_of_module(path):
+        elif file := _file_of_module(path):  # before folders of that name, of which the package may be one
             parts.append((_hash(file), attribute, weight))
+        elif os.path.exists(place):
+            parts.append((_hash(Path(place)), attribute if path else "", weight))
         else:
             parts.append((name, weight))
     return hashlib.sha256(repr(parts).encode()).hexdigest() if any(len(part) == 3 for part in parts) else None

@@ -4,7 +4,7 @@ A request: `{"format", "images", "frames", "prompts", "columns", "sampling_rate"
 safetensors file whose tensor `images` is float32, (B, 3, H, W), (B, F, 3, H, W), or (B, C, T) of sounds: exact. The sound of videos is another of its
 tensors, `audio`, and `sampling_rate` belongs to either, else null. In the format `png`, they are a list of B (or B F) base64 strings, PNG files: about ten
 times smaller, rounded to 8 bits, without sound. `frames` is F of PNG videos, else null. A picture in a column, such as the source of an edit, is an object
-`{"png": "..."}`, a base64 PNG file.
+`{"image/png;base64": "..."}`.
 
 An answer: `{"scores": {"reward": [0.5, null], ...}}`, null where the reward could not score (NaN or infinite); an error: `{"error": "..."}`.
 """
@@ -28,6 +28,7 @@ from .preprocessing import flatten_frames
 from .web import printable
 
 FORMATS = ("safetensors", "png")
+PICTURE = "image/png;base64"  # the only key of an object that is a picture in a column
 MAX_VALUES = 2**28  # 1 GiB of float32: no small file may unpack to more
 MAX_PARTS = 2**20  # of a request's or an answer's JSON
 
@@ -83,7 +84,7 @@ def _picture(value: Any) -> dict[str, str]:
 
     if not isinstance(value, Image.Image):
         raise TypeError(f"{type(value).__name__} is no picture, text, number, list or object of these")
-    return {"png": _as_png(value)}
+    return {PICTURE: _as_png(value if value.mode in ("1", "L", "LA", "I;16", "RGB", "RGBA") else value.convert("RGB"))}
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class ScoreRequest:
         images = tensors.pop("images")
         if len(images) != len(self.prompts):
             raise ValueError(f"As many prompts as images are needed: got {len(images)} images and {len(self.prompts)} prompts.")
-        return images, {**_opened(self.columns), **tensors, **({} if self.sampling_rate is None else {"sampling_rate": self.sampling_rate})}
+        columns = {name: _opened(values) for name, values in self.columns.items()}
+        return images, {**columns, **tensors, **({} if self.sampling_rate is None else {"sampling_rate": self.sampling_rate})}
 
 
 def _opened(value: Any) -> Any:
@@ -124,9 +126,9 @@ def _opened(value: Any) -> Any:
         return [_opened(entry) for entry in value]
     if not isinstance(value, dict):
         return value
-    if set(value) != {"png"}:
+    if set(value) != {PICTURE}:
         return {key: _opened(entry) for key, entry in value.items()}
-    file = _bytes(value["png"])
+    file = _bytes(value[PICTURE])
     _png_values([file])
     with _png(file) as picture:
         return picture.copy()

@@ -22,6 +22,7 @@ def _mean_std(rewards: Tensor, ddof: int) -> tuple[Tensor, Tensor]:
     return mean, (squares / (count - ddof).clamp(min=1)).sqrt()
 
 
+ROUNDING = 1e-6  # of a reward's size: differences as small are those of float32, and no preference
 SMALL_SPREAD = 0.01  # from here on down, eps is the hundredth part of a reward's spread: 1e-4 would be a weight of its own
 
 
@@ -117,7 +118,7 @@ def multi_reward_advantages(components: Tensor, weights: Tensor, groups: Tensor,
         weights: (M,); a component of weight 0 is left out, with its NaN.
         groups: (N,) integers.
         eps, ddof: as in `group_advantages`, for both normalisations; `eps` shrinks with the spread of a reward whose standard deviation over the batch is
-            below 0.01, where the official constant would take its weight away.
+            below 0.01, where the official constant would take its weight away, unless that spread is no more than float32's rounding.
 
     Returns:
         (N,); 0 for samples with a NaN or an infinity in any component, which enter no statistic of the others.
@@ -125,7 +126,8 @@ def multi_reward_advantages(components: Tensor, weights: Tensor, groups: Tensor,
     rewards = components[weights != 0].T
     unscored = ~rewards.isfinite().all(1)
     rewards = rewards.masked_fill(unscored[:, None], torch.nan)
-    own_eps = eps * (_mean_std(rewards, ddof)[1] / SMALL_SPREAD).clamp(max=1.0)
+    spread, noise = _mean_std(rewards, ddof)[1], ROUNDING * rewards.abs().nan_to_num(0.0).amax(0)
+    own_eps = eps * torch.where(spread > noise, spread / SMALL_SPREAD, 1.0).clamp(max=1.0)
     advantages = group_advantages(rewards, groups, global_std=False, eps=own_eps, ddof=ddof)
     total = (advantages * weights[weights != 0]).sum(1)
     return batch_advantages(total.masked_fill(unscored, torch.nan), eps=eps, ddof=ddof)

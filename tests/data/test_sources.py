@@ -7,7 +7,7 @@ from PIL import Image
 from preference_rows import BLUE, GREEN, RED, G, R, color, encoded, pair, shown, write
 
 from diffusers_align.data import load_preferences
-from diffusers_align.data.sources import _parquet_files
+from diffusers_align.data.sources import _Named, _parquet_files, open_table
 
 # sources
 
@@ -165,6 +165,18 @@ def test_classes_inside_lists_and_splits_of_diffusion_kto_too(folder):
     ranked = {"prompt": ["p"], "images": [[encoded(RED), encoded(GREEN)]], "ranks": [[0, 1]]}
     datasets.Dataset.from_dict(ranked, features).save_to_disk(folder / "ranked")
     assert load_preferences(str(folder / "ranked"), "ranked")[0][0]["ranks"] == [2, 1]
+
+
+def test_classes_inside_objects_of_lists(folder):
+    datasets = pytest.importorskip("datasets")
+    label = datasets.ClassLabel(names=["good", "bad"])
+    features = datasets.Features({"prompt": datasets.Value("string"), "image": datasets.Image(), "votes": [{"who": datasets.Value("string"), "said": label}]})
+    made = datasets.Dataset.from_dict({"prompt": ["p"], "image": [encoded(RED)], "votes": [[{"who": "a", "said": 1}, {"who": "b", "said": 0}]]}, features)
+    made.save_to_disk(folder / "voted")
+    (row,) = open_table(str(folder / "voted"), "train").rows
+    assert [vote["said"] for vote in row["votes"]] == ["bad", "good"]
+    of_lists = _Named(type("Rows", (list,), {"features": {"votes": [{"said": label}]}})([{"votes": {"said": [1, 0]}}]))
+    assert of_lists[0] == {"votes": {"said": ["bad", "good"]}}, "as datasets before 4 have it"
 
 
 @pytest.mark.parametrize("second", ["metadata.csv", "train/metadata.jsonl", "w and l"])

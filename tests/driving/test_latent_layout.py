@@ -1,5 +1,7 @@
 """Latents encoded in half precision, and under a condition that holds a part of what is decoded."""
 
+from unittest.mock import Mock
+
 import diffusers
 import pytest
 import torch
@@ -101,7 +103,9 @@ def test_pictures_that_hold_nothing_cost_no_layout_a_sample(monkeypatch):
     images, found, find = some_images(3, 16, 16), [], LatentLayout.find
     monkeypatch.setattr(LatentLayout, "find", lambda *args: found.append(1) or find(*args))
     first = policy.encode(images, condition)
-    assert torch.equal(policy.encode(images, condition), first) and len(found) == 1
+    driven = Mock(wraps=policy.drive)
+    monkeypatch.setattr(policy, "drive", driven)
+    assert torch.equal(policy.encode(images, condition), first) and len(found) == 1 and not driven.called, "one picture keeps the same part whatever it shows"
 
 
 @torch.no_grad()

@@ -86,6 +86,8 @@ def test_a_list_beside_the_prompts_that_is_refused_is_not_the_prompts():
             assert torch.equal(policy.rollout(["a cat"], seeds=[1], **given).final, expected)
         assert not prompt_form.takes_one_prompt(policy.calls)
         policy.rollout(["a cat", "a dog"], seeds=[1, 2], negative_prompt="grey")
+        prompt_form._SINGLE.clear()
+        policy.rollout(["a cat", "a dog"], seeds=[1, 2], negative_prompt="grey")
         with pytest.raises(TypeError, match="no list"):
             policy.rollout(["a cat", "a dog"], seeds=[1, 2], negative_prompt=["grey", "blue"])
 

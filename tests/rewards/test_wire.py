@@ -29,6 +29,10 @@ def test_pictures_in_columns_survive():
     columns = {"image": [source, None], "frames": [[source, mask], []], "mask": [mask, mask], "about": [{"png": 1, "kind": "x"}, "a"]}
     found = decode_request(encode_request(torch.rand(2, 3, 4, 4), PROMPTS, columns, "png"))[2]
     assert found["about"] == columns["about"] and found["image"][1] is None and found["frames"][1] == []
+    alone = {"png": [{"png": "hello"}, None]}
+    assert decode_request(encode_request(torch.rand(2, 3, 4, 4), PROMPTS, alone, "png"))[2] == alone, "webdataset's name of a column"
+    inked = decode_request(encode_request(torch.rand(2, 3, 4, 4), PROMPTS, {"image": [source.convert("CMYK"), None]}, "png"))[2]["image"][0]
+    assert inked.mode == "RGB" and inked.size == source.size
     for here, there in ((found["image"][0], source), (found["frames"][0][1], mask), (found["mask"][1], mask)):
         assert (here.mode, here.size, here.tobytes()) == (there.mode, there.size, there.tobytes())
 
@@ -39,7 +43,7 @@ def test_a_column_is_no_way_around_the_limits(monkeypatch):
     with pytest.raises(ValueError, match="1 images of 99 x 99 are too many"):
         decode_request(body)
     with pytest.raises(ValueError, match="'images' is no base64"):
-        decode_request(request_body(columns={"image": [{"png": "%"}, None]}))
+        decode_request(request_body(columns={"image": [{wire.PICTURE: "%"}, None]}))
 
 
 def test_scores_survive_to_the_last_bit():

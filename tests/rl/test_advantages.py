@@ -183,6 +183,14 @@ def test_a_reward_has_the_same_say_whatever_its_scale(scale):
     torch.testing.assert_close(equal, multi_reward_advantages(a[None], tensor(1), groups), rtol=1e-3, atol=0.0)
 
 
+def test_rounding_is_no_reward():
+    """The last digits of a reward that is 1 for all."""
+    a, groups = rewards_of(16), torch.zeros(16)
+    b = 1 + 6e-8 * torch.arange(16).remainder(2).double()
+    both = multi_reward_advantages(torch.stack([a, b]), tensor(1, 1), groups)
+    torch.testing.assert_close(both, multi_reward_advantages(a[None], tensor(1), groups), rtol=0, atol=5e-3)
+
+
 def test_one_reward_that_could_not_be_scored_masks_its_sample_alone():
     components, groups, weights = torch.stack([rewards_of(12), rewards_of(12, 1)]), torch.arange(12) % 3, tensor(1, 2)
     others = torch.arange(12) != 5

@@ -144,7 +144,8 @@ def test_the_map_to_latents_is_exact_in_a_half_precision_pipeline(name):
     exact.pipeline.vae.to(torch.bfloat16).to(torch.float32)
     images = torch.rand(exact.decode(exact.rollout(PROMPTS[:2], seeds=SEEDS[:2]).final).shape, generator=torch.Generator().manual_seed(0))
     expected, latents = exact.encode(images), half.encode(images)
-    assert torch.equal(half._layout.scale, exact._layout.scale) and torch.equal(half._layout.shift, exact._layout.shift)
+    (found,), (wanted,) = (policy._layouts._known.values() for policy in (half, exact))
+    assert torch.equal(found.scale, wanted.scale) and torch.equal(found.shift, wanted.shift)
     assert latents.dtype == half.rollout(PROMPTS[:1], seeds=SEEDS[:1]).final.dtype
     torch.testing.assert_close(latents.float(), expected.to(latents.dtype).float(), rtol=1e-2, atol=1e-5)
     assert half.pipeline.vae.dtype == torch.bfloat16

@@ -86,7 +86,9 @@ class Kind:
 
     def _one(self, value: Any) -> Any:
         if isinstance(value, bool) and self.type is not bool:
-            raise ValueError(f"must be {self.describe}")
+            if value is False and "no" in self.choices:
+                return "no"  # which YAML 1.1 reads as false
+            raise ValueError(f"must be {self.describe}" + (", in quotes where it is a word that YAML reads as true or false" if self.type is str else ""))
         if self.type is bool and not (isinstance(value, bool) or (value is None and self.optional)):
             raise ValueError("must be true or false" + (", without quotes" if isinstance(value, str) else ""))
         if self.type is str and not self.choices and isinstance(value, list):

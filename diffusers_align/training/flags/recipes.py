@@ -24,7 +24,7 @@ class Given:
     """A value that was given for a flag, and where.
 
     Attributes:
-        written: the text or texts that a recipe has for it, which YAML may have read as another thing: 0123 as a number, no as a truth value.
+        written: the text or texts that a recipe has for it, which YAML may have read as another thing: 0123 as a number.
     """
 
     value: Any
@@ -88,7 +88,7 @@ def read_recipe(name: str, flags: Mapping[str, str]) -> dict[str, Given]:
 
 def _written(node: yaml.Node) -> str | list[str] | None:
     if isinstance(node, yaml.ScalarNode):
-        return None if node.tag.endswith(":null") else node.value
+        return None if node.tag.endswith((":null", ":bool")) else node.value
     items = [_written(item) for item in node.value] if isinstance(node, yaml.SequenceNode) else [None]
     return items if all(isinstance(item, str) for item in items) else None
 

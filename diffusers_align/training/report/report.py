@@ -82,6 +82,8 @@ class Report:
         with run.policy.reference():
             self.before = self._evaluate(None if not first else stop.measure if run.epoch else partial(stop.look, 0))
             self.reference_errors = self.pairs.errors(self.run.policy) if self.pairs else None
+        if stop is not None:
+            stop.begin(self.before)
         if first and run.epoch:
             run.print(f"The early stop was not asked for before: the first weights that it keeps are those after epoch {run.epoch}.")
             with run.averaged():

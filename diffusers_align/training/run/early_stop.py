@@ -66,7 +66,7 @@ class EarlyStop:
         """Why the run is to stop now; None to go on."""
         if self._uniform:
             return f"diversity fell to {self.variety:.4g}, below {self.args.early_stop_diversity:g} of the pretrained model's {self.first_variety:.4g}"
-        if self.args.early_stop_hacking is not None and self._unscored == self.args.eval_reward:
+        if self.args.early_stop_hacking is not None and self.lost.get(self.args.eval_reward, 0.0) >= MANY_MISSING:
             return f"{self.args.eval_reward} has no score for {self.lost[self.args.eval_reward]:.0%} of the images that it could score before training"
         if self._hacked:
             return f"{self.args.eval_reward} fell by {self.fall:.1f} standard errors below the pretrained model's, more than {self.args.early_stop_hacking:g}"
@@ -84,9 +84,9 @@ class EarlyStop:
         return self.args.early_stop_hacking is not None and self.fall > self.args.early_stop_hacking
 
     @property
-    def _unscored(self) -> str | None:
-        """A reward that has lost the scores of too many images for its mean to say anything: pictures that a judge cannot read are no gain."""
-        return next((name for name, share in self.lost.items() if share >= MANY_MISSING), None)
+    def _unscored(self) -> bool:
+        """Whether a reward has lost the scores of too many images for its mean to say anything: pictures that a judge cannot read are no gain."""
+        return max(self.lost.values(), default=0.0) >= MANY_MISSING
 
     def look(self, epoch: int, evaluation: Evaluation) -> None:
         """Take in a validation after so many epochs, with all its images, of the weights that are in place: the best are kept."""
@@ -95,7 +95,7 @@ class EarlyStop:
         over = self._uniform or self._hacked
         if over and self.weights is not None:
             return
-        value = -math.inf if over or self._unscored is not None else self._value(evaluation)
+        value = -math.inf if over or self._unscored else self._value(evaluation)
         if self.best is not None and not value > self.best:
             self.stale += 1
             return
@@ -103,6 +103,12 @@ class EarlyStop:
         if self.weights is None:
             self.weights = LaggingWeights(self.run.parameters)
         self.weights.update(0.0)
+
+    def begin(self, evaluation: Evaluation) -> None:
+        """Take in the pretrained model's images, as each start of a run evaluates them: for rewards that were not watched before, or on other images."""
+        for name in self._watched:
+            if len(self.first_scores.get(name, ())) != len(evaluation.rewards[name]):
+                self.first_scores[name] = evaluation.rewards[name].double().cpu()
 
     def measure(self, evaluation: Evaluation) -> None:
         """How varied it is, how far the reward that took no part has fallen, and how many scores are lost. The first one is what the others are compared
@@ -153,7 +159,8 @@ class EarlyStop:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         weights = state["weights"]
         self.__dict__.update({name: value for name, value in state.items() if name not in ("weights", "first_scores")})
-        self.first_scores = {name: torch.tensor(scores, dtype=torch.float64) for name, scores in state["first_scores"].items()}
+        first = state.get("first_scores", {})  # checkpoints of the last version have none: `begin` fills them
+        self.first_scores = {name: torch.tensor(scores, dtype=torch.float64) for name, scores in first.items()}
         if weights is not None:
             self.weights = LaggingWeights(self.run.parameters)
             self.weights.load_state_dict(weights)

@@ -175,6 +175,12 @@ def test_a_reward_of_a_module_is_known_by_its_file(tmp_path, monkeypatch):
     assert contents.content("of_mine.taste:g") != first != contents.content("of_mine.taste:f*2")
     file.write_text("def f(images, prompts, **columns): return -images.mean((1, 2, 3))")
     assert contents.content("of_mine.taste:f") != first, "the sign is another one"
+    (tmp_path / "of_mine" / "__init__.py").write_text("def f(): return +1")
+    whole = contents.content("of_mine:f")
+    (tmp_path / "of_mine" / "__init__.py").write_text("def f(): return -1")
+    assert contents.content("of_mine:f") != whole, "a package is what it says, not a folder of so many bytes"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert contents.content("jpeg_compressibility*1+~/of_mine/taste.py:f") is not None
     assert contents.content("of_mine.none:f") is None and contents.content("no_such_module:f") is None
 
 

@@ -51,11 +51,19 @@ def test_recipe_values_get_their_flags_type(tmp_path):
     assert parse(*recipe(tmp_path, "call_kwargs: '{\"num_frames\": 9}'\n")).call_kwargs == {"num_frames": 9}
 
 
-@pytest.mark.parametrize("text", ["0123456", "1.50", "12:34:56", "0010", "0b11", "1e3", "no", "2026-01-01", "1_000"])
+@pytest.mark.parametrize("text", ["0123456", "1.50", "12:34:56", "0010", "0b11", "1e3", "2026-01-01", "1_000"])
 def test_a_text_is_what_is_written(tmp_path, text):
     """YAML 1.1 reads a commit of digits as an octal number, a time as seconds in base 60, a date as a date."""
     args = parse(*recipe(tmp_path, f"revision: {text}\nreport_to: tensorboard\nrun_name: {text}\nprompt_column: '{text}'\nlora_layers: [{text}, to_q]\n"))
     assert (args.revision, args.run_name, args.prompt_column, args.lora_layers) == (text, text, text, f"{text},to_q")
+
+
+def test_a_word_that_yaml_reads_as_a_truth_value_is_a_choice_or_needs_quotes(tmp_path, capsys):
+    for word in ("no", "false", "off"):
+        assert parse(*recipe(tmp_path, f"mixed_precision: {word}\n")).mixed_precision == "no"
+    said = message(capsys, *recipe(tmp_path, "eval_prompts: no\n"))
+    assert "--eval_prompts must be text that is not empty, in quotes where it is a word that YAML reads" in said
+    assert parse(*recipe(tmp_path, "eval_prompts: 'no'\n")).eval_prompts == "no"
 
 
 def test_a_truth_value_in_quotes_is_told_from_one_without(tmp_path, capsys):

@@ -115,6 +115,29 @@ def test_images_that_have_lost_their_score_are_no_gain():
     assert stop.reason is not None and math.isnan(stop.fall), "no fall can be measured, and that is no good sign"
 
 
+def test_a_judge_that_sees_nothing_any_more_ends_the_run_also_where_the_trained_reward_has_lost_scores():
+    stop = stop_of(early_stop_metric="reward", early_stop_hacking=3.0)
+    for epoch, (reward, other) in enumerate([([0.1, 0.2], [0.5, 0.4]), ([0.3, math.nan], [math.nan] * 2)]):
+        images = [torch.zeros(3, 2, 2)] * 4
+        stop.look(epoch, Evaluation(["a", "b"] * 2, [0, 1, 2, 3], images, {"reward": torch.tensor(reward), "other": torch.tensor(other)}))
+    assert stop.reason == "other has no score for 100% of the images that it could score before training"
+
+
+def test_what_is_watched_anew_at_a_resume_is_compared_with_the_pretrained_model():
+    first = stop_of(early_stop_metric="reward")
+    look(first, 0, reward=0.1)
+    resumed, old = stop_of(early_stop_metric="reward", early_stop_hacking=3.0), first.state_dict()
+    del old["first_scores"]  # as in a checkpoint of a time when it had none
+    resumed.load_state_dict({**old, "first_judged": None})
+    shown(resumed.begin, resumed, 1, 0.1, [0.8, 0.9, 0.86, 0.84])
+    look(resumed, 1, reward=5.0, other=[0.1, 0.2, 0.15, 0.1])
+    assert "other fell by" in resumed.reason and resumed.epoch == 0
+    fewer = stop_of(early_stop_metric="eval_reward")
+    shown(fewer.begin, fewer, 0, 0.0, [0.5, 0.5, 0.5])
+    shown(fewer.begin, fewer, 0, 0.0, [0.5, 0.7])
+    assert fewer.first_scores["other"].tolist() == pytest.approx([0.5, 0.7]), "of as many images as now"
+
+
 def test_a_mean_over_fewer_images_is_compared_over_these():
     stop = stop_of(early_stop_metric="eval_reward")
     look(stop, 0, other=[0.1, 0.5, 0.5, 0.5, 0.9])
