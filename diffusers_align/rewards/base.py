@@ -14,6 +14,7 @@ tensors, of which `reward` is the one to optimise and the others are logged. `ca
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, Protocol
 
@@ -43,7 +44,8 @@ def score(reward: Reward, images: Tensor, prompts: list[str], /, *, on_invalid: 
     """Call a reward and check its answer.
 
     Args:
-        images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1], or sounds (B, C, T) in [-1, 1]. The reward gets a copy, float32 and outside autocast.
+        images: (B, 3, H, W) or (B, F, 3, H, W) in [0, 1], or sounds (B, C, T) in [-1, 1]; far larger values get a warning. The reward gets a copy,
+            float32 and outside autocast.
         prompts: B of them.
         on_invalid: what to do where `reward` is NaN or infinite: raise, or put NaN for the caller to leave out.
         columns: the data set's other fields, passed on. `sampling_rate` (a whole number) and `audio` (B, C, T) go to rewards that declare them.
@@ -56,6 +58,10 @@ def score(reward: Reward, images: Tensor, prompts: list[str], /, *, on_invalid: 
         InvalidReward: a wrong shape, a dict of several entries without `reward`, other arguments; NaN or infinity unless masked.
         RewardError: the reward called `sys.exit`.
     """
+    if isinstance(images, Tensor) and images.is_floating_point() and images.numel() and (largest := images.detach().amax()) > 2:
+        warnings.warn(
+            f"Rewards expect images in [0, 1], and sounds in [-1, 1]: these have values up to {largest:.4g}. `images / 255` of 8-bit ones.", stacklevel=2
+        )
     return score_columns(reward, images, prompts, columns, on_invalid)
 
 

@@ -220,7 +220,11 @@ def test_held_tokens_stay_and_count_for_nothing():
 @pytest.mark.parametrize("name", ["lcm", "tcd"])
 def test_a_pipeline_with_a_twin_survives_saving_and_loading(name, tmp_path):
     policy = Policy(case(name).build())
-    policy.pipeline.save_pretrained(tmp_path)
+    stock = policy.pipeline.scheduler
+    for scheduler in (stock, policy.scheduler):
+        policy.pipeline.scheduler = scheduler
+        policy.pipeline.save_pretrained(tmp_path)
+        assert type(DiffusionPipeline.from_pretrained(tmp_path).scheduler) is type(scheduler)
     assert type(DiffusionPipeline.from_pretrained(tmp_path).scheduler) is type(policy.scheduler)
 
 
