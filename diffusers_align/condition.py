@@ -42,7 +42,7 @@ class Condition:
         step_seeds: B integers for the noise of the steps; derived from `seeds` if absent.
         per_sample: the call's arguments of which each sample has its own: a list of B values or a tensor of B rows by name. A string
             stands for B equal ones. Lists and tensors among `kwargs` that stock diffusers defines as one per prompt (`belongs_to_samples`) are
-            moved here; a string there stands for as many in the call.
+            moved here; a string there goes to the pipeline as it is, and as often as there are samples where the pipeline refuses that.
 
     Raises:
         ValueError: prompts that are no list of strings, seeds or a per-sample argument of another number than B, pictures of different sizes,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import ipaddress
 import json
@@ -303,7 +304,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"Cannot listen at --host {args.host} --port {args.port}: {error}. Choose another address or port (0 for any that is free).") from None
     with server:
         server.reward = load_reward(args.reward, device=args.device, **model_option(args.reward_model))
-        server.content = str((args.reward, content(args.reward), args.reward_model, content(args.reward_model or "")))
+        made_of = [content(name) or name for name in (args.reward, args.reward_model or "")]
+        server.content = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()  # no path of this machine goes out
         print(f"Serving {args.reward} at {server.url}", flush=True)
         if reachable_from_outside(args.host):
             print(f"Warning: --host {args.host} lets every machine in reach use this server; it asks for no password and encrypts nothing.", file=sys.stderr)

@@ -80,10 +80,9 @@ class Report:
         run.explain_once(*columns_of_the_call([*self.prompts[:1], *self.judged[:1]], run.policy))
         first = stop is not None and stop.seen is None
         with run.policy.reference():
-            self.before = self._evaluate(None if not first else stop.measure if run.epoch else partial(stop.look, 0))
+            look = None if stop is None else stop.begin if not first else stop.measure if run.epoch else partial(stop.look, 0)
+            self.before = self._evaluate(look)
             self.reference_errors = self.pairs.errors(self.run.policy) if self.pairs else None
-        if stop is not None:
-            stop.begin(self.before)
         if first and run.epoch:
             run.print(f"The early stop was not asked for before: the first weights that it keeps are those after epoch {run.epoch}.")
             with run.averaged():

@@ -109,12 +109,17 @@ class EarlyStop:
         for name in self._watched:
             if len(self.first_scores.get(name, ())) != len(evaluation.rewards[name]):
                 self.first_scores[name] = evaluation.rewards[name].double().cpu()
+        if self.args.early_stop_diversity is not None and self.first_variety is None:
+            self.first_variety = self._variety(evaluation)
+
+    def _variety(self, evaluation: Evaluation) -> float:
+        return float(diversity(torch.stack(evaluation.images).flatten(1), self.tasks, pairwise_rms).mean())
 
     def measure(self, evaluation: Evaluation) -> None:
         """How varied it is, how far the reward that took no part has fallen, and how many scores are lost. The first one is what the others are compared
         with: the pretrained model's, also where the weights in place are others, as in a run that is resumed and has had no early stop before."""
         if self.args.early_stop_diversity is not None:
-            self.variety = float(diversity(torch.stack(evaluation.images).flatten(1), self.tasks, pairwise_rms).mean())
+            self.variety = self._variety(evaluation)
             self.first_variety = self.variety if self.first_variety is None else self.first_variety
         for name in self._watched:
             scores = evaluation.rewards[name].double().cpu()

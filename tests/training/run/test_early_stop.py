@@ -132,6 +132,11 @@ def test_what_is_watched_anew_at_a_resume_is_compared_with_the_pretrained_model(
     shown(resumed.begin, resumed, 1, 0.1, [0.8, 0.9, 0.86, 0.84])
     look(resumed, 1, reward=5.0, other=[0.1, 0.2, 0.15, 0.1])
     assert "other fell by" in resumed.reason and resumed.epoch == 0
+    varied = stop_of(early_stop_metric="reward", early_stop_diversity=0.5)
+    varied.load_state_dict(first.state_dict())
+    shown(varied.begin, varied, 1, 0.1, spread=2.0)
+    look(varied, 1, reward=5.0, spread=0.5)
+    assert "diversity fell to 0.5, below 0.5 of the pretrained model's 2" in varied.reason and varied.epoch == 0
     fewer = stop_of(early_stop_metric="eval_reward")
     shown(fewer.begin, fewer, 0, 0.0, [0.5, 0.5, 0.5])
     shown(fewer.begin, fewer, 0, 0.0, [0.5, 0.7])
