@@ -113,11 +113,22 @@ METHODS = {
 STOP = {"eval_reward": "scene_judge", "early_stop_hacking": 3.0, "eval_guidance_scale": 3.0}
 STOPPED = {f"{name}, stopped": name for name in ("ReFL", "AlignProp", "DRTune", "Diffusion-DPO")}
 METHODS |= {name: replace(METHODS[of], settings={**METHODS[of].settings, **STOP}) for name, of in STOPPED.items()}
+# Why the ones learn more of equal rows than the others: where the noise is, and whether the samples of a prompt share the latents that they begin with.
+TWO_STEPS, FIVE_STEPS, OWN_LATENTS = {"sde_window": [0, 2]}, {"sde_window": [0, 5]}, {"same_latent": None}
+TRIED = {
+    "DDPO-IS, noise in two steps": ("DDPO-IS", TWO_STEPS),
+    "DPOK, noise in two steps": ("DPOK", TWO_STEPS),
+    "Flow-GRPO, noise in five steps": ("Flow-GRPO", FIVE_STEPS),
+    "Flow-GRPO, own latents": ("Flow-GRPO", OWN_LATENTS),
+    "Flow-GRPO, own latents, noise in five steps": ("Flow-GRPO", OWN_LATENTS | FIVE_STEPS),
+}
+METHODS |= {name: replace(METHODS[of], settings={**METHODS[of].settings, **changes}, models=FLOW) for name, (of, changes) in TRIED.items()}
 # Of a recipe's settings: what belongs to its own reward and data, and what would end a run before its budget.
 DROPPED = ("eval_reward", "eval_reward_model", "reward_model", "cache_dir", "outputs", "early_stop_hacking")
 # A control, or a method on other data or with a stop, is trained with what was found for the method itself.
 TUNED_AS = {
     **STOPPED,
+    **{name: of for name, (of, _) in TRIED.items()},
     "DPO, pairs apart": "Diffusion-DPO",
     "DPO, shuffled": "Diffusion-DPO",
     "KTO, shuffled": "Diffusion-KTO",
