@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from math import isclose
 from pathlib import Path
 
@@ -35,7 +36,13 @@ _NO_MATRIX = (".alpha", "dora_scale", "lora_magnitude_vector")
 
 def layers_of(module: nn.Module) -> list[BaseTunerLayer]:
     """The layers of a module that carry adapters, whoever added them."""
-    return [layer for layer in modules_of(module) if isinstance(layer, BaseTunerLayer)]
+    return [layer for layer in modules_of(module) if _carries_adapters(type(layer))]
+
+
+@lru_cache(maxsize=1024)
+def _carries_adapters(kind: type) -> bool:
+    """Asked once of a class: of an abstract one, `isinstance` takes longer than the walk over all modules."""
+    return issubclass(kind, BaseTunerLayer)
 
 
 def is_ours(module: nn.Module) -> bool:

@@ -51,8 +51,10 @@ class TensorCache:
         Raises:
             OSError: the file is there but cannot be read.
         """
-        kept = self._kept.get(key)
-        found = self._read(key) if kept is None else kept
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return _copied(self._kept[key])
+        found = self._read(key)
         if found is not None and self.at_hand:
             self._keep(key, found)
             return _copied(found)
@@ -60,7 +62,6 @@ class TensorCache:
 
     def _keep(self, key: str, tree: Any) -> None:
         """As the latest entry; the oldest go where there is no room."""
-        self._drop(key)
         self._kept[key], self._size = tree, self._size + _bytes(tree)
         while self._size > self.at_hand and len(self._kept) > 1:
             self._drop(next(iter(self._kept)))
@@ -122,7 +123,12 @@ class TensorCache:
 
 
 def _copied(tree: Any) -> Any:
-    return pytree.tree_map_only(Tensor, Tensor.clone, tree)
+    """With tensors and containers of its own. Entries are small and many: torch's own walk over them takes longer than their bytes."""
+    if isinstance(tree, Tensor):
+        return tree.clone()
+    if isinstance(tree, dict):
+        return {name: _copied(part) for name, part in tree.items()}
+    return type(tree)(map(_copied, tree)) if isinstance(tree, (list, tuple)) else tree
 
 
 def _bytes(tree: Any) -> int:

@@ -253,10 +253,20 @@ def _with_texts(call: Call, change: Callable[[list[str]], list[str]]) -> Call:
 
 def _rows(call: Call) -> list[Call]:
     """The call for each of its prompts, if its lists (prompts, negative prompts) are all of texts and of one length; otherwise none."""
-    lists = [value for value in (*call[0], *call[1].values()) if isinstance(value, (list, tuple)) and len(value) > 0]
+    args, kwargs = call
+    lists = [value for value in (*args, *kwargs.values()) if isinstance(value, (list, tuple)) and len(value) > 0]
     lengths = {len(value) for value in lists}
     number = lengths.pop() if len(lengths) == 1 and all(map(_texts, lists)) else 0
-    return [_with_texts(call, lambda texts, i=i: [texts[i]]) for i in range(number)]
+    if number == 0:
+        return []
+    places = [i for i, value in enumerate(args) if _texts(value)]
+    names = [name for name, value in kwargs.items() if _texts(value)]
+    size = {"batch_size": 1} if kwargs.get("batch_size") == number else {}
+    rows = [(list(args), {**kwargs, **size, **{name: [kwargs[name][row]] for name in names}}) for row in range(number)]
+    for row, (own, _) in enumerate(rows):
+        for i in places:
+            own[i] = [args[i][row]]
+    return rows
 
 
 def _only_text(call: Call) -> str | None:
@@ -267,6 +277,8 @@ def _only_text(call: Call) -> str | None:
 
 def _plain(value: Any) -> Any:
     """Arguments as JSON has them, by which a store knows them: where the result is to be does not count. None if there are others."""
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return ["plain", value]
     if isinstance(value, torch.device):
         return ["device"]
     if isinstance(value, torch.dtype):
@@ -277,7 +289,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         parts = {str(name): _plain(part) for name, part in sorted(value.items())}
         return None if None in parts.values() else parts
-    return ["plain", value] if value is None or isinstance(value, (str, int, float, bool)) else None
+    return None
 
 
 def _key(value):

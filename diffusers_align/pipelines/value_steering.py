@@ -151,8 +151,9 @@ class _Walk:
     def pick(self, k: int, kernel: GaussianTransition, own: Tensor) -> Tensor:
         """The next states (B, *D)."""
         steering, number = self.steering, len(own)
-        noises = [torch.cat([standard_normal((1, *own.shape[1:]), g, own.device, own.dtype) for g in self.streams]) for _ in range(steering.number - 1)]
-        candidates = torch.stack([own, *((kernel.mean + kernel.std * noise).to(own.dtype) for noise in noises)], 1)  # (B, M, *D)
+        noises = torch.stack([standard_normal((steering.number - 1, *own.shape[1:]), g, own.device, own.dtype) for g in self.streams])
+        drawn = (kernel.mean.unsqueeze(1) + kernel.std.unsqueeze(1) * noises).to(own.dtype)
+        candidates = torch.cat([own.unsqueeze(1), drawn], 1)  # (B, M, *D)
         prompts = self.prompts.to(own.device)
         steering.value.check(own, prompts)
         steps = torch.full((number * steering.number,), min(k + 1, steering.value.config.num_steps), device=own.device)
