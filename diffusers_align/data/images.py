@@ -55,7 +55,8 @@ class LazyImage:
             BadRow: its pixels have no known range, or are too many.
         """
         with _decoder(self._load()) as image:
-            image = in_srgb(ImageOps.exif_transpose(image))
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) != 1  # else `exif_transpose` makes a copy for nothing
+            image = in_srgb(ImageOps.exif_transpose(image) if turned else image)
         return image if self.fit is None else covered(image, *self.fit)
 
     @property
@@ -142,7 +143,7 @@ def in_srgb(image: Image.Image) -> Image.Image:
     alpha = None
     if _transparent(image):
         image, alpha = _without_alpha(image)
-    elif image.mode not in ("L", "CMYK"):
+    elif image.mode not in ("RGB", "L", "CMYK"):
         image = image.convert("RGB")
     transform = _transform(profile, image.mode) if profile else None
     image = ImageCms.applyTransform(image, transform) if isinstance(transform, ImageCms.ImageCmsTransform) else image.convert("RGB")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..condition import Condition, belongs_to_samples
-from .module_tree import device_of
+from .module_tree import device_of, modules_of
 from .pipeline_state import Enough
 from .replacements import replaced
 
@@ -273,7 +273,8 @@ _HALF = (torch.float16, torch.bfloat16)
 @contextmanager
 def in_float32(module: nn.Module) -> Iterator[None]:
     """Context: `module`'s half-precision weights are float32; the very weights come back, also after an exception."""
-    halves = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers()) if tensor.dtype in _HALF]
+    weights = [tensor for part in modules_of(module) for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None]
+    halves = [(tensor, tensor.data) for tensor in weights if tensor.dtype in _HALF]
     try:
         for tensor, data in halves:
             tensor.data = data.float()

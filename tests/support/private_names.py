@@ -12,6 +12,7 @@ PRIVATE = re.compile(r"_[A-Za-z]\w*")
 UPSTREAM = {
     "_modules": "torch: the parts of a module",
     "_parameters": "torch: the weights of a module itself",
+    "_buffers": "torch: the buffers of a module itself",
     "_forward_hooks": "torch: hooks of a module",
     "_forward_pre_hooks": "torch: hooks of a module",
     "_orig_mod": "torch: what torch.compile wraps",
