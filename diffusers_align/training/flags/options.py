@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import shlex
 import sys
 from collections.abc import Collection
@@ -86,7 +87,8 @@ def option(
     """A field of an `Arguments` class. What the last three do not say is as the base classes' field of that name has it.
 
     Args:
-        default: None where the flag may be absent and the text says what happens then.
+        default: None where the flag may be absent and the text says what happens then, in a part of its own (`; ... if absent`), which is not shown
+            where a class has a default of its own.
         text: its help; the range and the default are added.
         needs: other flags with the values (one, or a tuple) without which this one has no effect; True is any but 0, false and absent.
         metavar: what stands for the value in the help.
@@ -191,7 +193,8 @@ class Option:
         notes = [self.kind.range] if self.kind.range else []
         notes += ["with " + " ".join(as_flag(name, wanted) for name, wanted in self.needs.items())] if self.needs else []
         notes += ["required"] if self.is_required else [] if self.default in (None, {}) else [f"default: {shown(self.default)}"]
-        return (self.text + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
+        text = self.text if self.default is None else re.sub(r"; [^;]*\bif absent\b[^;]*", "", self.text)
+        return (text + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
 
 
 @functools.cache
