@@ -1,7 +1,7 @@
 """A stock pipeline as a policy: roll it out, replay it with gradients, evaluate it at any state, decode and encode.
 
-No method knows a model family. Everything goes through the pipeline's own `__call__` (`diffusers_align.driving.driver`), with its
-scheduler replaced by an SDE scheduler that has the same noise table.
+No method knows a model family. Everything goes through the pipeline's own `__call__` (`diffusers_align.driving.driver`), in which an SDE scheduler with the
+same noise table stands in the place of its own, for as long as the call lasts.
 """
 
 from __future__ import annotations

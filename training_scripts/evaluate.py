@@ -64,7 +64,7 @@ class EvaluationArguments(
 
     num_samples: Count | None = option(None, "images per model, prompt after prompt in turn; two per prompt if absent")
     reward: list[str] = required("built-in rewards, module:function, file.py:function, http://host:port, or sums of them")
-    reward_model: list[str] | None = option(None, "checkpoint of each reward's model, 'default' for its own", advanced=True)
+    reward_model: list[str] | None = option(None, "checkpoint of each reward's model, 'default' for its own", advanced=True, of="reward")
     diversity: bool = option(True, "distance between samples of the same prompt")
     diversity_model: str | None = option(
         None, "a CLIP model, such as mini-clip, for distances of image features beside those of pixels", needs={"diversity": True}, advanced=True

@@ -85,6 +85,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusers_align.algorithms.preference_flow_matching import couple, interpolate, pfm_loss
+from diffusers_align.checks.given_names import fetched
 from diffusers_align.data import Prompt, batch_of, load_preferences, load_prompts, parse_column_map
 from diffusers_align.pipelines.preference_flow import PreferenceFlowPipeline
 from diffusers_align.policy import noise_seed
@@ -95,7 +96,7 @@ from diffusers_align.training.report import hub
 from diffusers_align.training.report.pictures import grid, save
 from diffusers_align.training.report.report import judged_on
 from diffusers_align.training.run.division import epoch_batches
-from diffusers_align.training.run.model_loading import DTYPES, model_source, raise_if_missing
+from diffusers_align.training.run.model_loading import DTYPES, model_source
 from diffusers_align.training.run.run import Run
 
 
@@ -104,16 +105,13 @@ def load_parts(args):
     name, parts = args.pretrained_model_name_or_path, {}
     source = {"pretrained_model_name_or_path": name and model_source(name), "revision": args.revision}
     frozen = {**source, "variant": args.variant, "torch_dtype": DTYPES[args.mixed_precision]}
-    try:
+    with fetched(str(name)):
         if not args.pixels:
             parts["vae"] = AutoencoderKL.from_pretrained(subfolder="vae", **frozen).requires_grad_(False)
             parts["vae"].register_to_config(_name_or_path=name)  # not the path of this machine
         if args.sees_prompt:
             parts["text_encoder"] = CLIPTextModel.from_pretrained(subfolder="text_encoder", **frozen).requires_grad_(False)
             parts["tokenizer"] = CLIPTokenizer.from_pretrained(subfolder="tokenizer", **source)
-    except Exception as error:
-        raise_if_missing(str(name), error)
-        raise
     return parts
 
 

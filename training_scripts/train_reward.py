@@ -125,6 +125,19 @@ def standardise(examples, train):
     return scale, shift
 
 
+def new_model(args):
+    """The CLIP model with a head that has learned nothing yet.
+
+    Raises:
+        FileNotFoundError: the CLIP model could not be had.
+    """
+    try:
+        model = RewardModel(args.model, args.hidden, args.rank, args.step_aware)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} --model takes another: a folder, or mini-clip, a small one that ships with the package.") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def main(argv=None):
     args = parse_args(argv)
     common.check_output_dir(args.output_dir)
@@ -136,7 +149,7 @@ def main(argv=None):
     scale, shift = standardise(examples, train) if args.kind == "scored" else (1.0, 0.0)
 
     # 2 fit
-    model = RewardModel(args.model, args.hidden, args.rank, args.step_aware).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = new_model(args)
     logits = Logits(model, args.train_batch_size)
     logits.embed(examples)
     learned = fit(args, logits, train)

@@ -63,7 +63,7 @@ from diffusers_align.training.online.scoring import reward_of_flags
 from diffusers_align.training.online.value_replay import Replay, remember
 from diffusers_align.training.report import hub, model_card
 from diffusers_align.training.report.pictures import before_and_after, samples, save
-from diffusers_align.training.report.report import judged_on
+from diffusers_align.training.report.report import judged_on, trained_on_too
 from diffusers_align.training.report.statistics import in_words, mean_and_error
 from diffusers_align.training.run.inputs import condition_of, inputs_of
 from diffusers_align.training.run.model_loading import call_arguments, load_pipeline, training_scheduler
@@ -166,6 +166,7 @@ def main(argv=None):
     rewards = {"reward": reward_of_flags(args, run.accelerator.device)}
     if args.eval_reward:
         rewards[args.eval_reward] = reward_of_flags(args, run.accelerator.device, "eval_")
+    run.explain_once(*trained_on_too(args))
     policy = load_policy(run, prompts)
     value, replay = policy.steering.value, Replay(args.replay_size, args.seed)
     run.load_optimizer(args.num_epochs * args.num_updates)

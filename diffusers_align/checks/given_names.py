@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -66,3 +67,21 @@ def hub_reason(error: BaseException) -> str:
         endpoint = huggingface_hub.constants.ENDPOINT
         return f"{endpoint} could not be reached, and the cache {cache} does not hold it: look at the network (HF_ENDPOINT, proxies), or give a folder"
     return str(causes[0]).splitlines()[0] if str(causes[0]) else type(causes[0]).__name__
+
+
+@contextmanager
+def fetched(name: str, what: str = "model") -> Iterator[None]:
+    """Around what loads `name`, a path or a repository: says in a sentence what the Hub lacks, if it fails of that.
+
+    Args:
+        what: it is, for the message.
+
+    Raises:
+        FileNotFoundError: it could not be had.
+    """
+    try:
+        yield
+    except Exception as error:
+        if Path(name).expanduser().exists() or not is_hub_error(error):
+            raise
+        raise FileNotFoundError(f"No {what} {name!r}: there is no such folder here, and from the Hub: {hub_reason(error)}.") from error

@@ -25,7 +25,7 @@ def apply_ties(pairs: Sequence[dict], policy: str) -> tuple[list[dict], int]:
         return list(pairs), len(ties)
     decided = [row for row in pairs if row["label_0"] != TIE]
     if policy == "keep":
-        decided += [{**row, "label_0": label, "weight": row["weight"] / 2} for row in ties for label in (1.0, 0.0)]
+        decided += [{**row, "label_0": label, "weight": row.get("weight", 1.0) / 2} for row in ties for label in (1.0, 0.0)]
     elif policy != "drop":
         raise ValueError(f"ties must be 'drop', 'soft' or 'keep', got {policy!r}.")
     return decided, len(ties)
@@ -51,8 +51,8 @@ def weight_by_prompt(pairs: Sequence[dict]) -> list[dict]:
     """
     totals, tasks = Counter(), [row["prompt"] + key_of(row.get("inputs", {})) for row in pairs]
     for row, task in zip(pairs, tasks):
-        totals[task] += row["weight"]
-    return [{**row, "weight": row["weight"] / totals[task]} if row["weight"] else row for row, task in zip(pairs, tasks)]
+        totals[task] += row.get("weight", 1.0)
+    return [{**row, "weight": row.get("weight", 1.0) / totals[task]} if row.get("weight", 1.0) else row for row, task in zip(pairs, tasks)]
 
 
 def _pair(prompt: str, better, worse, label: float, weight: float) -> dict:
@@ -124,7 +124,7 @@ def pairs_to_binary(pairs: Sequence[dict], mixed: str = "desirable") -> list[dic
     outcomes: dict = defaultdict(set)
     for row in pairs:
         for name, preference in (("image_0", row["label_0"] - TIE), ("image_1", TIE - row["label_0"])):
-            key = (row["prompt"], row[name].identity)
+            key = (row["prompt"], getattr(row[name], "identity", row[name]))  # a path is its own
             images.setdefault(key, row[name])
             outcomes[key] |= {preference > 0} if preference else set()
     if mixed == "drop":

@@ -8,6 +8,7 @@ which kind a pipeline is.
 from __future__ import annotations
 
 import inspect
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -140,8 +141,14 @@ class Calls(ABC):
 
 
 def calls_of(pipeline) -> Calls:
-    """The calls of a pipeline of either kind."""
+    """The calls of a pipeline of either kind.
+
+    Raises:
+        TypeError: it is no pipeline, such as the name of one.
+    """
     from .classic import ClassicCalls
     from .modular import ModularCalls
 
+    if isinstance(pipeline, (str, os.PathLike)):
+        raise TypeError(f"A loaded pipeline is needed, got the name {str(pipeline)!r}: DiffusionPipeline.from_pretrained(NAME) loads one.")
     return (ModularCalls if isinstance(pipeline, ModularPipeline) else ClassicCalls)(pipeline)

@@ -62,7 +62,7 @@ class Driver:
             on shapes alone.
 
     Raises:
-        TypeError: a scheduler that returns no log-probabilities, or a pipeline that is wrapped around another.
+        TypeError: the name of a pipeline, a scheduler that returns no log-probabilities, or a pipeline that is wrapped around another.
         ValueError: a pipeline without scheduler, whose scheduler has no SDE twin, that hands its scheduler the noise of each step, or whose steps are no
             chain of states (`driving.one_chain`); `timesteps` or `sigmas` that no twin follows.
     """

@@ -4,10 +4,13 @@ The images may come from anywhere, a closed API included: nothing but them and t
 `algorithms/preference_flow_matching.py`; `training_scripts/train_pfm.py` trains the vector field.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel, UNet2DModel
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -30,6 +33,7 @@ class PreferenceFlowPipeline(DiffusionPipeline):
         text_encoder, tokenizer: CLIP's, for a vector field that sees the prompt.
 
     Raises:
+        TypeError: the vector field is no model, such as a path.
         ValueError: the vector field sees the prompt and the text encoder or the tokenizer is missing, or the other way round; or it has
             other channels than the space of the flow.
     """
@@ -44,6 +48,7 @@ class PreferenceFlowPipeline(DiffusionPipeline):
         text_encoder: CLIPTextModel | None = None,
         tokenizer: CLIPTokenizer | None = None,
     ):
+        _check_loaded(vector_field)
         super().__init__()
         self.register_modules(vector_field=vector_field, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.image_processor = VaeImageProcessor(do_resize=True, vae_scale_factor=1, do_normalize=False, do_convert_rgb=True)
@@ -132,6 +137,7 @@ class PreferenceFlowPipeline(DiffusionPipeline):
             output_type: `pil`, `np`, `pt`, or `latent` for the result in the space of the flow.
 
         Raises:
+            TypeError: a path in the place of a picture.
             ValueError: images of several sizes, or tensors and arrays beyond [0, 1]; a number of prompts that is neither 1 nor that of the images;
                 an unknown solver, a strength outside [0, 1].
         """
@@ -161,9 +167,20 @@ def _shift(vae) -> float:
     return getattr(vae.config, "shift_factor", None) or 0.0
 
 
+def _check_loaded(vector_field: Any) -> None:
+    if not isinstance(vector_field, torch.nn.Module):
+        raise TypeError(
+            f"PreferenceFlowPipeline is made of loaded models, got {vector_field!r:.200} for the vector field. To load the folder or the Hub repository of one "
+            "that train_pfm.py has trained: PreferenceFlowPipeline.from_pretrained(NAME)."
+        )
+
+
 def _check_images(image: PipelineImageInput, resized: bool) -> None:
     """Refuse what preprocessing would resize or read as another range without a word."""
     parts = image if isinstance(image, (list, tuple)) else [image]
+    for part in parts:
+        if not isinstance(part, (Image.Image, np.ndarray, Tensor)):
+            raise TypeError(f"image must be PIL pictures, arrays or tensors, got a {type(part).__name__}: {part!r:.200}. Open a file by PIL.Image.open(path).")
     sizes = {part.shape[-2:] if isinstance(part, Tensor) else part.shape[-3:-1] if isinstance(part, np.ndarray) else part.size[::-1] for part in parts}
     if len(sizes) > 1 and not resized:
         raise ValueError(f"The images have {len(sizes)} sizes {sorted(tuple(size) for size in sizes)}: give height and width, or call with one size at a time.")

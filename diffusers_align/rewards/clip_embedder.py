@@ -19,15 +19,22 @@ class CLIPEmbedder(nn.Module):
         model: a Hub name or a folder, or a `CLIPModel`.
         processor: where image settings and tokenizer are, if not with the model.
         preprocess: the image settings, if not the processor's.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and the Hub does not give it.
     """
 
     def __init__(self, model: Any, processor: str | None = None, preprocess: Preprocessing | Letterbox | None = None):
         from transformers import AutoTokenizer, CLIPModel
 
+        from ..checks.given_names import fetched
+
         super().__init__()
-        self.model = (model if isinstance(model, CLIPModel) else pretrained_clip(model)).float()
-        self.preprocess = preprocess or Preprocessing.from_pretrained(processor or model)
-        self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
+        with fetched(str(model), "CLIP model"):
+            self.model = (model if isinstance(model, CLIPModel) else pretrained_clip(model)).float()
+        with fetched(str(processor or model), "processor of CLIP"):
+            self.preprocess = preprocess or Preprocessing.from_pretrained(processor or model)
+            self.tokenizer = AutoTokenizer.from_pretrained(processor or model)
         self.eval().requires_grad_(False)
 
     @property

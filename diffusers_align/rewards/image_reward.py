@@ -55,6 +55,8 @@ class ImageReward(nn.Module):
     def __init__(self, model: str | os.PathLike = "THUDM/ImageReward", filename: str = "ImageReward.pt", tokenizer: str | None = None):
         from transformers import AutoTokenizer, BlipTextModel, BlipVisionModel
 
+        from ..checks.given_names import fetched
+
         super().__init__()
         file = checkpoint_file(model, filename)
         vision, text, head = split_state(torch.load(file, map_location="cpu", weights_only=True), file)
@@ -65,7 +67,9 @@ class ImageReward(nn.Module):
             load_weights(module, state, file, strict=False)
         self.preprocess = Preprocessing(size=vision_config.image_size, crop=(vision_config.image_size,) * 2, even_centre=True)
         own = any((Path(model) / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
-        self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or (model if own else TOKENIZER))
+        tokenizer = tokenizer or (model if own else TOKENIZER)
+        with fetched(str(tokenizer), "tokenizer"):
+            self.tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.float().eval().requires_grad_(False)
 
     def forward(self, images: Tensor, prompts: list[str], **columns: Any) -> Tensor:

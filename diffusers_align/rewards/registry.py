@@ -77,7 +77,7 @@ def checkpoint_file(checkpoint: str | os.PathLike, filename: str) -> Path:
     """The file `checkpoint`, or `filename` in the folder or the Hub repository `checkpoint`.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, and the Hub does not give it.
     """
     path = Path(checkpoint).expanduser()
     if path.is_dir():
@@ -88,7 +88,10 @@ def checkpoint_file(checkpoint: str | os.PathLike, filename: str) -> Path:
         raise FileNotFoundError(f"There is no checkpoint {path}: give a file, or a folder or a Hub repository that holds {filename}.")
     from huggingface_hub import hf_hub_download
 
-    return Path(hf_hub_download(str(checkpoint), filename))
+    from ..checks.given_names import fetched
+
+    with fetched(str(checkpoint), "checkpoint"):
+        return Path(hf_hub_download(str(checkpoint), filename))
 
 
 def load_weights(module: Any, state: dict[str, Any], origin: Any, *, strict: bool = True) -> None:

@@ -81,8 +81,11 @@ def sde_twin(scheduler, *, by_sigmas: bool = False, **sde_fields):
         sde_fields: `sde_window`, and `eta` or `sde_type` and `noise_level`; where absent the class's defaults, or those of an SDE scheduler that is copied.
 
     Raises:
+        TypeError: it is no scheduler, such as a pipeline or a name.
         ValueError: the scheduler has no Gaussian kernel of these forms, or a field belongs to another form.
     """
+    if not hasattr(scheduler, "config") or hasattr(scheduler, "components"):
+        raise TypeError(f"sde_twin takes a loaded scheduler, got a {type(scheduler).__name__}: give it pipe.scheduler.")
     cls = _twin_class(scheduler)
     if by_sigmas and cls is DDIMSDEScheduler and hasattr(scheduler, "sigmas") and not isinstance(scheduler, SDESchedulerMixin):
         cls = SigmaSDEScheduler

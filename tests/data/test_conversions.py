@@ -113,6 +113,15 @@ def test_pairs_to_binary(mixed, b):
         assert names(winners(pairs)) == [("p", "a"), ("p", "b"), ("p", "f")]
 
 
+def test_rows_that_are_written_by_hand_hold_paths_and_no_weights():
+    rows = [{"prompt": "p", "image": name, "reward": reward} for name, reward in (("a.png", 0.1), ("b.png", 0.5), ("c.png", 0.9))]
+    pairs = scored_to_pairs(rows, "all")
+    assert [(row["image"], row["label"]) for row in pairs_to_binary(pairs, "drop")] == [("c.png", True), ("a.png", False)]
+    bare = [{name: value for name, value in row.items() if name != "weight"} for row in pairs]
+    assert [row["weight"] for row in weight_by_prompt(bare)] == pytest.approx([1 / 3] * 3)
+    assert [row["weight"] for row in apply_ties([{**bare[0], "label_0": 0.5}], "keep")[0]] == [0.5, 0.5]
+
+
 def test_unknown_policies():
     with pytest.raises(ValueError, match="mixed must be"):
         pairs_to_binary([], "both")

@@ -1,6 +1,7 @@
 """What a call is seen to do before it is made: take steps by a scheduler of its own, differentiate through its denoiser in its own loop."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,12 @@ def test_a_pipeline_without_a_scheduler_is_refused_in_words(use):
         use(NoScheduler(parts.unet))
     with pytest.raises(ValueError, match="its parts take their steps by prior_scheduler, decoder_scheduler one after the other"):
         use(SchedulersOfParts(parts.unet, parts.scheduler, copy.deepcopy(parts.scheduler)))
+
+
+@pytest.mark.parametrize("name", ["mini-sd3", Path("mini-sd3")])
+def test_the_name_of_a_pipeline_is_refused_with_what_to_do(name):
+    with pytest.raises(TypeError, match="A loaded pipeline is needed, got the name 'mini-sd3': DiffusionPipeline.from_pretrained"):
+        Policy(name)
 
 
 # --- pipelines that differentiate through their denoiser: its calls are made for real there, and states follow the present weights ---

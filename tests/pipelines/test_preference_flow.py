@@ -1,5 +1,7 @@
 """The pipeline that moves images along a preference flow."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
@@ -145,6 +147,14 @@ def test_images_that_would_be_misread_are_refused(pixel_flow):
     assert len(pixel_flow([to_pil(IMAGES[0]), to_pil(small)], height=32, width=32, num_inference_steps=1).images) == 2
     for wrong in (IMAGES * 2 - 1, (IMAGES * 255).byte(), (IMAGES * 255).byte().permute(0, 2, 3, 1).numpy(), IMAGES * torch.nan):
         with pytest.raises(ValueError, match=r"in \[0, 1\], got"):
+            pixel_flow(wrong)
+
+
+def test_names_of_models_and_of_pictures_are_refused_with_what_to_do(pixel_flow):
+    with pytest.raises(TypeError, match=r"got 'runs/mine' for the vector field.*PreferenceFlowPipeline.from_pretrained"):
+        PreferenceFlowPipeline("runs/mine")
+    for wrong in ("best.png", ["best.png"], Path("best.png")):
+        with pytest.raises(TypeError, match=r"best.png'.*PIL.Image.open"):
             pixel_flow(wrong)
 
 

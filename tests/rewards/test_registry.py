@@ -4,6 +4,7 @@ import ast
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import reward_models
 import torch
@@ -87,6 +88,18 @@ def test_built_ins_are_complete_and_importing_them_is_light():
                 assert parts <= {"checks.ranges", "files"}, f"{file.name} imports a part of the package that is not light at its top level"
                 names = [node.module] if node.level == 0 else []
             assert {name.split(".")[0] for name in names} <= light, file.name
+
+
+@pytest.mark.parametrize("name", ["aesthetic", "clip_score", "edit_direction", "hps_v2", "image_reward", "pick_score"])
+def test_a_model_that_cannot_be_had_is_a_sentence(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        FileNotFoundError, match=r"^No (CLIP model|checkpoint) '[\w-]+/[\w.-]+': there is no such folder here, and from the Hub: HF_HUB_OFFLINE"
+    ):
+        load_reward(name)
+    with pytest.raises(FileNotFoundError, match="'nobody/nothing'"):
+        load_reward(name, model="nobody/nothing")
 
 
 def test_an_edited_file_is_loaded_anew_and_one_that_is_not_once(tmp_path):

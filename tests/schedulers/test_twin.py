@@ -263,6 +263,12 @@ def test_twin_refuses_fields_of_the_other_kind():
         sde_twin(FlowMatchEulerDiscreteScheduler(), eta=1.0)
 
 
+@pytest.mark.parametrize("wrong", ["mini-sd", None, types.SimpleNamespace(config={}, components={}, scheduler=DDIMScheduler())])
+def test_what_is_no_scheduler_is_refused_with_what_to_give(wrong):
+    with pytest.raises(TypeError, match="takes a loaded scheduler, got a .*: give it pipe.scheduler"):
+        sde_twin(wrong)
+
+
 def test_twin_of_a_twin_changes_only_the_given_fields():
     twin = sde_twin(FlowMatchEulerDiscreteScheduler(shift=2.5), sde_type="cps", noise_level=0.8, sde_window=(0, 4))
     again = sde_twin(twin, noise_level=0.5)

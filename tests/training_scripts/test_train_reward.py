@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 
+import huggingface_hub
 import pytest
 import torch
 from script_tools import load_script, run_script, script, write_task
@@ -134,6 +135,13 @@ def test_errors_say_what_to_do(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         load_script("reward").parse_args(["--dataset_name", "d", "--output_dir", "o", "--held_out", "1.0"])
     assert "above 0 and below 1" in capsys.readouterr().err
+
+
+def test_without_a_network_the_embedded_clip_is_named(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="No CLIP model 'openai/clip-vit-large-patch14': .* HF_HUB_OFFLINE is set.*--model .* mini-clip"):
+        load_script("reward").main(["--dataset_name", str(data / "pair.jsonl"), "--output_dir", str(tmp_path / "mine")])
 
 
 def test_rows_of_no_weight_are_left_out(data, tmp_path, capsys):

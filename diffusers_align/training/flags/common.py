@@ -48,7 +48,8 @@ class OptimisationArguments(SeedArguments, SignalArguments):
     train_batch_size: Count = option(8, "samples of a rollout or replay at a time, at most, on each process", resume="free")
     gradient_accumulation_steps: Count | None = option(
         None,
-        "batches of --train_batch_size per optimizer step, over all processes; half an epoch's if absent, so two steps per epoch (NFT, AWM: all)",
+        "batches of --train_batch_size per optimizer step, over all processes; if absent half an epoch's, so two steps per epoch (one of train_nft.py, "
+        "train_awm.py, train_adjoint_matching.py)",
         resume="free",
     )
     learning_rate: LearningRate = option(3e-4, "of AdamW", resume="takes effect")

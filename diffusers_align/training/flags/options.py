@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import shlex
 import sys
 from collections.abc import Collection
@@ -82,19 +83,22 @@ def option(
     advanced: bool | None = None,
     was: str | tuple[str, ...] | None = None,
     resume: Resume | None = None,
+    of: str | None = None,
 ) -> Any:
-    """A field of an `Arguments` class. What the last three do not say is as the base classes' field of that name has it.
+    """A field of an `Arguments` class. What the last four do not say is as the base classes' field of that name has it.
 
     Args:
-        default: None where the flag may be absent and the text says what happens then.
+        default: None where the flag may be absent and the text says what happens then, in a part of its own (`; ... if absent`), which is not shown
+            where a class has a default of its own.
         text: its help; the range and the default are added.
         needs: other flags with the values (one, or a tuple) without which this one has no effect; True is any but 0, false and absent.
         metavar: what stands for the value in the help.
         advanced: whether `--help` only names it, and `--help_all` explains it.
         was: the name, or names, that it had in the last version.
         resume: what a change means for a run that goes on from a checkpoint (`Resume`); if nobody says, it is refused.
+        of: the flag whose value it is about. Where the command line gives another value than the recipe, this one of the recipe is left out, and that is said.
     """
-    said = {"advanced": advanced, "was": was, "resume": resume}
+    said = {"advanced": advanced, "was": was, "resume": resume, "of": of}
     extra = {"needs": needs or {}, "metavar": metavar, **{word: value for word, value in said.items() if value is not None}}
     return Field(default, description=text, json_schema_extra=extra)
 
@@ -164,7 +168,7 @@ class Option:
 
     Attributes:
         kind: its type and range.
-        text, needs, metavar, advanced, was, resume: of `option`, by the class that said them last.
+        text, needs, metavar, advanced, was, resume, of: of `option`, by the class that said them last.
         group: the heading under which its first class puts it.
         owner: its first class.
         is_common: whether that class is one for many scripts (`COMMON`), not of a method or a script.
@@ -179,7 +183,7 @@ class Option:
         for owner in (cls for cls in reversed(arguments.__mro__) if name in getattr(cls, "model_fields", {})):
             extra |= owner.model_fields[name].json_schema_extra or {}
         self.text, self.needs, self.metavar = told.description or "", extra.get("needs") or {}, extra.get("metavar")
-        self.advanced, self.resume = bool(extra.get("advanced")), extra.get("resume", "learned")
+        self.advanced, self.resume, self.of = bool(extra.get("advanced")), extra.get("resume", "learned"), extra.get("of")
         was = extra.get("was", ())
         self.was: tuple[str, ...] = (was,) if isinstance(was, str) else was
         self.owner = classes[-1]
@@ -191,7 +195,8 @@ class Option:
         notes = [self.kind.range] if self.kind.range else []
         notes += ["with " + " ".join(as_flag(name, wanted) for name, wanted in self.needs.items())] if self.needs else []
         notes += ["required"] if self.is_required else [] if self.default in (None, {}) else [f"default: {shown(self.default)}"]
-        return (self.text + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
+        text = self.text if self.default is None else re.sub(r"; [^;]*\bif absent\b[^;]*", "", self.text)
+        return (text + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
 
 
 @functools.cache
@@ -227,7 +232,8 @@ def parse(arguments: type[Arguments], argv: list[str] | None = None, description
             parser.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
         given = {name: Given(value, "on the command line") for name, value in vars(words).items()}
         if "config" in given:
-            given = {**old.recipe(read_recipe(given["config"].value, old.today)), **given}
+            recipe = old.recipe(read_recipe(given["config"].value, old.today))
+            given = {**_without_strangers(options, recipe, given), **given}
         given = old.converted(given)
     except ValueError as error:
         parser.error(str(error))
@@ -249,6 +255,18 @@ def old_names_of(arguments: type[Arguments]) -> OldNames:
 def _parser(arguments: type[Arguments], description: str | None, program: str, everything: bool) -> argparse.ArgumentParser:
     gone = {name: kind_of(annotation) for name, annotation in arguments._gone.items()}
     return parser_of(options_of(arguments), gone, (description or "").strip().partition("\n")[0], program, everything)
+
+
+def _without_strangers(options: dict[str, Option], recipe: dict[str, Given], words: dict[str, Given]) -> dict[str, Given]:
+    """A recipe's values but those that are about a value of it which the command line replaces; which ones is said."""
+    gone = []
+    for name in recipe.keys() - words.keys():
+        of = options[name].of if name in options else None
+        if of in recipe and of in words and words[of].value != recipe[of].for_text():
+            gone.append(name)
+            theirs = f"is for the recipe's --{of} {recipe[of].shown}"
+            warn(f"--{name} {recipe[name].shown} ({recipe[name].source}) {theirs}, so it is left out with {words[of].shown}.")
+    return {name: value for name, value in recipe.items() if name not in gone}
 
 
 def _validated(parser: argparse.ArgumentParser, arguments: type[Arguments], options: dict[str, Option], given: dict[str, Given]) -> Arguments:

@@ -43,7 +43,12 @@ class OneRewardArguments(RetryArguments):
         "built-in reward, module:function, file.py:function, http://host:port, or a sum such as clip_score*1+scene_score*0.5", resume="content"
     )
     reward_model: str | None = option(
-        None, "checkpoint of the reward's model, where it has one; its public one if absent", needs={"reward": True}, advanced=True, resume="content"
+        None,
+        "checkpoint of the reward's model, where it has one; its public one if absent",
+        needs={"reward": True},
+        advanced=True,
+        resume="content",
+        of="reward",
     )
 
 
@@ -51,7 +56,9 @@ class RewardArguments(OneRewardArguments):
     """prompts and reward"""
 
     eval_reward: str | None = option(None, "a second reward, not trained on, to show whether the first was hacked", resume="measured")
-    eval_reward_model: str | None = option(None, "checkpoint of the second reward's model", needs={"eval_reward": True}, advanced=True, resume="measured")
+    eval_reward_model: str | None = option(
+        None, "checkpoint of the second reward's model", needs={"eval_reward": True}, advanced=True, resume="measured", of="eval_reward"
+    )
 
 
 class PromptArguments(Arguments):

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from ...data.prompts import Prompt, load_prompts
 from ...lora import stock_lines
+from ...rewards.registry import parse_terms
 from ..offline.held_out_pairs import HeldOutPairs, margins
 from ..offline.rows import reading_options
 from ..online.sampling import Evaluation, described_solver, evaluate, paired_gain
@@ -44,6 +45,7 @@ class Report:
         self.rewards = {"reward": self.reward} if args.reward else {}
         if args.eval_reward:
             self.rewards[args.eval_reward] = reward_of_flags(args, run.accelerator.device, "eval_")
+        run.explain_once(*(trained_on_too(args) if rows is None else ()))
         if args.prompts or rows is None:
             self.prompts = self._load(args.prompts)
         else:
@@ -192,6 +194,17 @@ class Report:
             run.print(f"Pushed to {run.on_main(lambda: hub.push(run))}.")
         run.end()
         return gains
+
+
+def trained_on_too(args) -> list[str]:
+    """What to say of an `--eval_reward` that is what the run trains on, or a part of it; nothing of another one."""
+    trained, watched = ({name for name, _ in parse_terms(spec)} if spec else set() for spec in (args.reward, args.eval_reward))
+    if not trained & watched or args.reward_model != args.eval_reward_model:
+        return []
+    return [
+        f"--eval_reward {args.eval_reward} is trained on: {', '.join(sorted(trained & watched))} is in --reward {args.reward}. So it does not show whether "
+        "that is hacked, and no early stop that looks at it does. Give another one."
+    ]
 
 
 def judged_on(judged: Iterable[str], trained: set[str]) -> str:

@@ -57,9 +57,12 @@ class EarlyStop:
 
     @classmethod
     def of_run(cls, run, prompts: list[Prompt]) -> EarlyStop | None:
-        """What the flags ask for; None if that is nothing."""
+        """What the flags ask for; None if that is nothing. Validations that are too far apart to end the run are said."""
         wanted = run.args.early_stop_metric or run.args.early_stop_diversity is not None or run.args.early_stop_hacking is not None
-        return cls(run, prompts) if wanted else None
+        if not wanted:
+            return None
+        run.explain_once(*too_late(run.args))
+        return cls(run, prompts)
 
     @property
     def reason(self) -> str | None:
@@ -169,6 +172,18 @@ class EarlyStop:
         if weights is not None:
             self.weights = LaggingWeights(self.run.parameters)
             self.weights.load_state_dict(weights)
+
+
+def too_late(args) -> list[str]:
+    """What to say where the run has come to its end before an early stop could end it; nothing elsewhere."""
+    at_once = args.early_stop_diversity is not None or args.early_stop_hacking is not None
+    earliest = args.validation_epochs * (1 if at_once else args.early_stop_patience)
+    if earliest < args.num_epochs:
+        return []
+    return [
+        f"The early stop looks every {args.validation_epochs} epochs (--validation_epochs), so that it could end a run after epoch {earliest} at the earliest, "
+        f"and this one has {args.num_epochs}: it only chooses which weights are kept. Lower --validation_epochs."
+    ]
 
 
 def lost_share(before: Tensor, after: Tensor) -> float:

@@ -11,11 +11,12 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
+from ...checks.given_names import fetched
 from ...condition import Condition
 from ...data.inputs import Inputs, has_pictures, opened, parse_input_columns, sizes_of
 from ...data.prompts import Prompt
 from ...policy import Policy
-from .model_loading import model_source, raise_if_missing
+from .model_loading import model_source
 from .modular_loading import is_modular, modular_parameters
 from .single_file import is_single_file
 
@@ -62,13 +63,10 @@ def call_parameters(args) -> Mapping[str, inspect.Parameter] | None:
     if is_single_file(name):
         return None
     source = model_source(name)
-    try:
+    with fetched(name):
         if is_modular(source, args.revision):
             return modular_parameters(source, args.revision)
         config = DiffusionPipeline.load_config(source, revision=args.revision)
-    except Exception as error:
-        raise_if_missing(name, error)
-        raise
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     return None if cls is None else {name: p for name, p in inspect.signature(cls.__call__).parameters.items() if name != "self"}
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ModularPipeline
 
 from ... import embedded
-from ...checks.given_names import did_you_mean, hub_reason, is_hub_error, is_repository, nearest_path
+from ...checks.given_names import did_you_mean, fetched, is_repository, nearest_path
 from ...driving.calls import calls_of
 from ...driving.replacements import reads_levels_by_number
 from ...schedulers import sde_twin
@@ -54,15 +54,12 @@ def _loaded(args) -> DiffusionPipeline | ModularPipeline:
     if is_single_file(name):
         return load_single_file(name, getattr(args, "single_file_config", None), dtype)
     source = model_source(name)
-    try:
+    with fetched(name):
         if is_modular(source, args.revision):
             if getattr(args, "base_quantization", "none") != "none":
                 raise ValueError(f"--base_quantization is for classic pipelines, and {name} is modular, whose components load one by one: leave it out.")
             return load_modular(source, dtype, args.revision, args.variant)
         return DiffusionPipeline.from_pretrained(source, **in_dtype(dtype), revision=args.revision, variant=args.variant, **quantization(args, source, dtype))
-    except Exception as error:
-        raise_if_missing(name, error)
-        raise
 
 
 def model_source(name: str, needs: str = INDEX) -> str:
@@ -94,16 +91,6 @@ def model_source(name: str, needs: str = INDEX) -> str:
             f"repository.{did_you_mean(name, PIPELINES) or nearest_path(path)}"
         )
     return name
-
-
-def raise_if_missing(name: str, error: Exception) -> None:
-    """Say what the Hub lacks, if `error` comes of that.
-
-    Raises:
-        FileNotFoundError: the model could not be had.
-    """
-    if not Path(name).expanduser().exists() and is_hub_error(error):
-        raise FileNotFoundError(f"No model {name!r}: there is no such folder here, and from the Hub: {hub_reason(error)}.") from error
 
 
 def training_scheduler(pipeline, **sde_fields: Any):

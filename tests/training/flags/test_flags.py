@@ -280,6 +280,16 @@ ONE_NAME = {
 }
 
 
+def test_what_happens_without_a_flag_is_said_once():
+    """A class's own default takes the place of what its parent says of an absent flag."""
+    helps = {(stem, name): option.help() for stem in STEMS for name, option in flags_of(arguments_of(stem)).items()}
+    assert not [where for where, text in helps.items() if "if absent" in text and "default: " in text]
+    assert helps["train_ddpo", "guidance_scale"].endswith("rollouts, replays and evaluation (a number from 0 to 1000; default: 5)")
+    assert "the pipeline's default if absent (" in helps["train_flow_grpo", "guidance_scale"]
+    assert "half an epoch" not in helps["train_draft", "gradient_accumulation_steps"]
+    assert "half an epoch's" in helps["train_dpo", "gradient_accumulation_steps"]
+
+
 def test_one_name_means_one_thing():
     """Fields of one name are of one class, or have the same type and the same words, or are excused above; and they mean the same to a resumed run."""
     found = defaultdict(list)

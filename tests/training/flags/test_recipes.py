@@ -88,6 +88,22 @@ def test_a_list_is_a_comma_separated_value(tmp_path):
     assert parse(*recipe(tmp_path, "lora_layers: [to_q, to_k]\n")).lora_layers == "to_q,to_k"
 
 
+def test_what_a_recipe_says_of_a_value_goes_with_it(tmp_path, capsys):
+    config = recipe(tmp_path, "reward: clip_score\nreward_model: mini-clip\neval_reward: clip_score\neval_reward_model: mini-clip\n")
+    needed = [*config, "--pretrained_model_name_or_path", "mini-sd3", "--prompts", "mini_train", "--output_dir", "out"]
+    models = []
+    for words in ([], ["--reward", "clip_score"], ["--reward", "pick_score"], ["--reward", "pick_score", "--reward_model", "mine"]):
+        args = load_script("train_draft").parse_args([*needed, *words])
+        models.append((args.reward_model, args.eval_reward_model))
+    assert models == [("mini-clip", "mini-clip")] * 2 + [(None, "mini-clip"), ("mine", "mini-clip")]
+    said = capsys.readouterr().err
+    assert (
+        said.count("left out") == 1
+        and "--reward_model mini-clip" in said
+        and "is for the recipe's --reward clip_score, so it is left out with pick_score" in said
+    )
+
+
 def test_an_empty_recipe_changes_nothing(tmp_path):
     config = recipe(tmp_path, "# nothing\n")
     differing = {name for name, value in vars(parse(*config)).items() if value != vars(parse())[name]}

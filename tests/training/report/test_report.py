@@ -1,12 +1,13 @@
 """What a report calls its prompts and its rewards."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from diffusers_align.training.online.sampling import Evaluation
-from diffusers_align.training.report.report import _summary, judged_on
+from diffusers_align.training.report.report import _summary, judged_on, trained_on_too
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,20 @@ def test_rewards_go_by_their_own_names_and_missing_scores_are_told():
     assert _summary(alone, None, ["rewards/mine"]) == "rewards/mine 0.5000 ± 0.2500"
     below = Evaluation(["a", "b"], [0, 1], [], {"reward/mine": two})
     assert _summary(below, None, ["reward/mine"]) == "reward/mine 0.5000 ± 0.2500", "a folder may be called so"
+
+
+@pytest.mark.parametrize(
+    ("reward", "eval_reward", "models", "shared"),
+    [
+        ("scene_score", "scene_score", (None, None), "scene_score"),
+        ("background_color+scene_score", "scene_score*2", (None, None), "scene_score"),
+        ("clip_score", "clip_score", (None, "mini-clip"), None),
+        ("scene_score", "scene_judge", (None, None), None),
+        ("scene_score", None, (None, None), None),
+        (None, "scene_score", (None, None), None),
+    ],
+)
+def test_a_second_reward_that_is_trained_on_is_said(reward, eval_reward, models, shared):
+    said = trained_on_too(SimpleNamespace(reward=reward, eval_reward=eval_reward, reward_model=models[0], eval_reward_model=models[1]))
+    assert len(said) == (shared is not None)
+    assert not said or f"--eval_reward {eval_reward} is trained on: {shared} is in --reward {reward}." in said[0]

@@ -48,6 +48,25 @@ def kept(stop):
         return stop.run.parameters[0][0].item()
 
 
+@pytest.mark.parametrize(
+    ("flags", "earliest"),
+    [
+        ({"early_stop_hacking": 3.0, "num_epochs": 20}, 20),
+        ({"early_stop_hacking": 3.0, "num_epochs": 21}, None),
+        ({"early_stop_metric": "reward", "num_epochs": 40}, 40),
+        ({"early_stop_metric": "reward", "num_epochs": 41}, None),
+        ({"early_stop_metric": "reward", "early_stop_diversity": 0.7, "num_epochs": 21}, None),
+    ],
+)
+def test_validations_that_are_too_far_apart_are_said(flags, earliest):
+    said, args = [], {"early_stop_metric": None, "early_stop_patience": 2, "early_stop_diversity": None, "early_stop_hacking": None}
+    args = SimpleNamespace(**{**args, "eval_reward": "other", "num_eval_samples": 4, "validation_epochs": 20, **flags})
+    run = SimpleNamespace(args=args, register=lambda name, it, fresh=None: None, explain_once=lambda *texts: said.extend(texts))
+    assert EarlyStop.of_run(run, PROMPTS) is not None
+    assert len(said) == (earliest is not None)
+    assert not said or f"after epoch {earliest} at the earliest, and this one has {args.num_epochs}" in said[0] and "Lower --validation_epochs" in said[0]
+
+
 @pytest.mark.parametrize("metric", ["reward", "eval_reward"])
 def test_it_waits_for_its_patience_and_keeps_the_peak(metric):
     stop, name = stop_of(early_stop_metric=metric), {"reward": "reward", "eval_reward": "other"}[metric]
