@@ -225,7 +225,7 @@ class Run:
 
     def averaged(self):
         """Context: the moving average in the place of the live weights, if there is one."""
-        started = self.optimizer_steps >= self.args.ema_interval  # before that it is the untrained LoRA
+        started = self.ema is not None and self.ema.optimization_step > 0  # before that it is the LoRA that the average began with
         return Averaged(self.ema if started else None, self.parameters)
 
     # --- epochs, metrics -------------------------------------------------------------------------------------------
