@@ -126,6 +126,9 @@ def test_d3po_learns_from_stored_trajectories(task, tmp_path):
     said = "As the trajectories were drawn, evaluations too: --num_inference_steps 3, --guidance_scale 1.0, --call_kwargs {'max_sequence_length': 1}."
     assert stored.hand_over(args) == [said] and (args.num_inference_steps, args.guidance_scale) == (3, 1.0) and stored.hand_over(args) == []
     out = run_script("d3po", tmp_path / "trained", task, **D3PO, trajectories=folder)
+    card = (out / "README.md").read_text()
+    assert "aligns `mini-sd3` with the rewards of the trajectories in `made`, trained by D3PO" in card, "the reward of the flags only measures"
+    assert "the reward, which only measures, is `rewards.py:brightness`" in card
     # The fresh LoRA is the model that drew them, under the noise that drew them: each gain is exactly 0, each pair a tie.
     first = rows(out)[0]
     assert first["pairs"] == 2 and first["grad_norm"] > 0
