@@ -84,6 +84,7 @@ def seen(row, made=2, skipped=0, rates=(1e-3,), moved=False, number=8, **args):
         (seen({}, max_grad_norm=1e-30), "--max_grad_norm 1e-30"),
         (seen({"grad_norm": 0}, reward_map="hinge", reward_target=-5), "above --reward_target -5"),
         (seen({"grad_norm": 0}), "does not depend on the weights"),
+        (seen({"reward": 4.96}, moved=True, reward_map="distance", reward_target=1), r"mean, 4.96, lies above --reward_target 1, and .*--reward_map none"),
         (seen({"invalid_rewards": 4.0}, moved=True), r"4 of 8 rewards \(50%\) are missing"),
         (seen({"ratio_error": 4e-4}, moved=True), "ratio_error is 0.0004 and should be 0.*cache on the denoiser"),
         (seen({"ratio_error": float("nan")}, moved=True), "ratio_error is nan"),
@@ -97,6 +98,11 @@ def test_each_cause_is_named_alone(look, message):
 @pytest.mark.parametrize("row", [{}, {"zero_std": 0.9}, {"ratio_error": 1e-7}, {"invalid_rewards": 1.0}, {"pairs": 5, "kept": 0.1, "accepted": 1.0}])
 def test_a_run_that_learns_is_left_alone(row):
     assert seen(row, moved=True).symptoms() == []
+
+
+@pytest.mark.parametrize("reward_map, target, reward", [("distance", 1.0, 0.9), ("hinge", 1.0, 4.96), ("shortfall", 1.0, 4.96), ("none", None, 4.96)])
+def test_rewards_that_are_raised_or_let_be_are_no_symptom(reward_map, target, reward):
+    assert seen({"reward": reward}, moved=True, reward_map=reward_map, reward_target=target).symptoms() == []
 
 
 def test_no_step_at_all_of_a_schedule_that_is_zero_for_a_while():
