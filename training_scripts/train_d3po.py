@@ -90,7 +90,7 @@ def main(argv=None):
     taken_over = stored.hand_over(args) if stored else []
     run = Run(args, "D3PO")
     run.explain_once(*taken_over)
-    run.batches(args.num_prompts_per_epoch * args.group_size)
+    run.batches(args.num_prompts_per_epoch * args.group_size, steps=1)
     report = Report(run, [{"prompt": prompt.text} for prompt in stored.prompts] if stored else None)
     policy = run.load_policy(**(stored.noise if stored else noise_fields(args)))
     run.load_optimizer(args.num_epochs * args.num_updates_per_epoch)

@@ -110,10 +110,10 @@ def loss(args, advantages, step):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "DDPO")
-    run.batches(args.num_samples_per_epoch, steps=1 if args.estimator == "sf" else 2)
+    run.batches(args.num_samples_per_epoch, steps=1 if args.estimator == "sf" or args.update == "trpo" else 2)
     report = Report(run)
     policy = run.load_policy(**noise_fields(args))
-    run.load_optimizer(args.num_epochs * (1 if args.update == "trpo" else run.division.num_steps))
+    run.load_optimizer(args.num_epochs * run.division.num_steps)
     statistics = PromptStatistics(args.per_prompt_stat_buffer_size, args.per_prompt_stat_min_count)
     run.register("prompt_statistics", statistics)
     run.resume()

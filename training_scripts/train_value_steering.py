@@ -170,7 +170,7 @@ def card(run, policy, results, judged):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "value steering")
-    run.batches(args.num_samples_per_epoch)
+    run.batches(args.num_samples_per_epoch, steps=1)
     prompts = prompts_of(run, args.prompts)
     judged = prompts_of(run, args.eval_prompts) if args.eval_prompts else prompts
     rewards = {"reward": reward_of_flags(args, run.accelerator.device)}

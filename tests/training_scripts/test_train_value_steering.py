@@ -103,6 +103,12 @@ def test_a_reward_that_scores_nothing_is_found_before_training(task, tmp_path):
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
+def test_a_resumed_run_may_have_batches_of_another_size(task, tmp_path, capsys):
+    run(tmp_path, task, num_epochs=1)
+    run(tmp_path, task, resume_from_checkpoint="latest", train_batch_size=4)
+    assert "Changed without effect on what is learned: --train_batch_size was 2, now 4." in capsys.readouterr().out
+
+
 def test_prompts_without_a_reward_leave_no_transitions(task, tmp_path):
     out = run(tmp_path, task, reward=f"{task / 'rewards.py'}:no_dogs", invalid_rewards="mask", num_epochs=1)
     assert rows(out)[0]["invalid_rewards"] > 0 and torch.isfinite(torch.tensor(rows(out)[0]["value_loss"]))

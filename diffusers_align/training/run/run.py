@@ -158,7 +158,7 @@ class Run:
         """How many batches an epoch's samples make on each process, and how many of them make an optimizer step: see `division`.
 
         Args:
-            steps: optimizer steps per epoch where `--gradient_accumulation_steps` does not say.
+            steps: optimizer steps per epoch where `--gradient_accumulation_steps` does not say; 1 where each is on all samples, or on none of an epoch's own.
 
         Raises:
             ValueError: the samples do not divide into equal batches.
