@@ -97,6 +97,7 @@ def regress(run, policy, trajectory, steps, target, condition, weight):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "Adjoint Matching")
+    run.health.compares_rewards = False  # it goes by their gradients
     num_batches, batches_a_step = run.batches(args.num_prompts_per_epoch, steps=1)
     report, beside = Report(run), Pretraining(run)
     policy = run.load_policy()

@@ -29,7 +29,7 @@ class D3POArguments(NoiseArguments, SamplingArguments, defaults=DEFAULTS):
     same_latent: bool = option(True, "one initial noise per group, as in the official code")
     pairs: Literal["all", "extremes"] = option("all", "all pairs of a group (official), or its best and worst image")
     min_margin: NonNegative = option(0.0, "pairs whose rewards differ by no more are left out", advanced=True)
-    trajectories: str | None = option(None, "learn from those of this folder of make_preferences.py, with its rewards, and sample none")
+    trajectories: str | None = option(None, "learn from those of this folder of make_preferences.py, with its rewards, and sample none", resume="content")
     beta: Positive = option(0.1, "preference temperature, with log-probabilities per dimension (official)")
     clip: Literal["one_sided", "official", "none"] = option("one_sided", "what holds steps that went far: see the algorithm's page", advanced=True)
     clip_range: ClipRange = option(0.1, "of the ratio per dimension (official)", needs={"clip": ("one_sided", "official")})
@@ -90,7 +90,7 @@ def main(argv=None):
     taken_over = stored.hand_over(args) if stored else []
     run = Run(args, "D3PO")
     run.explain_once(*taken_over)
-    run.batches(args.num_prompts_per_epoch * args.group_size)
+    run.batches(args.num_prompts_per_epoch * args.group_size, steps=1)
     report = Report(run, [{"prompt": prompt.text} for prompt in stored.prompts] if stored else None)
     policy = run.load_policy(**(stored.noise if stored else noise_fields(args)))
     run.load_optimizer(args.num_epochs * args.num_updates_per_epoch)

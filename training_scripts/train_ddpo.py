@@ -81,6 +81,7 @@ def parse_args(argv=None):
 if __name__ == "__main__":
     parse_args()  # before the imports that take seconds: what is wrong with the flags is said at once
 
+import math
 from functools import partial
 
 from diffusers_align.algorithms.ddpo import ddpo_loss
@@ -109,7 +110,7 @@ def loss(args, advantages, step):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "DDPO")
-    run.batches(args.num_samples_per_epoch, steps=1 if args.estimator == "sf" else 2)
+    run.batches(args.num_samples_per_epoch, steps=1 if args.estimator == "sf" or args.update == "trpo" else 2)
     report = Report(run)
     policy = run.load_policy(**noise_fields(args))
     run.load_optimizer(args.num_epochs * run.division.num_steps)
@@ -138,7 +139,8 @@ def main(argv=None):
             metrics = samples.metrics() | trust_region_update(run, policy, samples, advantages, **limits)
         else:
             steps = steps_of(run, samples, args.random_timestep_fraction, epoch)
-            metrics = policy_gradient_epoch(run, policy, samples, steps, objective, clip_range=args.clip_range)
+            clip_range = args.clip_range if args.estimator == "is" else math.inf
+            metrics = policy_gradient_epoch(run, policy, samples, steps, objective, clip_range=clip_range)
         run.log(metrics)
         report.validate(epoch)
     report.finish()

@@ -107,7 +107,8 @@ def main(argv=None):
         # 1 roll out, and complete from the states on the way
         samples = sample_epoch(run, policy, report.reward, report.prompts, epoch, args.num_prompts_per_epoch, args.group_size, args.same_latent)
         steps = trained_steps(samples.batches[0], args.timestep_fraction, args.random_timestep_fraction, f"{args.seed}/{epoch}/steps")
-        run.explain_once(describe_kl(args.kl_weight, args.kl_form, samples.batches[0].step_sizes))
+        if args.kl_weight > 0:
+            run.explain_once(describe_kl(args.kl_weight, args.kl_form, samples.batches[0].step_sizes))
         scored_steps = samples.batches[0].noisy_steps if args.advantage == "gae" else steps  # what follows a step is all of them
         gains = step_gains(completion_rewards(run, policy, report.reward, samples, scored_steps))
 

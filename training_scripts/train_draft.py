@@ -109,7 +109,6 @@ def aligned(training, batch, rollout, drawn):
     rewards = renoised.relative_rewards(run, batch, denoised, words, float(srpo.discounts(number)[k]))
     penalty = renoised.relative_rewards(run, batch, inverted, words[::-1], float(srpo.discounts(number, inversion=True)[k]))
     training.logged["penalty"] += finite(penalty)
-    training.logged.add_inactive(rewards, args)
     return rewards, srpo.srpo_loss(rewards, penalty, training.reward_map)
 
 
@@ -119,7 +118,7 @@ def adjoint_update(training, update, num_steps):
     truncation = len(draft.grad_steps(num_steps, None if args.method == "draft" else args.truncation))
     for batch in update.batches:
         rewards, mismatch = adjoint_backward(training.run, training.policy, batch, truncation, update.weight)
-        training.logged.add_rewards(batch, rewards)
+        training.logged.add_rewards(batch, rewards, args)
         training.logged["mismatch"].append(mismatch)
 
 

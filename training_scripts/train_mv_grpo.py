@@ -22,7 +22,7 @@ class MVGRPOArguments(
 ):
     """MV-GRPO"""
 
-    views: str = required(".json or .jsonl file of captions, or a function (prompt, images or None) -> captions: module:function")
+    views: str = required(".json or .jsonl file of captions, or a function (prompt, images or None) -> captions: module:function", resume="content")
     num_views: Annotated[int, Interval(ge=1, le=1000)] = option(
         2, "captions beside the prompt, drawn anew for each group and epoch; without any, train_flow_grpo.py is this algorithm"
     )

@@ -63,7 +63,6 @@ def main(argv=None):
                 rewards = batch.reward(rollout.images.float())
                 loss = refl_loss(rewards, training.reward_map)
             training.descend(update, batch, rollout, rewards, loss)
-            training.logged.add_inactive(rewards, args)
 
 
 if __name__ == "__main__":

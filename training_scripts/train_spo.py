@@ -87,6 +87,7 @@ def accumulate(run, policy, samples, b, weight, logged):
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "SPO")
+    run.health.compares_rewards = False  # those of candidates, not of images
     num_batches, batches_a_step = run.batches(args.num_samples_per_epoch)
     report = Report(run)
     policy = run.load_policy(**noise_fields(args))

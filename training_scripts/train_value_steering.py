@@ -55,7 +55,6 @@ from dataclasses import replace
 import torch
 
 from diffusers_align.algorithms.value_steering import value_loss
-from diffusers_align.data import load_prompts
 from diffusers_align.pipelines.value_steering import NoiseValue, SteeredPolicy, Steering
 from diffusers_align.rl.values import explained_variance
 from diffusers_align.training.online.sampling import evaluate, noise_fields, sample_epoch
@@ -65,7 +64,8 @@ from diffusers_align.training.report import hub, model_card
 from diffusers_align.training.report.pictures import before_and_after, samples, save
 from diffusers_align.training.report.report import judged_on, trained_on_too
 from diffusers_align.training.report.statistics import in_words, mean_and_error
-from diffusers_align.training.run.inputs import condition_of, inputs_of
+from diffusers_align.training.run.failures import resumable
+from diffusers_align.training.run.inputs import columns_of_the_call, condition_of, prompts_of
 from diffusers_align.training.run.model_loading import call_arguments, load_pipeline, training_scheduler
 from diffusers_align.training.run.run import Run
 
@@ -133,25 +133,35 @@ def finish(run, policy, before, after, rewards, judged):
     for name, words in results.items():
         run.print(f"{name}: {words}")
     if run.is_main:
-        policy.steering.value.save_pretrained(run.output_dir / "value")
-        if after.images:
-            save(before_and_after(before.images, after.images, after.prompts[: len(after.images)]), run.output_dir / "before_after.png")
-        (run.output_dir / "README.md").write_text(card(run, policy, results, judged), encoding="utf-8")
+        with resumable(run):
+            policy.steering.value.save_pretrained(run.output_dir / "value")
+            if after.images:
+                save(before_and_after(before.images, after.images, after.prompts[: len(after.images)]), run.output_dir / "before_after.png")
+            (run.output_dir / "README.md").write_text(card(run, policy, results, judged), encoding="utf-8")
     run.print(f"Value, pictures and model card: {run.output_dir}")
+
+
+def calling_lines(args, policy, repo):
+    """Python that draws as the samples of the card were drawn: with their noise, steps and sizes."""
+    noise = {name: policy.scheduler.config[name] for name in noise_fields(args) if name in policy.scheduler.config}
+    call = {"num_noises": args.num_noises, "alpha": args.choice_temperature, **policy.call_kwargs}
+    words = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={model_card.public(value)!r}" for name, value in call.items()]
+    twin = f"sde_twin(pipeline.scheduler, {', '.join(f'{name}={value!r}' for name, value in noise.items())})"
+    return "\n".join([
+        *(["from diffusers_align import sde_twin"] if noise else []),
+        "from diffusers_align.pipelines import ValueSteeringPipeline",
+        "",
+        f"pipe = ValueSteeringPipeline(pipeline)  # {model_card.public(args.pretrained_model_name_or_path)}, loaded",
+        f'image = pipe(prompt, value="{repo}", {", ".join([*([f"scheduler={twin}"] if noise else []), *words])}).images[0]',
+    ])  # fmt: skip
 
 
 def card(run, policy, results, judged):
     """The model card."""
     args, repo = run.args, model_card.published_as(run)
     front = model_card.front_matter(args.pretrained_model_name_or_path, ["value-steering"], model_card.pipeline_tag(policy.pipeline))
-    base = model_card.public(args.pretrained_model_name_or_path)
+    base, code = model_card.public(args.pretrained_model_name_or_path), calling_lines(args, policy, repo)
     text = f"A value of half-drawn samples that picks the noise of each step of {base}; the model is unchanged."
-    call = f"num_noises={args.num_noises}, alpha={args.choice_temperature:g}, num_inference_steps={args.num_inference_steps}"
-    call += "" if args.guidance_scale is None else f", guidance_scale={args.guidance_scale:g}"
-    code = f"""from diffusers_align.pipelines import ValueSteeringPipeline
-
-pipe = ValueSteeringPipeline(pipeline)  # {base}, loaded
-image = pipe(prompt, value="{repo}", {call}).images[0]"""
     caption = f"Samples of {judged}, steered and the plain sampler's with the same seeds (mean ± standard error):"
     pictures = [name for name in ("before_after.png", "reward_curve.png") if (run.output_dir / name).is_file()]
     return model_card.page(run, front, repo, text, code, caption, results, pictures)
@@ -160,19 +170,22 @@ image = pipe(prompt, value="{repo}", {call}).images[0]"""
 def main(argv=None):
     args = parse_args(argv)
     run = Run(args, "value steering")
-    run.batches(args.num_samples_per_epoch)
-    prompts = load_prompts(args.prompts, args.prompt_column, inputs_of(args), run.print)
-    judged = load_prompts(args.eval_prompts, args.prompt_column, inputs_of(args), run.print) if args.eval_prompts else prompts
+    run.batches(args.num_samples_per_epoch, steps=1)
+    prompts = prompts_of(run, args.prompts)
+    judged = prompts_of(run, args.eval_prompts) if args.eval_prompts else prompts
     rewards = {"reward": reward_of_flags(args, run.accelerator.device)}
     if args.eval_reward:
         rewards[args.eval_reward] = reward_of_flags(args, run.accelerator.device, "eval_")
     run.explain_once(*trained_on_too(args))
     policy = load_policy(run, prompts)
+    run.explain_once(*columns_of_the_call([*prompts[:1], *judged[:1]], policy))
     value, replay = policy.steering.value, Replay(args.replay_size, args.seed)
     run.load_optimizer(args.num_epochs * args.num_updates)
     run.register("replay", replay)
     run.resume()
     before = judge(run, policy, rewards, judged, steered=False)
+    if args.invalid_rewards == "error":
+        before.check_scored(rewards, {"reward": args.reward})
     on = judged_on([prompt.key for prompt in judged[: args.num_eval_samples]], {prompt.key for prompt in prompts})
     run.print(f"Evaluation: {args.num_eval_samples} images of {on}; plain: {args.reward} {in_words(before.rewards['reward'])}")
 
@@ -211,8 +224,9 @@ def validate(run, policy, rewards, judged, epoch):
         now = judge(run, policy, {"reward": rewards["reward"]}, judged, steered=True, number=run.args.num_validation_images)
     run.accelerator.log({"validation/reward": mean_and_error(now.rewards["reward"])[0]}, step=epoch)
     if run.is_main and now.images:
-        (run.output_dir / "samples").mkdir(exist_ok=True)
-        save(samples(now.images, now.prompts[: len(now.images)]), run.output_dir / "samples" / f"epoch-{epoch + 1:04d}.png")
+        with resumable(run):
+            (run.output_dir / "samples").mkdir(exist_ok=True)
+            save(samples(now.images, now.prompts[: len(now.images)]), run.output_dir / "samples" / f"epoch-{epoch + 1:04d}.png")
 
 
 if __name__ == "__main__":

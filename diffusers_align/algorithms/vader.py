@@ -14,6 +14,9 @@ graph; the gradient is the same. It decodes frames one by one; an autoencoder th
 well, which the roll-out's `frames` sees to. Official: DDIM of 50 steps, eta 1, LoRA of rank 8 to 16, learning rate 2e-4, no penalty;
 it is stopped by hand.
 
+The map's target, 1, is the best of HPS. The distance to it pulls rewards of a larger scale down: they need `--reward_target`, or `--reward_map none`,
+and a run whose rewards begin above the target says so.
+
 Logged: `reward`, over the decoded frames; `truncation`, steps with gradient.
 """
 

@@ -90,7 +90,7 @@ def test_gradients_from_coefficients_are_those_of_the_loss(policy, tmp_path):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
 
 
-def test_d3po_resumes_bit_for_bit(task, tmp_path):
+def test_d3po_resumes_bit_for_bit(task, tmp_path, capsys):
     flags = {**D3PO, "reward": f"{task / 'rewards.py'}:redness", "use_ema": True, "ema_interval": 1}
     whole = run_script("d3po", tmp_path / "whole", task, num_epochs=2, **flags)
     (metrics, later) = rows(whole)
@@ -99,6 +99,8 @@ def test_d3po_resumes_bit_for_bit(task, tmp_path):
     parts = run_script("d3po", tmp_path / "parts", task, num_epochs=1, **flags)
     run_script("d3po", parts, task, num_epochs=2, resume_from_checkpoint="latest", **flags)
     assert_same_run(parts, whole, "checkpoint-2")
+    run_script("d3po", parts, task, num_epochs=3, resume_from_checkpoint="latest", **{**flags, "train_batch_size": 4})
+    assert "--train_batch_size was 2, now 4" in capsys.readouterr().out, "each update is on all of an epoch's pairs, whatever the batches"
 
 
 def test_d3po_learns_from_stored_trajectories(task, tmp_path):
@@ -126,6 +128,9 @@ def test_d3po_learns_from_stored_trajectories(task, tmp_path):
     said = "As the trajectories were drawn, evaluations too: --num_inference_steps 3, --guidance_scale 1.0, --call_kwargs {'max_sequence_length': 1}."
     assert stored.hand_over(args) == [said] and (args.num_inference_steps, args.guidance_scale) == (3, 1.0) and stored.hand_over(args) == []
     out = run_script("d3po", tmp_path / "trained", task, **D3PO, trajectories=folder)
+    card = (out / "README.md").read_text()
+    assert "aligns `mini-sd3` with the rewards of the trajectories in `made`, trained by D3PO" in card, "the reward of the flags only measures"
+    assert "the reward, which only measures, is `rewards.py:brightness`" in card
     # The fresh LoRA is the model that drew them, under the noise that drew them: each gain is exactly 0, each pair a tie.
     first = rows(out)[0]
     assert first["pairs"] == 2 and first["grad_norm"] > 0

@@ -58,11 +58,13 @@ METHODS = {
     "drtune": ("draft", {"method": "drtune", "num_trained_steps": 2, "skip_last_steps": 1}),
     "srpo": ("draft", {"method": "srpo", "reward_map": "hinge", "reward_target": 3.0, **MINI_SD}),
     "adjoint": ("draft", {"method": "draft", "adjoint": True}),
+    "hinge": ("draft", {"reward_map": "hinge", "reward_target": 5.0}),
     "refl": ("refl", {"window": (0.3, 0.9), "reward_target": 5.0, "reward_scale": 1.0}),
     "alignprop": ("alignprop", {"truncation_schedule": "uniform", "reward_scale": 1.0, "kl_weight": 0.1, **MINI_SD}),
     "vader": ("vader", {"backprop_mode": "random", "gradient_checkpointing": True, **MINI_SD}),
 }
-LOGGED = {"srpo": "penalty", "drtune": "stop_step", "adjoint": "mismatch", "refl": "hinge_inactive", "alignprop": "truncation", "vader": "truncation"}
+LOGGED = {"srpo": "penalty", "drtune": "stop_step", "adjoint": "mismatch", "alignprop": "truncation", "vader": "truncation"}
+LOGGED |= dict.fromkeys(("refl", "hinge"), "hinge_inactive")
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from captioner import CAPTIONER
+from script_runs import PROMPTS
 from script_tools import RECIPES, assert_same_lora, assert_same_run, load_script, rows, run_script, run_script_on_two_processes, write_task
 
 FLAGS = {"num_prompts_per_epoch": 2, "group_size": 2, "num_views": 1, "kl_weight": 0.1, "sde_window": (0, 2), "gradient_accumulation_steps": 2}
@@ -32,6 +33,15 @@ def test_resumed_equals_uninterrupted(finished, tmp_path):
     run_script("mv_grpo", tmp_path / "run", task, num_epochs=1, **flags)
     run_script("mv_grpo", tmp_path / "run", task, num_epochs=2, resume_from_checkpoint="latest", **flags)
     assert_same_run(tmp_path / "run", expected, "checkpoint-2")
+
+
+def test_other_captions_in_the_file_are_another_run(finished, tmp_path):
+    views, flags = tmp_path / "views.json", {**FLAGS, "kl_weight": 0, "num_eval_samples": 1, "num_validation_images": 1}
+    views.write_text(json.dumps({text: ["first"] for text, _ in PROMPTS}))
+    run_script("mv_grpo", tmp_path / "run", finished[0], num_epochs=1, views=views, **flags)
+    views.write_text(json.dumps({text: ["second"] for text, _ in PROMPTS}))
+    with pytest.raises(ValueError, match=r"--views: the content of .*views.json is another one"):
+        run_script("mv_grpo", tmp_path / "run", finished[0], num_epochs=2, views=views, resume_from_checkpoint="latest", **flags)
 
 
 def test_each_view_is_trained_on_its_own_advantage(finished, tmp_path, monkeypatch):

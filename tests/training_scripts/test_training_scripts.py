@@ -144,7 +144,7 @@ def test_flow_grpo_with_cps_a_window_and_the_official_kl(task, tmp_path):
     assert rows(tmp_path / "run")[1]["kl"] > 0
 
 
-def test_ddpo_with_the_score_function_pushed_to_the_hub(task, tmp_path, monkeypatch):
+def test_ddpo_with_the_score_function_pushed_to_the_hub(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with FakeHub().running() as hub:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
@@ -152,6 +152,7 @@ def test_ddpo_with_the_score_function_pushed_to_the_hub(task, tmp_path, monkeypa
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)
         push = {"push_to_hub": True, "hub_model_id": "bright-cats", "hub_token": "hf_secret"}
         out = train("ddpo", tmp_path / "run", task, estimator="sf", **{"no-per_prompt_stat_tracking": True}, **push)
+        assert "bounds the true ratio" not in capsys.readouterr().out, "the score function has no clip"
 
         files = hub.repositories["tester/bright-cats"]
         local = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}

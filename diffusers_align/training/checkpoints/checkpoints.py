@@ -23,8 +23,11 @@ from .state_files import read_state, write_state
 
 MANIFEST, RANDOM, LOGS = "manifest.json", "random_states", "logs"
 LORA = "pytorch_lora_weights.safetensors"
-# What a run leaves beside its checkpoints, and a preference flow.
-RESULTS = ("metrics.jsonl", "reward_curve.png", "before_after.png", "samples", "sounds", costs.FILE, "README.md", LORA, "model_index.json", "vector_field")
+# What a run leaves beside its checkpoints: files and pictures, and what was learned, a LoRA, a preference flow or a value.
+RESULTS = (
+    "metrics.jsonl", "reward_curve.png", "before_after.png", "samples", "sounds", "widget", costs.FILE, "README.md",
+    LORA, "model_index.json", "vector_field", "value",
+)  # fmt: skip
 
 
 def found(folder: Path) -> list[Path]:

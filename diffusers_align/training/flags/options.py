@@ -302,7 +302,7 @@ def _refuse_void(parser: argparse.ArgumentParser, options: dict[str, Option], gi
     """A flag that is given and changes nothing is a mistake of whoever gave it."""
     for name, entry in given.items():
         unmet = {other: wanted for other, wanted in options[name].needs.items() if not _meets(getattr(args, other), wanted)}
-        if not unmet or not getattr(args, name):
+        if not unmet or _asks_for_nothing(getattr(args, name), options[name].default):
             continue
         needed = " and ".join(as_flag(other, wanted) for other, wanted in unmet.items())
         overridden = entry.is_recipe and any(other in given and not given[other].is_recipe for other in unmet)
@@ -310,6 +310,12 @@ def _refuse_void(parser: argparse.ArgumentParser, options: dict[str, Option], gi
             parser.error(f"--{name} has no effect without {needed}: leave it out, or give both; got {entry.shown} ({entry.source})")
         warn(f"--{name} {entry.shown} ({entry.source}) has no effect without {needed}.")
         setattr(args, name, options[name].default)
+
+
+def _asks_for_nothing(value: Any, default: Any) -> bool:
+    """Whether a value is that something is not there, which is true without it: a switch that is off, a weight of 0 that is absent by default. A 0 in the
+    place of another number asks for something."""
+    return value is None or (not value and (isinstance(value, bool) or default is None or value == default))
 
 
 def _meets(value: Any, wanted: Any) -> bool:

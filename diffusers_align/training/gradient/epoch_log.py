@@ -35,18 +35,15 @@ class EpochLog(defaultdict):
         self.unscored: list[str] = []
         self.failures: list[str] = []
 
-    def add_rewards(self, batch, rewards: Tensor) -> None:
-        """The rewards (B,) of a batch, NaN where there is none."""
+    def add_rewards(self, batch, rewards: Tensor, args) -> None:
+        """The rewards (B,) of a batch, NaN where there is none; with `--reward_map hinge` also which of them lie above the target, and so have no gradient."""
         texts = [prompt.text for prompt in batch.asked]
         self["reward"] += finite(rewards)
+        if args.reward_map == "hinge":
+            self["hinge_inactive"] += [float(reward >= args.reward_target) for reward in finite(rewards)]
         self.asked += texts
         self.unscored += [text for text, value in zip(texts, rewards.tolist()) if value != value]
         self.failures += batch.reward.failures
-
-    def add_inactive(self, rewards: Tensor, args) -> None:
-        """Which of the rewards (B,) are above a hinge's target, and so without a gradient; nothing with other maps."""
-        if args.reward_map == "hinge":
-            self["hinge_inactive"] += [float(reward >= args.reward_target) for reward in finite(rewards)]
 
     def metrics(self, run, report) -> dict[str, float]:
         """Of all processes; says which samples were left out.

@@ -143,4 +143,4 @@ class RewardTraining:
         with self.run.accelerator.autocast():
             loss = total_loss(self.policy, rollout, loss, self.run.args, self.logged)
         self.run.accelerator.backward(scored_sum(loss) * update.weight)
-        self.logged.add_rewards(batch, rewards)
+        self.logged.add_rewards(batch, rewards, self.run.args)

@@ -6,6 +6,7 @@ pass of each solver step by itself, so that memory is that of one (or of `--repl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
@@ -83,7 +84,7 @@ def policy_gradient_epoch(
     Args:
         steps: the solver steps that are trained, of all batches, or a list for each batch.
         loss: of a replayed step, (B,).
-        clip_range: of the ratio, for `clip_fraction`.
+        clip_range: of the ratio, for `clip_fraction`; infinite where the loss has none.
         kl: of a replayed step and the pretrained model's Gaussian there, (B,); it joins the loss times `kl_weight`, and is logged as `kl`.
             Without a weight there is no pass under the pretrained model.
         kl_share: the share of a batch's steps, drawn anew for each, at which the KL is computed; it counts for the others too, so that its mean and
@@ -96,8 +97,9 @@ def policy_gradient_epoch(
         ValueError: no step is left to train; `--replay_steps_per_forward` or `--no-unconditional_gradient` can have no effect, or the pipeline cannot have it.
     """
     objective = _Objective(samples, loss, clip_range, kl, kl_weight, log_ratio)
-    if log_ratio is None:
-        run.explain_once(describe_clip(clip_range[1] if isinstance(clip_range, tuple) else clip_range, samples.batches[0].final[0].numel()))
+    widest = clip_range[1] if isinstance(clip_range, tuple) else clip_range
+    if log_ratio is None and widest < math.inf:
+        run.explain_once(describe_clip(widest, samples.batches[0].final[0].numel()))
     views = views or [[trajectory] for trajectory in samples.batches]
     steps = [list(steps if not steps or isinstance(steps[0], int) else steps[b]) for b in range(len(views))]
     if log_ratio is None and views:  # a ratio of its own is scaled step by step

@@ -161,9 +161,11 @@ def lora_card(run, results: dict[str, str], pictures: list[str], note: str, judg
     input_names = parse_input_columns(args.input_columns) if getattr(args, "input_columns", None) else ()
     tags = ["lora", "template:sd-lora", re.sub(r"[^a-z0-9]+", "-", run.algorithm.lower()).strip("-")]
     front = front_matter(given, tags, pipeline_tag(policy.pipeline, input_names, sound), widgets, data)
-    aim = f"the preferences of `{public(data)}`" if data else f"the reward `{public(args.reward)}`"
+    stored = getattr(args, "trajectories", None)
+    source = f"the preferences of `{public(data)}`" if data else f"the rewards of the trajectories in `{public(stored)}`" if stored else None
+    aim = source or f"the reward `{public(args.reward)}`"
     text = f"A LoRA that aligns `{public(given)}` with {aim}, trained by {run.algorithm} with diffusers-align {__version__}."
-    measured = f"; the reward, which only measures, is `{public(args.reward)}`" if data and args.reward else ""
+    measured = f"; the reward, which only measures, is `{public(args.reward)}`" if source and args.reward else ""
     caption = f"Results on {judged_on} at equal seeds (mean ± standard error, {args.num_eval_samples} {'sounds' if sound else 'images'}{measured}):"
     title = where if pushed else run.output_dir.resolve().name  # "." has none
     return page(run, front, title, text, loading_lines(policy, given, where, pushed), caption, results, pictures, note)

@@ -7,7 +7,6 @@ from functools import partial
 
 from tqdm.auto import tqdm
 
-from ...data.prompts import Prompt, load_prompts
 from ...lora import stock_lines
 from ...rewards.registry import parse_terms
 from ..offline.held_out_pairs import HeldOutPairs, margins
@@ -16,7 +15,7 @@ from ..online.sampling import Evaluation, described_solver, evaluate, paired_gai
 from ..online.scoring import reward_of_flags
 from ..run import failures
 from ..run.early_stop import EarlyStop
-from ..run.inputs import check_one_size, columns_of_the_call, inputs_of, prompts_of_rows
+from ..run.inputs import columns_of_the_call, prompts_of, prompts_of_rows
 from . import hub
 from .pictures import before_and_after, given_pictures, samples, save
 from .sounds import captions_of, noun, write_sounds
@@ -47,10 +46,10 @@ class Report:
             self.rewards[args.eval_reward] = reward_of_flags(args, run.accelerator.device, "eval_")
         run.explain_once(*(trained_on_too(args) if rows is None else ()))
         if args.prompts or rows is None:
-            self.prompts = self._load(args.prompts)
+            self.prompts = prompts_of(run, args.prompts)
         else:
             self.prompts = prompts_of_rows(rows)
-        self.judged = self._load(args.eval_prompts) if args.eval_prompts else self.prompts
+        self.judged = prompts_of(run, args.eval_prompts) if args.eval_prompts else self.prompts
         trained = {prompt.key for prompt in (self.prompts if rows is None else prompts_of_rows(rows))}
         self.judged_on = judged_on([prompt.key for prompt in self.judged[: args.num_eval_samples]], trained)
         held_out_pairs = getattr(args, "eval_dataset_name", None)
@@ -59,11 +58,6 @@ class Report:
         self._pairs_are = "training" if same else "held-out"
         self.before: Evaluation | None = None
         self.early_stop = run.early_stop = EarlyStop.of_run(run, self.judged)
-
-    def _load(self, source: str) -> list[Prompt]:
-        prompts = load_prompts(source, self.run.args.prompt_column, inputs_of(self.run.args), self.run.print)
-        check_one_size(prompts, source)
-        return prompts
 
     def _evaluate(self, look: Callable[[Evaluation], None] | None = None) -> Evaluation:
         """Of the weights that are in place, all of whose images `look` gets to see."""

@@ -67,13 +67,18 @@ class Seen:
 
 
 class Health:
-    """The health of one run, from its start or from the checkpoint that it goes on from."""
+    """The health of one run, from its start or from the checkpoint that it goes on from.
+
+    Attributes:
+        compares_rewards: whether the method learns from how the rewards of an epoch's samples differ; otherwise it may learn where they are equal. The
+            script says so.
+    """
 
     def __init__(self, run):
         self.run = run
         self.start: Start | None = None
         self.epochs, self.silent, self.gradient, self.moved = 0, 0, 0.0, False
-        self.warned_of_pairs = False
+        self.warned_of_pairs, self.compares_rewards = False, True
         self._made = 0
 
     def watch(self, parameters: list[nn.Parameter]) -> None:
@@ -133,9 +138,17 @@ class Health:
         return bool(getattr(self.run.args, "allow_no_signal", False))
 
     def _row(self) -> dict[str, float]:
-        """The metrics of the epoch that has just ended; none if the script has logged none."""
+        """The metrics of the epoch that has just ended, none if the script has logged none; without `zero_std` where that is no lack of a signal."""
         history = self.run.history
-        return history[-1] if history and history[-1]["epoch"] == self.run.epoch - 1 else {}
+        row = history[-1] if history and history[-1]["epoch"] == self.run.epoch - 1 else {}
+        if not self.compares_rewards or self._compared_with_other_epochs():
+            row = {name: value for name, value in row.items() if name != "zero_std"}
+        return row
+
+    def _compared_with_other_epochs(self) -> bool:
+        """Whether an epoch has one sample, whose reward is another than those before it: a learned value compares the two."""
+        division = self.run.division
+        return division is not None and division.num_samples == 1 and len({row.get("reward") for row in self.run.history}) > 1
 
     def _seen(self) -> Seen:
         run, made = self.run, self.run.optimizer_steps - self._made

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from ...checks.given_names import fetched
 from ...condition import Condition
 from ...data.inputs import Inputs, has_pictures, opened, parse_input_columns, sizes_of
-from ...data.prompts import Prompt
+from ...data.prompts import Prompt, load_prompts
 from ...policy import Policy
 from .model_loading import model_source
 from .modular_loading import is_modular, modular_parameters
@@ -38,6 +38,17 @@ def inputs_of(args) -> Inputs | None:
         )
     words = frozenset(name for name in columns if (_takes_text(name, accepted[name]) if accepted is not None else "prompt" in name))
     return Inputs(columns, words, size, pictures)
+
+
+def prompts_of(run, source: str) -> list[Prompt]:
+    """The prompts of a file or a shipped set, with what the flags say belongs to each.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_prompts`, or their pictures have several sizes.
+    """
+    prompts = load_prompts(source, run.args.prompt_column, inputs_of(run.args), run.print)
+    check_one_size(prompts, source)
+    return prompts
 
 
 def columns_of_the_call(prompts: Sequence[Prompt], policy: Policy) -> list[str]:

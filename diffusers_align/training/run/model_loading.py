@@ -32,7 +32,9 @@ _DIFFUSION = "a diffusion model, whose noise is --eta: give that to train_flow_g
 ELSEWHERE = {
     "DDIMSDEScheduler": _DIFFUSION,
     "SigmaSDEScheduler": _DIFFUSION,
-    "FlowMatchSDEScheduler": "a flow-matching model, which takes --sde_type and --noise_level: train it with train_flow_grpo.py, train_nft.py or train_awm.py",
+    "FlowMatchSDEScheduler": (
+        "a flow-matching model, whose noise is --sde_type and --noise_level: leave out --eta, or use train_flow_grpo.py, train_nft.py or train_awm.py"
+    ),
 }
 
 

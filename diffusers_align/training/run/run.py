@@ -158,7 +158,7 @@ class Run:
         """How many batches an epoch's samples make on each process, and how many of them make an optimizer step: see `division`.
 
         Args:
-            steps: optimizer steps per epoch where `--gradient_accumulation_steps` does not say.
+            steps: optimizer steps per epoch where `--gradient_accumulation_steps` does not say; 1 where each is on all samples, or on none of an epoch's own.
 
         Raises:
             ValueError: the samples do not divide into equal batches.
@@ -225,7 +225,7 @@ class Run:
 
     def averaged(self):
         """Context: the moving average in the place of the live weights, if there is one."""
-        started = self.optimizer_steps >= self.args.ema_interval  # before that it is the untrained LoRA
+        started = self.ema is not None and self.ema.optimization_step > 0  # before that it is the LoRA that the average began with
         return Averaged(self.ema if started else None, self.parameters)
 
     # --- epochs, metrics -------------------------------------------------------------------------------------------

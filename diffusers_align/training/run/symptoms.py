@@ -24,6 +24,7 @@ def symptoms_of(seen) -> Iterator[str]:
     yield from causes
     if not causes and not seen.moved:
         yield from _standstill(seen)
+    yield from _target(seen)
     yield from _missing(seen)
     yield from _ratio(seen)
 
@@ -103,6 +104,16 @@ def _standstill(seen) -> Iterator[str]:
             "The gradient is 0 in every step: the loss does not depend on the weights. Look for a limit that cuts everything off"
             + (f" ({', '.join(limits)})" if limits else "")
             + ", a weight of 0, or data whose two sides are equal."
+        )
+
+
+def _target(seen) -> Iterator[str]:
+    """Rewards that start beyond what they are to come near: training lowers them."""
+    reward, target = seen.row.get("reward", -math.inf), getattr(seen.args, "reward_target", None)
+    if getattr(seen.args, "reward_map", None) == "distance" and reward > target:
+        yield (
+            f"The reward is lowered: its mean, {reward:.4g}, lies above --reward_target {target:g}, and --reward_map distance pulls to the target from either "
+            "side. If more is better, give the best possible reward as --reward_target, or --reward_map none."
         )
 
 

@@ -24,6 +24,21 @@ def test_an_average_that_would_never_begin_is_refused(tmp_path):
         train(tmp_path, use_ema=True, ema_interval=11)
 
 
+def test_an_average_stands_in_from_its_first_update_on(tmp_path):
+    """Whatever --ema_interval a resumed run has, or whether it has an average at all before."""
+    train(tmp_path / "run", 4, use_ema=True, ema_interval=2)
+    run = resumed(tmp_path / "run", use_ema=True, ema_interval=8)
+    average, live = run.ema.shadow_params[0].clone(), weights(run)
+    with run.averaged():
+        assert torch.equal(weights(run), average) and not torch.equal(average, live)
+
+    train(tmp_path / "none", 4)
+    run = train(tmp_path / "none", 1, resume_from_checkpoint="latest", allow_changes=True, use_ema=True, ema_interval=3)
+    live, before = weights(run), run.ema.shadow_params[0]
+    with run.averaged():
+        assert torch.equal(weights(run), live) and not torch.equal(before, live), "the average is the checkpoint's weights as yet"
+
+
 # --- data, not code --------------------------------------------------------------------------------------------------------
 
 
@@ -183,13 +198,15 @@ def test_a_new_run_sets_the_earlier_one_aside_and_says_so(tmp_path, capsys):
     train(folder, 2).end()
     for name in ("README.md", "pytorch_lora_weights.safetensors", "notes.txt"):
         (folder / name).write_text("first")
-    (folder / "transformer_2").mkdir()
-    (folder / "transformer_2" / "pytorch_lora_weights.safetensors").write_text("first")
+    for place in ("transformer_2/pytorch_lora_weights.safetensors", "value/config.json", "vector_field/config.json", "widget/4.png"):
+        (folder / place).parent.mkdir()
+        (folder / place).write_text("first")
     metrics = (folder / "metrics.jsonl").read_text()
     train(folder, 1).end()
     assert "holds an earlier run: checkpoint-1, checkpoint-2, metrics.jsonl" in capsys.readouterr().out
     assert (folder / ".previous-metrics.jsonl").read_text() == metrics and (folder / ".previous-checkpoint-2").is_dir()
     assert (folder / ".previous-README.md").read_text() == "first" and (folder / ".previous-transformer_2").is_dir()
+    assert all((folder / f".previous-{place}").read_text() == "first" for place in ("value/config.json", "vector_field/config.json", "widget/4.png"))
     assert (folder / "notes.txt").exists() and len((folder / "metrics.jsonl").read_text().splitlines()) == 1
 
     train(folder).end()

@@ -211,6 +211,27 @@ def test_every_flag_is_read_by_some_code(stem):
         assert parts & read or name.endswith(ends), f"{stem}: nobody reads --{name}"
 
 
+@pytest.mark.parametrize(
+    "script, words, needed",
+    [
+        ("train_dpok", ["--gae_lambda=0"], "--advantage gae"),
+        ("train_dpok", ["--ema_decay=0"], "--use_ema"),
+        ("train_vader", ["--backprop_step=0"], "--backprop_mode specific"),
+        ("train_alignprop", ["--truncation_schedule=uniform", "--truncation_std=0"], "--truncation_schedule gaussian"),
+        ("train_draft", ["--unwanted_words="], "--method srpo"),
+        ("train_draft", ["--lr_warmup_steps=0", "--eta=0", "--pretrain_weight=0", "--skip_last_steps=0"], None),  # what is absent may be said to be
+        ("train_flow_grpo", ["--no-share_prefix", "--scout_pool=0"], None),
+    ],
+)
+def test_a_nothing_in_the_place_of_a_number_is_refused_where_it_has_no_effect(script, words, needed, capsys):
+    base = ["--pretrained_model_name_or_path=m", "--prompts=p", "--reward=r", "--output_dir=o"]
+    args, said = outcome(script, {"base": base, "words": words}, capsys)
+    if needed is None:
+        assert args is not None
+    else:
+        assert args is None and f"{words[-1].partition('=')[0]} has no effect without {needed}: leave it out" in said
+
+
 def test_a_flag_that_the_recipe_voids_by_itself_is_refused_and_one_that_is_overridden_is_said(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     base = {"base": ["--pretrained_model_name_or_path=m", "--prompts=p", "--reward=r", "--output_dir=o", f"--config={recipe}"]}

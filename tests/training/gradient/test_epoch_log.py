@@ -3,7 +3,18 @@
 import argparse
 from types import SimpleNamespace
 
+import pytest
+import torch
+
 from diffusers_align.training.gradient import epoch_log
+
+
+@pytest.mark.parametrize("reward_map, expected", [("hinge", [0.0, 1.0, 1.0]), ("none", None), ("distance", None)])
+def test_rewards_beyond_a_hinge_are_counted_whatever_the_method(reward_map, expected):
+    log = epoch_log.EpochLog()
+    batch = SimpleNamespace(asked=[SimpleNamespace(text=text) for text in "abcd"], reward=SimpleNamespace(failures=[]))
+    log.add_rewards(batch, torch.tensor([0.5, torch.nan, 2.0, 1.0]), argparse.Namespace(reward_map=reward_map, reward_target=1.0))
+    assert log.get("hinge_inactive") == expected and log["reward"] == [0.5, 2.0, 1.0] and log.unscored == ["b"]
 
 
 def test_the_clip_follows_the_norms(monkeypatch):

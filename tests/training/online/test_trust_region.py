@@ -77,6 +77,18 @@ def trained(tmp_path_factory):
     return train(tmp_path_factory.mktemp("trpo"))
 
 
+def test_a_resumed_run_may_have_batches_of_another_size(tmp_path, capsys):
+    train(tmp_path, num_epochs=1)
+    rows, _ = train(tmp_path, train_batch_size=4, resume_from_checkpoint="latest")
+    assert len(rows) == 2 and "Changed without effect on what is learned: --train_batch_size was 2, now 4." in capsys.readouterr().out
+
+
+def test_an_epoch_is_one_step_for_the_moving_average_as_well(tmp_path):
+    """Two batches of an epoch would be two steps of another update."""
+    with pytest.raises(ValueError, match="--ema_interval 3 optimizer steps, and the run makes 2: the average would never begin"):
+        train(tmp_path, use_ema=True, ema_interval=3)
+
+
 def test_the_script_takes_trust_region_steps(trained):
     rows, lora = trained
     assert len(rows) == 2

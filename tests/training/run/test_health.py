@@ -84,6 +84,7 @@ def seen(row, made=2, skipped=0, rates=(1e-3,), moved=False, number=8, **args):
         (seen({}, max_grad_norm=1e-30), "--max_grad_norm 1e-30"),
         (seen({"grad_norm": 0}, reward_map="hinge", reward_target=-5), "above --reward_target -5"),
         (seen({"grad_norm": 0}), "does not depend on the weights"),
+        (seen({"reward": 4.96}, moved=True, reward_map="distance", reward_target=1), r"mean, 4.96, lies above --reward_target 1, and .*--reward_map none"),
         (seen({"invalid_rewards": 4.0}, moved=True), r"4 of 8 rewards \(50%\) are missing"),
         (seen({"ratio_error": 4e-4}, moved=True), "ratio_error is 0.0004 and should be 0.*cache on the denoiser"),
         (seen({"ratio_error": float("nan")}, moved=True), "ratio_error is nan"),
@@ -97,6 +98,11 @@ def test_each_cause_is_named_alone(look, message):
 @pytest.mark.parametrize("row", [{}, {"zero_std": 0.9}, {"ratio_error": 1e-7}, {"invalid_rewards": 1.0}, {"pairs": 5, "kept": 0.1, "accepted": 1.0}])
 def test_a_run_that_learns_is_left_alone(row):
     assert seen(row, moved=True).symptoms() == []
+
+
+@pytest.mark.parametrize("reward_map, target, reward", [("distance", 1.0, 0.9), ("hinge", 1.0, 4.96), ("shortfall", 1.0, 4.96), ("none", None, 4.96)])
+def test_rewards_that_are_raised_or_let_be_are_no_symptom(reward_map, target, reward):
+    assert seen({"reward": reward}, moved=True, reward_map=reward_map, reward_target=target).symptoms() == []
 
 
 def test_no_step_at_all_of_a_schedule_that_is_zero_for_a_while():
@@ -146,13 +152,15 @@ def test_losses_of_pairs_that_are_not_logistic_are_left_alone():
 # --- the verdict -------------------------------------------------------------------------------------------------------
 
 
-def trained(rows_seen, moved, allow=False):
+def trained(rows_seen, moved, allow=False, compares_rewards=True, num_samples=None):
     """A run's health after epochs with these metrics."""
     printed = []
     run = SimpleNamespace(args=seen({}).args, history=[], epoch=0, optimizer_steps=0, skipped_steps=0, rates=[], division=None, output_dir="out", is_main=True)
     run.early_stop = None
     run.args.allow_no_signal, run.print = allow, lambda *values: printed.append(" ".join(map(str, values)))
+    run.division = num_samples and SimpleNamespace(num_samples=num_samples)
     health, parameters = Health(run), lora()
+    health.compares_rewards = compares_rewards
     health.watch(parameters)
     health.begin()
     for row in rows_seen:
@@ -190,6 +198,22 @@ def test_nothing_learned_ends_with_another_status(rows_seen, moved, message, cap
 def test_a_run_that_learned_ends_as_a_success(rows_seen):
     health, _ = trained(rows_seen, True)
     health.verdict()
+
+
+@pytest.mark.parametrize("rows_seen", [[SILENT], [SILENT, SILENT]])
+def test_equal_rewards_are_no_silence_where_a_method_compares_none(rows_seen):
+    health, printed = trained(rows_seen, True, compares_rewards=False)
+    health.verdict()
+    assert printed == ["Health after epoch 1: gradient norm 0.1, 1 optimizer step, the weights have moved."]
+    assert trained(rows_seen, False, compares_rewards=False)[0].learned_nothing, "weights that stand still are"
+
+
+@pytest.mark.parametrize("rewards, learned", [([0.1, 0.3, 0.3], True), ([0.2, 0.2, 0.2], False), ([0.2], False)])
+def test_one_sample_of_an_epoch_is_compared_with_those_of_other_epochs(rewards, learned):
+    """By the value that is learned of them."""
+    health, _ = trained([{**SILENT, "reward": reward} for reward in rewards], True, num_samples=1)
+    assert health.learned_nothing != learned
+    assert trained([{**SILENT, "reward": reward} for reward in rewards], True, num_samples=4)[0].learned_nothing
 
 
 def test_an_early_stop_that_keeps_the_weights_before_training_is_said_aloud():
@@ -253,6 +277,20 @@ def test_a_script_that_learns_nothing_says_why_after_its_files_are_written(scrip
     assert all((tmp_path / "run" / name).is_file() for name in (LORA, "README.md", "metrics.jsonl", "before_after.png"))
     (row,) = rows(tmp_path / "run")
     assert row["zero_std"] == (1.0 if "learning_rate" not in flags and "lr_scheduler" not in flags else row["zero_std"])
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("spo", {"num_samples_per_epoch": 1, "train_batch_size": 1, "divert_start_step": 0, "threshold": 0.0}),
+        ("adjoint_matching", {"num_prompts_per_epoch": 1, "train_batch_size": 1, "reward_scale": 300}),
+    ],
+)
+def test_a_script_that_compares_no_rewards_learns_from_one_sample(script, flags, task, tmp_path, capsys):
+    (row,) = rows(run_script(script, tmp_path / "run", task, **flags))
+    assert row["zero_std"] == 1.0 and row["grad_norm"] > 0
+    said = capsys.readouterr()
+    assert "learned" not in said.out + said.err and "NOTHING" not in said.err
 
 
 def test_it_may_be_allowed(task, tmp_path, capsys):

@@ -232,10 +232,10 @@ def test_metrics_take_in_what_any_process_has_logged(monkeypatch):
 def test_the_average_is_swapped_in_and_the_live_weights_come_back(run, monkeypatch):
     parameters = run.policy.trainable_parameters()
     live = [parameter.detach().clone() for parameter in parameters]
-    monkeypatch.setattr(run, "optimizer_steps", run.args.ema_interval - 1)
+    monkeypatch.setattr(run.ema, "optimization_step", 0)
     with run.averaged():  # there is no average yet but the untrained weights
         assert all(torch.equal(p, w) for p, w in zip(parameters, live))
-    monkeypatch.setattr(run, "optimizer_steps", run.args.ema_interval)
+    monkeypatch.setattr(run.ema, "optimization_step", 1)
     with pytest.raises(RuntimeError, match="evaluation failed"), run.averaged():
         assert all(torch.equal(p, s) for p, s in zip(parameters, run.ema.shadow_params)) and not torch.equal(parameters[0], live[0])
         raise RuntimeError("evaluation failed")
