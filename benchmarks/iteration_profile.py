@@ -68,6 +68,7 @@ def small(given: dict, samples: int, batch: int) -> dict:
     """The recipe with so many samples an epoch."""
     sizes = {"num_samples_per_epoch": samples, "train_batch_size": batch, "group_size": min(4, samples // 2), **SMALL}
     sizes["num_prompts_per_epoch"] = samples // sizes["group_size"] if "group_size" in given else samples
+    sizes["best_of_n"] = min(given.get("best_of_n") or 2, sizes["group_size"])
     return given | {name: size for name, size in sizes.items() if name in given}
 
 
@@ -167,9 +168,9 @@ def of_recipe(recipe: str, how: str, place: Path) -> dict[str, float]:
     script, given = settings(recipe)
     if how != "own":
         given = small(given, *((16, 8) if how == "small" else (4, 4)))
+    given = data(given, place, recipe)
     if how == "larger":
         given = larger(given, place)
-    given = data(given, place, recipe)
     given |= {"output_dir": str(place / "out"), "num_epochs": EPOCHS + 2, **({"cache_dir": str(place / "cache")} if "cache_dir" in given else {})}
     path = place / "recipe.yaml"
     path.write_text(yaml.safe_dump(given))

@@ -45,8 +45,8 @@ CASES: dict[str, tuple[str, str, dict[str, str]]] = {
 }
 # Of the embedded denoisers, what is larger.
 WIDER = {
-    "mini-sd3": {"num_layers": 9, "num_attention_heads": 8, "attention_head_dim": 64, "caption_projection_dim": 512},
-    "mini-sd": {"block_out_channels": (192, 384)},
+    "transformer": (SD3Transformer2DModel, {"num_layers": 9, "num_attention_heads": 8, "attention_head_dim": 64, "caption_projection_dim": 512}),
+    "unet": (UNet2DConditionModel, {"block_out_channels": (192, 384, 384)}),
 }
 # A row of the table: recipe, what is changed of it.
 ROWS = (
@@ -61,14 +61,19 @@ ROWS = (
 
 
 def larger(name: str, folder: Path) -> Path:
-    """An embedded pipeline with a wider denoiser of random weights, saved."""
-    pipe = DiffusionPipeline.from_pretrained(embedded.path(name))
-    part, cls = ("transformer", SD3Transformer2DModel) if hasattr(pipe, "transformer") else ("unet", UNet2DConditionModel)
-    config = {**getattr(pipe, part).config, **WIDER[name]}
+    """An embedded pipeline, or one made of it, with a wider denoiser of random weights, saved."""
+    pipe = DiffusionPipeline.from_pretrained(name if Path(name).is_dir() else embedded.path(name))
+    part = next(part for part in WIDER if hasattr(pipe, part))
     torch.manual_seed(0)
-    pipe.register_modules(**{part: cls.from_config({key: value for key, value in config.items() if not key.startswith("_")})})
+    pipe.register_modules(**{part: wider(part, getattr(pipe, part).config)})
     pipe.save_pretrained(folder)
     return folder
+
+
+def wider(part: str, config: dict) -> torch.nn.Module:
+    """A denoiser of 40 to 65 million random weights, otherwise as this config has it."""
+    cls, sizes = WIDER[part]
+    return cls.from_config({key: value for key, value in {**config, **sizes}.items() if not key.startswith("_")})
 
 
 def task(folder: Path) -> dict[str, str]:

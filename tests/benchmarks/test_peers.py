@@ -5,12 +5,14 @@ import json
 import statistics
 import sys
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
-from benchmarks import iteration_profile
+from benchmarks import iteration_profile, plan
 from benchmarks.one_thread import Failed
 from benchmarks.parts import BACKWARD, DENOISER, OPTIMIZER, Parts
 from benchmarks.peers import __main__ as duels
@@ -19,6 +21,7 @@ from benchmarks.peers.tasks import PEERS, PROMPTS, SIZES, Task
 from benchmarks.peers.worker import Worker, replaced
 from diffusers_align import embedded
 from diffusers_align.files.paths import find_recipe
+from diffusers_align.plan import command
 
 # A worker that says which epoch of which player it was, and notes it.
 PLAYER = """
@@ -283,6 +286,25 @@ def test_small_recipes_have_two_batches_of_eight(recipe, prompts, group):
     given = iteration_profile.small(iteration_profile.settings(recipe)[1], 16, 8)
     assert (given.get("num_prompts_per_epoch"), given.get("group_size"), given["train_batch_size"]) == (prompts, group, 8)
     assert given.get("num_samples_per_epoch", 16) == 16
+
+
+@pytest.mark.parametrize(("samples", "batch"), [(16, 8), (4, 4)])
+@pytest.mark.parametrize("recipe", iteration_profile.recipes())
+def test_made_small_they_are_still_runs(recipe, samples, batch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the paths of a recipe are made
+    script, given = iteration_profile.settings(recipe)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(iteration_profile.small(given, samples, batch)))
+    args = command.module_of(script).parse_args(["--config", str(path)])
+    assert getattr(args, "train_batch_size", batch) == batch and getattr(args, "best_of_n", None) in (None, min(4, samples // 2))
+
+
+@pytest.mark.parametrize(("name", "part"), [("mini-sd", "unet"), ("mini-sd3", "transformer")])
+def test_the_larger_denoisers_have_40_to_65_million_weights(name, part):
+    config = json.loads((Path(embedded.path(name)) / part / "config.json").read_text())
+    with torch.device("meta"):
+        made = plan.wider(part, config)
+    assert 40e6 < sum(weight.numel() for weight in made.parameters()) < 65e6
 
 
 def test_own_time_is_what_no_part_has():
