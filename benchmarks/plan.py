@@ -45,7 +45,7 @@ CASES: dict[str, tuple[str, str, dict[str, str]]] = {
 }
 # Of the embedded denoisers, what is larger.
 WIDER = {
-    "transformer": (SD3Transformer2DModel, {"num_layers": 9, "num_attention_heads": 8, "attention_head_dim": 64, "caption_projection_dim": 512}),
+    "transformer": (SD3Transformer2DModel, {"num_layers": 6, "num_attention_heads": 8, "attention_head_dim": 64, "caption_projection_dim": 512}),
     "unet": (UNet2DConditionModel, {"block_out_channels": (192, 384, 384)}),
 }
 # A row of the table: recipe, what is changed of it.
