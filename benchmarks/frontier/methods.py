@@ -122,7 +122,7 @@ TRIED = {
     "Flow-GRPO, own latents": ("Flow-GRPO", OWN_LATENTS),
     "Flow-GRPO, own latents, noise in five steps": ("Flow-GRPO", OWN_LATENTS | FIVE_STEPS),
 }
-METHODS |= {name: replace(METHODS[of], settings={**METHODS[of].settings, **changes}, models=FLOW) for name, (of, changes) in TRIED.items()}
+METHODS |= {name: replace(METHODS[of], settings={**METHODS[of].settings, **changes}) for name, (of, changes) in TRIED.items()}
 # Of a recipe's settings: what belongs to its own reward and data, and what would end a run before its budget.
 DROPPED = ("eval_reward", "eval_reward_model", "reward_model", "cache_dir", "outputs", "early_stop_hacking")
 # A control, or a method on other data or with a stop, is trained with what was found for the method itself.
