@@ -57,13 +57,13 @@ def train(script: str, settings: dict[str, Any], budget: int, folder: Path, prob
     """Train for as many epochs as come nearest to the budget of denoiser rows, one of them at least. A finished run is not run again.
 
     Args:
-        probes: the method's folder for runs of one epoch, which say how many rows an epoch takes.
+        probes: the method's folder for runs of one epoch and of two, which say how many rows an epoch takes.
 
     Raises:
         benchmarks.one_thread.Failed: the script did.
     """
     if not (folder / "spent.json").is_file():
-        epochs = max(1, round(budget / rows_of_an_epoch(script, settings, probes)))
+        epochs = epochs_of(budget, script, settings, probes)
         folder.mkdir(parents=True, exist_ok=True)
         resume = any(folder.glob("checkpoint-*"))
         every = max(1, epochs // SAVES)
@@ -74,15 +74,22 @@ def train(script: str, settings: dict[str, Any], budget: int, folder: Path, prob
     return Spent(**json.loads((folder / "spent.json").read_text()))
 
 
-def rows_of_an_epoch(script: str, settings: dict[str, Any], probes: Path) -> int:
-    """By running one, once for the settings of a method that differ in nothing but the seed and numbers such as rates and weights."""
+def epochs_of(budget: int, script: str, settings: dict[str, Any], probes: Path) -> int:
+    """As many as come nearest to a budget of denoiser rows, what comes once before them (a calibration) included."""
+    one, two = (rows_of_epochs(number, script, settings, probes) for number in (1, 2))
+    each = max(1, two - one)
+    return max(1, round((budget - max(0, one - each)) / each))
+
+
+def rows_of_epochs(number: int, script: str, settings: dict[str, Any], probes: Path) -> int:
+    """By running them, once for the settings of a method that differ in nothing but the seed and numbers such as rates and weights."""
     kept = {name: value for name, value in settings.items() if name != "seed" and not isinstance(value, float)}
-    folder = probes / hashlib.sha256(json.dumps([script, kept], sort_keys=True).encode()).hexdigest()[:16]
+    folder = probes / hashlib.sha256(json.dumps([script, number, kept], sort_keys=True).encode()).hexdigest()[:16]
     if not (folder / "spent.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        run_script(script, {**settings, **UNWATCHED, "num_epochs": 1, "checkpointing_epochs": 1, "output_dir": str(folder)}, folder)
+        run_script(script, {**settings, **UNWATCHED, "num_epochs": number, "checkpointing_epochs": number, "output_dir": str(folder)}, folder)
         (folder / "spent.json").write_text(json.dumps(asdict(spent(folder))))
-    return max(1, json.loads((folder / "spent.json").read_text())["rows"])
+    return json.loads((folder / "spent.json").read_text())["rows"]
 
 
 class Clock:

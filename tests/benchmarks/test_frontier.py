@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks.frontier import __main__ as frontier
 from benchmarks.frontier import controls, data, running
-from benchmarks.frontier.methods import CONTROL, METHODS, STOPPED, TUNED_AS, grid, settings
+from benchmarks.frontier.methods import CONTROL, METHODS, STOPPED, TRIED, TUNED_AS, grid, settings
 from benchmarks.frontier.picture import draw
 from benchmarks.frontier.results import Results
 from benchmarks.frontier.samples import sheet
@@ -118,13 +118,13 @@ def test_every_method_has_the_same_search():
     factors = {name: len(grid(method)) for name, method in METHODS.items()}
     assert factors.pop("TRPO") == 2, "it has no learning rate"
     assert set(factors.values()) == {3, 6} and all((number == 6) is (METHODS[name].strength is not None) for name, number in factors.items())
-    assert set(TUNED_AS) == {name for name, method in METHODS.items() if method.route == CONTROL or method.apart} | set(STOPPED)
+    assert set(TUNED_AS) == {name for name, method in METHODS.items() if method.route == CONTROL or method.apart} | set(STOPPED) | set(TRIED)
 
 
 def test_a_run_that_may_end_early_is_watched_and_the_others_are_not(tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(running, "run_script", lambda script, found, folder, resume=False: seen.update(found))
-    monkeypatch.setattr(running, "spent", lambda folder: running.Spent(1000, 500, 4, 48, 1.0))
+    monkeypatch.setattr(running, "spent", lambda folder: running.Spent(1000 * seen["num_epochs"], 500, 4, 48, 1.0))
     for name in ("ReFL", "ReFL, stopped"):
         found = settings(METHODS[name], TASKS["color"], "mini-sd3", "mini_train", {})
         running.train("train_refl", found, 16000, tmp_path / name, tmp_path / "probes")
@@ -132,6 +132,15 @@ def test_a_run_that_may_end_early_is_watched_and_the_others_are_not(tmp_path, mo
         assert (seen["num_epochs"], seen["checkpointing_epochs"], seen["validation_epochs"]) == (16, 2, 2 if watched else 10**6)
         assert seen["num_eval_samples"] == (48 if watched else 2) and seen.get("early_stop_hacking") == (3.0 if watched else None)
         assert seen.get("eval_reward") == ("scene_judge" if watched else None), "neither what is trained on nor what fills the tables"
+
+
+@pytest.mark.parametrize(("before", "epochs"), [(0, 16), (3000, 13), (30000, 1)])
+def test_what_comes_once_before_the_epochs_is_part_of_the_budget(before, epochs, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(running, "run_script", lambda script, found, folder, resume=False: seen.update(found))
+    monkeypatch.setattr(running, "spent", lambda folder: running.Spent(before + 1000 * seen["num_epochs"], 500, 4, 48, 1.0))
+    spent = running.train("train_dense_grpo", {"learning_rate": 1e-3}, 16000, tmp_path / "run", tmp_path / "probes")
+    assert seen["num_epochs"] == epochs and spent.rows == before + 1000 * epochs
 
 
 # results
