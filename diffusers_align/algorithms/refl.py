@@ -32,7 +32,8 @@ OFFICIAL_MAP = RewardMap("hinge", target=2.0, scale=1e-3)
 
 
 def middle_step(num_steps: int, generator: torch.Generator | None = None, *, window: tuple[float, float] = (0.75, 0.975)) -> int:
-    """The solver step to predict from, uniform over the steps between two fractions of the chain, both included.
+    """The solver step to predict from, uniform over the steps between two fractions of the chain, both included; the next one where none
+    lies between them, and the last at most.
 
     Args:
         window: (0.75, 0.975) is the official 30 to 39 of 40.

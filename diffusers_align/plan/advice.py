@@ -66,5 +66,7 @@ def flag(name: str, value: Any) -> str:
 
 
 def gib(size: float) -> str:
-    """Bytes in units of 2^30, which cards are sold in as GB."""
+    """Bytes in units of 2^30, which cards are sold in as GB; in 2^20, MB, where there would be nothing to see."""
+    if 0 < size < 0.1 * 2**30:
+        return f"{size / 2**20:.1f} MB"
     return f"{size / 2**30:.2f} GB" if size < 100 * 2**30 else f"{size / 2**30:.0f} GB"

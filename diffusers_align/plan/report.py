@@ -18,7 +18,7 @@ def report(plan: Plan) -> str:
     size = " ".join(flag(name, getattr(args, name)) for name in ("height", "width") if getattr(args, name, None))
     lines = [
         f"{plan.script} on {args.pretrained_model_name_or_path}, {batch} {size}".rstrip(),
-        "Computed, not measured: one batch was run on models without weights. GB are 2^30 bytes.",
+        "Computed, not measured: one batch was run on models without weights. GB are 2^30 bytes, MB 2^20.",
         "",
     ]
     for name, component in plan.components.items():
