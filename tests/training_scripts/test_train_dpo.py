@@ -459,6 +459,18 @@ def test_images_that_weigh_nothing_beside_the_others_are_left_out(capsys):
     assert "2 of 5 images weigh nothing beside the others and are left out" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("weights, scope, advice", [("softmax", "prompt", "take --scope global"), ("top_k", "global", "take other --weights")])
+def test_rewards_that_make_no_weights_are_refused(weights, scope, advice):
+    """Each prompt has one image, and the best of one is itself: training would be the same whatever the rewards."""
+    found = [{"prompt": f"a cat {i}", "reward": float(i)} for i in range(4)]
+    own = {"weights": weights, "scope": scope, "temperature": 1.0, "top_k": 4, "top_q": 0.1, "max_weight": 20.0, "force": False, "dataset_name": "mine"}
+    run = argparse.Namespace(args=argparse.Namespace(**own, allow_no_signal=False), print=print)
+    with pytest.raises(ValueError, match=f"mine: all 4 images weigh alike by --weights {weights} --scope {scope}.*{advice}"):
+        load_script("rwr").weighted(run, found)
+    run.args.allow_no_signal = True
+    assert load_script("rwr").weighted(run, found)[1].tolist() == [1.0] * 4
+
+
 def test_weights_are_updated_when_the_loop_comes_back(task, tmp_path, monkeypatch):
     """Nothing is updated where the loop's body raises, and each step of each epoch otherwise."""
     values = {"pretrained_model_name_or_path": "mini-sd3", "call_kwargs": '{"max_sequence_length": 1}', "num_inference_steps": 2, "rank": 2}
