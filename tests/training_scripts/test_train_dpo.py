@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.policy import Policy
 from diffusers_align.training.offline.data_latents import LatentImages, Position, _held_by, image_shape
 from diffusers_align.training.offline.descent import Measured, Reference, descend, measure
+from diffusers_align.training.offline.held_out_pairs import trained_on
 from diffusers_align.training.offline.loop import OfflineTraining, load_policy
 from diffusers_align.training.offline.noised_latents import predict, predict_together
 from diffusers_align.training.offline.pairs_and_batches import Examples, pairs_of
@@ -149,8 +151,26 @@ def test_held_out_pairs_are_judged_at_validations(task, tmp_path, capsys):
     flags |= {"eval_dataset_name": task / "elsewhere", "eval_dataset_split": "test"}
     flags |= {"validation_epochs": 1, "num_epochs": 2, "learning_rate": 1e-2, "timestep_scheme": "uniform"}
     train("dpo", tmp_path / "run", task, num_samples_per_epoch=8, train_batch_size=4, **flags)
-    found = re.findall(r"implicit accuracy on 6 held-out pairs: (\S+) \[\S+ \S+\], margin (\S+)", capsys.readouterr().out)
+    found = re.findall(r"implicit accuracy on 6 training pairs: (\S+) \[\S+ \S+\], margin (\S+)", capsys.readouterr().out)
     assert len(found) == 2 and float(found[-1][0]) > 0.5 and float(found[-1][1]) > float(found[0][1])
+
+
+def test_pairs_are_judged_by_the_weights_that_are_saved(task, tmp_path, capsys):
+    """A run that ends before its first validation: once, at its end. One of the pairs is trained on, under another spelling of its file."""
+    own = [json.loads(line) for line in (task / "pair.jsonl").read_text().splitlines()]
+    mixed = [{**own[0], "image_0": f"../{task.name}/{own[0]['image_0']}"}, {**own[1], "image_1": own[2]["image_1"]}]
+    flags = {"eval_dataset_name": write(task / "mixed.jsonl", mixed), "learning_rate": 1e-2, "num_samples_per_epoch": 8, "train_batch_size": 4}
+    out = train("dpo", tmp_path / "run", task, validation_epochs=4, num_epochs=2, **flags)
+    (line,) = re.findall(r"implicit accuracy on 2 pairs \(1 of them trained on\): (\S+ \[\S+ \S+\]), margin", capsys.readouterr().out)
+    assert f"| implicit accuracy on 2 pairs (1 of them trained on) | {line} |" in (out / "README.md").read_text()
+
+
+def test_pairs_are_known_by_prompt_and_both_images():
+    a, b, c = (LazyImage(Path(f"{name}.png")) for name in "abc")
+    rows = [{"prompt": "p", "image": a, "label": True}, {"prompt": "p", "image": LazyImage(Path("folder/../b.png")), "label": False}]
+    pair = {"prompt": "p", "image_0": b, "image_1": a}
+    assert trained_on([pair, {**pair, "prompt": "q"}, {**pair, "image_0": c}], rows) == 1
+    assert trained_on([{"prompt": "p", "image_0": LazyImage(b"1", "x"), "image_1": LazyImage(b"2")}], rows) == 0
 
 
 def test_kto_and_rwr_start_where_their_pages_say(task, tmp_path):
