@@ -24,7 +24,7 @@ from diffusers_align.data import LazyImage, TensorCache
 from diffusers_align.driving import prompt_form
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.policy import Policy
-from diffusers_align.training.offline.data_latents import LatentImages, Position, _held_by, image_shape
+from diffusers_align.training.offline.data_latents import LatentImages, Position, _held_by, disk_cache, image_shape
 from diffusers_align.training.offline.descent import Measured, Reference, descend, measure
 from diffusers_align.training.offline.held_out_pairs import trained_on
 from diffusers_align.training.offline.loop import OfflineTraining, load_policy
@@ -535,6 +535,25 @@ def test_cached_latents_are_equal_and_encoded_once(task, tmp_path, monkeypatch):
     for calls in ([4, 4], [4, 4]):
         assert torch.equal(cached.latents(images, places, condition), expected)
         assert encoded == calls
+
+
+def test_a_cache_tells_the_models_that_one_folder_has_held(task, tmp_path):
+    """A model that was trained on and saved in its place: its autoencoder's latents and its text encoder's states are others."""
+    run, policy, found, examples = prepared(tmp_path / "run", task, cache_dir=tmp_path / "cache")
+    places = examples.positions(0, 0)
+    images, condition = pairs_of(found, places, policy.device)[0][0], examples.condition(places)
+    before = examples.latents(images, places, condition)
+    for part in ("vae", "text_encoder"):
+        old = [disk_cache(run.args, policy, kind).folder for kind in ("latents", "prompts")]
+        assert old == [disk_cache(run.args, policy, kind).folder for kind in ("latents", "prompts")]
+        with torch.no_grad():
+            for parameter in getattr(policy.pipeline, part).parameters():
+                parameter.mul_(1.1)
+        assert not set(old) & {disk_cache(run.args, policy, kind).folder for kind in ("latents", "prompts")}
+    assert not torch.equal(Examples(run, policy, found).latents(images, places, condition), before)
+    whole = LatentImages(run, policy).cache.folder
+    run.args.vae_tiling = True
+    assert LatentImages(run, policy).cache.folder != whole, "an autoencoder also encodes in tiles"
 
 
 def test_cached_latents_are_a_rows_own_where_it_keeps_a_part(tmp_path):
