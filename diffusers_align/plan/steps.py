@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..algorithms import alignprop, draft, drtune, refl, vader
 from ..algorithms.adjoint_matching import matched_steps
+from ..condition import Condition
 from ..data.prompts import Prompt
 from ..driving.latent_layout import autoencoded
 from ..gradients.rollout import differentiable_rollout
@@ -164,15 +165,16 @@ def pairs(bench: Bench) -> list[Stage]:
     times = torch.linspace(0.2, 0.8, number) * policy.scheduler.time_range[1]
     times = times.round() if policy.scheduler.time_range[1] > 10 else times
 
-    def noised() -> Noised:
-        return Noised(torch.zeros_like(latents), times, bench.condition(), torch.zeros_like(latents, dtype=torch.float32), torch.ones(number))
+    def noised(condition: Condition) -> Noised:
+        return Noised(torch.zeros_like(latents), times, condition, torch.zeros_like(latents, dtype=torch.float32), torch.ones(number))
 
     @torch.no_grad()
     def invert() -> None:
-        predict(bench, policy, noised())
+        predict(bench, policy, noised(bench.condition()))
 
     def step() -> None:
-        sides = [noised() for _ in range(2)]
+        condition = bench.condition()
+        sides = [noised(condition) for _ in range(2)]
         if getattr(args, "loss", None) != "mapo":
             reference(*sides)
         descend(bench, policy, lambda winner, loser: winner.error - loser.error, sides, 1.0)
