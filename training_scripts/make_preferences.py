@@ -93,6 +93,7 @@ from diffusers_align.data.inputs import key_of, sizes_of
 from diffusers_align.driving.calls import calls_of
 from diffusers_align.driving.stock import stock_images
 from diffusers_align.files import lora_finder
+from diffusers_align.files.weight_files import digest_of_model
 from diffusers_align.policy import Policy, noise_seed
 from diffusers_align.schedulers import sde_twin
 from diffusers_align.training.flags import common
@@ -108,7 +109,8 @@ SAMPLING = [*(name for name in options_of(DrawingArguments) if name not in ("con
 
 
 def check_settings(args, prompts, lora, folder):
-    """Write what the images depend on, the prompts' texts and the LoRA's weights included; images of other settings would not be comparable.
+    """Write what the images depend on, the prompts' texts and the weights of the LoRA and of a model's folder included; images of other settings would not be
+    comparable.
 
     Prompts may be added after those that are there.
 
@@ -120,8 +122,9 @@ def check_settings(args, prompts, lora, folder):
         [prompt.text + key_of(prompt.inputs, content=True) for prompt in prompts],
         folder / "sampling.json",
     )
-    settings["lora_weights"] = hash_of(lora) if lora else None
-    before = settings_of(file) if file.is_file() else {**settings, "prompts": texts}
+    settings |= {"lora_weights": hash_of(lora) if lora else None, "model_weights": digest_of_model(args.pretrained_model_name_or_path)}
+    # of a file that was written before there was such an entry, the weights are taken for today's
+    before = {"model_weights": settings["model_weights"], **settings_of(file)} if file.is_file() else {**settings, "prompts": texts}
     defaults = {name: option.default for name, option in options_of(PreferenceArguments).items()}  # of a file that was written before there was such a flag
     then = {name: before.get(name, defaults.get(name)) for name in settings}
     changed = [f"{name} was {then[name]!r}, now {value!r}" for name, value in settings.items() if json.dumps(then[name]) != json.dumps(value)]

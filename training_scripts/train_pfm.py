@@ -87,6 +87,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from diffusers_align.algorithms.preference_flow_matching import couple, interpolate, pfm_loss
 from diffusers_align.checks.given_names import fetched
 from diffusers_align.data import Prompt, batch_of, load_preferences, load_prompts, parse_column_map
+from diffusers_align.data.conversions import indifferent
 from diffusers_align.pipelines.preference_flow import PreferenceFlowPipeline
 from diffusers_align.policy import noise_seed
 from diffusers_align.rewards.base import listed
@@ -146,6 +147,8 @@ def load_data(args):
     rows, report = load_preferences(args.dataset_name, "pair", column_map=columns, split=args.dataset_split, image_root=args.image_root)
     print(report)
     rows, held_out = flow_pairs.split_by_prompt(rows, args.held_out, args.seed)
+    if reason := indifferent(rows, "pair"):
+        raise ValueError(f"{args.dataset_name}: of those to train on, {reason}, so there is nothing to learn. Give other data.")
     fields = {prompt.text: prompt for prompt in load_prompts(args.prompts)} if args.prompts else {}
     if args.outputs:
         outputs, report = load_preferences(args.outputs, "captioned", mappable=False)

@@ -18,7 +18,9 @@ DEFAULTS = {"num_inference_steps": 40, "guidance_scale": 1.0, "reward_map": "hin
 class ReFLArguments(RewardGradientArguments, defaults=DEFAULTS):
     """ReFL"""
 
-    window: tuple[Probability, Probability] = option((0.75, 0.975), "where to predict, in fractions of the chain; the next step where none lies there", metavar=("FIRST", "LAST"))
+    window: tuple[Probability, Probability] = option(
+        (0.75, 0.975), "where to predict, in fractions of the chain; the next step where none lies there", metavar=("FIRST", "LAST")
+    )
 
     def usual_target(self):
         return 2.0 if self.reward_map == "hinge" else None

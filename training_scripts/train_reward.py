@@ -110,16 +110,16 @@ def weighing(rows, source):
     return kept
 
 
-def standardise(examples, train):
+def standardise(examples, train, alike=False):
     """Scores as the model is to learn them, in place: with mean 0 and standard deviation 1 on `train`. Returns the scale and the shift back.
 
     Raises:
-        ValueError: the scores of `train` do not differ.
+        ValueError: the scores of `train` do not differ, unless they may be `alike`.
     """
     targets = targets_of(train)
-    if len(targets.unique()) < 2:
+    if len(targets.unique()) < 2 and not alike:
         raise ValueError(f"The {len(targets)} images to learn from have no two different scores: give more images, or hold fewer back with --held_out.")
-    scale, shift = targets.std().clamp(min=1e-6).item(), targets.mean().item()
+    scale, shift = targets.std().clamp(min=1e-6).item() if len(targets.unique()) > 1 else 1.0, targets.mean().item()
     for example in examples:
         example.target = (example.target - shift) / scale
     return scale, shift
@@ -146,7 +146,7 @@ def main(argv=None):
     # 1 preferences
     examples = load_examples(args)
     train, held_out = ([examples[i] for i in part] for part in split([vars(example) for example in examples], args.held_out, args.seed))
-    scale, shift = standardise(examples, train) if args.kind == "scored" else (1.0, 0.0)
+    scale, shift = standardise(examples, train, args.allow_no_signal) if args.kind == "scored" else (1.0, 0.0)
 
     # 2 fit
     model = new_model(args)

@@ -50,12 +50,22 @@ from diffusers_align.training.run.inputs import prompt_of
 
 
 def weighted(run, rows):
-    """The rows that weigh anything beside the others, their weights (N,) as shares of the mean over all rows, and the weights' statistics."""
+    """The rows that weigh anything beside the others, their weights (N,) as shares of the mean over all rows, and the weights' statistics.
+
+    Raises:
+        ValueError: all weigh alike, so that the rewards say nothing.
+    """
     args, tasks = run.args, [prompt_of(row).key for row in rows]
     numbers = {task: i for i, task in enumerate(tasks)}
     rewards, groups = torch.tensor([row["reward"] for row in rows]), torch.tensor([numbers[task] for task in tasks])
     options = {name: getattr(args, name) for name in ("scope", "temperature", "top_k", "top_q", "max_weight", "force")}
     weights = reward_weights(rewards, groups, kind=args.weights, **options)
+    if weights.max() - weights.min() < 1e-6 * weights.max() and not args.allow_no_signal:
+        why = "images are compared with those of their prompt, and none has better ones than others: take --scope global"
+        raise ValueError(
+            f"{args.dataset_name}: all {len(rows)} images weigh alike by --weights {args.weights} --scope {args.scope}, so their rewards would teach nothing: "
+            f"{why if args.scope == 'prompt' else 'take other --weights'}. With --allow_no_signal it is plain fine-tuning."
+        )
     statistics = weight_statistics(weights)
     run.print(", ".join(f"{name.replace('_', ' ')} {number:.4g}" for name, number in statistics.items()) + f", of {len(rows)} images")
     # Below this share of the largest an image adds nothing that float32 could hold, and its gradients are numbers too small to reckon with fast.

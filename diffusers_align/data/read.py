@@ -101,7 +101,8 @@ class _Scan:
         raw = self.table.rows[number]
         if isinstance(raw, BadRow):
             raise raw
-        fields = self.schema.read(renamed(raw, self.names))
+        own = renamed(raw, self.names)
+        fields = self.schema.read(own)
         row = canonical(self.schema.kind, fields)
         for name in ("image", "image_0", "image_1"):
             if name in row:
@@ -110,7 +111,7 @@ class _Scan:
             row["images"] = [self.image(image, f"images[{i}]", None, number, "images", i) for i, image in enumerate(row["images"])]
         if self.inputs:
             row["inputs"] = self.inputs.of_row(raw, self.root, self.changes, lambda: self.table.rows[number])
-        if fields.get("group") is not None and self.schema.kind == "ranked":
+        if self.schema.kind == "ranked" and fields is not own and fields.get("group") is not None:  # a column of that name is its user's own
             row["group"] = fields["group"]
         return row
 

@@ -6,7 +6,9 @@ torch's count of writes (`weight.data` itself) is not seen.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import operator
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -43,16 +45,39 @@ class _Seen(NamedTuple):
     layers: list[BaseTunerLayer]
 
 
+# Values of each tensor that a digest looks at: training, fusing a LoRA or quantising changes nearly all of them.
+SAMPLED = 64
 _SEEN: WeakKeyDictionary[nn.Module, _Seen] = WeakKeyDictionary()
 _NUMBERS = itertools.count()
 
 
 def encoder_state(pipeline) -> EncoderState:
     """Of all networks of the pipeline but its denoisers."""
-    networks = [part for part in components_of(pipeline).values() if isinstance(part, nn.Module)]
-    ours = set(denoisers(pipeline).values()) if networks else ()
-    seen = [_seen(network) for network in networks if network not in ours]
+    seen = [_seen(network) for network in _encoders(pipeline).values()]
     return EncoderState(tuple(known.number for known in seen), tuple(_acting(layer) for known in seen for layer in known.layers))
+
+
+def _encoders(pipeline) -> dict[str, nn.Module]:
+    """All networks of the pipeline but its denoisers, by name."""
+    networks = {name: part for name, part in components_of(pipeline).items() if isinstance(part, nn.Module)}
+    ours = set(denoisers(pipeline).values()) if networks else ()
+    return {name: network for name, network in networks.items() if network not in ours}
+
+
+def encoder_digest(pipeline) -> str:
+    """What tells the pipeline's networks but its denoisers from others, also in another process: a hash of their configs, of their tensors' names, shapes and
+    precisions, and of up to `SAMPLED` values of each. Of packed weights (quantised ones) and those that are elsewhere, no values."""
+    digest = hashlib.sha256()
+    for name, network in sorted(_encoders(pipeline).items()):
+        config = getattr(network, "config", {})
+        config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        digest.update(json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True, default=str).encode())
+        for key, tensor in itertools.chain(network.named_parameters(), network.named_buffers()):
+            digest.update(f"{name}.{key} {type(tensor).__name__} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
+                values = tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLED)][:SAMPLED]
+                digest.update(values.double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _seen(network: nn.Module) -> _Seen:

@@ -62,7 +62,7 @@ class DenoisingEnv(gymnasium.Env):
         """Take one noisy solver step.
 
         Raises:
-            ValueError: the episode has not begun, or has ended; an action of another shape.
+            ValueError: the episode has not begun, or has ended; an action of another shape, of no candidate, or not finite.
         """
         if self.episodes is None:
             raise ValueError("The episode has not begun: reset the environment.")
@@ -124,7 +124,7 @@ class DenoisingVectorEnv(VectorEnv):
         """Take one noisy solver step in each environment, or begin new episodes after the last.
 
         Raises:
-            ValueError: the episodes have not begun, or actions of another shape.
+            ValueError: the episodes have not begun, or actions of another shape, of no candidate, or not finite.
         """
         none = np.zeros(self.num_envs, bool)
         if self.episodes is None:

@@ -140,7 +140,7 @@ class Episodes:
         """Take the step of each episode: noises (B, *D), or numbers of candidates (B,). Returns the rewards (B,) float32, 0 where none is due.
 
         Raises:
-            ValueError: the episodes have ended, or actions of another shape.
+            ValueError: the episodes have ended, or actions of another shape, of no candidate, or not finite.
         """
         if self.ended:
             raise ValueError("The episode has ended: reset the environment.")
@@ -184,8 +184,11 @@ class Episodes:
         wanted = (len(state),) if self.task.num_candidates is not None else tuple(state.shape)
         if np.shape(actions) != wanted:
             raise ValueError(f"Actions of these {len(state)} episodes have shape {wanted}, got {np.shape(actions)}.")
-        actions = torch.as_tensor(np.asarray(actions))
-        return actions.float() if self.task.num_candidates is None else self.candidates[torch.arange(len(state)), actions.long()]
+        actions, last = torch.as_tensor(np.asarray(actions)).double(), self.task.num_candidates
+        if not bool((actions.isfinite() if last is None else (actions >= 0) & (actions < last) & (actions == actions.floor())).all()):
+            wanted = "finite noises" if last is None else f"numbers of candidates, from 0 to {last - 1}"
+            raise ValueError(f"Actions are {wanted}, got {actions.flatten()[:8].tolist()}.")
+        return actions.float() if last is None else self.candidates[torch.arange(len(state)), actions.long()]
 
     def _rewards(self) -> np.ndarray:
         if not self.task.dense:

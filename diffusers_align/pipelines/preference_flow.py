@@ -75,6 +75,11 @@ class PreferenceFlowPipeline(DiffusionPipeline):
 
     # --- the space of the flow ---------------------------------------------------------------------------------------
 
+    def padded(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) with their last row and column repeated until both sides are multiples of `multiple`: the call cuts that off again."""
+        height, width = images.shape[-2:]
+        return F.pad(images, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
+
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] to the space of the flow, float32: scaled latents (the mode of their distribution), or pixels."""
         pixels = images * 2 - 1
@@ -154,7 +159,7 @@ class PreferenceFlowPipeline(DiffusionPipeline):
 
         passes = {"num_steps": num_inference_steps, "solver": solver, "strength": strength, "iterations": iterations, "reverse": reverse}
         if strength > 0 or output_type == "latent":
-            y = self.encode(_padded(images, self.multiple))
+            y = self.encode(self.padded(images))
             with self.progress_bar(total=iterations * num_inference_steps if strength > 0 else 0) as bar:
                 y = transport(field, y, **passes, on_step=bar.update)
             images = y if output_type == "latent" else self.decode(y)[..., : size[0], : size[1]]
@@ -190,9 +195,3 @@ def _check_images(image: PipelineImageInput, resized: bool) -> None:
             raise ValueError(
                 f"Tensors and arrays must be floats in [0, 1], got {part.dtype} from {low:g} to {high:g}: divide bytes by 255, map [-1, 1] by x / 2 + 0.5."
             )
-
-
-def _padded(images: Tensor, multiple: int) -> Tensor:
-    """Repeat the last row and column until both sides are multiples: what is cut off again after decoding."""
-    height, width = images.shape[-2:]
-    return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")

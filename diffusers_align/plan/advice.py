@@ -6,13 +6,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ..training.run.division import divisors
+from ..training.run.division import divide, divisors
 from .planner import Plan, Planner
 from .steps import samples_of
 
 
 def fitted(script: str, args: Any, gpu: int | None, as_on_gpu: bool = True) -> Plan:
-    """The plan of a run; where the card is too small, with what to change in `advice`: changes add up, in that order, until it fits or none is left."""
+    """The plan of a run; where the card is too small, with what to change in `advice`: changes add up, in that order, until it fits or none is left.
+
+    Raises:
+        ValueError: as the run itself, where its samples do not divide into batches; or what `Planner` raises.
+    """
+    divide(args, samples_of(args), steps=1, rank=0, world=1)
     planner = Planner(script, args, as_on_gpu)
     first = best = planner.plan(args, gpu)
     said: list[str] = []

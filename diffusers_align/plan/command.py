@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from ..training.flags.options import Arguments, options_of
 from ..training.flags.recipes import read_recipe
 from .advice import fitted
 from .planner import Plan
+from .steps import check_known
 
 # What a script must be told and a plan does not look at.
 _UNREAD = ("output_dir", "prompts", "reward", "dataset_name")
@@ -50,8 +52,9 @@ def planned(argv: list[str], gpu: str | None = None, script: str | None = None, 
         as_on_gpu: as `FakeModels` has it.
     """
     size = None if gpu is None else memory(gpu)
-    script = script or _script(argv)
+    script = (script or _script(argv)).removesuffix(".py")
     module = module_of(script)
+    check_known(script)
     with _quiet():
         return fitted(script, module.parse_args([*argv, *_unread(module, argv)]), size, as_on_gpu)
 
@@ -87,6 +90,8 @@ def _words(name: str, value: Any) -> list[str]:
         return []
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, dict):
+        return [f"--{name}", json.dumps(value)]
     return [f"--{name}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
 
 
@@ -110,7 +115,7 @@ def _script(argv: list[str]) -> str:
 
 def module_of(script: str) -> Any:
     """A training script as a module."""
-    path = front_door("training_scripts", script.removesuffix(".py"))
+    path = front_door("training_scripts", script)
     name = f"planned_{path.stem}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)

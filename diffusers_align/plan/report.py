@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .advice import flag, gib
 from .planner import SHARE, Plan
 
@@ -42,10 +44,15 @@ def report(plan: Plan) -> str:
         *([row("text encoding", plan.peak_of("text_encoder"), "at its peak")] if plan.peak_of("text_encoder") else []),
         "",
         f"An epoch: {sum(plan.rows):,} rows through the denoiser, {plan.rows[1]:,} of them with gradients; {plan.flops / 1e15:,.4g} PFLOP.",
-        "Not in it: the reward's own model, evaluation at larger sizes, the card's context and fragments.",
+        f"Not in it: the reward's own model, evaluation at larger sizes, the card's context and fragments{_unseen(args)}.",
         verdict(plan),
     ]
     return "\n".join(lines)
+
+
+def _unseen(args: Any) -> str:
+    """Flags that are given and that no plan looks at."""
+    return "".join(f", what --{name} changes" for name in ("shard_denoiser", "compile", "attention_backend") if getattr(args, name, None))
 
 
 def row(name: str, size: int, text: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..algorithms import alignprop, draft, drtune, refl, vader
 from ..algorithms.adjoint_matching import matched_steps
+from ..condition import Condition
 from ..data.prompts import Prompt
 from ..driving.latent_layout import autoencoded
 from ..gradients.rollout import differentiable_rollout
@@ -25,7 +26,7 @@ from ..training.gradient.adjoints import make_memoryless, matching_targets, nois
 from ..training.gradient.losses import total_loss
 from ..training.gradient.reward_check import count_frames
 from ..training.offline.descent import Reference, descend
-from ..training.offline.noised_latents import Noised
+from ..training.offline.noised_latents import Noised, predict
 from ..training.online.policy_gradient import add_gradient, forwards_of
 from ..training.online.sampling import noise_fields
 from ..training.online.trained_steps import some_of, trained_steps
@@ -161,17 +162,26 @@ def pairs(bench: Bench) -> list[Stage]:
     args, policy, number = bench.args, bench.policy, bench.size
     latents = _final_latents(bench)
     reference = Reference(bench, policy)
+    times = torch.linspace(0.2, 0.8, number) * policy.scheduler.time_range[1]
+    times = times.round() if policy.scheduler.time_range[1] > 10 else times
+
+    def noised(condition: Condition) -> Noised:
+        return Noised(torch.zeros_like(latents), times, condition, torch.zeros_like(latents, dtype=torch.float32), torch.ones(number))
+
+    @torch.no_grad()
+    def invert() -> None:
+        predict(bench, policy, noised(bench.condition()))
 
     def step() -> None:
-        times = torch.linspace(0.2, 0.8, number) * policy.scheduler.time_range[1]
-        times = times.round() if policy.scheduler.time_range[1] > 10 else times
-        ones, condition = torch.ones(number), bench.condition()
-        sides = [Noised(torch.zeros_like(latents), times, condition, torch.zeros_like(latents, dtype=torch.float32), ones) for _ in range(2)]
+        condition = bench.condition()
+        sides = [noised(condition) for _ in range(2)]
         if getattr(args, "loss", None) != "mapo":
             reference(*sides)
         descend(bench, policy, lambda winner, loser: winner.error - loser.error, sides, 1.0)
 
-    return [_pictures(bench, latents, sides=2), Stage("pairs", step, batches_of(args))]
+    inversions = 2 * getattr(args, "inversion_steps", 0)
+    found = [Stage("inversion step", invert, batches_of(args) * inversions)] if inversions else []
+    return [_pictures(bench, latents, sides=2), *found, Stage("pairs", step, batches_of(args))]
 
 
 def _pictures(bench: Bench, latents: Tensor, sides: int) -> Stage:
@@ -283,14 +293,19 @@ FAMILIES: dict[str, Callable[[Bench], list[Stage]]] = {
 }
 
 
+def check_known(script: str) -> None:
+    """Raises ValueError where no plan is known for a script: before its flags are read, of which the others' lack some."""
+    if script not in FAMILIES:
+        raise ValueError(f"No plan is known for {script}.py; there is one for {', '.join(sorted(FAMILIES))}. A script of the same kind takes about the same.")
+
+
 def stages(script: str, bench: Bench) -> list[Stage]:
     """The parts of an epoch of a script.
 
     Raises:
         ValueError: a script, or a flag of it, that no plan is known for.
     """
-    if script not in FAMILIES:
-        raise ValueError(f"No plan is known for {script}.py; there is one for {', '.join(sorted(FAMILIES))}. A script of the same kind takes about the same.")
+    check_known(script)
     if getattr(bench.args, "update", None) == "trpo":
         raise ValueError("A plan knows --update adamw alone: a trust-region step is made of replays of all steps under forward-mode products.")
     if getattr(bench.args, "pretrain_dataset_name", None):

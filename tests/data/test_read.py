@@ -1,7 +1,7 @@
 """Preference data: read as it is, its report, and what is said of rows and options that are wrong."""
 
 import pytest
-from preference_rows import pair, write
+from preference_rows import B, G, R, pair, write
 
 from diffusers_align.data import load_preferences
 
@@ -34,3 +34,11 @@ def test_image_root_and_max_rows(folder):
     file = write(folder / "labels" / "data.jsonl", [pair(prompt=str(i)) for i in range(5)])
     loaded, report = load_preferences(file, "pair", image_root=str(folder), max_rows=3)
     assert [row["prompt"] for row in loaded] == ["0", "1", "2"] and report.rows == 3
+
+
+def test_a_column_that_is_called_group_joins_no_rankings(folder):
+    """Rankings of different prompts, of prompts that their user has sorted into groups."""
+    rows = [{"prompt": prompt, "images": images, "ranks": [1, 2], "group": "animals"} for prompt, images in (("a cat", [R, G]), ("a dog", [B, R]))]
+    file = write(folder / "ranked.jsonl", rows)
+    assert [(row["prompt"], len(row["images"])) for row in load_preferences(file, "ranked")[0]] == [("a cat", 2), ("a dog", 2)]
+    assert [row["prompt"] for row in load_preferences(file, "pair")[0]] == ["a cat", "a dog"]

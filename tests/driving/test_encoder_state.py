@@ -12,7 +12,7 @@ from torch import nn
 
 from diffusers_align import Policy, lora
 from diffusers_align.data import TensorCache
-from diffusers_align.driving.encoder_state import encoder_state
+from diffusers_align.driving.encoder_state import encoder_digest, encoder_state
 
 torch.set_num_threads(1)
 FAMILY = FAMILIES["sd15"]
@@ -130,3 +130,22 @@ def test_encoders_away_encode_what_they_are():
     written(policy.pipeline)
     assert not torch.equal(policy.rollout(PROMPTS, seeds=[1, 2]).final, first)
     assert not torch.equal(policy.prompt_features(policy.condition(PROMPTS)), features)
+
+
+@pytest.mark.parametrize("change", [written, replaced_weight, other, lambda pipeline: pipeline.vae.register_to_config(scaling_factor=0.5)])
+def test_a_digest_is_of_weights_and_configs_and_not_of_the_denoiser(change):
+    pipeline = FAMILY.build()
+    first = encoder_digest(pipeline)
+    with torch.no_grad():
+        next(pipeline.unet.parameters()).mul_(2.0)
+    assert encoder_digest(pipeline) == first
+    change(pipeline)
+    assert encoder_digest(pipeline) != first
+
+
+def test_a_digest_takes_any_precision_and_weights_that_are_elsewhere():
+    pipeline = FAMILY.build()
+    assert encoder_digest(pipeline) == encoder_digest(pipeline)
+    half = encoder_digest(pipeline.to(torch.bfloat16))
+    pipeline.text_encoder.to("meta")
+    assert encoder_digest(pipeline) != half

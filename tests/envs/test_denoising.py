@@ -180,6 +180,23 @@ def test_what_is_wrong_is_said(policy):
         DenoisingVectorEnv(policy, PROMPTS, brightness, num_envs=2).reset(seed=[0])
 
 
+@pytest.mark.parametrize("action", [-1, 3, 0.5, np.nan])
+def test_an_action_that_is_no_candidate_is_said(policy, action):
+    """-1 took the last one."""
+    env = DenoisingEnv(policy, PROMPTS[:1], brightness, action="candidates", num_candidates=3)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="numbers of candidates, from 0 to 2, got"):
+        env.step(action)
+    env.step(np.int64(2))
+
+
+def test_a_noise_that_is_not_finite_is_said(policy):
+    env = DenoisingEnv(policy, PROMPTS[:1], brightness)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="Actions are finite noises, got"):
+        env.step(np.full(env.task.shape, np.nan))
+
+
 WITHOUT = """
 import sys
 sys.modules["gymnasium"] = None

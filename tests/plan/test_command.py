@@ -6,7 +6,7 @@ import pytest
 from shallow_models import shallow as shallow
 
 from diffusers_align.__main__ import main
-from diffusers_align.plan import plan
+from diffusers_align.plan import plan, report
 from diffusers_align.plan.command import memory
 from diffusers_align.plan.steps import FAMILIES, stages
 
@@ -31,6 +31,10 @@ def test_the_command_prints_a_plan(capsys):
     [
         ([], "A plan is of a recipe"),
         (["--config", "spo_mini_sd3"], "No plan is known for train_spo.py; there is one for train_adjoint_matching, "),
+        (["--script", "train_reward"], "No plan is known for train_reward.py"),
+        (["--script", "evaluate.py"], "No plan is known for evaluate.py"),
+        (["--script", "train_d3po"], "No plan is known for train_d3po.py"),
+        (["--config", "dpo_mini_sd3", "--num_samples_per_epoch", "16", "--train_batch_size", "7"], "do not divide into batches of 7"),
         (["--config", "ddpo_mini_sd", "--update", "trpo"], "knows --update adamw alone"),
         (["--config", "ddpo_mini_sd", "--gpu", "big"], "such as 24GB"),
         (["--config", "ddpo_sd15", "--pretrained_model_name_or_path", "someone/else"], "hf download someone/else"),
@@ -52,10 +56,13 @@ def test_a_script_needs_no_recipe_and_flags_that_are_not_looked_at_may_be_left_o
         "pretrained_model_name_or_path": shallow["mini-sd3"],
         "num_samples_per_epoch": 2,
         "train_batch_size": 2,
-        "call_kwargs": '{"max_sequence_length": 1}',
+        "call_kwargs": {"max_sequence_length": 1},
     }
-    made = plan(script="train_dpo", **small)
+    made = plan(script="train_dpo.py", **small, shard_denoiser=True)
     assert made.rows == (4, 4) and made.fits is None and made.stored == 0
+    assert "fragments, what --shard_denoiser changes." in report(made)
+    inverted = plan(script="train_dpo", **small, inversion_steps=3)
+    assert inverted.rows == (4 + 2 * 2 * 3, 4) and inverted.flops > made.flops and inverted.stored == 0, "two sides of two pairs, three times each"
 
 
 def test_families_are_scripts():

@@ -117,6 +117,23 @@ def test_images_belong_to_their_prompts_and_to_the_loras_weights(tmp_path):
         check("a", "b")
 
 
+def test_images_belong_to_the_weights_of_a_models_folder(tmp_path):
+    """A model that was trained on and saved in its place drew none of them; a folder of before there was such an entry is taken over."""
+    script, weights = load_make_preferences(), tmp_path / "model" / "unet" / "x.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(bytes(10**6))
+    (tmp_path / "out").mkdir()
+    args = script.parse_args([f"--pretrained_model_name_or_path={tmp_path / 'model'}", "--prompts=p", "--reward=r", f"--output_dir={tmp_path / 'out'}"])
+    for _ in range(2):
+        script.check_settings(args, [Prompt("a")], None, tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "sampling.json").read_text())
+    (tmp_path / "out" / "sampling.json").write_text(json.dumps({name: value for name, value in settings.items() if name != "model_weights"}))
+    script.check_settings(args, [Prompt("a")], None, tmp_path / "out")
+    weights.write_bytes(bytes(5 * 10**5) + bytes(range(1, 251)) * 2000)
+    with pytest.raises(ValueError, match="images of other settings: model_weights was '"):
+        script.check_settings(args, [Prompt("a")], None, tmp_path / "out")
+
+
 def test_processes_share_out_one_list_of_images(tmp_path):
     """The second process starts when the first waits for it: by then it must not have drawn."""
     script, barrier, waiting = load_make_preferences(), threading.Barrier(2, timeout=60), threading.Event()

@@ -138,6 +138,12 @@ def test_d3po_learns_from_stored_trajectories(task, tmp_path):
         StoredTrajectories(str(folder), "mini-sd", 2, variant="fp16")
     with pytest.raises(ValueError, match="lower --group_size"):
         StoredTrajectories(str(folder), "mini-sd3", 3)
+    settings = json.loads((folder / "sampling.json").read_text())
+    assert settings["model_weights"] is None, "an embedded model is always the same"
+    (folder / "sampling.json").write_text(json.dumps({**settings, "model_weights": "of a folder that has changed"}))
+    with pytest.raises(ValueError, match="are of other weights than mini-sd3 holds now"):
+        StoredTrajectories(str(folder), "mini-sd3", 2)
+    (folder / "sampling.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="holds no trajectories"):
         StoredTrajectories(str(task), "mini-sd3", 2)
     settings = json.loads((folder / "sampling.json").read_text())

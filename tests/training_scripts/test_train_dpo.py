@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +24,9 @@ from diffusers_align.data import LazyImage, TensorCache
 from diffusers_align.driving import prompt_form
 from diffusers_align.forward_process import ForwardProcess
 from diffusers_align.policy import Policy
-from diffusers_align.training.offline.data_latents import LatentImages, Position, _held_by, image_shape
+from diffusers_align.training.offline.data_latents import LatentImages, Position, _held_by, disk_cache, image_shape
 from diffusers_align.training.offline.descent import Measured, Reference, descend, measure
+from diffusers_align.training.offline.held_out_pairs import trained_on
 from diffusers_align.training.offline.loop import OfflineTraining, load_policy
 from diffusers_align.training.offline.noised_latents import predict, predict_together
 from diffusers_align.training.offline.pairs_and_batches import Examples, pairs_of
@@ -149,8 +151,26 @@ def test_held_out_pairs_are_judged_at_validations(task, tmp_path, capsys):
     flags |= {"eval_dataset_name": task / "elsewhere", "eval_dataset_split": "test"}
     flags |= {"validation_epochs": 1, "num_epochs": 2, "learning_rate": 1e-2, "timestep_scheme": "uniform"}
     train("dpo", tmp_path / "run", task, num_samples_per_epoch=8, train_batch_size=4, **flags)
-    found = re.findall(r"implicit accuracy on 6 held-out pairs: (\S+) \[\S+ \S+\], margin (\S+)", capsys.readouterr().out)
+    found = re.findall(r"implicit accuracy on 6 training pairs: (\S+) \[\S+ \S+\], margin (\S+)", capsys.readouterr().out)
     assert len(found) == 2 and float(found[-1][0]) > 0.5 and float(found[-1][1]) > float(found[0][1])
+
+
+def test_pairs_are_judged_by_the_weights_that_are_saved(task, tmp_path, capsys):
+    """A run that ends before its first validation: once, at its end. One of the pairs is trained on, under another spelling of its file."""
+    own = [json.loads(line) for line in (task / "pair.jsonl").read_text().splitlines()]
+    mixed = [{**own[0], "image_0": f"../{task.name}/{own[0]['image_0']}"}, {**own[1], "image_1": own[2]["image_1"]}]
+    flags = {"eval_dataset_name": write(task / "mixed.jsonl", mixed), "learning_rate": 1e-2, "num_samples_per_epoch": 8, "train_batch_size": 4}
+    out = train("dpo", tmp_path / "run", task, validation_epochs=4, num_epochs=2, **flags)
+    (line,) = re.findall(r"implicit accuracy on 2 pairs \(1 of them trained on\): (\S+ \[\S+ \S+\]), margin", capsys.readouterr().out)
+    assert f"| implicit accuracy on 2 pairs (1 of them trained on) | {line} |" in (out / "README.md").read_text()
+
+
+def test_pairs_are_known_by_prompt_and_both_images():
+    a, b, c = (LazyImage(Path(f"{name}.png")) for name in "abc")
+    rows = [{"prompt": "p", "image": a, "label": True}, {"prompt": "p", "image": LazyImage(Path("folder/../b.png")), "label": False}]
+    pair = {"prompt": "p", "image_0": b, "image_1": a}
+    assert trained_on([pair, {**pair, "prompt": "q"}, {**pair, "image_0": c}], rows) == 1
+    assert trained_on([{"prompt": "p", "image_0": LazyImage(b"1", "x"), "image_1": LazyImage(b"2")}], rows) == 0
 
 
 def test_kto_and_rwr_start_where_their_pages_say(task, tmp_path):
@@ -459,6 +479,18 @@ def test_images_that_weigh_nothing_beside_the_others_are_left_out(capsys):
     assert "2 of 5 images weigh nothing beside the others and are left out" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("weights, scope, advice", [("softmax", "prompt", "take --scope global"), ("top_k", "global", "take other --weights")])
+def test_rewards_that_make_no_weights_are_refused(weights, scope, advice):
+    """Each prompt has one image, and the best of one is itself: training would be the same whatever the rewards."""
+    found = [{"prompt": f"a cat {i}", "reward": float(i)} for i in range(4)]
+    own = {"weights": weights, "scope": scope, "temperature": 1.0, "top_k": 4, "top_q": 0.1, "max_weight": 20.0, "force": False, "dataset_name": "mine"}
+    run = argparse.Namespace(args=argparse.Namespace(**own, allow_no_signal=False), print=print)
+    with pytest.raises(ValueError, match=f"mine: all 4 images weigh alike by --weights {weights} --scope {scope}.*{advice}"):
+        load_script("rwr").weighted(run, found)
+    run.args.allow_no_signal = True
+    assert load_script("rwr").weighted(run, found)[1].tolist() == [1.0] * 4
+
+
 def test_weights_are_updated_when_the_loop_comes_back(task, tmp_path, monkeypatch):
     """Nothing is updated where the loop's body raises, and each step of each epoch otherwise."""
     values = {"pretrained_model_name_or_path": "mini-sd3", "call_kwargs": '{"max_sequence_length": 1}', "num_inference_steps": 2, "rank": 2}
@@ -503,6 +535,25 @@ def test_cached_latents_are_equal_and_encoded_once(task, tmp_path, monkeypatch):
     for calls in ([4, 4], [4, 4]):
         assert torch.equal(cached.latents(images, places, condition), expected)
         assert encoded == calls
+
+
+def test_a_cache_tells_the_models_that_one_folder_has_held(task, tmp_path):
+    """A model that was trained on and saved in its place: its autoencoder's latents and its text encoder's states are others."""
+    run, policy, found, examples = prepared(tmp_path / "run", task, cache_dir=tmp_path / "cache")
+    places = examples.positions(0, 0)
+    images, condition = pairs_of(found, places, policy.device)[0][0], examples.condition(places)
+    before = examples.latents(images, places, condition)
+    for part in ("vae", "text_encoder"):
+        old = [disk_cache(run.args, policy, kind).folder for kind in ("latents", "prompts")]
+        assert old == [disk_cache(run.args, policy, kind).folder for kind in ("latents", "prompts")]
+        with torch.no_grad():
+            for parameter in getattr(policy.pipeline, part).parameters():
+                parameter.mul_(1.1)
+        assert not set(old) & {disk_cache(run.args, policy, kind).folder for kind in ("latents", "prompts")}
+    assert not torch.equal(Examples(run, policy, found).latents(images, places, condition), before)
+    whole = LatentImages(run, policy).cache.folder
+    run.args.vae_tiling = True
+    assert LatentImages(run, policy).cache.folder != whole, "an autoencoder also encodes in tiles"
 
 
 def test_cached_latents_are_a_rows_own_where_it_keeps_a_part(tmp_path):

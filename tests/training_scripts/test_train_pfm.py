@@ -144,6 +144,28 @@ def test_resumed_equals_uninterrupted(finished, folder, tmp_path):
         assert_same_state(*(read_state(run / "checkpoint-4", name) for run in (tmp_path / "run", finished)))
 
 
+def test_pairs_of_any_size_are_trained_on_as_they_are_transported(folder, tmp_path):
+    """30 x 46 is no multiple of what the field halves: training pads as the call does."""
+    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    for name in {pair[side] for pair in pairs for side in ("image_0", "image_1")}:
+        with Image.open(folder / name) as image:
+            image.resize((46, 30)).save(tmp_path / name)
+    (tmp_path / "pairs.jsonl").write_text((folder / "pairs.jsonl").read_text())
+    flags = {"dataset_name": tmp_path / "pairs.jsonl", "num_epochs": 1, "validation_epochs": 1}
+    plain = {"pretrained_model_name_or_path": None, "pixels": True, "no-sees_prompt": True, "block_out_channels": (8, 8, 8), "attention_head_dim": 4}
+    out = train(folder, tmp_path / "run", **flags, **plain)
+    assert rows(out)[0]["eval_loss"] > 0
+    field = UNet2DModel.from_pretrained(out, subfolder="vector_field")
+    assert run_flow(PreferenceFlowPipeline(field), torch.rand(1, 3, 30, 46), None).shape == (1, 3, 30, 46)
+
+
+def test_pairs_that_weigh_nothing_are_refused(folder, tmp_path):
+    pairs = [{**json.loads(line), "weight": 0} for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    (folder / "weightless.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    with pytest.raises(ValueError, match="weightless.jsonl: of those to train on, all pairs have the weight 0, so there is nothing to learn"):
+        train(folder, tmp_path / "run", dataset_name=folder / "weightless.jsonl")
+
+
 def test_the_flow_learns_what_is_preferred(folder, tmp_path, capsys):
     train(folder, tmp_path / "run", outputs=folder / "outputs.jsonl", num_epochs=12, checkpointing_epochs=12, validation_epochs=12, **{"no-use_ema": True})
     assert "brightness, win rate: 100.0%" in capsys.readouterr().out.replace(f"{folder / 'rewards.py'}:", "")

@@ -187,3 +187,14 @@ def test_from_preferences_of_the_model_to_a_policy_trained_on_the_learned_reward
     load_script("reward").main([str(word) for word in argv])
     out = run_script("d3po", tmp_path / "run", task, num_prompts_per_epoch=1, group_size=2, reward=tmp_path / "mine")
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["pairs"] == 1
+
+
+@pytest.mark.parametrize("kind, same", [("pair", {"label_0": 0.5}), ("scored", {"reward": 3.0}), ("binary", {"label": True})])
+def test_data_that_prefer_nothing_are_fitted_where_that_is_asked_for(data, tmp_path, kind, same):
+    lines = (data / f"{kind}.jsonl").read_text().splitlines()
+    (data / f"alike_{kind}.jsonl").write_text("".join(json.dumps({**json.loads(line), **same}) + "\n" for line in lines))
+    argv = ["--dataset_name", data / f"alike_{kind}.jsonl", "--kind", kind, "--model", "mini-clip", "--output_dir", tmp_path / "mine", "--num_epochs", "2"]
+    with pytest.raises(ValueError, match="there is nothing to learn. Give other data, or pass --allow_no_signal"):
+        load_script("reward").main([str(word) for word in argv])
+    load_script("reward").main([str(word) for word in [*argv, "--allow_no_signal"]])
+    assert math.isfinite(json.loads((tmp_path / "mine" / "learned_reward.json").read_text())["metrics"]["train"]["loss"])

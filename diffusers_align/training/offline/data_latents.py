@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from ...condition import Condition, belongs_to_samples
 from ...data import LazyImage, Prompt, TensorCache, inputs, key_of
 from ...data.augment import Augmentation, draw_augmentations, to_tensor
+from ...driving.encoder_state import encoder_digest
 from ...driving.outcome import images_of
 from ...driving.scheduler_hook import Step
 from ...policy import Policy
@@ -31,9 +32,12 @@ class Position:
 
 
 def disk_cache(args, policy: Policy, *about: str) -> TensorCache | None:
-    """The part of `--cache_dir` that holds one kind of tensor of this model; None without such a folder."""
-    model = (args.pretrained_model_name_or_path, args.revision, args.variant, next(iter(policy.denoisers.values())).dtype)
-    return TensorCache(args.cache_dir, "/".join(map(str, (*about, *model))), AT_HAND) if args.cache_dir else None
+    """The part of `--cache_dir` that holds one kind of tensor of this model, by its name and by the weights of what encodes: a folder may come to hold another
+    model. None without such a folder."""
+    if not args.cache_dir:
+        return None
+    model = (args.pretrained_model_name_or_path, args.revision, args.variant, next(iter(policy.denoisers.values())).dtype, encoder_digest(policy.pipeline))
+    return TensorCache(args.cache_dir, "/".join(map(str, (*about, *model))), AT_HAND)
 
 
 @torch.no_grad()
@@ -63,7 +67,8 @@ class LatentImages:
         if len(self.shape) == 2:
             name = type(policy.pipeline).__name__
             raise ValueError(f"{name} makes sounds, and data sets hold pictures: train it by a reward of sounds (docs/guides/sound.md).")
-        self.cache = disk_cache(self.args, policy, "latents", str(tuple(self.shape)))
+        tiled = ["tiled"] if getattr(self.args, "vae_tiling", False) else []  # encodes in tiles, too
+        self.cache = disk_cache(self.args, policy, "latents", str(tuple(self.shape)), *tiled)
 
     @torch.no_grad()
     def __call__(self, images: list[LazyImage], places: list[Position], condition: Condition) -> Tensor:

@@ -73,7 +73,7 @@ def _check_sizes(sizes: set[tuple[int, int]]) -> None:
 
 @torch.no_grad()
 def encode_pairs(pipeline, rows: list[dict], batch_size: int, resolution: int | None, device: torch.device) -> Pairs:
-    """The winners and losers of canonical pairs through the pipeline's `encode`."""
+    """The winners and losers of canonical pairs through the pipeline's `encode`, padded as its call does."""
     sides: list[list[Tensor]] = [[], []]
     sizes: set[tuple[int, int]] = set()
     for start in range(0, len(rows), batch_size):
@@ -82,7 +82,7 @@ def encode_pairs(pipeline, rows: list[dict], batch_size: int, resolution: int | 
             images = [row["image_0"] if (row["label_0"] > 0.5) == wins else row["image_1"] for row in part]
             pixels = open_images(pipeline, images, resolution)
             _check_sizes(sizes := sizes | {(pixels.shape[3], pixels.shape[2])})
-            side.append(pipeline.encode(pixels.to(device)).cpu())
+            side.append(pipeline.encode(pipeline.padded(pixels.to(device))).cpu())
     y0, y1 = (torch.cat(side) for side in sides)
     return Pairs(y0, y1, torch.tensor([row.get("weight", 1.0) for row in rows]), [row["prompt"] for row in rows])
 

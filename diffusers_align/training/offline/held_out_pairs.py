@@ -11,14 +11,17 @@ in the model's own parametrisation, with timesteps uniform over the training ran
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ...data import load_preferences
+from ...data import LazyImage, load_preferences
+from ...data.records import images_of
 from ...policy import Policy, noise_seed
 from ..run.inputs import check_one_size, condition_of, prompt_of, prompts_of_rows
 from .data_latents import LatentImages, Position
@@ -77,3 +80,18 @@ def margins(errors: Tensor, reference: Tensor) -> Tensor:
     """m of each pair, (P,), of the errors (P, 2) of a policy and of its reference."""
     change = errors - reference
     return change[:, 1] - change[:, 0]
+
+
+def trained_on(pairs: Sequence[dict], rows: Sequence[dict]) -> int:
+    """How many of the pairs show two images that `rows`, of any kind, have under the same prompt. Images without a name of their own (bytes of a
+    table) are not looked into."""
+
+    def named(row: dict) -> set[tuple[str, str]]:
+        return {(row["prompt"], name) for _, image in images_of(row) if (name := _name_of(image)) is not None}
+
+    known = set().union(*map(named, rows))
+    return sum(len(own := named(pair)) == 2 and own <= known for pair in pairs)
+
+
+def _name_of(image: LazyImage) -> str | None:
+    return image.uid or (os.path.abspath(image.source) if isinstance(image.source, Path) else None)

@@ -182,7 +182,8 @@ def check_signal(kind: str, targets: Tensor) -> None:
             "scored": "all scores are equal",
         }
         raise ValueError(
-            f"There is nothing to learn from {len(targets)} examples of kind {kind}: {what[kind]}. Give data that prefers something, or check --column_map."
+            f"There is nothing to learn from {len(targets)} examples of kind {kind}: {what[kind]}. Give data that prefers something, check "
+            "--column_map, or pass --allow_no_signal."
         )
 
 
@@ -190,9 +191,10 @@ def fit(args, logits: Logits, examples: list[Example]) -> bool:
     """AdamW on minibatches in an order that the seed gives. Returns whether it has moved a weight.
 
     Raises:
-        ValueError: the examples prefer nothing, or the loss is no longer a finite number.
+        ValueError: the examples prefer nothing (unless `--allow_no_signal`), or the loss is no longer a finite number.
     """
-    check_signal(args.kind, targets_of(examples))
+    if not args.allow_no_signal:
+        check_signal(args.kind, targets_of(examples))
     model, order = logits.model, torch.Generator().manual_seed(args.seed)
     parameters = [*model.head.parameters(), *(p for name, p in model.clip.named_parameters() if "lora_" in name)]
     optimizer = torch.optim.AdamW(parameters, args.learning_rate, weight_decay=args.adam_weight_decay)

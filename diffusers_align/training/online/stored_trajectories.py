@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...data.files import read_rows
 from ...data.prompts import Prompt, prompts_of_epoch
+from ...files.weight_files import digest_of_model
 from ...policy import Policy
 from ...trajectory import Trajectory
 from ..run.division import division_of
@@ -80,6 +81,8 @@ class StoredTrajectories:
             raise ValueError(
                 f"The trajectories of {folder} are of {', '.join(other)}: train the model that drew them; with a LoRA in it, draw new ones without."
             )
+        if settings.get("model_weights") not in (None, digest_of_model(model)):
+            raise ValueError(f"The trajectories of {folder} are of other weights than {model} holds now: train the model that drew them, or draw new ones.")
         self.noise = {name: settings[name] for name in NOISE_FIELDS if settings.get(name) is not None}
         self.call = {name: settings.get(name) for name in CALL}
         groups: dict[str, list[dict]] = defaultdict(list)

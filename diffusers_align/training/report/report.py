@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from ...lora import stock_lines
 from ...rewards.registry import parse_terms
-from ..offline.held_out_pairs import HeldOutPairs, margins
+from ..offline.held_out_pairs import HeldOutPairs, margins, trained_on
 from ..offline.rows import reading_options
 from ..online.sampling import Evaluation, described_solver, evaluate, paired_gain
 from ..online.scoring import reward_of_flags
@@ -54,10 +54,17 @@ class Report:
         self.judged_on = judged_on([prompt.key for prompt in self.judged[: args.num_eval_samples]], trained)
         held_out_pairs = getattr(args, "eval_dataset_name", None)
         self.pairs = HeldOutPairs(run, held_out_pairs, split=args.eval_dataset_split, **reading_options(args)) if held_out_pairs else None
-        same = held_out_pairs and (held_out_pairs, args.eval_dataset_split) == (args.dataset_name, args.dataset_split)
-        self._pairs_are = "training" if same else "held-out"
+        self._pairs_are, self._validated, self.preference = self._described_pairs(rows) if self.pairs else "", 0, {}
         self.before: Evaluation | None = None
         self.early_stop = run.early_stop = EarlyStop.of_run(run, self.judged)
+
+    def _described_pairs(self, rows: list[dict]) -> str:
+        """What the pairs of `--eval_dataset_name` are, in words: held-out ones only if none of them is trained on."""
+        args, number = self.run.args, len(self.pairs)
+        same = (args.eval_dataset_name, args.eval_dataset_split) == (args.dataset_name, args.dataset_split)
+        known = number if same and args.max_rows is None else trained_on(self.pairs.rows, rows)
+        kind = "held-out pairs" if not known else "training pairs" if known == number else f"pairs ({known} of them trained on)"
+        return f"{number} {kind}"
 
     def _evaluate(self, look: Callable[[Evaluation], None] | None = None) -> Evaluation:
         """Of the weights that are in place, all of whose images `look` gets to see."""
@@ -90,14 +97,14 @@ class Report:
             self.before.check_scored(self.rewards, {"reward": args.reward})
 
     def _preferred(self) -> dict[str, float]:
-        """Implicit accuracy and margin on the held-out pairs, if there are any."""
+        """Implicit accuracy and margin of the weights in place on the held-out pairs, if there are any."""
         if self.pairs is None:
             return {}
         found = margins(self.pairs.errors(self.run.policy), self.reference_errors)
         rate, (margin, error) = win_rate(found, 0 * found), mean_and_error(found)
-        self.run.print(
-            f"implicit accuracy on {len(found)} {self._pairs_are} pairs: {rate.rate:.3f} [{rate.low:.3f}, {rate.high:.3f}], margin {margin:.3g} ± {error:.2g}"
-        )
+        name, text = f"implicit accuracy on {self._pairs_are}", f"{rate.rate:.3f} [{rate.low:.3f}, {rate.high:.3f}]"
+        self.preference = {name: text}
+        self.run.print(f"{name}: {text}, margin {margin:.3g} ± {error:.2g}")
         return {"implicit_accuracy": rate.rate, "implicit_margin": margin}
 
     def validate(self, epoch: int) -> None:
@@ -114,6 +121,7 @@ class Report:
                 rewards = {"reward": self.reward} if self.reward else {}
                 now = evaluate(run, run.policy, rewards, self.judged, args.num_validation_images, args.num_validation_images)
             found = {name: mean_and_error(values)[0] for name, values in now.rewards.items()} | self._preferred()
+            self._validated = epoch + 1
         if self.early_stop is not None and self.early_stop.variety is not None:
             found["diversity"] = self.early_stop.variety
         run.accelerator.log({f"validation/{name}": value for name, value in found.items()}, step=epoch)
@@ -151,6 +159,8 @@ class Report:
         run, args = self.run, self.run.args
         with self._kept_weights():
             after = self._evaluate()
+            if self.early_stop is not None or self._validated != run.epoch:  # the last validation was of other weights
+                self._preferred()
             if run.is_main:
                 with failures.resumable(run):
                     self.run.policy.save_lora(run.output_dir)
@@ -161,6 +171,7 @@ class Report:
             gain, gains[name] = after.rewards[name] - values, paired_gain(values, after.rewards[name])
             results[f"{name}, before"], results[f"{name}, after"] = in_words(values), in_words(after.rewards[name])
             results[f"{name}, paired gain"] = in_words(gain, "+.4f")
+        results |= self.preference
         if run.is_main:
             with failures.resumable(run):
                 if after.images:

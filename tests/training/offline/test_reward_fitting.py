@@ -151,7 +151,8 @@ def test_a_preference_that_turns_with_the_level_needs_a_step_aware_reward(step_a
     examples = [Example("a cat", images, torch.tensor([float(level > 0.5)]), noise_level=level) for level in (0.0, 0.1, 0.2, 0.3, 0.7, 0.8, 0.9, 1.0)]
     logits = Logits(RewardModel("mini-clip", step_aware=step_aware), 8)
     logits.embed(examples)
-    fit(Namespace(kind="pair", seed=0, learning_rate=1e-2, adam_weight_decay=0.0, num_epochs=150, train_batch_size=8), logits, examples)
+    own = {"learning_rate": 1e-2, "adam_weight_decay": 0.0, "num_epochs": 150, "train_batch_size": 8, "allow_no_signal": False}
+    fit(Namespace(kind="pair", seed=0, **own), logits, examples)
     found = judge("pair", logits, examples)
     assert list(found["by_noise_level"]) == ["0", "0 to 0.25", "0.25 to 0.5", "0.5 to 0.75", "0.75 to 1"]
     if step_aware:
