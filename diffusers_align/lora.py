@@ -6,7 +6,6 @@ import inspect
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from math import isclose
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from .checks.given_names import did_you_mean
 from .checks.ranges import Count, Positive, check
 from .driving.denoisers import denoisers as denoisers_of
-from .driving.module_tree import modules_of
+from .driving.module_tree import layers_of
 from .driving.replacements import held
 from .driving.wrappers import bare, unwrapped
 from .files import lora_finder, weight_files
@@ -32,17 +31,6 @@ logger = diffusers_logging.get_logger(__name__)
 ADAPTER = "default"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _NO_MATRIX = (".alpha", "dora_scale", "lora_magnitude_vector")
-
-
-def layers_of(module: nn.Module) -> list[BaseTunerLayer]:
-    """The layers of a module that carry adapters, whoever added them."""
-    return [layer for layer in modules_of(module) if _carries_adapters(type(layer))]
-
-
-@lru_cache(maxsize=1024)
-def _carries_adapters(kind: type) -> bool:
-    """Asked once of a class: of an abstract one, `isinstance` takes longer than the walk over all modules."""
-    return issubclass(kind, BaseTunerLayer)
 
 
 def is_ours(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .denoisers import denoisers
-from .module_tree import modules_of
+from .module_tree import carries_adapters, modules_of
 from .parts import components_of
 
 
@@ -86,7 +86,7 @@ def _seen(network: nn.Module) -> _Seen:
     if known is not None and _same(known.parts, known.children) and _same(known.weights, known.tensors) and _versions(known.tensors) == known.versions:
         return known
     modules = modules_of(network)
-    parts, layers = [module._modules for module in modules], [module for module in modules if isinstance(module, BaseTunerLayer)]
+    parts, layers = [module._modules for module in modules], [module for module in modules if carries_adapters(type(module))]
     weights = [module._parameters for module in modules if not _comes_and_goes(module)]
     tensors = _values(weights)
     _SEEN[network] = _Seen(next(_NUMBERS), parts, _values(parts), weights, tensors, _versions(tensors), layers)

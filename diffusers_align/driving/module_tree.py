@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from accelerate.hooks import CpuOffload
 from diffusers import DiffusionPipeline, ModelMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .parts import components_of, parts_of
@@ -32,6 +33,17 @@ def modules_of(module: nn.Module) -> list[nn.Module]:
             if children := module.__dict__["_modules"]:
                 ahead.extend(reversed(children.values()))
     return found
+
+
+def layers_of(module: nn.Module) -> list[BaseTunerLayer]:
+    """The layers of a module that carry adapters, whoever added them."""
+    return [layer for layer in modules_of(module) if carries_adapters(type(layer))]
+
+
+@lru_cache(maxsize=1024)
+def carries_adapters(kind: type) -> bool:
+    """Asked once of a class: of an abstract one, `isinstance` takes longer than the walk over all modules."""
+    return issubclass(kind, BaseTunerLayer)
 
 
 def caches(module: nn.Module) -> list[str]:
