@@ -60,9 +60,9 @@ def check_arguments(pipeline: str, accepted: Collection[str], shared: dict[str, 
 _SCHEDULES = ("timesteps", "sigmas")
 
 
-def asks_for_levels(call: dict[str, Any]) -> bool:
-    """Whether a call has a schedule of its own, which a twin on a table of timesteps does not take."""
-    return any(call.get(name) is not None for name in _SCHEDULES)
+def own_levels(call: dict[str, Any]) -> dict[str, Any]:
+    """The schedule of its own that a call has, which a twin on a table of timesteps does not take; {} if it has none."""
+    return {name: call[name] for name in _SCHEDULES if call.get(name) is not None}
 
 
 def check_levels(call: dict[str, Any], scheduler: Any, stock: Any) -> None:
@@ -76,9 +76,7 @@ def check_levels(call: dict[str, Any], scheduler: Any, stock: Any) -> None:
     """
     if not isinstance(scheduler, DDIMSDEScheduler):  # others take what theirs takes, and say so
         return
-    for name in _SCHEDULES:
-        if call.get(name) is None:
-            continue
+    for name in own_levels(call):
         known = signature_of(type(stock).set_timesteps).parameters
         if name in known and hasattr(stock, "sigmas"):
             what_to_do = f"say them where the policy is made, Policy(pipe, {name}=...), or give it sde_twin(pipe.scheduler, by_sigmas=True)"
