@@ -88,6 +88,19 @@ def check_levels(call: dict[str, Any], scheduler: Any, stock: Any) -> None:
         raise ValueError(f"A policy on a {type(stock).__name__} walks its table in even steps, and takes no {name} of one's own: {what_to_do}.")
 
 
+def check_known(who: str, pipeline: str, given: Collection[str], accepted: Collection[str]) -> None:
+    """Refuse arguments that the call of a stock pipeline lacks: some take anything by keyword, and leave what they do not know unread.
+
+    Args:
+        who: what has been called, around the pipeline.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if unknown := sorted({*given} - {*accepted, "output_type"}):  # every call is asked for a form of its output
+        raise ValueError(f"Neither {who} nor {pipeline} takes {', '.join(unknown)}.")
+
+
 def check_number(given: Collection[str], accepted: Collection[str]) -> None:
     """Refuse a number of samples that would be overwritten.
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..checks.ranges import check_call
 from ..condition import Condition, is_embedding
-from ..driving.arguments import check_number, checked_prompts, own_levels, unknown_prompts
+from ..driving.arguments import check_known, check_number, checked_prompts, own_levels, unknown_prompts
 from ..driving.calls import Calls, calls_of
 from ..driving.chains import SEVERAL_CHAINS, Chains, Finals, Recorder, put_state
 from ..driving.outcome import Outcome, by_sample, outcome
@@ -151,8 +151,7 @@ class WrappedPipeline(DiffusionPipeline):
         accepted = self.calls.parameters
         arguments, own = {**arguments}, {**(arguments.get("per_sample") or {})}
         arguments.pop("per_sample", None)
-        if unknown := sorted({*arguments, *own} - {*accepted, "output_type"}):  # every call is asked for a form of its output
-            raise ValueError(f"Neither {type(self).__name__} nor {type(self.pipeline).__name__} takes {', '.join(unknown)}.")
+        check_known(type(self).__name__, type(self.pipeline).__name__, {*arguments, *own}, accepted)
         check_call({**arguments, **own})
         check_number({*arguments, *own}, accepted)
         rest = {name: arguments.pop(name) for name in ("generator", "output_type", "return_dict", "latents", *_PER_PROMPT) if name in arguments}
