@@ -60,9 +60,9 @@ def check_arguments(pipeline: str, accepted: Collection[str], shared: dict[str, 
 _SCHEDULES = ("timesteps", "sigmas")
 
 
-def asks_for_levels(call: dict[str, Any]) -> bool:
-    """Whether a call has a schedule of its own, which a twin on a table of timesteps does not take."""
-    return any(call.get(name) is not None for name in _SCHEDULES)
+def own_levels(call: dict[str, Any]) -> dict[str, Any]:
+    """The schedule of its own that a call has, which a twin on a table of timesteps does not take; {} if it has none."""
+    return {name: call[name] for name in _SCHEDULES if call.get(name) is not None}
 
 
 def check_levels(call: dict[str, Any], scheduler: Any, stock: Any) -> None:
@@ -76,9 +76,7 @@ def check_levels(call: dict[str, Any], scheduler: Any, stock: Any) -> None:
     """
     if not isinstance(scheduler, DDIMSDEScheduler):  # others take what theirs takes, and say so
         return
-    for name in _SCHEDULES:
-        if call.get(name) is None:
-            continue
+    for name in own_levels(call):
         known = signature_of(type(stock).set_timesteps).parameters
         if name in known and hasattr(stock, "sigmas"):
             what_to_do = f"say them where the policy is made, Policy(pipe, {name}=...), or give it sde_twin(pipe.scheduler, by_sigmas=True)"
@@ -88,6 +86,19 @@ def check_levels(call: dict[str, Any], scheduler: Any, stock: Any) -> None:
                 "pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config), before the policy is made"
             )
         raise ValueError(f"A policy on a {type(stock).__name__} walks its table in even steps, and takes no {name} of one's own: {what_to_do}.")
+
+
+def check_known(who: str, pipeline: str, given: Collection[str], accepted: Collection[str]) -> None:
+    """Refuse arguments that the call of a stock pipeline lacks: some take anything by keyword, and leave what they do not know unread.
+
+    Args:
+        who: what has been called, around the pipeline.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if unknown := sorted({*given} - {*accepted, "output_type"}):  # every call is asked for a form of its output
+        raise ValueError(f"Neither {who} nor {pipeline} takes {', '.join(unknown)}.")
 
 
 def check_number(given: Collection[str], accepted: Collection[str]) -> None:

@@ -19,7 +19,7 @@ from ..condition import Condition
 from ..schedulers.scheduling_utils import SDESchedulerMixin
 from ..schedulers.twin import sde_twins
 from . import scheduler_hook
-from .arguments import asks_for_levels, check_arguments, check_levels, checked_prompts, maybe_of_samples, unknown_prompts
+from .arguments import check_arguments, check_levels, checked_prompts, maybe_of_samples, own_levels, unknown_prompts
 from .calls import calls_of
 from .denoisers import denoisers as denoisers_of
 from .encoder_state import encoder_state
@@ -77,7 +77,7 @@ class Driver:
         check_one_chain(self.calls)
         scheduler_hook.check_draws(self.calls)
         self.pipeline, self.call_kwargs, self.lockstep = pipeline, call_kwargs or {}, False
-        by_sigmas = asks_for_levels(self.call_kwargs) or reads_levels_by_number(self.calls.functions)
+        by_sigmas = bool(own_levels(self.call_kwargs)) or reads_levels_by_number(self.calls.functions)
         self.stock_schedulers = self.calls.schedulers
         self.schedulers = sde_twins(self.stock_schedulers, scheduler, by_sigmas=by_sigmas)
         check_levels(self.call_kwargs, self.scheduler, self.stock_scheduler)

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from .. import lora
 from ..checks.ranges import NonNegative, Probability, check_call, check_value
+from ..driving.arguments import check_known
 from ..driving.denoisers import denoisers
 from ..driving.prompt_memory import PromptMemory
 from ..driving.replacements import replaced
@@ -65,11 +66,13 @@ class AdapterGuidancePipeline(WrappedPipeline):
             Those are the stock pipeline's with and without the LoRA, bit for bit.
 
         Raises:
-            ValueError: no LoRA is active, or it is fused, or reaches beyond the denoisers; a weight or a guider that cannot be used.
+            ValueError: no LoRA is active, or it is fused, or reaches beyond the denoisers; a weight or a guider that cannot be used; an argument that the
+                stock call lacks.
         """
         adapted = _adapted(self.pipeline)
         if adapter_scale is not None and guider is not None:
             raise ValueError("Give adapter_scale or guider: classifier-free guidance's guidance_scale is the adapter's scale.")
+        check_known(type(self).__name__, type(self.pipeline).__name__, arguments, self.calls.parameters)
         check_call(arguments)
         call = {**arguments, "prompt": prompt} if "prompt" in self.calls.parameters else arguments
         memory = PromptMemory()  # of this call: text encoders may change

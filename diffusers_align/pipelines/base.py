@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..checks.ranges import check_call
 from ..condition import Condition, is_embedding
-from ..driving.arguments import check_number, checked_prompts, unknown_prompts
+from ..driving.arguments import check_known, check_number, checked_prompts, own_levels, unknown_prompts
 from ..driving.calls import Calls, calls_of
 from ..driving.chains import SEVERAL_CHAINS, Chains, Finals, Recorder, put_state
 from ..driving.outcome import Outcome, by_sample, outcome
@@ -36,11 +36,11 @@ from ..gradients.decoding import light_decoding
 from ..policy import Policy
 from ..rewards import load_reward
 from .callbacks import check_last_step, watched
+from .draws import Generators, copied
 from .judge import Judge
 from .rows import with_own_rows
 
 logger = logging.get_logger(__name__)
-Generators = torch.Generator | list[torch.Generator] | None
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 
@@ -151,8 +151,7 @@ class WrappedPipeline(DiffusionPipeline):
         accepted = self.calls.parameters
         arguments, own = {**arguments}, {**(arguments.get("per_sample") or {})}
         arguments.pop("per_sample", None)
-        if unknown := sorted({*arguments, *own} - {*accepted, "output_type"}):  # every call is asked for a form of its output
-            raise ValueError(f"Neither {type(self).__name__} nor {type(self.pipeline).__name__} takes {', '.join(unknown)}.")
+        check_known(type(self).__name__, type(self.pipeline).__name__, {*arguments, *own}, accepted)
         check_call({**arguments, **own})
         check_number({*arguments, *own}, accepted)
         rest = {name: arguments.pop(name) for name in ("generator", "output_type", "return_dict", "latents", *_PER_PROMPT) if name in arguments}
@@ -244,13 +243,20 @@ class WrappedPipeline(DiffusionPipeline):
             return by_sample(outcome(self.pipeline, self.finish(final, condition, generator, output_type="pt")), len(condition))
 
     @contextmanager
-    def as_policy(self, scheduler=None, **call_kwargs: Any) -> Iterator[Policy]:
-        """The pipeline inside as a `Policy`, with its scheduler, for a while: its own, its gradient flags and training modes come back afterwards."""
+    def as_policy(self, scheduler=None, condition: Condition | None = None) -> Iterator[Policy]:
+        """The pipeline inside as a `Policy`, with its scheduler, for a while: its own, its gradient flags and training modes come back afterwards.
+
+        Args:
+            condition: of the call to come: with a schedule of its own (`timesteps`, `sigmas`) the twin follows the levels of the pipeline's scheduler.
+
+        Raises:
+            ValueError: what `Policy` raises; a schedule of one's own that no twin follows.
+        """
         modules = [m for component in self.pipeline.components.values() if isinstance(component, nn.Module) for m in component.modules()]
         flags = {p: p.requires_grad for m in modules for p in m.parameters(recurse=False)}
         modes = {m: m.training for m in modules}
         try:
-            policy = Policy(self.pipeline, scheduler, **call_kwargs)
+            policy = Policy(self.pipeline, scheduler, **({} if condition is None else own_levels(condition.kwargs)))
             with policy.schedulers_in_place():
                 yield policy
         finally:
@@ -326,10 +332,3 @@ for _cls in DiffusionPipeline.__mro__[-2::-1]:
 def copies_asked(arguments: dict[str, Any]) -> dict[str, int]:
     """The argument of a stock call that asks for several outputs of each prompt, if it has one."""
     return {name: arguments[name] for name in _PER_PROMPT if arguments.get(name)}
-
-
-def copied(generator: Generators) -> Generators:
-    """Generators in the same state, for a second pass over the same draws."""
-    if isinstance(generator, list):
-        return [copied(g) for g in generator]
-    return generator if generator is None else torch.Generator(generator.device).set_state(generator.get_state())

@@ -16,8 +16,10 @@ from ..condition import Condition
 from ..driving.chains import Finals
 from ..driving.initial_noise import prepared_latents
 from ..policy import noise_seed
-from .base import Generators, WrappedPipeline, copied, copies_asked
+from .base import WrappedPipeline, copies_asked
+from .draws import Generators, copied, noted
 from .judge import Judge
+from .outputs import rows_of
 
 
 class BestOfNPipeline(WrappedPipeline):
@@ -68,7 +70,7 @@ class BestOfNPipeline(WrappedPipeline):
         """
         self._check(num_candidates, search, rounds, {**kwargs, "prompt": prompt})
         condition, generator = self.condition(prompt, kwargs)
-        judge, start = self.judge(reward, condition, columns, on_invalid), copied(generator)
+        judge, start = self.judge(reward, condition, columns, on_invalid), noted(generator, self.pipeline._execution_device)
         with self.progress_bar(total=rounds * num_candidates) as bar:
             found = self._first(condition, generator, judge, start, copies_asked(kwargs))
             bar.update()
@@ -81,7 +83,7 @@ class BestOfNPipeline(WrappedPipeline):
                 for i in range(0, len(pairs), size):
                     self._draw(pairs[i : i + size], bases, condition, judge, found, pivot, cosine)
                 bar.update(len(drawn))
-        output = self.finish(found.states, condition, found.generators(start), output_type=output_type, return_dict=return_dict)
+        output = self._finished(found, condition, start, output_type=output_type, return_dict=return_dict)
         return self.extended(output, rewards=found.rewards, chosen=found.chosen)
 
     def _check(self, num_candidates: int, search: str, rounds: int, kwargs: dict[str, Any]) -> None:
@@ -114,6 +116,20 @@ class BestOfNPipeline(WrappedPipeline):
         rewards = judge(self.decode(states, chosen, _seeded(seeds)), rows)
         for i, (j, row) in enumerate(pairs):
             found.add(j, row, {chain: x[i] for chain, x in states.items()}, noise[0][i] if noise else None, rewards[i], seeds[i])
+
+    def _finished(self, found: _Found, condition: Condition, start: Generators, **options: Any):
+        """The output of the best. What the pipeline draws beside the initial noise comes by their own seeds; of first candidates by the first call's
+        generators, of which a single one draws for all of them together."""
+        first = [seed is None for seed in found.seeds]
+        if all(first):
+            return self.finish(found.states, condition, start, **options)
+        own = [torch.Generator().manual_seed(seed or 0) for seed in found.seeds]
+        if isinstance(start, list):
+            own = [theirs if is_first else g for theirs, is_first, g in zip(start, first, own)]
+        output = self.finish(found.states, condition, own, **options)
+        if isinstance(start, list) or not any(first):
+            return output
+        return rows_of(self.finish(found.states, condition, start, **options), output, first)
 
     @contextmanager
     def _near(self, pivot: Tensor | None, cosine: float) -> Iterator[list[Tensor]]:
@@ -161,13 +177,6 @@ class _Found:
             self.seeds[row] = seed
             if noise is not None:
                 self.noise[row] = noise
-
-    def generators(self, start: Generators) -> Generators:
-        """What the pipeline drew with beside the initial noise."""
-        if all(seed is None for seed in self.seeds):
-            return start
-        own = start if isinstance(start, list) else [copied(start) or torch.Generator() for _ in self.seeds]
-        return [first if seed is None else torch.Generator().manual_seed(seed) for first, seed in zip(own, self.seeds)]
 
 
 def _seeded(seeds: list[int]) -> list[torch.Generator]:

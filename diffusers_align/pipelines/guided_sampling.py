@@ -26,7 +26,7 @@ from ..driving.prompt_memory import PromptMemory
 from ..driving.replacements import reads_levels_by_number
 from ..driving.scheduler_hook import NO_OWN_STEP, Step, drive
 from ..gradients.check import scaled_gradients
-from .base import copied
+from .draws import copied
 from .noise_grid import NoiseGrid, check_scale, noise_grid
 from .recurrence import put_back, raised_in, reads_state, restarted, run_time_state, whole_steps
 

@@ -32,7 +32,7 @@ from ..condition import Condition
 from ..driving.calls import calls_of
 from ..driving.outcome import WAVES, images_of, waveforms
 from ..rewards import load_reward
-from .base import copied
+from .draws import copied
 from .guided_sampling import guided_sample
 from .judge import Judge
 from .reward_guided import noise_seeds

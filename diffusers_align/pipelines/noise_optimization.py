@@ -22,7 +22,8 @@ from ..gradients.check import scaled_gradients
 from ..gradients.rollout import DifferentiableRollout, differentiable_rollout
 from ..policy import Policy
 from ..schedulers import DDIMSDEScheduler
-from .base import Generators, WrappedPipeline, copied
+from .base import WrappedPipeline
+from .draws import Generators, copied
 from .guided_sampling import GuidanceError
 from .judge import Judge
 

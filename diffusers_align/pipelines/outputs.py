@@ -17,6 +17,24 @@ def merged(outputs: list):
     return first
 
 
+def rows_of(one, other, chosen: list[bool]):
+    """One stock output of two of the same B samples: of those that are `chosen` from the first, of the others from the second."""
+    if isinstance(one, tuple):
+        return tuple(_mixed(*values, chosen) for values in zip(one, other))
+    for name in list(other):
+        other[name] = _mixed(one[name], other[name], chosen)
+    return other
+
+
+def _mixed(one, other, chosen: list[bool]):
+    size = 0 if isinstance(other, (Tensor, np.ndarray)) and other.ndim == 0 or not isinstance(other, (list, Tensor, np.ndarray)) else len(other)
+    if size == 0 or size % len(chosen):
+        return other
+    each = size // len(chosen)  # some hand out several pictures of a sample one after the other
+    mixed = [(one if chosen[i // each] else other)[i] for i in range(size)]
+    return mixed if isinstance(other, list) else torch.stack(mixed) if isinstance(other, Tensor) else np.stack(mixed)
+
+
 def _joined(values: list):
     if isinstance(values[0], Tensor):
         return torch.cat(values)

@@ -20,7 +20,8 @@ from ..gradients.check import scaled_gradients
 from ..policy import noise_seed
 from ..rewards import InvalidReward
 from ..transition import GaussianTransition
-from .base import Generators, WrappedPipeline
+from .base import WrappedPipeline
+from .draws import Generators
 from .judge import Judge
 from .outputs import merged
 from .particles import Particles, Walk
@@ -144,7 +145,7 @@ class ParticleSteeringPipeline(WrappedPipeline):
         _refuse_arguments(kwargs)
         condition, generator = self.condition(prompt, kwargs)
         judge = self.judge(reward, condition, columns, on_invalid)
-        with self.as_policy(scheduler):
+        with self.as_policy(scheduler, condition):
             return self._steered(steering, judge, condition, generator, batch_size, output_type=output_type, return_dict=return_dict)
 
     def _steered(self, steering: Steering, judge: Judge, condition: Condition, generator, batch_size: int | None, **options: Any):

@@ -24,7 +24,8 @@ from ..driving.noise import noise_seed, step_streams
 from ..driving.outcome import Outcome
 from ..driving.scheduler_hook import NO_OWN_STEP, OTHER_NUMBER, Step
 from ..transition import GaussianTransition
-from .base import Generators, WrappedPipeline
+from .base import WrappedPipeline
+from .draws import Generators
 
 
 @dataclass(frozen=True)

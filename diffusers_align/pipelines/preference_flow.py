@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel, UNet2DModel
 from diffusers.image_processor import PipelineImageInput, VaeImageProcessor
-from PIL import Image
+from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..algorithms.preference_flow_matching import transport
 from ..checks.ranges import Count, Probability, checked
+from ..data.images import LazyImage
 
 # The vector field's time, 0 to 1, in the units of diffusers' time embeddings.
 TIME_SCALE = 1000.0
@@ -131,7 +132,7 @@ class PreferenceFlowPipeline(DiffusionPipeline):
 
         Args:
             image: one or several: PIL images, arrays (B, H, W, 3) or tensors (B, 3, H, W) in [0, 1]. Several must have one size, unless
-                height and width are given.
+                height and width are given. PIL images are read as those of the training were: upright, in sRGB, on white.
             prompt: what the images were made from: one for all, or one each. Nothing (the empty prompt) if absent.
             num_inference_steps: solver steps of a pass.
             iterations: passes; each starts at the result of the one before.
@@ -143,9 +144,10 @@ class PreferenceFlowPipeline(DiffusionPipeline):
 
         Raises:
             TypeError: a path in the place of a picture.
-            ValueError: images of several sizes, or tensors and arrays beyond [0, 1]; a number of prompts that is neither 1 nor that of the images;
-                an unknown solver, a strength outside [0, 1].
+            ValueError: no images, of several kinds or sizes, or tensors and arrays that are not RGB in [0, 1]; a number of prompts that is neither 1
+                nor that of the images; an unknown solver, a strength outside [0, 1].
         """
+        image = _read(image)
         _check_images(image, height is not None and width is not None)
         images = self.image_processor.preprocess(image, height, width).to(self._execution_device)
         prompts = [prompt or ""] if prompt is None or isinstance(prompt, str) else list(prompt)
@@ -180,16 +182,37 @@ def _check_loaded(vector_field: Any) -> None:
         )
 
 
+def _read(image: PipelineImageInput) -> PipelineImageInput:
+    """PIL images as data sets have them (`data.images`); all else as it is.
+
+    Raises:
+        TypeError: one of them is something else, such as a path.
+        ValueError: there are none, of several kinds, or of no known range.
+    """
+    parts = image if isinstance(image, (list, tuple)) else [image]
+    kinds = {next((kind for kind in (Image, np.ndarray, Tensor) if isinstance(part, kind)), None) for part in parts}
+    if None in kinds:
+        other = next(part for part in parts if not isinstance(part, (Image, np.ndarray, Tensor)))
+        raise TypeError(f"image must be PIL pictures, arrays or tensors, got a {type(other).__name__}: {other!r:.200}. Open a file by PIL.Image.open(path).")
+    if len(kinds) != 1:
+        got = ", ".join(sorted({type(part).__name__ for part in parts})) or "an empty list"
+        raise ValueError(f"image is a PIL image, an array or a tensor, or a list of one of these kinds, got {got}.")
+    if kinds != {Image}:
+        return image
+    read = [LazyImage(part).open() for part in parts]
+    return read if isinstance(image, (list, tuple)) else read[0]
+
+
 def _check_images(image: PipelineImageInput, resized: bool) -> None:
     """Refuse what preprocessing would resize or read as another range without a word."""
     parts = image if isinstance(image, (list, tuple)) else [image]
-    for part in parts:
-        if not isinstance(part, (Image.Image, np.ndarray, Tensor)):
-            raise TypeError(f"image must be PIL pictures, arrays or tensors, got a {type(part).__name__}: {part!r:.200}. Open a file by PIL.Image.open(path).")
     sizes = {part.shape[-2:] if isinstance(part, Tensor) else part.shape[-3:-1] if isinstance(part, np.ndarray) else part.size[::-1] for part in parts}
     if len(sizes) > 1 and not resized:
         raise ValueError(f"The images have {len(sizes)} sizes {sorted(tuple(size) for size in sizes)}: give height and width, or call with one size at a time.")
-    for part in (torch.as_tensor(part) for part in parts if isinstance(part, (Tensor, np.ndarray))):
+    for part in parts:
+        if not isinstance(part, Image) and (part.ndim < 3 or part.shape[-3 if isinstance(part, Tensor) else -1] != 3):
+            raise ValueError(f"Images are RGB, tensors (B, 3, H, W) or arrays (B, H, W, 3), got the shape {tuple(part.shape)}.")
+    for part in (torch.as_tensor(part) for part in parts if not isinstance(part, Image)):
         low, high = part.min().item(), part.max().item()
         if not part.is_floating_point() or not -ROUNDING <= low <= high <= 1 + ROUNDING:
             raise ValueError(

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..algorithms.guidance import Level
 from ..driving.scheduler_hook import Step
-from .base import copied
+from .draws import copied
 
 
 def whole_steps(levels: list[Level]) -> list[list[int]]:

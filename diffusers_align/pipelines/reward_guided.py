@@ -21,8 +21,9 @@ from ..driving.outcome import Outcome, by_sample, images_of
 from ..driving.safety_checker import unchecked
 from ..driving.scheduler_hook import OTHER_NUMBER, Step
 from ..policy import noise_seed
-from .base import Generators, WrappedPipeline, copied
+from .base import WrappedPipeline
 from .callbacks import check_last_step
+from .draws import Generators, copied, noted
 from .guided_sampling import GuidanceError, Objective, guided_sample
 from .judge import Judge
 
@@ -81,7 +82,7 @@ class RewardGuidedPipeline(WrappedPipeline):
         if guidance.noisy and not callable(self.reward if reward is None else reward):
             raise ValueError("This preset follows a noise-aware reward: pass reward=, a callable (latents, prompts, alpha, sigma) -> (B,).")
         judge, before = self.judge(reward, condition, columns), copied(generator)
-        tail = _Tail.of(self, condition, before)
+        tail = _Tail.of(self, condition, noted(generator, self.pipeline._execution_device))
         asked, rest = self.asked(prompt, arguments)
         call = {**asked.arguments(self.calls.parameters), **rest}
         with self.progress_bar(total=1) as bar:
@@ -122,7 +123,7 @@ class _Tail(WrappedPipeline):
         condition, generator, overrides = self.given
         if max(rows) >= len(condition):
             raise ValueError(OTHER_NUMBER.format(f"at least {max(rows) + 1}", len(condition)))
-        own, begun = torch.Generator().manual_seed(0) if generator is None else copied(_rows(generator, rows)), []
+        own, begun = copied(_rows(generator, rows)), []
         chains = Chains()
 
         def put(step: Step) -> Tensor:

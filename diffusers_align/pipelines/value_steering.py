@@ -27,7 +27,8 @@ from ..policy import Policy
 from ..rl.values import ValueNetwork
 from ..trajectory import Trajectory
 from ..transition import GaussianTransition, standard_normal
-from .base import Generators, WrappedPipeline
+from .base import WrappedPipeline
+from .draws import Generators
 
 
 class NoiseValue(ModelMixin, ConfigMixin):
@@ -210,7 +211,7 @@ class ValueSteeringPipeline(WrappedPipeline):
         condition, generator = self.condition(prompt, kwargs)
         seeds = _seeds(generator, len(condition))
         value = load_value(value).to(self.pipeline._execution_device)
-        with self.as_policy(scheduler) as plain:
+        with self.as_policy(scheduler, condition) as plain:
             policy = SteeredPolicy(plain.pipeline, plain.scheduler)
             policy.steering = Steering(value, num_noises, alpha)
             trajectory = policy.rollout(replace(condition, seeds=seeds))

@@ -6,7 +6,14 @@ import inspect
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SASolverScheduler,
+    UniPCMultistepScheduler,
+)
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
@@ -81,6 +88,12 @@ class FlowMatchSDEScheduler(SDESchedulerMixin, FlowMatchEulerDiscreteScheduler):
         check_window(sde_window)
         self._source = build_source(source)
         self._sigma_list = self.sigmas.tolist()
+
+    @classmethod
+    def _get_compatibles(cls):
+        """Those with flow sigmas that it follows, too, whose entries its config holds."""
+        kinds = (UniPCMultistepScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler, DEISMultistepScheduler, SASolverScheduler)
+        return [*super()._get_compatibles(), *kinds]
 
     # What other schedulers have and some pipelines call on a flow-matching one too.
 

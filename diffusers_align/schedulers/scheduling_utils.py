@@ -123,8 +123,9 @@ class SDESchedulerMixin:
 
     @classmethod
     def _get_compatibles(cls):
-        """diffusers looks names up in its own namespace only; we are compatible with ourselves and with our stock parents."""
-        return [c for c in cls.__mro__ if hasattr(c, "from_config") and c.__name__.endswith("Scheduler")]
+        """diffusers looks names up in its own namespace only; we are compatible with ourselves, with our stock parents, and with what those are."""
+        own = [c for c in cls.__mro__ if hasattr(c, "from_config") and c.__name__.endswith("Scheduler")]
+        return [*own, *(c for c in super()._get_compatibles() if c not in own)]
 
 
 def check_window(window: tuple[int, int] | list[int] | None) -> None:

@@ -102,6 +102,7 @@ def sde_twin(scheduler, *, by_sigmas: bool = False, **sde_fields):
     source = {"_class_name": type(scheduler).__name__, **config}
     build = {FlowMatchSDEScheduler: _flow_twin, DDIMSDEScheduler: _ddim_twin, SigmaSDEScheduler: _sigma_twin}[cls]
     twin = build(scheduler, config, source, sde_fields)
+    _hand_on(twin, scheduler)
     twin.made_of = scheduler  # for `sde_twins`, where a pipeline asks for more than this kind of twin has
     return _as_set(twin, scheduler)
 
@@ -130,6 +131,15 @@ def _as_set(twin: SDESchedulerMixin, scheduler) -> SDESchedulerMixin:
     if getattr(scheduler, "_scale_factors", None):
         twin.set_scale_factors(scheduler._scale_factors, scheduler._upscale_mode)
     return twin
+
+
+def _hand_on(twin: SDESchedulerMixin, scheduler) -> None:
+    """Keep in the twin's config what the scheduler's class reads beside it, as diffusers does from class to class: `UniPCMultistepScheduler.from_config`
+    of the twin of a UniPC with flow sigmas has them again."""
+    known = {entry for cls in twin._get_compatibles() for entry in inspect.signature(cls.__init__).parameters}
+    own = {n: value for n, value in scheduler.config.items() if n in known and n not in twin.config and _reads(scheduler, n)}
+    usual = set(scheduler.config.get("_use_default_values", ())) & set(own)
+    twin.register_to_config(**own, _use_default_values=[*twin.config.get("_use_default_values", ()), *sorted(usual)])
 
 
 def _reads(scheduler, entry: str) -> bool:

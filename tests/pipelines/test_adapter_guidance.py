@@ -256,3 +256,10 @@ def test_wrong_arguments_say_what_to_do(message, arguments, pipes):
     pipe, call = pipes("mini-sd")
     with pytest.raises(ValueError, match=message):
         AdapterGuidancePipeline(pipe)("a cat", **arguments, **call)
+
+
+@pytest.mark.parametrize("name", ["num_inference_step", "reward", "per_sample"])
+def test_arguments_that_the_stock_call_would_leave_unread_are_refused(name, pipes):
+    pipe, call = pipes("mini-sd")
+    with pytest.raises(ValueError, match=f"Neither AdapterGuidancePipeline nor StableDiffusionPipeline takes {name}"):
+        AdapterGuidancePipeline(pipe)("a", **{name: 2}, **call)

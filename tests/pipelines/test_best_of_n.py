@@ -107,6 +107,28 @@ def test_candidates_without_a_reward_are_passed_over_or_refused(pipes):
     assert found.rewards.isnan().any() and not found.rewards[0, found.chosen].isnan()
 
 
+def test_the_picture_that_was_scored_comes_back_where_the_pipeline_draws_beside_the_noise():
+    """Inpainting encodes the kept region with a draw, and puts it back behind the last step: torch's global generator and a single one draw it for all
+    samples together, of which one may keep its first candidate and another not."""
+    case = CASES["StableDiffusion3InpaintPipeline"][0]
+    call, prompts, mixed = {**case.call, "per_sample": case.per_sample, "num_candidates": 2}, ["a cat", "a dog"], 0
+
+    def wanted(images, prompts, **columns):
+        sign = torch.tensor([1.0 if prompt == "a cat" else -1.0 for prompt in prompts])
+        return 100 * sign * images.flatten(1).mean(1)
+
+    best, tensors = BestOfNPipeline(case.build(), wanted), {**call, "output_type": "pt"}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for generator in (None, g(seed), [g(seed), g(seed + 9)]):
+            found = best(prompts, generator=generator, **tensors)
+            torch.testing.assert_close(wanted(found.images, prompts), found.rewards[torch.arange(2), found.chosen], rtol=0, atol=1e-3)
+            mixed += generator is not None and found.chosen.tolist() in ([0, 1], [1, 0])
+    assert mixed > 0
+    listed = best(prompts, generator=g(seed), output_type="np", **call).images
+    torch.testing.assert_close(torch.from_numpy(listed).movedim(-1, 1), best(prompts, generator=g(seed), **tensors).images)
+
+
 def test_columns_go_to_the_reward(pipes):
     pipe, call = pipes("sd15")
 

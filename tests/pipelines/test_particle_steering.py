@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from diffusers import LCMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
 from tiny_pipelines import FAMILIES
 from wrapping import brightness, g, stacked
 
@@ -206,6 +206,21 @@ def test_samplers_without_noise_cannot_be_steered(pipes):
         assert steer("a", **{**call, "num_inference_steps": 3})[0] is not None  # a consistency sampler draws but in its last step
     finally:
         pipe.scheduler = stock
+
+
+@pytest.mark.parametrize("levels, steps", [({"timesteps": [981, 501, 201, 1]}, 4), ({"sigmas": [14.0, 5.0, 1.0, 0.0]}, 3)])
+def test_particles_walk_a_schedule_of_ones_own(levels, steps):
+    """Where the pipeline's scheduler takes it; otherwise it is said what to do."""
+    pipe = FAMILIES["sd15"].build()
+    call = {**{name: value for name, value in FAMILIES["sd15"].call.items() if name != "num_inference_steps"}, **levels}
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    options = {"num_particles": 2, "reward_scale": 0.0, "returned": "all", "output_type": "latent"}
+    found = ParticleSteeringPipeline(pipe, brightness)("a", generator=g(), **options, **call)
+    rollout = Policy(pipe, **call).rollout(["a"] * 2, seeds=_seeds(g(), 1, 2))
+    assert rollout.num_steps == steps and torch.equal(found.images, rollout.final)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match="takes no (timesteps|sigmas) of one's own: give num_inference_steps"):
+        ParticleSteeringPipeline(pipe, brightness)("a", **options, **call)
 
 
 @pytest.mark.parametrize(

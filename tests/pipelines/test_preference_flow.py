@@ -1,7 +1,9 @@
 """The pipeline that moves images along a preference flow."""
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
@@ -156,6 +158,38 @@ def test_names_of_models_and_of_pictures_are_refused_with_what_to_do(pixel_flow)
     for wrong in ("best.png", ["best.png"], Path("best.png")):
         with pytest.raises(TypeError, match=r"best.png'.*PIL.Image.open"):
             pixel_flow(wrong)
+
+
+def test_pictures_are_read_as_those_of_the_training_were(pixel_flow):
+    """Upright, on white, of 16 bits: what the flow has learned from."""
+    plain = Image.effect_noise((10, 6), 60).convert("RGB")
+    turned, transparent = Image.Exif(), plain.copy()
+    turned[0x0112] = 6
+    file = io.BytesIO()
+    plain.save(file, "PNG", exif=turned)
+    transparent.putalpha(0)
+    deep = Image.fromarray(np.full((6, 10), 32768, dtype=np.uint16))
+    call = {"strength": 0.0, "output_type": "pt"}
+    on_its_side = pixel_flow(Image.open(file), **call).images
+    assert on_its_side.shape == (1, 3, 10, 6) and torch.equal(on_its_side, pixel_flow(plain.rotate(-90, expand=True), **call).images)
+    assert bool((pixel_flow(transparent, **call).images == 1).all())
+    torch.testing.assert_close(pixel_flow([deep, plain], **call).images[0], torch.full((3, 6, 10), 128 / 255))
+
+
+@pytest.mark.parametrize(
+    "message, image",
+    [
+        ("got an empty list", []),
+        ("got a NoneType", None),
+        ("got Image, Tensor", [Image.new("RGB", (8, 8)), torch.zeros(3, 8, 8)]),
+        ("are RGB.*got the shape", torch.zeros(1, 4, 8, 8)),
+        ("are RGB.*got the shape", np.zeros((8, 8))),
+        ("no known range", Image.new("F", (8, 8))),
+    ],
+)
+def test_what_is_no_picture_is_refused(message, image, pixel_flow):
+    with pytest.raises((TypeError, ValueError), match=message):
+        pixel_flow(image)
 
 
 @pytest.mark.parametrize("how", ["class", "front door", "by name in its own folder"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from tiny_pipelines import FAMILIES
 from wrapping import g, stacked
 
@@ -40,6 +41,15 @@ def test_one_noise_is_the_samplers_own(name, pipes):
     rollout = policy.rollout(["a", "b"], seeds=_seeds(g(), 2))
     assert torch.equal(found[0], rollout.final)
     assert found.step_values.shape == (2, len(rollout.noisy_steps))
+
+
+def test_a_schedule_of_ones_own_is_walked():
+    pipe, times = FAMILIES["sd15"].build(), [981, 501, 1]
+    call = {**{name: value for name, value in FAMILIES["sd15"].call.items() if name != "num_inference_steps"}, "timesteps": times}
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    policy = Policy(pipe, **call)
+    found = ValueSteeringPipeline(pipe)("a", value=value_of(policy, call), num_noises=1, generator=g(), output_type="latent", **call)
+    assert torch.equal(found[0], policy.rollout(["a"], seeds=_seeds(g(), 1)).final)
 
 
 def test_noises_are_picked_by_the_states_that_they_lead_to():

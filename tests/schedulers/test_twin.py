@@ -305,6 +305,33 @@ def test_what_a_scheduler_was_made_of_and_does_not_read_is_not_its_twins(name):
     assert {entry: found.config[entry] for entry in entries} == {entry: plain.config[entry] for entry in entries}
 
 
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        *((f"{name}Scheduler", {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"})
+          for name in ("UniPCMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep")),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "timestep_spacing": "leading"}),
+        ("DDPMScheduler", {"variance_type": "fixed_large"}),
+        ("PNDMScheduler", {"skip_prk_steps": True}),
+    ],
+)  # fmt: skip
+def test_a_scheduler_of_the_twins_config_is_what_the_twin_was_made_of(name, config, tmp_path, caplog, monkeypatch):
+    """As with any two classes of diffusers: pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, flow_shift=5.0)."""
+    source = getattr(diffusers, name)(**config)
+    twin = sde_twin(source)
+    twin.save_pretrained(tmp_path)
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "diffusers"):
+        again = type(twin).from_pretrained(tmp_path)
+    assert "will be ignored" not in caplog.text
+    for found in (twin, again, sde_twin(twin)):
+        back = type(source).from_config(found.config)
+        back.set_timesteps(5)
+        source.set_timesteps(5)
+        assert torch.equal(back.timesteps, source.timesteps) and all(back.config[entry] == value for entry, value in config.items())
+        assert type(sde_twin(back)) is type(twin)
+
+
 def test_a_class_of_ones_own_reads_what_its_parent_does():
     class Own(DDIMScheduler):
         def __init__(self, **config):

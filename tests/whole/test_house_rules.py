@@ -38,7 +38,7 @@ LAYERS = {
     "policy": BELOW_POLICY,
     "gradients": {"policy"} | BELOW_POLICY,
     "rewards": {"checks", "data", "embedded", "files"},
-    "pipelines": {"algorithms", "gradients", "policy", "rewards", "rl"} | BELOW_POLICY,
+    "pipelines": {"algorithms", "data", "gradients", "policy", "rewards", "rl"} | BELOW_POLICY,
     "envs": {"pipelines", "policy", "rewards"} | BELOW_POLICY,
     "training": {"algorithms", "data", "embedded", "gradients", "policy", "rewards", "rl"} | BELOW_POLICY,
     "__init__": {"embedded", "gradients", "policy"} | BELOW_POLICY,
