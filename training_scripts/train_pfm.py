@@ -146,6 +146,7 @@ def load_data(args):
     columns = parse_column_map(args.column_map) if args.column_map else None
     rows, report = load_preferences(args.dataset_name, "pair", column_map=columns, split=args.dataset_split, image_root=args.image_root)
     print(report)
+    rows = flow_pairs.decided(rows, args.dataset_name)
     rows, held_out = flow_pairs.split_by_prompt(rows, args.held_out, args.seed)
     if reason := indifferent(rows, "pair"):
         raise ValueError(f"{args.dataset_name}: of those to train on, {reason}, so there is nothing to learn. Give other data.")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ... import __version__
 from ...data import LazyImage, Prompt
+from ...data.conversions import apply_ties
 from ...files.paths import front_door
 from ...files.weight_files import settle_all
 from ...rewards import InvalidReward
@@ -69,6 +70,23 @@ def open_images(pipeline, images: list[LazyImage], resolution: int | None) -> Te
 def _check_sizes(sizes: set[tuple[int, int]]) -> None:
     if len(sizes) > 1:
         raise ValueError(f"The images have different sizes ({', '.join(f'{w}x{h}' for w, h in sorted(sizes)[:3])}): give one with --resolution.")
+
+
+def decided(rows: list[dict], source: str) -> list[dict]:
+    """The canonical pairs that have a winner: a flow leads from losers to winners, and has no place for ties nor for how sure a preference is. Says how many
+    have one or the other.
+
+    Raises:
+        ValueError: all are ties.
+    """
+    found, ties = apply_ties(rows, "drop")
+    if not found:
+        raise ValueError(f"{source}: all pairs are ties, so there is nothing to learn. Give other data.")
+    if ties:
+        print(f"{ties} ties are left out: a flow leads from a loser to a winner.")
+    if soft := sum(0 < row["label_0"] < 1 for row in found):
+        print(f"{soft} labels lie between 0 and 1: a flow takes the side above 0.5 for the winner, however sure that is.")
+    return found
 
 
 @torch.no_grad()
