@@ -22,13 +22,18 @@ def digest_of_model(name: str) -> str | None:
     if not folder.is_dir():
         return None
     for path in sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            for piece in range(PIECES):
-                file.seek(max(0, size - BYTES) * piece // (PIECES - 1))
-                digest.update(file.read(BYTES))
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+        take_pieces(digest, path)
     return digest.hexdigest()
+
+
+def take_pieces(digest, path: Path) -> None:
+    """Add pieces of a large file to a hash, the first and the last among them."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for piece in range(PIECES):
+            file.seek(max(0, size - BYTES) * piece // (PIECES - 1))
+            digest.update(file.read(BYTES))
 
 
 def save(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str] | None = None) -> None:

@@ -9,10 +9,11 @@ import itertools
 import os
 from pathlib import Path
 
+from ..files import weight_files
 from . import remote
 from .registry import BUILT_INS, from_here, is_url, parse_terms
 
-# A file up to this size counts by its content, a larger one by its size.
+# A file up to this size counts by its content, a larger one by its size and pieces of it.
 READ_BYTES, MAX_FILES, LISTS = 1 << 26, 10_000, (".jsonl", ".csv", ".json", ".txt")
 
 
@@ -20,8 +21,8 @@ def content(value: str) -> str | None:
     """A hash of what the files hold that a flag's value names: itself a path, or the sum of a reward's terms. None if it names no file, no module, and no
     server that was asked.
 
-    Of folders the names and sizes count, and the content of the lists in them (.jsonl, .csv, .json, .txt); of those with very many files the
-    lists alone.
+    Of folders the names and sizes count, the content of the lists in them (.jsonl, .csv, .json, .txt) and pieces of their weights; of those with very many files
+    the lists alone.
     """
     if os.path.exists(value):  # not Path.exists, which raises for what is too long to be a name
         return _hash(Path(value))
@@ -71,9 +72,13 @@ def _hash(path: Path) -> str:
         digest.update(f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n".encode())
         if file.suffix in LISTS:
             _take_in(digest, file)
+        elif file.suffix in weight_files.SUFFIXES:
+            weight_files.take_pieces(digest, file)
     return digest.hexdigest()
 
 
 def _take_in(digest, file: Path) -> None:
     size = file.stat().st_size
     digest.update(file.read_bytes() if size <= READ_BYTES else str(size).encode())
+    if size > READ_BYTES:
+        weight_files.take_pieces(digest, file)

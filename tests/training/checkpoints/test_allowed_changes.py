@@ -163,6 +163,18 @@ def test_the_code_of_a_reward_and_its_weights_count(tmp_path):
     assert contents.content("clip_score*1+scene_score") is None and contents.content("http://host:1") is None and contents.content("x" * 5000) is None
 
 
+def test_other_weights_of_the_same_size_are_another_model(tmp_path, monkeypatch):
+    (tmp_path / "unet").mkdir()
+    file = tmp_path / "unet" / "model.safetensors"
+    monkeypatch.setattr(contents, "READ_BYTES", 1000)
+    for named in (tmp_path, file):  # the folder, and a large file
+        file.write_bytes(bytes(1_000_000))
+        before = contents.content(str(named))
+        assert contents.content(str(named)) == before
+        file.write_bytes(bytes(500_000) + b"\x01" * 500_000)
+        assert contents.content(str(named)) != before, named
+
+
 def test_a_reward_of_a_module_is_known_by_its_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*sys.path])
