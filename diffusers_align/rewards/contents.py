@@ -21,8 +21,8 @@ def content(value: str) -> str | None:
     """A hash of what the files hold that a flag's value names: itself a path, or the sum of a reward's terms. None if it names no file, no module, and no
     server that was asked.
 
-    Of folders the names and sizes count, the content of the lists in them (.jsonl, .csv, .json, .txt) and pieces of their weights; of those with very many files
-    the lists alone.
+    Of folders the names and sizes count, the content of the lists in them (.jsonl, .csv, .json, .txt) and pieces of their weights; of those with very many
+    files the lists alone.
     """
     if os.path.exists(value):  # not Path.exists, which raises for what is too long to be a name
         return _hash(Path(value))
