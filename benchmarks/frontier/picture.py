@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from benchmarks.frontier.methods import CLOSED, CONTROL, GRADIENT, INFERENCE, OFFLINE, ONLINE
 from benchmarks.frontier.table import UNTRAINED, Number, groups, over_seeds
@@ -59,7 +59,9 @@ def row_of_panels(axes, rows: Rows, route: str, reward: str, judge: str) -> None
     axes[0].margins(x=0.15)
     axes[0].set_xlim(left=0)
     axes[1].set(xlabel="denoiser rows: training, and sampling of the judged images", ylabel=f"{reward}: gain", xscale="log")
-    axes[1].xaxis.set(major_locator=MaxNLocator(4), minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))  # less than a decade
+    low, high = axes[1].get_xlim()
+    ticks = LogLocator(subs=(1, 2, 5)) if high > 3 * low else MaxNLocator(4)  # which crowd at one end, or are too few
+    axes[1].xaxis.set(major_locator=ticks, minor_locator=NullLocator(), major_formatter=StrMethodFormatter("{x:,.0f}"))
     axes[2].set(xlabel=f"{reward}: gain", ylabel=f"{judge} (took no part): gain")
     axes[2].xaxis.set_major_locator(MaxNLocator(5))  # gains of thousandths have long labels
     axes[2].legend(*axes[1].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 
 from benchmarks.frontier.methods import CONTROL
-from benchmarks.frontier.table import against_controls, groups, over_seeds, verdict
+from benchmarks.frontier.table import against_controls, groups, is_controlled, over_seeds, verdict
 
 HEAD = "| task | guidance | route | beat the controls | level with them | worse than they | no verdict: one seed |\n|---|---|---|---|---|---|---|"
 PLACES, ONE_SEED = {"wins": 0, "even": 1, "loses": 2}, 3
 
 
 def summary(rows: list[dict]) -> str:
-    """A Markdown table of the largest budget of each task.
+    """A Markdown table of the largest budget of each task that has trained controls.
 
     Returns:
         The empty text where no method has several seeds.
@@ -29,7 +29,7 @@ def summary(rows: list[dict]) -> str:
 def verdicts(rows: dict[tuple[str, int], list[dict]]) -> dict[str, tuple[list[str], ...]]:
     """The methods of one table by route: those that win, are even and lose, and those with one seed, the largest gain first, each with its gain over the
     base."""
-    trained = {key: entry for key, entry in rows.items() if key[1] and entry[0]["route"] != CONTROL}
+    trained = {key: entry for key, entry in rows.items() if key[1] and entry[0]["route"] != CONTROL and is_controlled(rows, key[1])}
     several = {name for (name, _), entry in trained.items() if len(entry) > 1}
     counted = {key: entry for key, entry in trained.items() if len(entry) > 1 or key[0] not in several}
     largest = {name: max(budget for other, budget in counted if other == name) for name, _ in counted}

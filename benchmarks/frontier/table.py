@@ -54,9 +54,22 @@ def groups(rows: Iterable[dict]) -> dict[tuple, dict[tuple[str, int], list[dict]
 
 def against_controls(rows: dict[tuple[str, int], list[dict]], key: tuple[str, int]) -> Number:
     """The gain over the best training that learns nothing of the preference at this budget, the base (gain 0) among them."""
-    controls = [entry for (name, budget), entry in rows.items() if budget == key[1] and entry[0]["route"] == CONTROL and name not in UNTRAINED]
-    best = max([over_seeds(entry, "reward_gain") for entry in controls] + [Number(0.0, 0.0)], key=lambda number: number.mean)
+    best = max([over_seeds(entry, "reward_gain") for entry in trained_controls(rows).get(key[1], [])] + [Number(0.0, 0.0)], key=lambda number: number.mean)
     return over_seeds(rows[key], "reward_gain") - best
+
+
+def trained_controls(rows: dict[tuple[str, int], list[dict]]) -> dict[int, list[list[dict]]]:
+    """By budget, those of a table."""
+    found: dict[int, list[list[dict]]] = defaultdict(list)
+    for (name, budget), entry in rows.items():
+        if budget and entry[0]["route"] == CONTROL and name not in UNTRAINED:
+            found[budget].append(entry)
+    return found
+
+
+def is_controlled(rows: dict[tuple[str, int], list[dict]], budget: int) -> bool:
+    """Whether a budget has what its gains can be compared with: a trained control, where the table has one at all."""
+    return budget in (found := trained_controls(rows)) or not found
 
 
 def verdict(difference: Number) -> str:
@@ -79,10 +92,14 @@ def line(rows: dict[tuple[str, int], list[dict]], key: tuple[str, int]) -> str:
     entry = rows[key]
     cost = [f"{over_seeds(entry, field).mean:,.0f}" if budget else "" for field in ("rows", "updates", "distinct", "processor_seconds")]
     trained = budget and entry[0]["route"] != CONTROL
-    against = against_controls(rows, key) if trained else None
+    against = against_controls(rows, key) if trained and is_controlled(rows, budget) else None
     cells = [name + ("" if entry[0]["tuned"] or not trained else "*"), str(len(entry)) if budget else "", *cost, shown(over_seeds(entry, "reward_gain"))]
     said = "" if against is None else verdict(against) if len(entry) > 1 else "one seed"
-    cells += [f"{shown(against)}, {said}" if against else "", shown(over_seeds(entry, "judge_gain")), shown(over_seeds(entry, "gap"), "+.2f")]
+    cells += [
+        f"{shown(against)}, {said}" if against else "no control of this budget" if trained else "",
+        shown(over_seeds(entry, "judge_gain")),
+        shown(over_seeds(entry, "gap"), "+.2f"),
+    ]
     cells += [shown(over_seeds(entry, "kl"), ".0f"), shown(over_seeds(entry, "diversity"), ".3f"), numbers_of(entry[0]) if budget else ""]
     return "| " + " | ".join(cells) + " |"
 

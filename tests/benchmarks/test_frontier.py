@@ -202,6 +202,10 @@ def test_the_summary_says_who_beats_the_controls():
     where = "| `color`, mini-sd3 | 3 |"
     assert lines == [f"{where} online RL | Flow-GRPO +0.510, AWM +0.310 |  | SPO +0.010 | DRTune +0.700 |", f"{where} data |  | RWR +0.110 |  |  |"]
     assert summary([row()]) == ""
+    alone = [*seeds(0.8, "AWM", budget=32000), *rows]  # without a control of its budget
+    assert summary(alone).splitlines()[2:] == lines
+    told = next(line for line in page(alone).splitlines() if line.startswith("| AWM") and "+0.810" in line)
+    assert "| no control of this budget |" in told and "wins" not in told
 
 
 def test_rows_of_other_numbers_than_todays_are_not_shown():

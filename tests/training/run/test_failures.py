@@ -201,6 +201,7 @@ def test_a_signal_ends_a_run_with_one_line_wherever_it_comes(tmp_path, capfd, nu
 
 
 def test_a_run_that_is_gone_leaves_the_signals_as_they_were(tmp_path):
+    gc.collect()  # of runs of other tests
     before = [signal.getsignal(number) for number in failures.SIGNALS]
     run = make_run(tmp_path / "run")
     assert all(signal.getsignal(number) != handler for number, handler in zip(failures.SIGNALS, before))
