@@ -70,7 +70,7 @@ PAGES = {
     "ddpo": Page(
         "train_ddpo",
         ("ddpo_mini_sd", "ddpo_sd15"),
-        rows=("DDPO-IS", "TRPO"),
+        rows=("DDPO-IS", "DDPO-IS, noise in two steps", "TRPO"),
         picture=("ddpo_before_after.png", "mini-sd before and after `make demo-ddpo`, at equal prompts and seeds"),
         note="`--update trpo` replaces the clipped steps by natural-gradient steps with a line search on the exact KL (`diffusers_align.rl.trust_region`).",
     ),
@@ -86,7 +86,7 @@ PAGES = {
     "diffusion_nft": Page("train_nft", ("nft_mini_sd3", "nft_sd35"), rows=("DiffusionNFT",)),
     "diffusion_sdpo": Page("train_dpo", ("dpo_mini_sd3", "dpo_sdxl"), flags="--safeguard_mu 0.6", rows=("DPO, safeguard",)),
     "discrete_adjoint_matching": Page(note="It is for models over tokens and has no script: its functions are for your own loop."),
-    "dpok": Page("train_dpok", ("dpok_mini_sd", "dpok_sd15"), rows=("DPOK",)),
+    "dpok": Page("train_dpok", ("dpok_mini_sd", "dpok_sd15"), rows=("DPOK", "DPOK, noise in two steps")),
     "draft": Page("train_draft", ("draft_mini_sd3", "draft_sd15", "draft_sd35"), rows=("DRaFT-1", "DRaFT-3", "DRaFT", "DRaFT-LV")),
     "drtune": Page("train_draft", ("draft_mini_sd3",), flags="--method drtune --num_trained_steps 3", rows=("DRTune", "DRTune, stopped")),
     "dspo": Page("train_dspo", ("dspo_mini_sd3", "dspo_sd15", "dspo_sdxl"), rows=("DSPO",)),
@@ -94,7 +94,7 @@ PAGES = {
     "flow_grpo": Page(
         "train_flow_grpo",
         ("flow_grpo_mini_sd3", "flow_grpo_edit_mini_sd3", "flow_grpo_sd35", "flow_grpo_flux"),
-        rows=("Flow-GRPO",),
+        rows=("Flow-GRPO", "Flow-GRPO, own latents", "Flow-GRPO, noise in five steps", "Flow-GRPO, own latents, noise in five steps"),
         picture=("demo_before_after.png", "mini-sd3 before and after `make demo`, at equal prompts and seeds"),
     ),
     "grpo_guard": Page("train_flow_grpo", ("flow_grpo_guard_mini_sd3", "flow_grpo_guard_sd35"), rows=("GRPO-Guard",)),

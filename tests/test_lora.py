@@ -119,6 +119,20 @@ def test_a_lora_that_is_saved_again_is_the_same_file(name, tmp_path):
     assert found["target_modules"] == sorted(found["target_modules"]), "not the order of a set, which is another in each process"
 
 
+def test_what_runs_leave_in_a_models_folder_is_no_part_of_it(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "A", "unet": ["diffusers", "B"], "vae": [null, null]}')
+    weights = tmp_path / "unet" / "model.safetensors"
+    weights.write_bytes(b"1" * 100)
+    before = weight_files.digest_of_model(str(tmp_path))
+    for left in ("checkpoint-5", "own/trajectories"):
+        (tmp_path / left).mkdir(parents=True)
+        (tmp_path / left / "a.safetensors").write_bytes(b"x")
+    assert weight_files.digest_of_model(str(tmp_path)) == before and weight_files.digest_of_model("a/b") is None
+    weights.write_bytes(b"2" * 100)
+    assert weight_files.digest_of_model(str(tmp_path)) != before
+
+
 def test_equal_contents_make_equal_files_that_all_may_read(tmp_path):
     tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.bfloat16)}
     metadata = {f"key{i}": str(i) for i in range(40)}  # more than the writer keeps in order by chance

@@ -127,7 +127,11 @@ def check_settings(args, prompts, lora, folder):
     before = {"model_weights": settings["model_weights"], **settings_of(file)} if file.is_file() else {**settings, "prompts": texts}
     defaults = {name: option.default for name, option in options_of(PreferenceArguments).items()}  # of a file that was written before there was such a flag
     then = {name: before.get(name, defaults.get(name)) for name in settings}
-    changed = [f"{name} was {then[name]!r}, now {value!r}" for name, value in settings.items() if json.dumps(then[name]) != json.dumps(value)]
+    changed = [
+        f"the weights in {args.pretrained_model_name_or_path} were others" if name == "model_weights" else f"{name} was {then[name]!r}, now {value!r}"
+        for name, value in settings.items()
+        if json.dumps(then[name]) != json.dumps(value)
+    ]
     changed += [f"prompt {i} was {old!r}, now {new!r}" for i, (old, new) in enumerate(zip(before["prompts"], texts), 1) if old != new]
     if changed:
         listed = ", ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")

@@ -61,10 +61,14 @@ def weighted(run, rows):
     options = {name: getattr(args, name) for name in ("scope", "temperature", "top_k", "top_q", "max_weight", "force")}
     weights = reward_weights(rewards, groups, kind=args.weights, **options)
     if weights.max() - weights.min() < 1e-6 * weights.max() and not args.allow_no_signal:
-        why = "images are compared with those of their prompt, and none has better ones than others: take --scope global"
+        why = "take other --weights"
+        if len(rewards.unique()) == 1:
+            why = "they are equal, so give others"
+        elif args.scope == "prompt":
+            why = "images are compared with those of their prompt: take --scope global"
         raise ValueError(
             f"{args.dataset_name}: all {len(rows)} images weigh alike by --weights {args.weights} --scope {args.scope}, so their rewards would teach nothing: "
-            f"{why if args.scope == 'prompt' else 'take other --weights'}. With --allow_no_signal it is plain fine-tuning."
+            f"{why}. With --allow_no_signal it is plain fine-tuning."
         )
     statistics = weight_statistics(weights)
     run.print(", ".join(f"{name.replace('_', ' ')} {number:.4g}" for name, number in statistics.items()) + f", of {len(rows)} images")

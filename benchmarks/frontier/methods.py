@@ -125,7 +125,7 @@ TRIED = {
 METHODS |= {name: replace(METHODS[of], settings={**METHODS[of].settings, **changes}) for name, (of, changes) in TRIED.items()}
 # Of a recipe's settings: what belongs to its own reward and data, and what would end a run before its budget.
 DROPPED = ("eval_reward", "eval_reward_model", "reward_model", "cache_dir", "outputs", "early_stop_hacking")
-# A control, or a method on other data or with a stop, is trained with what was found for the method itself.
+# A control, or a method on other data, with a stop or with noise elsewhere, is trained with what was found for the method itself.
 TUNED_AS = {
     **STOPPED,
     **{name: of for name, (of, _) in TRIED.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -82,6 +83,6 @@ def fetched(name: str, what: str = "model") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if Path(name).expanduser().exists() or not is_hub_error(error):
+        if not is_hub_error(error) or os.path.exists(os.path.expanduser(name)):  # not Path.exists, which raises for what is too long to be a name
             raise
         raise FileNotFoundError(f"No {what} {name!r}: there is no such folder here, and from the Hub: {hub_reason(error)}.") from error

@@ -33,7 +33,7 @@ def apply_ties(pairs: Sequence[dict], policy: str) -> tuple[list[dict], int]:
 
 def indifferent(rows: Sequence[dict], kind: str) -> str | None:
     """Why rows of a kind prefer nothing to anything, in words; None where they do."""
-    if kind == "pair" and not any(row.get("weight", 1.0) for row in rows):
+    if kind == "pair" and rows and not any(row.get("weight", 1.0) for row in rows):
         return "all pairs have the weight 0"
     if kind == "pair" and all(row["label_0"] == TIE for row in rows):
         return "all pairs are ties"

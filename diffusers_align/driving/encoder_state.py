@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import operator
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -70,13 +71,13 @@ def encoder_digest(pipeline) -> str:
     digest = hashlib.sha256()
     for name, network in sorted(_encoders(pipeline).items()):
         config = getattr(network, "config", {})
-        config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        config = config.to_dict() if hasattr(config, "to_dict") else dict(config) if isinstance(config, Mapping) else {"config": str(config)}
         digest.update(json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True, default=str).encode())
         for key, tensor in itertools.chain(network.named_parameters(), network.named_buffers()):
             digest.update(f"{name}.{key} {type(tensor).__name__} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta:
                 values = tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLED)][:SAMPLED]
-                digest.update(values.double().cpu().numpy().tobytes())
+                digest.update(values.cpu().double().numpy().tobytes())
     return digest.hexdigest()
 
 

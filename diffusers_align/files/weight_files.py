@@ -16,15 +16,24 @@ PIECES, BYTES = 64, 4096
 
 
 def digest_of_model(name: str) -> str | None:
-    """What tells the weights that a folder holds from others that it has held: a hash of its weight files' names and sizes and of pieces of them. None of
-    what is no folder."""
+    """What tells the weights that a model's folder holds from others that it has held: a hash of its weight files' names and sizes and of pieces of them, where
+    it has an index of its components alone. None of what is no folder."""
     folder, digest = Path(name).expanduser(), hashlib.sha256()
     if not folder.is_dir():
         return None
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file()):
+    for path in sorted(path for path in _own_files(folder) if path.suffix in SUFFIXES and path.is_file()):
         digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
         take_pieces(digest, path)
     return digest.hexdigest()
+
+
+def _own_files(folder: Path) -> list[Path]:
+    """Without what runs have left in it: checkpoints, or an output folder."""
+    index = next((file for file in (folder / "model_index.json", folder / "modular_model_index.json") if file.is_file()), None)
+    if index is None:
+        return list(folder.rglob("*"))
+    parts = [folder / name for name in json.loads(index.read_text(encoding="utf-8")) if (folder / name).is_dir()]
+    return [*folder.iterdir(), *(file for part in parts for file in part.rglob("*"))]
 
 
 def take_pieces(digest, path: Path) -> None:

@@ -127,7 +127,8 @@ class BestOfNPipeline(WrappedPipeline):
         if isinstance(start, list):
             own = [theirs if is_first else g for theirs, is_first, g in zip(start, first, own)]
         output = self.finish(found.states, condition, own, **options)
-        if isinstance(start, list) or not any(first):
+        draws = not self.calls.starts_from_noise({**condition.kwargs, **condition.per_sample})  # else there is nothing to draw behind the noise
+        if isinstance(start, list) or not any(first) or not draws:
             return output
         return rows_of(self.finish(found.states, condition, start, **options), output, first)
 

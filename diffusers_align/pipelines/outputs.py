@@ -27,6 +27,8 @@ def rows_of(one, other, chosen: list[bool]):
 
 
 def _mixed(one, other, chosen: list[bool]):
+    if type(one) is not type(other):  # the generators of a modular pipeline's state, one or several
+        return other
     size = 0 if isinstance(other, (Tensor, np.ndarray)) and other.ndim == 0 or not isinstance(other, (list, Tensor, np.ndarray)) else len(other)
     if size == 0 or size % len(chosen):
         return other

@@ -210,7 +210,7 @@ def _check_images(image: PipelineImageInput, resized: bool) -> None:
     if len(sizes) > 1 and not resized:
         raise ValueError(f"The images have {len(sizes)} sizes {sorted(tuple(size) for size in sizes)}: give height and width, or call with one size at a time.")
     for part in parts:
-        if not isinstance(part, Image) and (part.ndim < 3 or part.shape[-3 if isinstance(part, Tensor) else -1] != 3):
+        if not isinstance(part, Image) and (0 in part.shape or part.ndim < 3 or part.shape[-3 if isinstance(part, Tensor) else -1] != 3):
             raise ValueError(f"Images are RGB, tensors (B, 3, H, W) or arrays (B, H, W, 3), got the shape {tuple(part.shape)}.")
     for part in (torch.as_tensor(part) for part in parts if not isinstance(part, Image)):
         low, high = part.min().item(), part.max().item()

@@ -63,7 +63,8 @@ class RewardGuidedPipeline(WrappedPipeline):
             reward_scale: lambda: samples lean to p(x) exp(lambda reward(x)). 0 is the plain pipeline, bit for bit. Norms change its unit.
             start, stop, recurrence, guidance_overrides: in the place of the preset's own fields (`Guidance`).
             columns: other arguments of the reward, a list for each with an entry per prompt.
-            micro_batch_size: samples decoded and scored at once for their gradient.
+            micro_batch_size: samples decoded and scored at once for their gradient. A pipeline that draws beside its noise (inpainting) draws otherwise there,
+                if a single generator draws for several prompts.
             gradient_checkpointing: the denoiser computes its activations again on the way back: less memory, more time.
             arguments: the stock call's.
 

@@ -123,7 +123,7 @@ def test_the_picture_that_was_scored_comes_back_where_the_pipeline_draws_beside_
         for generator in (None, g(seed), [g(seed), g(seed + 9)]):
             found = best(prompts, generator=generator, **tensors)
             torch.testing.assert_close(wanted(found.images, prompts), found.rewards[torch.arange(2), found.chosen], rtol=0, atol=1e-3)
-            mixed += generator is not None and found.chosen.tolist() in ([0, 1], [1, 0])
+            mixed += isinstance(generator, torch.Generator) and found.chosen.tolist() in ([0, 1], [1, 0])
     assert mixed > 0
     listed = best(prompts, generator=g(seed), output_type="np", **call).images
     torch.testing.assert_close(torch.from_numpy(listed).movedim(-1, 1), best(prompts, generator=g(seed), **tensors).images)

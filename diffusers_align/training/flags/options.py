@@ -260,7 +260,7 @@ def _parser(arguments: type[Arguments], description: str | None, program: str, e
 def _without_strangers(options: dict[str, Option], recipe: dict[str, Given], words: dict[str, Given]) -> dict[str, Given]:
     """A recipe's values but those that are about a value of it which the command line replaces; which ones is said."""
     gone = []
-    for name in recipe.keys() - words.keys():
+    for name in (name for name in recipe if name not in words):
         of = options[name].of if name in options else None
         if of in recipe and of in words and words[of].value != recipe[of].for_text():
             gone.append(name)

@@ -62,7 +62,9 @@ class Report:
         """What the pairs of `--eval_dataset_name` are, in words: held-out ones only if none of them is trained on."""
         args, number = self.run.args, len(self.pairs)
         same = (args.eval_dataset_name, args.eval_dataset_split) == (args.dataset_name, args.dataset_split)
-        known = number if same and args.max_rows is None else trained_on(self.pairs.rows, rows)
+        known = trained_on(self.pairs.rows, rows)
+        if same:  # also where images have no names
+            known = max(known, min(number, args.max_rows or number))
         kind = "held-out pairs" if not known else "training pairs" if known == number else f"pairs ({known} of them trained on)"
         return f"{number} {kind}"
 
