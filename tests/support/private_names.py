@@ -27,6 +27,8 @@ UPSTREAM = {
     "_last_lr": "torch: position of a learning-rate schedule",
     "_hf_hook": "accelerate: offloading of a module",
     "_diffusers_hook": "diffusers: hooks of a module",
+    "_get_compatibles": "diffusers: the schedulers whose configs a scheduler takes",
+    "_use_default_values": "diffusers: the entries of a config that nobody gave",
     "_is_stateful": "diffusers: whether a hook remembers earlier calls",
     "_attention_backend": "diffusers: the kernels of an attention processor",
     "_cache_config": "diffusers: the cache of a denoiser",

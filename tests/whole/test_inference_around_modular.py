@@ -124,7 +124,7 @@ def test_guidance_is_the_guiders_and_its_settings_go_with_the_call():
     assert not torch.equal(weak, strong) and pipe.guider.guidance_scale == scale
     with pytest.raises(ValueError, match="Neither BestOfNPipeline nor StableDiffusion3ModularPipeline takes guidance_scal"):
         best("a cat", guidance_scal=2.0)
-    with pytest.raises(TypeError, match="take no negative_promp"):
+    with pytest.raises(ValueError, match="Neither AdapterGuidancePipeline nor StableDiffusion3ModularPipeline takes negative_promp"):
         tuned = lora.add({"transformer": pipe.transformer}, rank=2)
         assert tuned
         AdapterGuidancePipeline(pipe)("a cat", negative_promp="", generator=g())
