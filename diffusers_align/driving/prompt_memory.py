@@ -257,16 +257,12 @@ def _rows(call: Call) -> list[Call]:
     lists = [value for value in (*args, *kwargs.values()) if isinstance(value, (list, tuple)) and len(value) > 0]
     lengths = {len(value) for value in lists}
     number = lengths.pop() if len(lengths) == 1 and all(map(_texts, lists)) else 0
-    if number == 0:
-        return []
-    places = [i for i, value in enumerate(args) if _texts(value)]
-    names = [name for name, value in kwargs.items() if _texts(value)]
-    size = {"batch_size": 1} if kwargs.get("batch_size") == number else {}
-    rows = [(list(args), {**kwargs, **size, **{name: [kwargs[name][row]] for name in names}}) for row in range(number)]
-    for row, (own, _) in enumerate(rows):
-        for i in places:
-            own[i] = [args[i][row]]
-    return rows
+    places, names = {i for i, v in enumerate(args) if _texts(v)}, {name for name, v in kwargs.items() if _texts(v)}  # looked for once, not for each row
+    one = {"batch_size": 1} if kwargs.get("batch_size") == number else {}
+    return [
+        ([[v[i]] if place in places else v for place, v in enumerate(args)], {name: [v[i]] if name in names else v for name, v in kwargs.items()} | one)
+        for i in range(number)
+    ]
 
 
 def _only_text(call: Call) -> str | None:

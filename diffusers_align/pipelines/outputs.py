@@ -27,11 +27,11 @@ def rows_of(one, other, chosen: list[bool]):
 
 
 def _mixed(one, other, chosen: list[bool]):
-    if type(one) is not type(other):  # the generators of a modular pipeline's state, one or several
+    has_rows = isinstance(other, list) or (isinstance(other, (Tensor, np.ndarray)) and other.ndim > 0)
+    # Of one kind: a modular pipeline's state also holds its generators, one in the first and several in the second.
+    if type(one) is not type(other) or not has_rows or not len(other) or len(other) % len(chosen):
         return other
-    size = 0 if isinstance(other, (Tensor, np.ndarray)) and other.ndim == 0 or not isinstance(other, (list, Tensor, np.ndarray)) else len(other)
-    if size == 0 or size % len(chosen):
-        return other
+    size = len(other)
     each = size // len(chosen)  # some hand out several pictures of a sample one after the other
     mixed = [(one if chosen[i // each] else other)[i] for i in range(size)]
     return mixed if isinstance(other, list) else torch.stack(mixed) if isinstance(other, Tensor) else np.stack(mixed)

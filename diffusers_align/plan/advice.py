@@ -32,7 +32,7 @@ def fitted(script: str, args: Any, gpu: int | None, as_on_gpu: bool = True) -> P
                 continue
             if found.total < 0.99 * best.total:
                 best = found
-                said.append(f"{' '.join(map(flag, changes, changes.values()))}: {gib(found.total)}" + (", fits" if found.fits else ""))
+                said.append(f"{' '.join(map(flag, changes, changes.values()))}: {in_units(found.total)}" + (", fits" if found.fits else ""))
                 break
         else:
             break
@@ -70,7 +70,7 @@ def flag(name: str, value: Any) -> str:
     return f"--{name}" if value is True else f"--{name} {value}"
 
 
-def gib(size: float) -> str:
+def in_units(size: float) -> str:
     """Bytes in units of 2^30, which cards are sold in as GB; in 2^20, MB, where there would be nothing to see."""
     if 0 < size < 0.1 * 2**30:
         return f"{size / 2**20:.1f} MB"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .advice import flag, gib
+from .advice import flag, in_units
 from .planner import SHARE, Plan
 
 COLUMNS = (
@@ -57,21 +57,21 @@ def _unseen(args: Any) -> str:
 
 def row(name: str, size: int, text: str) -> str:
     """A line with a size."""
-    return f"{name:<28}{gib(size):>10}  {text}"
+    return f"{name:<28}{in_units(size):>10}  {text}"
 
 
 def verdict(plan: Plan) -> str:
     """Whether it fits, and what would make it so."""
     if plan.gpu is None:
         return ""
-    room = f"{gib(SHARE * plan.gpu)} of a card of {gib(plan.gpu)} ({1 - SHARE:.0%} are left to its context and fragments)"
+    room = f"{in_units(SHARE * plan.gpu)} of a card of {in_units(plan.gpu)} ({1 - SHARE:.0%} are left to its context and fragments)"
     if plan.fits:
-        return f"Fits: {gib(plan.total)} within {room}."
-    lines = [f"Does not fit: {gib(plan.total)}, and there are {room}."]
+        return f"Fits: {in_units(plan.total)} within {room}."
+    lines = [f"Does not fit: {in_units(plan.total)}, and there are {room}."]
     lines += ["With these changes, one after the other:", *(f"  {text}" for text in plan.advice)] if plan.advice else ["No flag makes it smaller."]
     if not (plan.advice and plan.advice[-1].endswith("fits")):
         lines.append(
-            f"That is as small as its flags make it. The weights alone are {gib(plan.frozen)}: take a smaller size of picture or model, a larger card, or "
+            f"That is as small as its flags make it. The weights alone are {in_units(plan.frozen)}: take a smaller size of picture or model, a larger card, or "
             "several with --shard_denoiser."
         )
     return "\n".join(lines)
@@ -91,6 +91,6 @@ def markdown(plan: Plan) -> str:
         plan.total,
     )
     without, with_gradient = plan.rows
-    cells = [plan.args.pretrained_model_name_or_path, plan.script, str(plan.args.train_batch_size), *map(gib, sizes)]
+    cells = [plan.args.pretrained_model_name_or_path, plan.script, str(plan.args.train_batch_size), *map(in_units, sizes)]
     cells += [f"{without + with_gradient:,}", f"{with_gradient:,}", f"{plan.flops / 1e15:,.3g}"]
     return f"| {' | '.join(cells)} |"

@@ -83,9 +83,9 @@ def decided(rows: list[dict], source: str) -> list[dict]:
     if not found:
         raise ValueError(f"{source}: all pairs are ties, so there is nothing to learn. Give other data.")
     if ties:
-        print(f"{ties} ties are left out: a flow leads from a loser to a winner.")
+        print(f"{ties} of {len(rows)} pairs are ties and left out: a flow leads from a loser to a winner.")
     if soft := sum(0 < row["label_0"] < 1 for row in found):
-        print(f"{soft} labels lie between 0 and 1: a flow takes the side above 0.5 for the winner, however sure that is.")
+        print(f"{soft} of {len(found)} labels lie between 0 and 1: a flow takes the side above 0.5 for the winner, however sure that is.")
     return found
 
 

@@ -19,6 +19,6 @@ def test_a_tie_is_no_win_and_a_soft_label_is_said(capsys):
     rows = [{"prompt": "a", "label_0": label, "weight": 1.0} for label in (1.0, 0.5, 0.0, 0.7, 0.5)]
     assert [row["label_0"] for row in flow_pairs.decided(rows, "data")] == [1.0, 0.0, 0.7]
     said = capsys.readouterr().out
-    assert "2 ties are left out" in said and "1 labels lie between 0 and 1" in said
+    assert "2 of 5 pairs are ties" in said and "1 of 3 labels lie between 0 and 1" in said
     with pytest.raises(ValueError, match="all pairs are ties"):
         flow_pairs.decided([rows[1]], "data")
