@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -174,6 +175,8 @@ def _first_of(arguments: dict[str, Any], *names: str) -> Any:
 
 
 def _hooked_class(cls: type, session: _Session) -> type:
+    # A class refers to itself, and so is freed late, by the garbage collector: it must not hold the call's states and graphs till then.
+    session = weakref.proxy(session)
     step_signature, set_signature = signature_of(cls.step), signature_of(cls.set_timesteps)
 
     def step(self, *args, **kwargs):

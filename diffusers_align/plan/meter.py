@@ -6,6 +6,7 @@ workspace), nor is an allocator's rounding.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -62,6 +63,7 @@ class Meter:
         try:
             with self.watch(), torch.autograd.graph.saved_tensors_hooks(lambda x: _Saved(self, x), lambda saved: saved.tensor):
                 yield self.work
+            gc.collect()  # what nothing refers to any more is gone, however long the collector would have waited
             self.work.left = self._live
         finally:
             self.work = None
