@@ -114,11 +114,9 @@ STOP = {"eval_reward": "scene_judge", "early_stop_hacking": 3.0, "eval_guidance_
 STOPPED = {f"{name}, stopped": name for name in ("ReFL", "AlignProp", "DRTune", "Diffusion-DPO")}
 METHODS |= {name: replace(METHODS[of], settings={**METHODS[of].settings, **STOP}) for name, of in STOPPED.items()}
 # Why the ones learn more of equal rows than the others: where the noise is, and whether the samples of a prompt share the latents that they begin with.
-TWO_STEPS, FIVE_STEPS, OWN_LATENTS = {"sde_window": [0, 2]}, {"sde_window": [0, 5]}, {"same_latent": None}
+FIVE_STEPS, OWN_LATENTS = {"sde_window": [0, 5]}, {"same_latent": None}
 TRIED = {
-    "DDPO-IS, noise in two steps": ("DDPO-IS", TWO_STEPS),
-    "DPOK, noise in two steps": ("DPOK", TWO_STEPS),
-    "Flow-GRPO, noise in five steps": ("Flow-GRPO", FIVE_STEPS),
+    **{f"{name}, noise in five steps": (name, FIVE_STEPS) for name in ("DDPO-SF", "DDPO-IS", "TRPO", "DPOK", "Flow-GRPO")},
     "Flow-GRPO, own latents": ("Flow-GRPO", OWN_LATENTS),
     "Flow-GRPO, own latents, noise in five steps": ("Flow-GRPO", OWN_LATENTS | FIVE_STEPS),
 }
