@@ -206,11 +206,13 @@ def reward_curve(history: list[dict[str, float]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(2 if with_kl else 1, 1, sharex=True, squeeze=False)[:, 0]
     values, error = [row.get(name, float("nan")) for row in history], [row.get(f"{name}_se", 0.0) for row in history]
-    axes[0].plot(epochs, values, color="tab:blue")
+    dots = {"marker": ".", "markersize": 4}  # a line alone shows nothing of an epoch that has no neighbour
+    axes[0].plot(epochs, values, color="tab:blue", **dots)
     axes[0].fill_between(epochs, [v - e for v, e in zip(values, error)], [v + e for v, e in zip(values, error)], alpha=0.25, color="tab:blue")
     axes[0].set_ylabel(labels[name])
     if with_kl:
-        axes[1].plot(epochs, [row.get("kl", float("nan")) for row in history], color="tab:red")
+        axes[1].plot(epochs, [row.get("kl", float("nan")) for row in history], color="tab:red", **dots)
         axes[1].set_ylabel("KL to the reference")
     axes[-1].set_xlabel("epoch")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=110)

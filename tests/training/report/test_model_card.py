@@ -83,6 +83,33 @@ def run_of(folder, policy, **flags):
     return Namespace(args=Namespace(**{**given, **flags}), policy=policy, output_dir=Path(folder), algorithm="Flow-GRPO", made_by=made_by)
 
 
+@pytest.mark.parametrize(
+    "family, flags, line",
+    [
+        ("sd3", {"revision": "refs/pr/3", "variant": "fp16"}, 'DiffusionPipeline.from_pretrained("owner/base", revision="refs/pr/3", variant="fp16")'),
+        ("sd3", {}, 'DiffusionPipeline.from_pretrained("owner/base")'),
+        (
+            "sd15",
+            {"pretrained_model_name_or_path": "/home/me/x.safetensors", "single_file_config": "/home/me/like it"},
+            'StableDiffusionPipeline.from_single_file("x.safetensors", config="like it")',
+        ),
+    ],
+)
+def test_the_lines_of_a_card_load_the_files_that_were_trained_on(family, flags, line, tmp_path):
+    policy = Policy(FAMILIES[family].build())
+    policy.add_lora(2)
+    run = run_of(tmp_path, policy, **{"pretrained_model_name_or_path": "owner/base", **flags})
+    assert f"pipe = {line}\n" in python_of(hub.write_model_card(run, {}, []).read_text())
+
+
+def test_the_lines_of_a_modular_card_load_the_files_that_were_trained_on(tmp_path):
+    policy = Policy(build("sd3")[0])
+    policy.add_lora(2)
+    run = run_of(tmp_path, policy, pretrained_model_name_or_path="owner/base", revision="v2", variant="fp16")
+    lines = python_of(hub.write_model_card(run, {}, []).read_text())
+    assert 'pipe = ModularPipeline.from_pretrained("owner/base", revision="v2")\npipe.load_components(variant="fp16")\n' in lines
+
+
 def python_of(card):
     return card.split("```python\n")[1].split("```")[0]
 

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -153,3 +154,14 @@ def test_reward_curve(tmp_path, kl):
     reward_curve(history, tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.height > (400 if kl else 300) and len(picture.convert("L").getcolors()) > 10
+
+
+@pytest.mark.parametrize("rewards", [[0.3], [0.1, None, 0.3, None, 0.2]])
+def test_each_epoch_is_seen_on_the_curve(rewards, tmp_path):
+    history = [{"epoch": e, **({} if value is None else {"reward": value, "kl": value})} for e, value in enumerate(rewards)]
+    reward_curve(history, tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:
+        seen = torch.from_numpy(np.asarray(picture.convert("RGB")).astype(int))
+    for color in ((31, 119, 180), (214, 39, 40)):  # tab:blue, tab:red
+        columns = ((seen - torch.tensor(color)).abs().sum(-1) < 30).any(0).int()
+        assert int((columns.diff(prepend=torch.zeros(1, dtype=torch.int32)) == 1).sum()) == sum(value is not None for value in rewards)
