@@ -220,6 +220,9 @@ def main(argv=None):
     rewards = load_rewards(args.reward, args.reward_model, device, args.reward_retries)
     embedder = CLIPEmbedder(**model_option(args.diversity_model)).to(device) if args.diversity and args.diversity_model else None
     pipeline = load_pipeline(args).to(device)
+    for name, (lora, _) in loras.items():
+        with lora_loaded(pipeline, lora, name):  # of another model, the last one would take all numbers of the others with it
+            pass
     sde = {name: getattr(args, name) for name in STRENGTH if getattr(args, name) is not None}
     scheduler = sde_twin(calls_of(pipeline).main_scheduler, **sde)
 

@@ -411,6 +411,13 @@ def test_errors_come_before_the_pipeline_is_loaded(task, tmp_path, monkeypatch, 
         module.main(arguments(task, tmp_path / "eval", **flags))
 
 
+def test_a_lora_of_another_model_is_found_before_the_others_are_sampled(task, tmp_path, monkeypatch):
+    module = script()
+    monkeypatch.setattr(module, "evaluate", lambda *args: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match="LoRA 'other' .* is not of this StableDiffusion3Pipeline"):
+        module.main(arguments(task, tmp_path / "eval", lora=(task / "a", task / "other")))
+
+
 def test_a_reward_without_a_single_score_stays_in_the_table_and_ends_in_an_error(task, tmp_path):
     (tmp_path / "rewards.py").write_text("def none(images, prompts, **columns):\n    return [float('nan')] * len(prompts)\n")
     flags = {"reward": ("background_color", f"{tmp_path / 'rewards.py'}:none"), "lora": (task / "a",), "kl_samples": 0, "num_inference_steps": 1}
