@@ -2,8 +2,8 @@
 
 import copy
 import logging
-import shutil
 import os
+import shutil
 import stat
 
 import pytest

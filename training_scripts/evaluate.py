@@ -107,6 +107,7 @@ from diffusers_align.rewards.clip_embedder import CLIPEmbedder
 from diffusers_align.rewards.registry import model_option
 from diffusers_align.schedulers import sde_twin
 from diffusers_align.schedulers.twin import SDE_FIELDS
+from diffusers_align.training.checkpoints.checkpoints import set_results_aside
 from diffusers_align.training.flags import common
 from diffusers_align.training.offline.held_out_pairs import HeldOutPairs, margins
 from diffusers_align.training.online.sampling import described_solver, evaluate
@@ -231,8 +232,10 @@ def main(argv=None):
 
     # 3 table, numbers, picture
     if session.accelerator.is_main_process:
+        print(table(models, list(rewards)))  # before a full disk can take it
         base = evaluations[BASE]
         noise = {name: scheduler.config[name] for name in SDE_FIELDS[type(scheduler).__name__]}
+        set_results_aside(out, ("evaluation.json", "evaluation.md", "evaluation.png", "sounds"))
         content = {"settings": vars(args), "solver": base.solver, "kl_noise": noise, "prompts": base.prompts, "seeds": base.seeds, "models": models}
         (out / "evaluation.json").write_text(json.dumps(without_nan(content), indent=1) + "\n")
         (out / "evaluation.md").write_text(page(args, base, noise, table(models, list(rewards))), encoding="utf-8")
@@ -240,7 +243,6 @@ def main(argv=None):
         save(comparison(rows, captions_of(base), args.num_grid_images), out / "evaluation.png")
         for name, evaluation in evaluations.items():
             write_sounds(out / "sounds" / name.replace("/", "_"), evaluation)
-        print(table(models, list(rewards)))
         print(f"Table, numbers and picture: {out}")
     session.accelerator.end_training()
     for evaluation in evaluations.values() if args.invalid_rewards == "error" else ():

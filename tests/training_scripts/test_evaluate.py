@@ -418,12 +418,26 @@ def test_a_lora_of_another_model_is_found_before_the_others_are_sampled(task, tm
         module.main(arguments(task, tmp_path / "eval", lora=(task / "a", task / "other")))
 
 
+def test_the_numbers_are_seen_where_they_cannot_be_written(task, tmp_path, monkeypatch, capsys):
+    def full(path, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    module = script()
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        module.main(arguments(task, tmp_path / "eval", lora=(task / "a",), kl_samples=0, num_inference_steps=1, reward="background_color"))
+    assert "| **background_color** | -0" in capsys.readouterr().out
+
+
 def test_a_reward_without_a_single_score_stays_in_the_table_and_ends_in_an_error(task, tmp_path):
     (tmp_path / "rewards.py").write_text("def none(images, prompts, **columns):\n    return [float('nan')] * len(prompts)\n")
     flags = {"reward": ("background_color", f"{tmp_path / 'rewards.py'}:none"), "lora": (task / "a",), "kl_samples": 0, "num_inference_steps": 1}
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "evaluation.md").write_text("earlier")
     with pytest.raises(InvalidReward, match="Reward 'none' scored none of 6 evaluation images.*--invalid_rewards mask"):
         script().main(arguments(task, tmp_path / "eval", **flags))
     text = (tmp_path / "eval" / "evaluation.md").read_text()
+    assert (tmp_path / "eval" / ".previous-evaluation.md").read_text() == "earlier"
     row = next(line for line in text.splitlines() if line.startswith("| **none**"))
     assert row.count("no score (6 of 6 images without)") == 2 and "| **background_color** | -0" in text
 

@@ -96,6 +96,14 @@ def test_the_same_seed_gives_the_same_reward(data, tmp_path):
     assert (tmp_path / "one" / "head.safetensors").read_bytes() == (tmp_path / "two" / "head.safetensors").read_bytes()
 
 
+def test_a_reward_that_is_there_is_set_aside(data, tmp_path, capsys):
+    first = train(data, "pair", tmp_path, "--num_epochs", 1)
+    second = train(data, "binary", tmp_path, "--num_epochs", 1)
+    assert (first["kind"], second["kind"]) == ("pair", "binary")
+    assert json.loads((tmp_path / ".previous-learned_reward.json").read_text()) == first and (tmp_path / ".previous-head.safetensors").is_file()
+    assert "holds earlier results: learned_reward.json, head.safetensors renamed to .previous-*" in capsys.readouterr().out
+
+
 def test_the_calibration_error_is_the_mean_gap_of_the_bins():
     error = reward_fitting.calibration_error
     probabilities = torch.tensor([0.85] * 10 + [0.15] * 10)

@@ -239,6 +239,12 @@ def set_aside(folder: Path, paths: Iterable[Path]) -> list[str]:
     return [path.name for path in paths]
 
 
+def set_results_aside(folder: Path, names: Iterable[str]) -> None:
+    """What a command that has no checkpoints is about to write may be there from an earlier one, in which there are hours of sampling."""
+    if there := [folder / name for name in names if (folder / name).exists()]:
+        print(f"{folder} holds earlier results: {', '.join(set_aside(folder, there))} renamed to .previous-*.")
+
+
 def set_logs_aside(run) -> None:
     """Trackers append to the logs in a folder: those of an earlier run are not to be continued by a new one. Before the trackers are opened."""
     logs = run.output_dir / LOGS

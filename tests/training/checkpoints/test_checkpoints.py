@@ -230,6 +230,13 @@ def test_the_logs_of_an_earlier_run_are_not_continued(tmp_path, capsys):
     assert "logs is of an earlier run: renamed to .previous-logs" in capsys.readouterr().out and (tmp_path / "run" / ".previous-logs" / "x").is_dir()
 
 
+def test_the_current_folder_has_a_name_in_the_trackers(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    train(".", report_to="tensorboard").end()
+    assert list((tmp_path / "mine" / "logs" / "mine").glob("events*"))
+
+
 def test_a_run_that_was_set_aside_can_be_resumed(tmp_path, capsys):
     folder = tmp_path / "run"
     expected = weights(train(folder, 2))
