@@ -116,7 +116,7 @@ from diffusers_align.training.report.evaluation import Session, diversities, fin
 from diffusers_align.training.report.pictures import comparison, given_pictures, save
 from diffusers_align.training.report.sounds import captions_of, noun, write_sounds
 from diffusers_align.training.run.costs import Cost
-from diffusers_align.training.run.inputs import check_one_size, inputs_of
+from diffusers_align.training.run.inputs import check_one_size, columns_of_the_call, inputs_of
 from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
 
 
@@ -193,6 +193,8 @@ def compare(args, session, pipeline, scheduler, loras, prompts, rewards, embedde
             bar.set_description(name)
             with lora_loaded(pipeline, lora, name, scale):
                 policy = Policy(pipeline, scheduler, **call_arguments(args, pipeline))  # a new one each time: it remembers encoded prompts
+                for line in columns_of_the_call(prompts[:1], policy) if lora is None else ():
+                    session.print(line)
                 evaluation = evaluate(session, policy, rewards, prompts, args.num_samples, args.num_samples, bar.update)
                 kl = {}
                 if args.kl_samples:

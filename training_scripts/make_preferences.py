@@ -101,7 +101,7 @@ from diffusers_align.training.offline.made_preferences import data_sets, describ
 from diffusers_align.training.online.scoring import Scorer, gather_scores, reward_of_flags
 from diffusers_align.training.report.evaluation import Session, find_lora, lora_loaded
 from diffusers_align.training.report.pictures import given_pictures, grid, save, to_pil
-from diffusers_align.training.run.inputs import batches_by_size, condition_of, inputs_of
+from diffusers_align.training.run.inputs import batches_by_size, columns_of_the_call, condition_of, inputs_of
 from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
 
 # What an image depends on besides its prompt and the LoRA's weights: a folder holds images of one such setting. The flags left out change rounding alone.
@@ -277,7 +277,10 @@ def main(argv=None):
     pipeline = load_pipeline(args).to(accelerator.device)
     sde = {name: getattr(args, name) for name in STRENGTH if getattr(args, name) is not None}
     with lora_loaded(pipeline, lora, "preferences"):
-        sample(args, Policy(pipeline, sde_twin(calls_of(pipeline).main_scheduler, **sde), **call_arguments(args, pipeline)), accelerator, prompts, jobs, folder)
+        policy = Policy(pipeline, sde_twin(calls_of(pipeline).main_scheduler, **sde), **call_arguments(args, pipeline))
+        for line in columns_of_the_call(prompts[:1], policy):
+            session.print(line)
+        sample(args, policy, accelerator, prompts, jobs, folder)
 
     # 2 score
     rewards = score(args, session, reward, prompts, jobs, folder)

@@ -429,6 +429,13 @@ def test_the_numbers_are_seen_where_they_cannot_be_written(task, tmp_path, monke
     assert "| **background_color** | -0" in capsys.readouterr().out
 
 
+def test_columns_that_the_call_would_take_are_said(task, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "negative_prompt": "red"}\n')
+    flags = {"prompts": tmp_path / "p.jsonl", "lora": (task / "a",), "kl_samples": 0, "num_inference_steps": 1, "reward": "background_color"}
+    script().main(arguments(task, tmp_path / "eval", invalid_rewards="mask", **flags))
+    assert capsys.readouterr().out.count("--input_columns negative_prompt hands it to the pipeline as well") == 1
+
+
 def test_a_reward_without_a_single_score_stays_in_the_table_and_ends_in_an_error(task, tmp_path):
     (tmp_path / "rewards.py").write_text("def none(images, prompts, **columns):\n    return [float('nan')] * len(prompts)\n")
     flags = {"reward": ("background_color", f"{tmp_path / 'rewards.py'}:none"), "lora": (task / "a",), "kl_samples": 0, "num_inference_steps": 1}

@@ -72,6 +72,12 @@ def test_the_prompts_columns_stay(made):
         assert set(column.values()) == ({1 / 3} if kind == "pairs" else {0.5, 1.0, 2.0})
 
 
+def test_columns_that_the_call_would_take_are_said(tmp_path, capsys):
+    (write_task(tmp_path) / "prompts.jsonl").write_text('{"prompt": "a cat", "negative_prompt": "red"}\n')
+    make(tmp_path / "made", tmp_path)
+    assert capsys.readouterr().out.count("--input_columns negative_prompt hands it to the pipeline as well") == 1
+
+
 def test_the_contact_sheet_has_a_row_a_prompt(made):
     from PIL import Image
 

@@ -66,7 +66,7 @@ class Run:
             args.hub_model_id = self.on_main(lambda: hub.create(self))
         if args.trackers:
             name = self.on_main(lambda: checkpoints.set_logs_aside(self))
-            self.accelerator.init_trackers(name, config={k: str(v) for k, v in args if k != "hub_token"})
+            self.accelerator.init_trackers(name, config={k: without_secrets(str(v)) for k, v in args if k != "hub_token"})
         set_seed(args.seed)
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
         self.history: list[dict[str, float]] = []

@@ -261,11 +261,13 @@ def test_a_checkpoint_that_was_moved_to_another_disk_is_pruned(tmp_path):
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"] and (tmp_path / "moved").is_dir()
 
 
-def test_the_current_folder_has_a_name_in_the_trackers(tmp_path, monkeypatch):
+def test_trackers_get_the_current_folders_name_and_no_password(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path / "mine")
-    train(".", report_to="tensorboard").end()
+    train(".", report_to="tensorboard", eval_reward="http://me:hidden@host:80?token=hidden").end()
     assert list((tmp_path / "mine" / "logs" / "mine").glob("events*"))
+    (flags,) = (tmp_path / "mine" / "logs").rglob("hparams.yml")
+    assert "eval_reward: http://***@host:80?token=***" in flags.read_text() and "hidden" not in flags.read_text()
 
 
 def test_a_run_that_was_set_aside_can_be_resumed(tmp_path, capsys):
