@@ -127,6 +127,8 @@ def _notes(prompts: list[Prompt], columns: list[str], changes: Counter, blank: i
     keys = Counter((p.text, key_of(p.columns)) for p in prompts)
     if repeated := [key[0] for key, number in keys.items() if number > 1]:
         yield f"{len(repeated)} prompts stand there more than once, the first is {repeated[0]!r:.60}. Each is sampled as often as it stands there"
+    if marked := [p.text for p in prompts if p.text.startswith(("# ", "//"))]:
+        yield f"{len(marked)} prompts begin as comments do, and are prompts like all others: {marked[0]!r:.60}"
     if long := [p.text for p in prompts if len(p.text) > LONG]:
         yield f"{len(long)} prompts have more than {LONG} characters, of which text encoders read the first few hundred words: {long[0][:40]!r}..."
     for change, number in sorted(changes.items()):

@@ -129,6 +129,7 @@ def page(run, front: str, title: str, text: str, code: str, caption: str, result
     on the training, the command and the configuration."""
     rows = "\n".join(f"| {as_text(public(name))} | {value} |" for name, value in results.items())
     table = f"{caption}\n\n| | |\n|---|---|\n{rows}\n\n" if results else ""
+    note = " ".join(filter(None, (run.health.for_card(), note)))
     shown = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in pictures)
     return f"""{front}
 

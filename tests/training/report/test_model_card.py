@@ -80,7 +80,8 @@ def run_of(folder, policy, **flags):
         "reward": "http://me:secret@host:8000", "num_eval_samples": 4, "command": f"accelerate launch x.py --output_dir {folder}", "config": None,
     }  # fmt: skip
     made_by = {"commands": [{"epoch": 0, "command": given["command"]}]}
-    return Namespace(args=Namespace(**{**given, **flags}), policy=policy, output_dir=Path(folder), algorithm="Flow-GRPO", made_by=made_by)
+    health = Namespace(for_card=lambda: "")
+    return Namespace(args=Namespace(**{**given, **flags}), policy=policy, output_dir=Path(folder), algorithm="Flow-GRPO", made_by=made_by, health=health)
 
 
 @pytest.mark.parametrize(
