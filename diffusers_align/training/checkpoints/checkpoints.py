@@ -179,6 +179,8 @@ def restore(run) -> None:
     allowed_changes.check_epochs(run, folder.name)
     made_by["commands"] = allowed_changes.history(manifest["commands"], made_by["commands"], run.epoch)
     run.meter.resume(run.on_main(lambda: costs.Cost.read(folder)))
+    if folder.resolve().parent != run.output_dir.resolve():  # another run's: this one begins in its folder
+        run.on_main(lambda: begin(run))
     if later := run.on_main(lambda: set_aside(run.output_dir, [path for path in run.checkpoints() if epoch_of(path) > run.epoch])):
         notes.append(f"Later checkpoints are of epochs that are now trained again: {', '.join(later)} renamed to .previous-*.")
     run.print(f"Resumed from {folder.name}: {run.epoch} of {run.args.num_epochs} epochs are done.")

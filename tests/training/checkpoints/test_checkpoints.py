@@ -231,6 +231,17 @@ def test_the_logs_of_an_earlier_run_are_not_continued(tmp_path, capsys):
     assert f"{logs} is of an earlier run: renamed to {aside}." in capsys.readouterr().out and aside.is_dir()
 
 
+def test_a_run_that_goes_on_from_another_folder_sets_aside_what_is_in_its_own(tmp_path, capsys):
+    train(tmp_path / "a", 2).end()
+    train(tmp_path / "b", 3).end()
+    before = (tmp_path / "b" / "metrics.jsonl").read_text()
+    run = train(tmp_path / "b", 1, resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert run.epoch == 3 and [path.name for path in run.checkpoints()] == ["checkpoint-3"], "those of the other run are not taken for its own"
+    assert (tmp_path / "b" / ".previous-metrics.jsonl").read_text() == before and (tmp_path / "b" / ".previous-checkpoint-1").is_dir()
+    assert "holds an earlier run: checkpoint-1, checkpoint-2, checkpoint-3, costs.json, metrics.jsonl are renamed" in capsys.readouterr().out
+    assert (tmp_path / "a" / "checkpoint-2").is_dir()
+
+
 def test_runs_in_folders_of_their_own_are_not_touched_by_one_in_the_folder_above(tmp_path):
     for name in ("a", "transformer_trials"):
         train(tmp_path / name, 1).end()
