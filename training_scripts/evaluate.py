@@ -116,6 +116,7 @@ from diffusers_align.training.report.evaluation import Session, diversities, fin
 from diffusers_align.training.report.pictures import comparison, given_pictures, save
 from diffusers_align.training.report.sounds import captions_of, noun, write_sounds
 from diffusers_align.training.run.costs import Cost
+from diffusers_align.training.run.failures import writing
 from diffusers_align.training.run.inputs import check_one_size, columns_of_the_call, inputs_of
 from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
 
@@ -210,6 +211,19 @@ def compare(args, session, pipeline, scheduler, loras, prompts, rewards, embedde
     return evaluations, models
 
 
+def write(args, out, evaluations, models, prompts, rewards, noise):
+    """All files, in the place of those that an earlier comparison left, which are set aside."""
+    base = evaluations[BASE]
+    set_results_aside(out, ("evaluation.json", "evaluation.md", "evaluation.png", "sounds"))
+    content = {"settings": vars(args), "solver": base.solver, "kl_noise": noise, "prompts": base.prompts, "seeds": base.seeds, "models": models}
+    (out / "evaluation.json").write_text(json.dumps(without_nan(content), indent=1) + "\n")
+    (out / "evaluation.md").write_text(page(args, base, noise, table(models, rewards)), encoding="utf-8")
+    rows = given_pictures(prompts, len(base.images)) | {name: e.images for name, e in evaluations.items()}
+    save(comparison(rows, captions_of(base), args.num_grid_images), out / "evaluation.png")
+    for name, evaluation in evaluations.items():
+        write_sounds(out / "sounds" / name.replace("/", "_"), evaluation)
+
+
 def main(argv=None):
     args = parse_args(argv)
     session = Session(args, Accelerator(mixed_precision=args.mixed_precision))
@@ -235,16 +249,9 @@ def main(argv=None):
     # 3 table, numbers, picture
     if session.accelerator.is_main_process:
         print(table(models, list(rewards)))  # before a full disk can take it
-        base = evaluations[BASE]
         noise = {name: scheduler.config[name] for name in SDE_FIELDS[type(scheduler).__name__]}
-        set_results_aside(out, ("evaluation.json", "evaluation.md", "evaluation.png", "sounds"))
-        content = {"settings": vars(args), "solver": base.solver, "kl_noise": noise, "prompts": base.prompts, "seeds": base.seeds, "models": models}
-        (out / "evaluation.json").write_text(json.dumps(without_nan(content), indent=1) + "\n")
-        (out / "evaluation.md").write_text(page(args, base, noise, table(models, list(rewards))), encoding="utf-8")
-        rows = given_pictures(prompts, len(base.images)) | {name: e.images for name, e in evaluations.items()}
-        save(comparison(rows, captions_of(base), args.num_grid_images), out / "evaluation.png")
-        for name, evaluation in evaluations.items():
-            write_sounds(out / "sounds" / name.replace("/", "_"), evaluation)
+        with writing(out, lambda: "The table above has the numbers; free some space for the rest."):
+            write(args, out, evaluations, models, prompts, list(rewards), noise)
         print(f"Table, numbers and picture: {out}")
     session.accelerator.end_training()
     for evaluation in evaluations.values() if args.invalid_rewards == "error" else ():

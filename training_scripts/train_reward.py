@@ -80,6 +80,7 @@ from diffusers_align.training.checkpoints.checkpoints import set_results_aside
 from diffusers_align.training.flags import common
 from diffusers_align.training.offline.reward_fitting import Logits, described, examples_of, fit, judge, noised_examples, split, targets_of
 from diffusers_align.training.report.model_card import public
+from diffusers_align.training.run.failures import writing
 from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
 
 
@@ -157,13 +158,13 @@ def main(argv=None):
 
     # 3 judge and save
     metrics = {name: judge(args.kind, logits, part) for name, part in (("train", train), ("held_out", held_out))}
-    set_results_aside(out, FILES)
-    model.save(out, scale, shift, kind=args.kind, data=public(args.dataset_name), metrics=metrics)
     for name, values in metrics.items():
-        by_level = values.pop("by_noise_level", {})
-        print(f"{name}: {described(values)}")
-        for level, worth in by_level.items():
+        print(f"{name}: {described({key: value for key, value in values.items() if key != 'by_noise_level'})}")
+        for level, worth in values.get("by_noise_level", {}).items():
             print(f"  noise level {level}: {described(worth)}")
+    set_results_aside(out, FILES)
+    with writing(out, lambda: "Free some space and give the same command again."):
+        model.save(out, scale, shift, kind=args.kind, data=public(args.dataset_name), metrics=metrics)
     print(f"Use it as --reward {args.output_dir}")
     if not (learned or args.allow_no_signal):
         raise SystemExit(
