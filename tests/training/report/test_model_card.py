@@ -64,6 +64,19 @@ def test_a_sum_of_rewards_is_shown_with_its_weights():
     assert r"| **scene_score\*1+x\*0.1** | 0.5 ± 0.1 |" in table({"base": found}, ["scene_score*1+x*0.1"])
 
 
+def test_other_runs_below_a_run_are_not_uploaded(tmp_path, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    for name in ("README.md", "transformer_2/x.safetensors", "other [1]/metrics.jsonl", "other [1]/checkpoint-1/optimizer.safetensors", "logs/a/b", ".lock"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = {}
+    monkeypatch.setattr(hub, "upload_folder", lambda **given: found.update(given))
+    hub.push(run_of(tmp_path, None, hub_model_id="me/it"))
+    files = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    assert list(filter_repo_objects(files, ignore_patterns=found["ignore_patterns"])) == ["README.md", "transformer_2/x.safetensors"]
+
+
 @pytest.mark.parametrize("name, tag", [("sd3", "text-to-image"), ("sd15_img2img", "image-to-image"), ("wan", "text-to-video")])
 def test_pipeline_tags(name, tag):
     assert pipeline_tag(FAMILIES[name].build()) == tag
