@@ -171,16 +171,20 @@ def _plain(config: LoraConfig) -> dict:
     return {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in config.to_dict().items()}
 
 
-def stock_lines(pipeline, denoisers: dict[str, nn.Module], name: str) -> list[str]:
-    """The lines that load what `save` wrote to `name`, a folder or a Hub repository, into a stock pipeline `pipe`; `load_lora` where stock
-    diffusers has no way."""
+def stock_lines(pipeline, denoisers: dict[str, nn.Module], name: str, on_hub: bool = False) -> list[str]:
+    """The lines that load what `save` wrote into a stock pipeline `pipe`; `load_lora` where stock diffusers has no way.
+
+    Args:
+        name: a folder, which may lie elsewhere when the lines are read, or a repository.
+        on_hub: which of the two.
+    """
     modules = {component: unwrapped(module) for component, module in denoisers.items()}
     if not all(_has_loader(pipeline, *item) for item in modules.items()):
         return [f'diffusers_align.load_lora(pipe, "{name}")']
     lines = [f'pipe.load_lora_weights("{name}", weight_name="{WEIGHTS}")']
     for component in list(modules)[1:]:
         # Of a local folder diffusers takes the file of that name in it before one in the subfolder.
-        where = f'"{name}/{component}"' if Path(name).is_dir() else f'"{name}", subfolder="{component}"'
+        where = f'"{name}", subfolder="{component}"' if on_hub else f'"{name}/{component}"'
         lines.append(f'pipe.load_lora_weights({where}, weight_name="{WEIGHTS}", load_into_{component}=True)')
     return lines
 

@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import shutil
 import stat
 
 import pytest
@@ -284,6 +285,17 @@ def test_the_lines_of_the_card_load_both_denoisers_into_the_stock_pipeline(two):
     assert len(lines) == 2 and "load_into_transformer_2=True" in lines[1]
     run_lines(lines, pipeline)
     assert torch.equal(drawn(pipeline, "wan"), expected)
+
+
+def test_the_lines_load_both_denoisers_from_wherever_the_folder_lies(two, tmp_path, monkeypatch):
+    folder, expected = two
+    pipeline = two_denoisers()
+    lines = lora.stock_lines(pipeline, denoisers(pipeline), "copy")  # a card names a folder before anybody has it
+    shutil.copytree(folder, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    run_lines(lines, pipeline)
+    assert torch.equal(drawn(pipeline, "wan"), expected)
+    assert 'load_lora_weights("copy", subfolder="transformer_2"' in lora.stock_lines(pipeline, denoisers(pipeline), "copy", on_hub=True)[1]
 
 
 def test_a_denoiser_without_a_file_is_named(two, tmp_path, caplog):

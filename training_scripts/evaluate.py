@@ -107,6 +107,7 @@ from diffusers_align.rewards.clip_embedder import CLIPEmbedder
 from diffusers_align.rewards.registry import model_option
 from diffusers_align.schedulers import sde_twin
 from diffusers_align.schedulers.twin import SDE_FIELDS
+from diffusers_align.training.checkpoints.checkpoints import set_results_aside
 from diffusers_align.training.flags import common
 from diffusers_align.training.offline.held_out_pairs import HeldOutPairs, margins
 from diffusers_align.training.online.sampling import described_solver, evaluate
@@ -115,7 +116,8 @@ from diffusers_align.training.report.evaluation import Session, diversities, fin
 from diffusers_align.training.report.pictures import comparison, given_pictures, save
 from diffusers_align.training.report.sounds import captions_of, noun, write_sounds
 from diffusers_align.training.run.costs import Cost
-from diffusers_align.training.run.inputs import check_one_size, inputs_of
+from diffusers_align.training.run.failures import writing
+from diffusers_align.training.run.inputs import check_one_size, columns_of_the_call, inputs_of
 from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
 
 
@@ -192,6 +194,8 @@ def compare(args, session, pipeline, scheduler, loras, prompts, rewards, embedde
             bar.set_description(name)
             with lora_loaded(pipeline, lora, name, scale):
                 policy = Policy(pipeline, scheduler, **call_arguments(args, pipeline))  # a new one each time: it remembers encoded prompts
+                for line in columns_of_the_call(prompts[:1], policy) if lora is None else ():
+                    session.print(line)
                 evaluation = evaluate(session, policy, rewards, prompts, args.num_samples, args.num_samples, bar.update)
                 kl = {}
                 if args.kl_samples:
@@ -207,6 +211,19 @@ def compare(args, session, pipeline, scheduler, loras, prompts, rewards, embedde
     return evaluations, models
 
 
+def write(args, out, evaluations, models, prompts, rewards, noise):
+    """All files, in the place of those that an earlier comparison left, which are set aside."""
+    base = evaluations[BASE]
+    set_results_aside(out, ("evaluation.json", "evaluation.md", "evaluation.png", "sounds"))
+    content = {"settings": vars(args), "solver": base.solver, "kl_noise": noise, "prompts": base.prompts, "seeds": base.seeds, "models": models}
+    (out / "evaluation.json").write_text(json.dumps(without_nan(content), indent=1) + "\n")
+    (out / "evaluation.md").write_text(page(args, base, noise, table(models, rewards)), encoding="utf-8")
+    rows = given_pictures(prompts, len(base.images)) | {name: e.images for name, e in evaluations.items()}
+    save(comparison(rows, captions_of(base), args.num_grid_images), out / "evaluation.png")
+    for name, evaluation in evaluations.items():
+        write_sounds(out / "sounds" / name.replace("/", "_"), evaluation)
+
+
 def main(argv=None):
     args = parse_args(argv)
     session = Session(args, Accelerator(mixed_precision=args.mixed_precision))
@@ -220,6 +237,9 @@ def main(argv=None):
     rewards = load_rewards(args.reward, args.reward_model, device, args.reward_retries)
     embedder = CLIPEmbedder(**model_option(args.diversity_model)).to(device) if args.diversity and args.diversity_model else None
     pipeline = load_pipeline(args).to(device)
+    for name, (lora, _) in loras.items():
+        with lora_loaded(pipeline, lora, name):  # of another model, the last one would take all numbers of the others with it
+            pass
     sde = {name: getattr(args, name) for name in STRENGTH if getattr(args, name) is not None}
     scheduler = sde_twin(calls_of(pipeline).main_scheduler, **sde)
 
@@ -228,16 +248,10 @@ def main(argv=None):
 
     # 3 table, numbers, picture
     if session.accelerator.is_main_process:
-        base = evaluations[BASE]
+        print(table(models, list(rewards)))  # before a full disk can take it
         noise = {name: scheduler.config[name] for name in SDE_FIELDS[type(scheduler).__name__]}
-        content = {"settings": vars(args), "solver": base.solver, "kl_noise": noise, "prompts": base.prompts, "seeds": base.seeds, "models": models}
-        (out / "evaluation.json").write_text(json.dumps(without_nan(content), indent=1) + "\n")
-        (out / "evaluation.md").write_text(page(args, base, noise, table(models, list(rewards))), encoding="utf-8")
-        rows = given_pictures(prompts, len(base.images)) | {name: e.images for name, e in evaluations.items()}
-        save(comparison(rows, captions_of(base), args.num_grid_images), out / "evaluation.png")
-        for name, evaluation in evaluations.items():
-            write_sounds(out / "sounds" / name.replace("/", "_"), evaluation)
-        print(table(models, list(rewards)))
+        with writing(out, lambda: "The table above has the numbers; free some space for the rest."):
+            write(args, out, evaluations, models, prompts, list(rewards), noise)
         print(f"Table, numbers and picture: {out}")
     session.accelerator.end_training()
     for evaluation in evaluations.values() if args.invalid_rewards == "error" else ():

@@ -79,6 +79,7 @@ if __name__ == "__main__":
 
 import json
 import os
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -101,7 +102,8 @@ from diffusers_align.training.offline.made_preferences import data_sets, describ
 from diffusers_align.training.online.scoring import Scorer, gather_scores, reward_of_flags
 from diffusers_align.training.report.evaluation import Session, find_lora, lora_loaded
 from diffusers_align.training.report.pictures import given_pictures, grid, save, to_pil
-from diffusers_align.training.run.inputs import batches_by_size, condition_of, inputs_of
+from diffusers_align.training.run.failures import writing
+from diffusers_align.training.run.inputs import batches_by_size, columns_of_the_call, condition_of, inputs_of
 from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
 
 # What an image depends on besides its prompt and the LoRA's weights: a folder holds images of one such setting. The flags left out change rounding alone.
@@ -158,9 +160,13 @@ def hash_of(lora):
 
 def replaced(path, write):
     """A file that is there is whole: `write(temporary path)`, then its name."""
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
-    write(partial)
-    partial.replace(path)
+    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        with writing(path.parent, lambda: "What is there is whole: free some space, and the same command goes on."):
+            write(unfinished)
+            unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def sample(args, policy, accelerator, prompts, jobs, folder):
@@ -239,7 +245,7 @@ def write(args, prompts, jobs, rewards, folder):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         replaced(folder / name / "metadata.jsonl", lambda path, text=text: path.write_text(text, encoding="utf-8"))
         print(f"{folder / name}: {len(rows)} rows")
-    save(contact_sheet(args, prompts, jobs, rewards, folder), folder / "contact_sheet.png")
+    replaced(folder / "contact_sheet.png", partial(save, contact_sheet(args, prompts, jobs, rewards, folder)))
     valid = rewards[~rewards.isnan()]
     print(f"{args.reward}: {valid.mean():.4f} on average, from {valid.min():.4f} to {valid.max():.4f}. Contact sheet: {folder / 'contact_sheet.png'}")
     if equal := equal_images(folder / "images", jobs):
@@ -277,7 +283,10 @@ def main(argv=None):
     pipeline = load_pipeline(args).to(accelerator.device)
     sde = {name: getattr(args, name) for name in STRENGTH if getattr(args, name) is not None}
     with lora_loaded(pipeline, lora, "preferences"):
-        sample(args, Policy(pipeline, sde_twin(calls_of(pipeline).main_scheduler, **sde), **call_arguments(args, pipeline)), accelerator, prompts, jobs, folder)
+        policy = Policy(pipeline, sde_twin(calls_of(pipeline).main_scheduler, **sde), **call_arguments(args, pipeline))
+        for line in columns_of_the_call(prompts[:1], policy):
+            session.print(line)
+        sample(args, policy, accelerator, prompts, jobs, folder)
 
     # 2 score
     rewards = score(args, session, reward, prompts, jobs, folder)

@@ -97,6 +97,7 @@ from diffusers_align.training.report import hub
 from diffusers_align.training.report.pictures import grid, save
 from diffusers_align.training.report.report import judged_on
 from diffusers_align.training.run.division import epoch_batches
+from diffusers_align.training.run.failures import resumable
 from diffusers_align.training.run.model_loading import DTYPES, model_source
 from diffusers_align.training.run.run import Run
 
@@ -236,8 +237,9 @@ def validate(run, flow, held_out, outputs, epoch, **call):
         metrics = {"eval_loss": held_out_loss(run, flow, held_out)} if held_out else {}
         shown = flow_pairs.transport_outputs(run, flow, outputs[: run.args.num_validation_images], {}, **call)
     if run.is_main and shown.after:
-        (run.output_dir / "samples").mkdir(exist_ok=True)
-        save(grid(shown.after, shown.prompts), run.output_dir / "samples" / f"epoch-{epoch + 1:04d}.png")
+        with resumable(run):
+            (run.output_dir / "samples").mkdir(exist_ok=True)
+            save(grid(shown.after, shown.prompts), run.output_dir / "samples" / f"epoch-{epoch + 1:04d}.png")
     return metrics
 
 
@@ -269,7 +271,8 @@ def main(argv=None):
         for name, value in flow_pairs.describe(transported, rewards).items():
             run.print(f"{name}: {value}")
         if run.is_main:
-            flow_pairs.save(run, flow, transported, rewards, judged)
+            with resumable(run):
+                flow_pairs.save(run, flow, transported, rewards, judged)
     run.print(f"Pipeline, pictures and model card: {run.output_dir}")
     transported.check_scored(rewards)
     if args.push_to_hub and not run.health.failed:  # last: what was found is not lost with the network

@@ -75,10 +75,12 @@ from accelerate import Accelerator
 from diffusers_align.data import load_preferences, parse_column_map
 from diffusers_align.data.conversions import indifferent
 from diffusers_align.policy import Policy
-from diffusers_align.rewards.learned import RewardModel
+from diffusers_align.rewards.learned import FILES, RewardModel
+from diffusers_align.training.checkpoints.checkpoints import set_results_aside
 from diffusers_align.training.flags import common
 from diffusers_align.training.offline.reward_fitting import Logits, described, examples_of, fit, judge, noised_examples, split, targets_of
 from diffusers_align.training.report.model_card import public
+from diffusers_align.training.run.failures import writing
 from diffusers_align.training.run.model_loading import call_arguments, load_pipeline
 
 
@@ -140,7 +142,7 @@ def new_model(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    common.check_output_dir(args.output_dir)
+    out = common.check_output_dir(args.output_dir)
     torch.manual_seed(args.seed)
 
     # 1 preferences
@@ -156,12 +158,13 @@ def main(argv=None):
 
     # 3 judge and save
     metrics = {name: judge(args.kind, logits, part) for name, part in (("train", train), ("held_out", held_out))}
-    model.save(args.output_dir, scale, shift, kind=args.kind, data=public(args.dataset_name), metrics=metrics)
     for name, values in metrics.items():
-        by_level = values.pop("by_noise_level", {})
-        print(f"{name}: {described(values)}")
-        for level, worth in by_level.items():
+        print(f"{name}: {described({key: value for key, value in values.items() if key != 'by_noise_level'})}")
+        for level, worth in values.get("by_noise_level", {}).items():
             print(f"  noise level {level}: {described(worth)}")
+    set_results_aside(out, FILES)
+    with writing(out, lambda: "Free some space and give the same command again."):
+        model.save(out, scale, shift, kind=args.kind, data=public(args.dataset_name), metrics=metrics)
     print(f"Use it as --reward {args.output_dir}")
     if not (learned or args.allow_no_signal):
         raise SystemExit(

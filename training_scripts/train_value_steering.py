@@ -147,11 +147,12 @@ def calling_lines(args, policy, repo):
     call = {"num_noises": args.num_noises, "alpha": args.choice_temperature, **policy.call_kwargs}
     words = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={model_card.public(value)!r}" for name, value in call.items()]
     twin = f"sde_twin(pipeline.scheduler, {', '.join(f'{name}={value!r}' for name, value in noise.items())})"
+    revision = f" at revision {args.revision}" if args.revision else ""
     return "\n".join([
         *(["from diffusers_align import sde_twin"] if noise else []),
         "from diffusers_align.pipelines import ValueSteeringPipeline",
         "",
-        f"pipe = ValueSteeringPipeline(pipeline)  # {model_card.public(args.pretrained_model_name_or_path)}, loaded",
+        f"pipe = ValueSteeringPipeline(pipeline)  # {model_card.public(args.pretrained_model_name_or_path)}{revision}, loaded",
         f'image = pipe(prompt, value="{repo}", {", ".join([*([f"scheduler={twin}"] if noise else []), *words])}).images[0]',
     ])  # fmt: skip
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .files import READERS, BadRow, columns_of, lines_of, read_rows, read_text
+from .files import NO_FIELDS, READERS, BadRow, columns_of, lines_of, read_rows, read_text
 from .inputs import Inputs, key_of, opened
 from .records import text_of
 
@@ -105,7 +105,8 @@ def _file_of(source: str) -> Path:
 
 def _prompt(row: Any, column: str, inputs: Inputs | None, root: Path, changes: Counter) -> Prompt:
     if isinstance(row, BadRow):
-        raise row
+        is_value = str(row).startswith(NO_FIELDS) and not str(row).endswith(")")  # JSON, and no object
+        raise BadRow(f"{row}. A row is an object with a field {column!r}; texts alone go into a .txt file, one per line") if is_value else row
     text = row.get(column)
     if column not in row:
         raise BadRow(f"no {column!r} among its fields {sorted(row)}. Name the right one with --prompt_column")
@@ -127,6 +128,8 @@ def _notes(prompts: list[Prompt], columns: list[str], changes: Counter, blank: i
     keys = Counter((p.text, key_of(p.columns)) for p in prompts)
     if repeated := [key[0] for key, number in keys.items() if number > 1]:
         yield f"{len(repeated)} prompts stand there more than once, the first is {repeated[0]!r:.60}. Each is sampled as often as it stands there"
+    if marked := [p.text for p in prompts if p.text.startswith(("# ", "//"))]:
+        yield f"{len(marked)} prompts begin as comments do, and are prompts like all others: {marked[0]!r:.60}"
     if long := [p.text for p in prompts if len(p.text) > LONG]:
         yield f"{len(long)} prompts have more than {LONG} characters, of which text encoders read the first few hundred words: {long[0][:40]!r}..."
     for change, number in sorted(changes.items()):

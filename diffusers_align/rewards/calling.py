@@ -164,6 +164,11 @@ def arguments_of(reward: Callable, prompts: list[str], columns: Mapping[str, Any
             others = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
             arguments = {key: values for key, values in arguments.items() if others or key in signature.parameters} | {name: rows}
     arguments |= {name: _own(value) for name, value in heard.items() if name in signature.parameters}
+    if (first := next(iter(signature.parameters), None)) in ("prompt", "prompts"):
+        raise InvalidReward(
+            f"Reward {reward_name(reward)!r} takes {first!r} first, where it would get the images: rewards are called by position, reward(images, prompts, "
+            "**columns)."
+        )
     try:
         if "self" in arguments:
             raise TypeError("multiple values for argument 'self'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -57,11 +58,16 @@ def pretrained_clip(name: str):
     """A `CLIPModel` of which no weight is random.
 
     Raises:
-        ValueError: the checkpoint lacks some, which transformers would draw and only log.
+        ValueError: the checkpoint lacks some, which transformers would draw and only log; or a folder holds none.
     """
     from transformers import CLIPModel
 
-    model, found = CLIPModel.from_pretrained(name, output_loading_info=True)
+    try:
+        model, found = CLIPModel.from_pretrained(name, output_loading_info=True)
+    except OSError as error:
+        if not os.path.isdir(os.path.expanduser(name)):
+            raise
+        raise ValueError(f"{name} holds no CLIP model ({str(error).splitlines()[0]}): give the folder or the Hub name of one, or mini-clip.") from error
     missing = sorted(found["missing_keys"]) + sorted(str(entry) for entry in found["mismatched_keys"])
     if missing:
         raise ValueError(f"{name} is no checkpoint of CLIPModel: it lacks {shown(missing)}, which would be random numbers.")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..files import weight_files
 from . import remote
-from .registry import BUILT_INS, from_here, is_url, parse_terms
+from .registry import BUILT_INS, importable, is_url, parse_terms
 
 # A file up to this size counts by its content, a larger one by its size and pieces of it.
 READ_BYTES, MAX_FILES, LISTS = 1 << 26, 10_000, (".jsonl", ".csv", ".json", ".txt")
@@ -45,7 +45,7 @@ def _file_of_module(name: str) -> Path | None:
     """The file of a module that is named in a reward `module:function`."""
     if not name or name in BUILT_INS or not all(part.isidentifier() for part in name.split(".")):
         return None
-    from_here()
+    importable(os.getcwd())
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):

@@ -27,7 +27,7 @@ from .clip_embedder import CLIPEmbedder
 from .preprocessing import flatten_frames, mean_over_frames, repeat_for_frames
 from .registry import load_weights, shown
 
-CONFIG, WEIGHTS, LORA = "learned_reward.json", "head.safetensors", "lora.safetensors"
+FILES = CONFIG, WEIGHTS, LORA = "learned_reward.json", "head.safetensors", "lora.safetensors"
 # The vision tower's attention, in transformers' naming.
 LORA_TARGETS = r".*vision_model.*\.(q_proj|k_proj|v_proj|out_proj)"
 FREQUENCIES = 16

@@ -190,6 +190,7 @@ def _load_file(path: Path, who: str) -> ModuleType:
     key = f"diffusers_align_user_{path.stem}_{abs(hash(path)):x}_{written}"
     if key in sys.modules:
         return sys.modules[key]
+    importable(path.parent)  # modules beside it, as of a script
     spec = importlib.util.spec_from_file_location(key, path)
     module = sys.modules[key] = importlib.util.module_from_spec(spec)
     try:
@@ -200,15 +201,15 @@ def _load_file(path: Path, who: str) -> ModuleType:
     return module
 
 
-def from_here() -> None:
-    """Modules of the current folder can be imported, last of all: `sys.path` lacks it under a launcher."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+def importable(folder: str | Path) -> None:
+    """Modules of the folder can be imported, last of all."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def _import(module_name: str, who: str) -> ModuleType:
     """Import from the usual places, then from the current folder."""
-    from_here()
+    importable(os.getcwd())  # which `sys.path` lacks under a launcher
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -281,8 +281,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if not value.strip():
             parser.error(f"{flag} is empty")
     try:
-        torch.device(args.device)
-    except RuntimeError as error:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # of a name, and of a device that this machine or this torch lacks
         parser.error(f"--device {args.device!r}: {str(error).splitlines()[0]}")
     return args
 

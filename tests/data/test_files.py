@@ -55,7 +55,7 @@ def test_suffixes_are_read_in_either_case(tmp_path, name, content):
     ("p.jsonl", '{"prompt": "a", "prompt": "b"}', "row 1: the field 'prompt' stands twice"),
     ("p.jsonl", '{"prompt": "a \\ud83d cat"}', "row 1: the prompt holds half of a surrogate pair"),
     ("p.jsonl", "[" * 100_000, "row 1: not a row of named fields"),
-    ("p.json", '["a cat"]', "row 1: not a row of named fields: 'a cat'"),
+    ("p.json", '["a cat"]', "row 1: not a row of named fields: 'a cat'. A row is an object with a field 'prompt'; texts alone go into a .txt file"),
     ("p.json", '{"prompt": "a"}\n{"prompt": "b"}', r"is not valid JSON .*line 2.*call it \.jsonl"),
     ("p.csv", "prompt,tag\na cat,1\na dog, running,2\n", r"row 2: more fields than columns: \['2'\].*\(line 3\)"),
     ("p.csv", 'prompt,tag\n"a\ncat",1\na dog\n', r"row 2: fewer fields than columns: no 'tag'.*\(line 4\)"),

@@ -247,12 +247,13 @@ def test_folders_and_addresses_are_no_prompt_files(tmp_path):
         load_prompts("simple_animal")
 
 
-def test_repeated_blank_and_huge_prompts_are_said_and_kept(tmp_path):
+def test_repeated_blank_marked_and_huge_prompts_are_said_and_kept(tmp_path):
     said = []
-    assert texts(written(tmp_path, "p.txt", "a cat\n\na cat\n" + "x" * 6000), said) == ["a cat", "a cat", "x" * 6000]
+    assert texts(written(tmp_path, "p.txt", "a cat\n\na cat\n# animals\n" + "x" * 6000), said) == ["a cat", "a cat", "# animals", "x" * 6000]
     assert [note.partition(": ")[2] for note in said] == [
         "1 blank lines between the prompts are left out.",
         "1 prompts stand there more than once, the first is 'a cat'. Each is sampled as often as it stands there.",
+        "1 prompts begin as comments do, and are prompts like all others: '# animals'.",
         f"1 prompts have more than 5000 characters, of which text encoders read the first few hundred words: {'x' * 40!r}....",
     ]
     assert not (said := []) and texts(written(tmp_path, "p.jsonl", '{"prompt": "a", "n": 1}\n{"prompt": "a", "n": 2}'), said) and said == []

@@ -140,6 +140,13 @@ def test_a_reward_that_cannot_be_called_says_what_to_write(reward, columns, reas
         Scorer(reward, on_nan="mask", on_failure="mask")(torch.rand(2, 3, 4, 4), asked)
 
 
+@pytest.mark.parametrize("reward", [lambda prompts, completions, **kwargs: [len(p) for p in prompts], lambda prompt, image: 0.0])
+def test_a_reward_that_takes_prompts_first_is_refused(reward):
+    """As text rewards of TRL do: it would count channels for characters."""
+    with pytest.raises(InvalidReward, match=r"takes 'prompts?' first, where it would get the images: .*reward\(images, prompts, \*\*columns\)"):
+        score(reward, torch.rand(2, 3, 4, 4), PROMPTS)
+
+
 def test_a_mistake_inside_a_reward_is_not_taken_for_its_signature():
     def broken(images, prompts, **columns):
         return means(images)

@@ -5,6 +5,7 @@ import torch
 from reward_models import photo_like, save_clip
 from safetensors.torch import load_file, save_file
 
+from diffusers_align import embedded
 from diffusers_align.rewards import load_reward
 from diffusers_align.rewards.clip_embedder import CLIPEmbedder, pooled
 
@@ -28,3 +29,8 @@ def test_a_clip_checkpoint_that_would_be_partly_random_is_refused(tmp_path):
     save_file({name.replace("text_model.encoder", "text_model.other"): value for name, value in state.items()}, f"{folder}/model.safetensors")
     with pytest.raises(ValueError, match="lacks .*text_model.encoder.*would be random numbers"):
         load_reward("clip_score", model=folder)
+
+
+def test_a_folder_without_a_clip_model_is_told_what_to_give():
+    with pytest.raises(ValueError, match="mini-sd holds no CLIP model .*give the folder or the Hub name of one, or mini-clip"):
+        load_reward("clip_score", model=embedded.path("mini-sd"))

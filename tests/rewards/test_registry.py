@@ -41,6 +41,13 @@ def test_load_reward_finds_built_ins_modules_and_files(tmp_path, monkeypatch):
     assert set(result) == {"reward", "one", "Constant", "jpeg_compressibility"}
 
 
+def test_a_reward_file_imports_what_lies_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "a_helper_of_rewards.py").write_text("def mean(images): return images.flatten(1).mean(1)\n")
+    (tmp_path / "uses_it.py").write_text("from a_helper_of_rewards import mean\ndef f(images, prompts): return mean(images)\n")
+    assert score(load_reward(f"{tmp_path / 'uses_it.py'}:f"), torch.ones(2, 3, 4, 4), PROMPTS)["reward"].tolist() == [1, 1]
+
+
 def test_load_reward_passes_options_to_those_that_take_them():
     images = torch.rand(2, 3, 16, 16)
     worse = load_reward("jpeg_incompressibility", quality=10)(images, PROMPTS)

@@ -357,6 +357,7 @@ def test_a_reward_that_fails_to_reach_something_is_the_rewards_failure():
         (["--host", ""], "--host is empty"),
         (["--reward", " "], "--reward is empty"),
         (["--device", "gpu"], "--device 'gpu': "),
+        (["--device", "xpu:99"], "--device 'xpu:99': "),  # a name of a device that is not there
     ],
 )
 def test_flags_of_the_server_are_checked(flags, message, capsys):

@@ -411,12 +411,40 @@ def test_errors_come_before_the_pipeline_is_loaded(task, tmp_path, monkeypatch, 
         module.main(arguments(task, tmp_path / "eval", **flags))
 
 
+def test_a_lora_of_another_model_is_found_before_the_others_are_sampled(task, tmp_path, monkeypatch):
+    module = script()
+    monkeypatch.setattr(module, "evaluate", lambda *args: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match="LoRA 'other' .* is not of this StableDiffusion3Pipeline"):
+        module.main(arguments(task, tmp_path / "eval", lora=(task / "a", task / "other")))
+
+
+def test_the_numbers_are_seen_where_they_cannot_be_written(task, tmp_path, monkeypatch, capsys):
+    def full(path, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    module = script()
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match="eval could not be written: .*No space left.* are free.*The table above has the numbers"):
+        module.main(arguments(task, tmp_path / "eval", lora=(task / "a",), kl_samples=0, num_inference_steps=1, reward="background_color"))
+    assert "| **background_color** | -0" in capsys.readouterr().out
+
+
+def test_columns_that_the_call_would_take_are_said(task, tmp_path, capsys):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a cat", "negative_prompt": "red"}\n')
+    flags = {"prompts": tmp_path / "p.jsonl", "lora": (task / "a",), "kl_samples": 0, "num_inference_steps": 1, "reward": "background_color"}
+    script().main(arguments(task, tmp_path / "eval", invalid_rewards="mask", **flags))
+    assert capsys.readouterr().out.count("--input_columns negative_prompt hands it to the pipeline as well") == 1
+
+
 def test_a_reward_without_a_single_score_stays_in_the_table_and_ends_in_an_error(task, tmp_path):
     (tmp_path / "rewards.py").write_text("def none(images, prompts, **columns):\n    return [float('nan')] * len(prompts)\n")
     flags = {"reward": ("background_color", f"{tmp_path / 'rewards.py'}:none"), "lora": (task / "a",), "kl_samples": 0, "num_inference_steps": 1}
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "evaluation.md").write_text("earlier")
     with pytest.raises(InvalidReward, match="Reward 'none' scored none of 6 evaluation images.*--invalid_rewards mask"):
         script().main(arguments(task, tmp_path / "eval", **flags))
     text = (tmp_path / "eval" / "evaluation.md").read_text()
+    assert (tmp_path / "eval" / ".previous-evaluation.md").read_text() == "earlier"
     row = next(line for line in text.splitlines() if line.startswith("| **none**"))
     assert row.count("no score (6 of 6 images without)") == 2 and "| **background_color** | -0" in text
 

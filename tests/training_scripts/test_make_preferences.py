@@ -23,8 +23,8 @@ def task(tmp_path_factory):
     return write_task(tmp_path_factory.mktemp("task"))
 
 
-def make(folder, task, *more, reward="brightness"):
-    load_make_preferences().main([
+def make(folder, task, *more, reward="brightness", module=None):
+    (module or load_make_preferences()).main([
         "--pretrained_model_name_or_path", "mini-sd3", "--call_kwargs", '{"max_sequence_length": 1}', "--prompts", str(task / "prompts.jsonl"),
         "--reward", f"{task / 'rewards.py'}:{reward}", "--num_images_per_prompt", "3", "--batch_size", "4", "--num_inference_steps", "2",
         "--guidance_scale", "1.0", "--output_dir", str(folder), *more,
@@ -72,6 +72,12 @@ def test_the_prompts_columns_stay(made):
         assert set(column.values()) == ({1 / 3} if kind == "pairs" else {0.5, 1.0, 2.0})
 
 
+def test_columns_that_the_call_would_take_are_said(tmp_path, capsys):
+    (write_task(tmp_path) / "prompts.jsonl").write_text('{"prompt": "a cat", "negative_prompt": "red"}\n')
+    make(tmp_path / "made", tmp_path)
+    assert capsys.readouterr().out.count("--input_columns negative_prompt hands it to the pipeline as well") == 1
+
+
 def test_the_contact_sheet_has_a_row_a_prompt(made):
     from PIL import Image
 
@@ -99,6 +105,22 @@ def test_an_interrupted_run_goes_on_and_another_reward_draws_nothing(made, task,
     sampling = json.loads((folder / "sampling.json").read_text())
     (folder / "sampling.json").write_text(json.dumps({name: value for name, value in sampling.items() if name != "vae_tiling"}))
     make(folder, task)  # of a time when there was no such flag
+
+
+@pytest.mark.parametrize("what", ["images", "contact_sheet"])
+def test_a_full_disk_says_that_the_same_command_goes_on(what, task, tmp_path, monkeypatch):
+    def full(self, path, *args, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    def sheet_is_full(sheet, path):
+        full(sheet, path)
+
+    module = load_make_preferences()
+    monkeypatch.setattr(*((module.Image.Image, "save", full) if what == "images" else (module, "save", sheet_is_full)))
+    with pytest.raises(OSError, match="could not be written: .*No space left.* are free.*the same command goes on"):
+        make(tmp_path, task, module=module)
+    assert not list(tmp_path.rglob(".*")), "no half files stay"
 
 
 def test_images_belong_to_their_prompts_and_to_the_loras_weights(tmp_path):

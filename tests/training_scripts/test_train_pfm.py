@@ -1,5 +1,6 @@
 """`train_pfm.py` on a closed generator's images."""
 
+import functools
 import hashlib
 import json
 import shlex
@@ -142,6 +143,18 @@ def test_resumed_equals_uninterrupted(finished, folder, tmp_path):
     assert (tmp_path / "run" / "before_after.png").read_bytes() == (finished / "before_after.png").read_bytes()
     for name in ("run", "weights", "optimizer", "schedule", "moving_average"):
         assert_same_state(*(read_state(run / "checkpoint-4", name) for run in (tmp_path / "run", finished)))
+
+
+@pytest.mark.parametrize("what", ["grid", "flow_pairs.shutil.copy"])
+def test_a_full_disk_says_how_to_resume(what, folder, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    module = load_script("pfm")
+    owner, _, name = what.rpartition(".")
+    monkeypatch.setattr(functools.reduce(getattr, filter(None, owner.split(".")), module), name, full)
+    with pytest.raises(OSError, match=r"No space left on device.*go on with --resume_from_checkpoint latest"):
+        module.main(arguments(folder, tmp_path / "run", num_epochs=2))
 
 
 def test_pairs_of_any_size_are_trained_on_as_they_are_transported(folder, tmp_path):

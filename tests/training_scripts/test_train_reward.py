@@ -96,6 +96,24 @@ def test_the_same_seed_gives_the_same_reward(data, tmp_path):
     assert (tmp_path / "one" / "head.safetensors").read_bytes() == (tmp_path / "two" / "head.safetensors").read_bytes()
 
 
+def test_what_was_measured_is_seen_where_it_cannot_be_written(data, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffusers_align.rewards.learned.weight_files.save", full)
+    with pytest.raises(OSError, match="could not be written: .*No space left.* are free.*give the same command again"):
+        train(data, "pair", tmp_path, "--num_epochs", 1)
+    assert "held_out: loss" in capsys.readouterr().out
+
+
+def test_a_reward_that_is_there_is_set_aside(data, tmp_path, capsys):
+    first = train(data, "pair", tmp_path, "--num_epochs", 1)
+    second = train(data, "binary", tmp_path, "--num_epochs", 1)
+    assert (first["kind"], second["kind"]) == ("pair", "binary")
+    assert json.loads((tmp_path / ".previous-learned_reward.json").read_text()) == first and (tmp_path / ".previous-head.safetensors").is_file()
+    assert "holds earlier results: learned_reward.json, head.safetensors renamed to .previous-*" in capsys.readouterr().out
+
+
 def test_the_calibration_error_is_the_mean_gap_of_the_bins():
     error = reward_fitting.calibration_error
     probabilities = torch.tensor([0.85] * 10 + [0.15] * 10)

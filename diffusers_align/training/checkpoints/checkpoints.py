@@ -7,6 +7,7 @@ Only the main process reads and writes, so that the machines of a run need not s
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Iterable
@@ -64,11 +65,11 @@ def save(run) -> None:
             run.save_weights(partial)
             cost.write(partial)
             seal(partial, {"version": __version__, "states": list(run.registered), **(run.made_by or allowed_changes.made_by(run))})
-            shutil.rmtree(final, ignore_errors=True)
+            _remove(final)
             partial.rename(final)
         limit = run.args.checkpoints_total_limit
         for old in run.checkpoints()[: -limit if limit else 0]:
-            shutil.rmtree(old)
+            _remove(old)
         with failures.resumable(run):
             shutil.copy(final / costs.FILE, run.output_dir)
 
@@ -178,6 +179,8 @@ def restore(run) -> None:
     allowed_changes.check_epochs(run, folder.name)
     made_by["commands"] = allowed_changes.history(manifest["commands"], made_by["commands"], run.epoch)
     run.meter.resume(run.on_main(lambda: costs.Cost.read(folder)))
+    if folder.resolve().parent != run.output_dir.resolve():  # another run's: this one begins in its folder
+        run.on_main(lambda: begin(run))
     if later := run.on_main(lambda: set_aside(run.output_dir, [path for path in run.checkpoints() if epoch_of(path) > run.epoch])):
         notes.append(f"Later checkpoints are of epochs that are now trained again: {', '.join(later)} renamed to .previous-*.")
     run.print(f"Resumed from {folder.name}: {run.epoch} of {run.args.num_epochs} epochs are done.")
@@ -212,21 +215,36 @@ def _words(name: str) -> str:
 
 
 def begin(run) -> None:
-    """A new run begins: what an earlier one left in the folder is set aside, and what had been set aside before goes."""
+    """A new run begins: what an earlier one left in the folder is set aside, and what had been set aside before goes.
+
+    Raises:
+        OSError: what is there is of no run.
+    """
     folder = run.output_dir
-    loras = [path.parent for path in folder.glob(f"*/{LORA}") if not path.parent.name.startswith((".", "checkpoint-"))]
-    results = [*found(folder), *(folder / name for name in RESULTS if (folder / name).exists()), *loras]
+    results = sorted((path for path in folder.iterdir() if _of_a_run(path, path.name)), key=lambda path: (not path.name.startswith("checkpoint-"), path.name))
     if not results:
         return
+    if not (folder / "metrics.jsonl").exists() and not any((path / MANIFEST).exists() for path in found(folder)):
+        raise OSError(
+            f"--output_dir {folder} holds {', '.join(path.name for path in results)}, and neither metrics.jsonl nor a checkpoint of a run of these scripts: "
+            "it is something else, which a run would overwrite. Choose another folder."
+        )
     set_aside(folder, results)
-    kept = {f".previous-{name}" for name in (*(path.name for path in results), LOGS)}
-    stale = [path for path in folder.glob(".previous-*") if path.name not in kept]
+    kept = {f".previous-{path.name}" for path in results}
+    stale = [path for path in folder.glob(".previous-*") if path.name not in kept and _of_a_run(path, path.name.removeprefix(".previous-"))]
     for path in stale:
         _remove(path)
     run.print(
         f"{folder} holds an earlier run: {', '.join(path.name for path in results)} are renamed to .previous-* before this one starts anew"
         f"{', and those that were set aside before it are deleted' if stale else ''}. To go on instead: --resume_from_checkpoint."
     )
+
+
+def _of_a_run(path: Path, name: str) -> bool:
+    """Whether a run leaves the like under this name: a result, a checkpoint, a further denoiser's LoRA. Other runs, in folders of their own, are none."""
+    if name.startswith(("unet", "transformer")):
+        return path.is_dir() and [inside.name for inside in path.iterdir()] == [LORA]
+    return name in RESULTS or re.fullmatch(r"checkpoint-\d+", name) is not None
 
 
 def set_aside(folder: Path, paths: Iterable[Path]) -> list[str]:
@@ -239,12 +257,23 @@ def set_aside(folder: Path, paths: Iterable[Path]) -> list[str]:
     return [path.name for path in paths]
 
 
-def set_logs_aside(run) -> None:
-    """Trackers append to the logs in a folder: those of an earlier run are not to be continued by a new one. Before the trackers are opened."""
-    logs = run.output_dir / LOGS
+def set_results_aside(folder: Path, names: Iterable[str]) -> None:
+    """What a command that has no checkpoints is about to write may be there from an earlier one, in which there are hours of sampling."""
+    if there := [folder / name for name in names if (folder / name).exists()]:
+        print(f"{folder} holds earlier results: {', '.join(set_aside(folder, there))} renamed to .previous-*.")
+
+
+def set_logs_aside(run) -> str:
+    """Trackers append to the logs in a folder: those of an earlier run are not to be continued by a new one. Before the trackers are opened, in which the
+    run has the name that this returns. Logs of other names may be somebody else's."""
+    name = run.args.run_name or run.output_dir.resolve().name
+    logs, aside = (run.output_dir / place / name for place in (LOGS, f".previous-{LOGS}"))
     if not run.args.resume_from_checkpoint and logs.is_dir():
-        set_aside(run.output_dir, [logs])
-        run.print(f"{logs} is of an earlier run: renamed to .previous-{LOGS}.")
+        _remove(aside)
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        logs.rename(aside)
+        run.print(f"{logs} is of an earlier run: renamed to {aside}.")
+    return name
 
 
 def _remove(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from glob import escape
 from pathlib import Path
 
 from huggingface_hub import create_repo, upload_folder
@@ -56,17 +57,22 @@ def create(run) -> str:
         ) from error
 
 
+def ignored(folder: Path) -> list[str]:
+    """What of a run's folder stays here, as patterns: checkpoints, logs, what is hidden, and other runs that lie below it."""
+    return [*IGNORED, *(f"{escape(path.parent.name)}/**" for path in sorted(folder.glob("*/metrics.jsonl")))]
+
+
 def push(run) -> str:
-    """Upload the output folder, without checkpoints, to the repository that `create` made; return its name.
+    """Upload the output folder, without what is `ignored`, to the repository that `create` made; return its name.
 
     Raises:
         OSError: it failed; the message says what is on disk and how to upload it.
     """
-    repo, run.doing = run.args.hub_model_id, "while the results, which are complete on disk, were uploaded"
+    repo, patterns, run.doing = run.args.hub_model_id, ignored(run.output_dir), "while the results, which are complete on disk, were uploaded"
     try:
-        upload_folder(repo_id=repo, folder_path=run.output_dir, commit_message="End of training", ignore_patterns=IGNORED, token=run.args.hub_token)
+        upload_folder(repo_id=repo, folder_path=run.output_dir, commit_message="End of training", ignore_patterns=patterns, token=run.args.hub_token)
     except Exception as error:
-        command = shlex.join(["hf", "upload", repo, str(run.output_dir), ".", *(word for pattern in IGNORED for word in ("--exclude", pattern))])
+        command = shlex.join(["hf", "upload", repo, str(run.output_dir), ".", *(word for pattern in patterns for word in ("--exclude", pattern))])
         raise OSError(f"The upload to {repo} failed: {_first_line(error)}. Everything is in {run.output_dir}; to upload it: {command}") from error
     return repo
 

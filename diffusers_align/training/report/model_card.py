@@ -129,6 +129,7 @@ def page(run, front: str, title: str, text: str, code: str, caption: str, result
     on the training, the command and the configuration."""
     rows = "\n".join(f"| {as_text(public(name))} | {value} |" for name, value in results.items())
     table = f"{caption}\n\n| | |\n|---|---|\n{rows}\n\n" if results else ""
+    note = " ".join(filter(None, (run.health.for_card(), note)))
     shown = "\n\n".join(f"![{Path(p).stem.replace('_', ' ')}]({p})" for p in pictures)
     return f"""{front}
 
@@ -168,12 +169,13 @@ def lora_card(run, results: dict[str, str], pictures: list[str], note: str, judg
     measured = f"; the reward, which only measures, is `{public(args.reward)}`" if source and args.reward else ""
     caption = f"Results on {judged_on} at equal seeds (mean ± standard error, {args.num_eval_samples} {'sounds' if sound else 'images'}{measured}):"
     title = where if pushed else run.output_dir.resolve().name  # "." has none
-    return page(run, front, title, text, loading_lines(policy, given, where, pushed), caption, results, pictures, note)
+    return page(run, front, title, text, loading_lines(policy, args, where), caption, results, pictures, note)
 
 
-def loading_lines(policy, given: str, where: str, pushed: bool) -> str:
-    """Python that makes the aligned pipeline: stock diffusers where it has a loader, one line per denoiser."""
-    lines, (cls, method, *then) = lora.stock_lines(policy.pipeline, policy.denoisers, where), _loader(policy.pipeline, given)
+def loading_lines(policy, args, where: str) -> str:
+    """Python that makes the aligned pipeline, of the files that were trained on: stock diffusers where it has a loader, one line per denoiser."""
+    given, pushed = args.pretrained_model_name_or_path, bool(args.push_to_hub)
+    lines, (cls, method, *then) = lora.stock_lines(policy.pipeline, policy.denoisers, where, pushed), _loader(policy.pipeline, args)
     imports = [f"from diffusers import {cls}"]
     if given in embedded.NAMES:
         imports = [*imports, "", "from diffusers_align import embedded"]
@@ -181,13 +183,16 @@ def loading_lines(policy, given: str, where: str, pushed: bool) -> str:
         imports = ["import diffusers_align", *imports]
     base = f'embedded.path("{given}")' if given in embedded.NAMES else f'"{public(given)}"'
     remark = [] if pushed else ["# The folder of this file"]
-    return "\n".join([*imports, "", f"pipe = {cls}.{method}({base})", *then, *remark, *lines])
+    return "\n".join([*imports, "", f"pipe = {cls}.{method.format(base)}", *then, *remark, *lines])
 
 
-def _loader(pipeline, given: str) -> tuple[str, ...]:
-    """The class and its method that load the model that the flags name, and lines that follow."""
+def _loader(pipeline, args) -> tuple[str, ...]:
+    """The class and its method, with a place for the model, that load what the flags name, and lines that follow."""
+    words = {name: f', {name}="{public(value)}"' for name in ("revision", "variant") if (value := getattr(args, name, None))}
+    revision, variant = words.get("revision", ""), words.get("variant", "")
     if isinstance(pipeline, ModularPipeline):
-        return "ModularPipeline", "from_pretrained", "pipe.load_components()"
-    if given.endswith(".safetensors"):
-        return type(pipeline).__name__, "from_single_file"
-    return "DiffusionPipeline", "from_pretrained"
+        return "ModularPipeline", f"from_pretrained({{}}{revision})", f"pipe.load_components({variant.removeprefix(', ')})"
+    if args.pretrained_model_name_or_path.endswith(".safetensors"):
+        config = getattr(args, "single_file_config", None)
+        return type(pipeline).__name__, "from_single_file({}" + (f', config="{public(config)}")' if config else ")")
+    return "DiffusionPipeline", f"from_pretrained({{}}{revision}{variant})"

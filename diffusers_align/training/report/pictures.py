@@ -192,12 +192,12 @@ def _paste(sheet: Image.Image, image: Tensor, x: int, y: int, width: int, height
 
 
 def reward_curve(history: list[dict[str, float]], path: Path) -> None:
-    """Mean reward an epoch with its spread between samples, or where there are no rollouts the accuracy on pairs or the loss; and the KL
-    to the reference where logged. Epochs without a number are gaps; without any there is no picture."""
+    """Mean reward an epoch, with its standard error where that is logged, or where there are no rollouts the accuracy on pairs or the loss; and the distance
+    to the pretrained model where logged, or that of a trust region's step. Epochs without a number are gaps; without any there is no picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    labels = {"reward": "reward of rollouts (mean, s.e.)", "accuracy": "accuracy on the epoch's pairs", "loss": "training loss"}
+    labels = {"reward": "mean reward of rollouts", "accuracy": "accuracy on the epoch's pairs", "loss": "training loss"}
     name = next((name for name in labels if any(name in row for row in history)), None)
     if name is None:
         return
@@ -206,11 +206,13 @@ def reward_curve(history: list[dict[str, float]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(2 if with_kl else 1, 1, sharex=True, squeeze=False)[:, 0]
     values, error = [row.get(name, float("nan")) for row in history], [row.get(f"{name}_se", 0.0) for row in history]
-    axes[0].plot(epochs, values, color="tab:blue")
+    dots = {"marker": ".", "markersize": 4}  # a line alone shows nothing of an epoch that has no neighbour
+    axes[0].plot(epochs, values, color="tab:blue", **dots)
     axes[0].fill_between(epochs, [v - e for v, e in zip(values, error)], [v + e for v, e in zip(values, error)], alpha=0.25, color="tab:blue")
-    axes[0].set_ylabel(labels[name])
+    axes[0].set_ylabel(labels[name] + (", s.e." if any(error) else ""))
     if with_kl:
-        axes[1].plot(epochs, [row.get("kl", float("nan")) for row in history], color="tab:red")
-        axes[1].set_ylabel("KL to the reference")
+        axes[1].plot(epochs, [row.get("kl", float("nan")) for row in history], color="tab:red", **dots)
+        axes[1].set_ylabel("KL of the step" if any("accepted" in row for row in history) else "distance to the\npretrained model")
     axes[-1].set_xlabel("epoch")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=110)

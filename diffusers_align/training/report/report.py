@@ -196,7 +196,7 @@ class Report:
         if len(run.policy.denoisers) > 1:
             where = args.hub_model_id if args.push_to_hub else str(run.output_dir)
             run.print("The LoRA has a file for each denoiser. Load them all, into the stock pipeline `pipe`:")
-            run.print("\n".join(["  " + line for line in stock_lines(run.policy.pipeline, run.policy.denoisers, where)]))
+            run.print("\n".join(["  " + line for line in stock_lines(run.policy.pipeline, run.policy.denoisers, where, args.push_to_hub)]))
         if args.push_to_hub and not run.health.failed:  # last: what was found is not lost with the network
             run.print(f"Pushed to {run.on_main(lambda: hub.push(run))}.")
         run.end()

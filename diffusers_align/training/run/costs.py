@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import nn
 from ...driving.replacements import InPlace
 
 FILE = "costs.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,13 @@ class Cost:
 
     @classmethod
     def read(cls, folder: str | Path) -> Cost | None:
-        """What a run, or one of its checkpoints, recorded in `folder`; None if nothing did."""
+        """What a run, or one of its checkpoints, recorded in `folder`; None if nothing did, or, with a warning, if it cannot be read."""
         path = Path(folder) / FILE
-        return cls(**json.loads(path.read_text())) if path.is_file() else None
+        try:
+            return cls(**json.loads(path.read_text())) if path.is_file() else None
+        except (ValueError, TypeError) as error:
+            logger.warning("%s does not say what a run has cost (%s): its costs are left out.", path, error)
+            return None
 
     def write(self, folder: str | Path) -> None:
         """Write `costs.json` into `folder`."""

@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,8 +94,8 @@ def complete_or_absent(run, partial: Path) -> Iterator[None]:
 
 
 @contextmanager
-def resumable(run) -> Iterator[None]:
-    """While files of a run are written: a disk that is full or fails says how much space there is and how to resume.
+def writing(folder: Path, then: Callable[[], str], when: str = "") -> Iterator[None]:
+    """While files are written: a disk that is full or fails says how much space there is, and `then` what to do.
 
     Raises:
         OSError: in the place of what safetensors or the file system raise.
@@ -105,8 +105,13 @@ def resumable(run) -> Iterator[None]:
     except WRITE_ERRORS as error:
         if getattr(error, "errno", errno.ENOSPC) not in DISK_ERRORS:
             raise
-        free = _readable(shutil.disk_usage(run.output_dir).free)
-        raise OSError(f"{run.output_dir} could not be written in epoch {run.epoch}: {error} ({free} are free). {how_to_resume(run)}") from error
+        free = _readable(shutil.disk_usage(folder).free)
+        raise OSError(f"{folder} could not be written{when}: {error} ({free} are free). {then()}") from error
+
+
+def resumable(run):
+    """`writing` files of a run: an error says how to resume."""
+    return writing(run.output_dir, lambda: how_to_resume(run), f" in epoch {run.epoch}")
 
 
 def how_to_resume(run) -> str:

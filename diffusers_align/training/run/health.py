@@ -186,6 +186,10 @@ class Health:
             print(f"{text}\n{files}", file=sys.stderr, flush=True)
         raise SystemExit(1)
 
+    def for_card(self) -> str:
+        """That nothing was learned, for those who get the files without the exit status; nothing of a run that has learned."""
+        return f"Nothing was learned: {self._diagnosis()[0]}." if self.learned_nothing else ""
+
     def _diagnosis(self) -> tuple[str, list[str]]:
         """In what sense nothing was learned, and why."""
         epochs, causes = _count(self.epochs, "epoch"), self._seen().symptoms()

@@ -65,8 +65,8 @@ class Run:
         if args.push_to_hub:
             args.hub_model_id = self.on_main(lambda: hub.create(self))
         if args.trackers:
-            self.on_main(lambda: checkpoints.set_logs_aside(self))
-            self.accelerator.init_trackers(args.run_name or self.output_dir.name, config={k: str(v) for k, v in vars(args).items() if k != "hub_token"})
+            name = self.on_main(lambda: checkpoints.set_logs_aside(self))
+            self.accelerator.init_trackers(name, config={k: without_secrets(str(v)) for k, v in args if k != "hub_token"})
         set_seed(args.seed)
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
         self.history: list[dict[str, float]] = []

@@ -203,7 +203,7 @@ def test_a_new_run_sets_the_earlier_one_aside_and_says_so(tmp_path, capsys):
         (folder / place).write_text("first")
     metrics = (folder / "metrics.jsonl").read_text()
     train(folder, 1).end()
-    assert "holds an earlier run: checkpoint-1, checkpoint-2, metrics.jsonl" in capsys.readouterr().out
+    assert "holds an earlier run: checkpoint-1, checkpoint-2, README.md, costs.json" in capsys.readouterr().out
     assert (folder / ".previous-metrics.jsonl").read_text() == metrics and (folder / ".previous-checkpoint-2").is_dir()
     assert (folder / ".previous-README.md").read_text() == "first" and (folder / ".previous-transformer_2").is_dir()
     assert all((folder / f".previous-{place}").read_text() == "first" for place in ("value/config.json", "vector_field/config.json", "widget/4.png"))
@@ -227,7 +227,58 @@ def test_the_logs_of_an_earlier_run_are_not_continued(tmp_path, capsys):
     for expected in (1, 1):
         train(tmp_path / "run", **flags).end()
         assert len(list((tmp_path / "run" / "logs" / "x").glob("events*"))) == expected
-    assert "logs is of an earlier run: renamed to .previous-logs" in capsys.readouterr().out and (tmp_path / "run" / ".previous-logs" / "x").is_dir()
+    logs, aside = (tmp_path / "run" / name / "x" for name in ("logs", ".previous-logs"))
+    assert f"{logs} is of an earlier run: renamed to {aside}." in capsys.readouterr().out and aside.is_dir()
+
+
+def test_a_run_that_goes_on_from_another_folder_sets_aside_what_is_in_its_own(tmp_path, capsys):
+    train(tmp_path / "a", 2).end()
+    train(tmp_path / "b", 3).end()
+    before = (tmp_path / "b" / "metrics.jsonl").read_text()
+    run = train(tmp_path / "b", 1, resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert run.epoch == 3 and [path.name for path in run.checkpoints()] == ["checkpoint-3"], "those of the other run are not taken for its own"
+    assert (tmp_path / "b" / ".previous-metrics.jsonl").read_text() == before and (tmp_path / "b" / ".previous-checkpoint-1").is_dir()
+    assert "holds an earlier run: checkpoint-1, checkpoint-2, checkpoint-3, costs.json, metrics.jsonl are renamed" in capsys.readouterr().out
+    assert (tmp_path / "a" / "checkpoint-2").is_dir()
+
+
+def test_runs_in_folders_of_their_own_are_not_touched_by_one_in_the_folder_above(tmp_path):
+    for name in ("a", "transformer_trials"):
+        train(tmp_path / name, 1).end()
+        (tmp_path / name / "pytorch_lora_weights.safetensors").write_text(name)
+    (tmp_path / "logs" / "others").mkdir(parents=True)
+    for _ in range(3):
+        train(tmp_path, 1, report_to="tensorboard", run_name="x").end()
+    for name in ("a", "transformer_trials"):
+        assert (tmp_path / name / "pytorch_lora_weights.safetensors").read_text() == name and (tmp_path / name / "checkpoint-1").is_dir()
+    assert (tmp_path / "logs" / "others").is_dir() and (tmp_path / ".previous-logs" / "x").is_dir()
+
+
+@pytest.mark.parametrize("name", ["README.md", "model_index.json", "samples/1.png", "checkpoint-500/optimizer.bin"])
+def test_what_is_of_no_run_is_not_overwritten(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(OSError, match=f"holds {name.partition('/')[0]}, and neither metrics.jsonl nor a checkpoint of a run.*Choose another folder"):
+        train(tmp_path, 1)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_checkpoint_that_was_moved_to_another_disk_is_pruned(tmp_path):
+    folder = tmp_path / "run"
+    train(folder, 1).end()
+    (folder / "checkpoint-1").rename(tmp_path / "moved")
+    (folder / "checkpoint-1").symlink_to(tmp_path / "moved")
+    train(folder, 1, resume_from_checkpoint="latest", checkpoints_total_limit=1).end()
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"] and (tmp_path / "moved").is_dir()
+
+
+def test_trackers_get_the_current_folders_name_and_no_password(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    train(".", report_to="tensorboard", eval_reward="http://me:hidden@host:80?token=hidden").end()
+    assert list((tmp_path / "mine" / "logs" / "mine").glob("events*"))
+    (flags,) = (tmp_path / "mine" / "logs").rglob("hparams.yml")
+    assert "eval_reward: http://***@host:80?token=***" in flags.read_text() and "hidden" not in flags.read_text()
 
 
 def test_a_run_that_was_set_aside_can_be_resumed(tmp_path, capsys):

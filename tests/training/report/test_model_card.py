@@ -64,6 +64,19 @@ def test_a_sum_of_rewards_is_shown_with_its_weights():
     assert r"| **scene_score\*1+x\*0.1** | 0.5 ± 0.1 |" in table({"base": found}, ["scene_score*1+x*0.1"])
 
 
+def test_other_runs_below_a_run_are_not_uploaded(tmp_path, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    for name in ("README.md", "transformer_2/x.safetensors", "other [1]/metrics.jsonl", "other [1]/checkpoint-1/optimizer.safetensors", "logs/a/b", ".lock"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = {}
+    monkeypatch.setattr(hub, "upload_folder", lambda **given: found.update(given))
+    hub.push(run_of(tmp_path, None, hub_model_id="me/it"))
+    files = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    assert list(filter_repo_objects(files, ignore_patterns=found["ignore_patterns"])) == ["README.md", "transformer_2/x.safetensors"]
+
+
 @pytest.mark.parametrize("name, tag", [("sd3", "text-to-image"), ("sd15_img2img", "image-to-image"), ("wan", "text-to-video")])
 def test_pipeline_tags(name, tag):
     assert pipeline_tag(FAMILIES[name].build()) == tag
@@ -80,7 +93,35 @@ def run_of(folder, policy, **flags):
         "reward": "http://me:secret@host:8000", "num_eval_samples": 4, "command": f"accelerate launch x.py --output_dir {folder}", "config": None,
     }  # fmt: skip
     made_by = {"commands": [{"epoch": 0, "command": given["command"]}]}
-    return Namespace(args=Namespace(**{**given, **flags}), policy=policy, output_dir=Path(folder), algorithm="Flow-GRPO", made_by=made_by)
+    health = Namespace(for_card=lambda: "")
+    return Namespace(args=Namespace(**{**given, **flags}), policy=policy, output_dir=Path(folder), algorithm="Flow-GRPO", made_by=made_by, health=health)
+
+
+@pytest.mark.parametrize(
+    "family, flags, line",
+    [
+        ("sd3", {"revision": "refs/pr/3", "variant": "fp16"}, 'DiffusionPipeline.from_pretrained("owner/base", revision="refs/pr/3", variant="fp16")'),
+        ("sd3", {}, 'DiffusionPipeline.from_pretrained("owner/base")'),
+        (
+            "sd15",
+            {"pretrained_model_name_or_path": "/home/me/x.safetensors", "single_file_config": "/home/me/like it"},
+            'StableDiffusionPipeline.from_single_file("x.safetensors", config="like it")',
+        ),
+    ],
+)
+def test_the_lines_of_a_card_load_the_files_that_were_trained_on(family, flags, line, tmp_path):
+    policy = Policy(FAMILIES[family].build())
+    policy.add_lora(2)
+    run = run_of(tmp_path, policy, **{"pretrained_model_name_or_path": "owner/base", **flags})
+    assert f"pipe = {line}\n" in python_of(hub.write_model_card(run, {}, []).read_text())
+
+
+def test_the_lines_of_a_modular_card_load_the_files_that_were_trained_on(tmp_path):
+    policy = Policy(build("sd3")[0])
+    policy.add_lora(2)
+    run = run_of(tmp_path, policy, pretrained_model_name_or_path="owner/base", revision="v2", variant="fp16")
+    lines = python_of(hub.write_model_card(run, {}, []).read_text())
+    assert 'pipe = ModularPipeline.from_pretrained("owner/base", revision="v2")\npipe.load_components(variant="fp16")\n' in lines
 
 
 def python_of(card):

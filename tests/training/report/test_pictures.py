@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -153,3 +154,32 @@ def test_reward_curve(tmp_path, kl):
     reward_curve(history, tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as picture:
         assert picture.height > (400 if kl else 300) and len(picture.convert("L").getcolors()) > 10
+
+
+@pytest.mark.parametrize("rewards", [[0.3], [0.1, None, 0.3, None, 0.2]])
+def test_each_epoch_is_seen_on_the_curve(rewards, tmp_path):
+    history = [{"epoch": e, **({} if value is None else {"reward": value, "kl": value})} for e, value in enumerate(rewards)]
+    reward_curve(history, tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as picture:
+        seen = torch.from_numpy(np.asarray(picture.convert("RGB")).astype(int))
+    for color in ((31, 119, 180), (214, 39, 40)):  # tab:blue, tab:red
+        columns = ((seen - torch.tensor(color)).abs().sum(-1) < 30).any(0).int()
+        assert int((columns.diff(prepend=torch.zeros(1, dtype=torch.int32)) == 1).sum()) == sum(value is not None for value in rewards)
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"reward": 1.0, "reward_se": 0.1, "kl": 1.0}, ["mean reward of rollouts, s.e.", "distance to the\npretrained model"]),
+        ({"reward": 1.0, "kl": 1.0, "accepted": 1.0}, ["mean reward of rollouts", "KL of the step"]),  # of a trust region
+        ({"accuracy": 0.5, "loss": 0.7}, ["accuracy on the epoch's pairs"]),
+        ({"loss": 0.7, "loss_se": 0.1}, ["training loss, s.e."]),
+    ],
+)
+def test_the_axes_of_a_curve_say_what_is_drawn(row, said, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    found, set_label = [], Axes.set_ylabel
+    monkeypatch.setattr(Axes, "set_ylabel", lambda axes, text: (found.append(text), set_label(axes, text)))
+    reward_curve([{"epoch": 0, **row}], tmp_path / "curve.png")
+    assert found == said

@@ -23,6 +23,12 @@ def test_a_copy_of_a_watched_denoiser_is_a_copy(copied):
     assert meter.total().denoiser_evaluations == 3, "the copy is not watched"
 
 
+@pytest.mark.parametrize("text", ['{"images": 3, "den', '{"pictures": 3}', "[1]"])
+def test_costs_that_cannot_be_read_end_no_comparison(text, tmp_path, caplog):
+    (tmp_path / "costs.json").write_text(text)
+    assert Cost.read(tmp_path) is None and "does not say what a run has cost" in caplog.text
+
+
 def test_the_meter_counts_rows_only_while_it_runs():
     module, meter = torch.nn.Linear(2, 2), Meter()
     meter.watch([module])

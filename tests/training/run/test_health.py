@@ -275,6 +275,7 @@ def test_a_script_that_learns_nothing_says_why_after_its_files_are_written(scrip
     said = capsys.readouterr()
     assert re.search(message, said.err) and "NOTHING WAS LEARNED" in said.err and "WARNING: nothing was learned in this epoch" in said.out
     assert all((tmp_path / "run" / name).is_file() for name in (LORA, "README.md", "metrics.jsonl", "before_after.png"))
+    assert "Nothing was learned: " in (tmp_path / "run" / "README.md").read_text()
     (row,) = rows(tmp_path / "run")
     assert row["zero_std"] == (1.0 if "learning_rate" not in flags and "lr_scheduler" not in flags else row["zero_std"])
 

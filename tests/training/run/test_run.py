@@ -304,6 +304,7 @@ def test_checkpoints_of_an_earlier_run_are_set_aside(run):
     for epoch in (3, 7):
         (run.output_dir / f"checkpoint-{epoch}").mkdir(exist_ok=True)
     (run.output_dir / "checkpoint-best").mkdir(exist_ok=True)
+    (run.output_dir / "metrics.jsonl").touch()
     run.args.resume_from_checkpoint = None
     run.resume()
     assert run.checkpoints() == [] and (run.output_dir / ".previous-checkpoint-7").is_dir() and (run.output_dir / "checkpoint-best").is_dir()
