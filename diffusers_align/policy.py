@@ -43,6 +43,8 @@ class Policy(Driver):
             override.
     """
 
+    made_by = "Policy(pipe) makes one of a loaded pipeline"
+
     def __init__(self, pipeline, scheduler: SDESchedulerMixin | None = None, **call_kwargs: Any):
         super().__init__(pipeline, scheduler, call_kwargs)
         for component in pipeline.components.values():
@@ -101,6 +103,7 @@ class Policy(Driver):
             self.drive(condition, record, needs_denoiser=needs_denoiser)
         return tape.trajectory(condition)
 
+    @checked
     def replay(
         self,
         trajectory: Trajectory,
@@ -137,6 +140,7 @@ class Policy(Driver):
         self.replay(trajectory, lambda _, transition: found.append(transition), [k], condition)
         return found[0]
 
+    @checked
     @torch.no_grad()
     def transitions(self, trajectory: Trajectory, steps: list[int] | None = None, condition: Condition | None = None) -> dict[int, GaussianTransition]:
         """The kernels of `steps` (every stochastic one by default) without gradients, by solver step: of the reference, of the
@@ -222,6 +226,7 @@ class Policy(Driver):
 
     # --- pixels ----------------------------------------------------------------------------------------------------
 
+    @checked
     def decode(self, latents: Tensor, condition: Condition | None = None) -> Tensor:
         """Latents in the pipeline's layout to images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], or sounds (B, C, T) in [-1, 1], by the
         pipeline's own tail. Differentiable if autograd is on (values beyond these ranges are clamped and pass no gradient);

@@ -6,8 +6,8 @@ def search(prompt: str, *, num_candidates: Count = 4, cosine: Probability = 0.95
 ```
 
 `checked` refuses, with one sentence that names the argument, its range and the value: numbers that are not finite or out of range, numbers
-where whole ones are wanted, texts for numbers and switches, names that are not among the choices. Annotations of other types say nothing
-here. The standard library alone, so that every part of the package may use it.
+where whole ones are wanted, texts for numbers and switches, names that are not among the choices; and anything else for a class that says how
+one gets it, in its attribute `made_by`. Annotations of other types say nothing here. The standard library alone, so that every part of the package may use it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def checked(function: Function) -> Function:
     """A function whose arguments are checked against their annotations at each call.
 
     Raises:
-        ValueError: an argument that its annotation does not allow; from the function.
+        TypeError, ValueError: an argument that its annotation does not allow; from the function.
     """
     signature = inspect.signature(function)
 
@@ -97,6 +97,7 @@ def check_value(name: str, value: Any, annotation: Any) -> None:
     """Check one value.
 
     Raises:
+        TypeError: it is none of the class that is asked for.
         ValueError: it is not allowed.
     """
     kind, found, optional = _parts(annotation)
@@ -112,6 +113,8 @@ def check_value(name: str, value: Any, annotation: Any) -> None:
         allowed = str(found or "")
         words = "a whole number" if kind is int else "a number" if found is not None and found.infinite else "a finite number"
         raise ValueError(f"{name} must be {words}{allowed and f', {allowed}'}{', or None' if optional else ''}, got {value!r}.")
+    elif isinstance(kind, type) and hasattr(kind, "made_by") and not isinstance(value, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}, got a {type(value).__name__}: {kind.made_by}.")
 
 
 def check_call(arguments: dict[str, Any]) -> None:

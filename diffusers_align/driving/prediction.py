@@ -16,6 +16,7 @@ from torch import Tensor
 from ..condition import Condition
 from .guidance import GuidanceSwitch, of_the_device
 from .initial_noise import prepared_latents
+from .of_driver import OfDriver
 from .scheduler_hook import Step
 
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Prediction:
+class Prediction(OfDriver):
     """`Policy.predict`, with what it has learned about the driver's pipeline."""
 
     def __init__(self, driver: Driver):
-        self.driver = driver
+        super().__init__(driver)
         self._guidance = GuidanceSwitch(driver)
         self._own_times: bool | None = None
         self._edits = False
