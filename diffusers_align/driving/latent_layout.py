@@ -62,9 +62,7 @@ class LatentLayout:
         Raises:
             ValueError: there is no `vae` to encode with, the map is not a permutation, its round trip fails, or the condition holds all latents.
         """
-        vae = getattr(driver.pipeline, "vae", None)
-        if vae is None or not hasattr(vae, "encode"):
-            raise ValueError(f"{type(driver.pipeline).__name__} has no autoencoder that encodes, so images cannot become latents.")
+        vae = encoder_of(driver.pipeline)
         tail = _Tail.of(driver, condition)
         zeros = tail(torch.zeros_like)
         scale = (tail(torch.ones_like) - zeros).flatten()
@@ -105,6 +103,18 @@ class LatentLayout:
         error = (received - expected).abs().max() / expected.abs().max()
         if not error <= tolerance:  # NaN fails too
             raise ValueError(f"The round trip through the pipeline's tail is off by {error:.1e}: it is not an affine map and a permutation.")
+
+
+def encoder_of(pipeline):
+    """The autoencoder of a pipeline.
+
+    Raises:
+        ValueError: there is none, or it encodes nothing.
+    """
+    vae = getattr(pipeline, "vae", None)
+    if vae is None or not hasattr(vae, "encode"):
+        raise ValueError(f"{type(pipeline).__name__} has no autoencoder that encodes, so images cannot become latents.")
+    return vae
 
 
 @dataclass
