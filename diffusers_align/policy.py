@@ -216,6 +216,7 @@ class Policy(Driver):
         self._carried.refuse_caches("single evaluations")
         return self._prediction(latents, timesteps, condition, guidance)
 
+    @checked
     def guidance_off(self, condition: Condition) -> dict[str, Any]:
         """Arguments of the call that switch classifier-free guidance off, found by trying; {} where it is off.
 

@@ -57,8 +57,6 @@ class Prediction(OfDriver):
         return self._one_by_one(latents, timesteps, condition, overrides)
 
     def _check(self, latents: Tensor, timesteps: Tensor, number: int) -> None:
-        if not isinstance(latents, Tensor) or not isinstance(timesteps, Tensor):
-            raise ValueError(f"latents and timesteps are tensors, got a {type(latents).__name__} and a {type(timesteps).__name__}.")
         if len(latents) != number or timesteps.shape != (number,):
             raise ValueError(f"{number} prompts need latents and timesteps of as many, got {tuple(latents.shape)} and {tuple(timesteps.shape)}.")
         least, most = self.driver.scheduler.time_range
