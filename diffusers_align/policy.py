@@ -34,7 +34,7 @@ from .transition import GaussianTransition
 
 
 class Policy(Driver):
-    """Wraps a pipeline. Its parameters are frozen and in evaluation mode; `add_lora` adds what can be trained.
+    """Wraps a pipeline. Its parameters are frozen and in evaluation mode; `add_lora` adds what can be trained, also by further policies of the pipeline.
 
     Args:
         pipeline: any diffusers pipeline, classic or modular. It keeps its scheduler: its own call samples as ever, with the LoRA.
@@ -49,7 +49,8 @@ class Policy(Driver):
         super().__init__(pipeline, scheduler, call_kwargs)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
-                component.requires_grad_(False).eval()
+                for parameter in component.eval().parameters():  # but for the LoRA that another policy of the pipeline trains
+                    parameter.requires_grad_(parameter.requires_grad and getattr(parameter, lora.ADDED, False))
         self._layouts = Layouts(self)
         self._prediction = Prediction(self)
         self._carried, self.compared = CarriedState(self), False
