@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from types import NoneType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ class Condition:
     seeds: list[int] | None = None
     step_seeds: list[int] | None = None
     per_sample: dict[str, Any] = field(default_factory=dict)
+    made_by: ClassVar[str] = "policy.condition(prompts, seeds=[...]) makes one"
 
     def __post_init__(self):
         if isinstance(self.prompts, str) or not all(isinstance(prompt, str) for prompt in self.prompts):

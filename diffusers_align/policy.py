@@ -34,7 +34,7 @@ from .transition import GaussianTransition
 
 
 class Policy(Driver):
-    """Wraps a pipeline. Its parameters are frozen and in evaluation mode; `add_lora` adds what can be trained.
+    """Wraps a pipeline. Its parameters are frozen and in evaluation mode; `add_lora` adds what can be trained, also by further policies of the pipeline.
 
     Args:
         pipeline: any diffusers pipeline, classic or modular. It keeps its scheduler: its own call samples as ever, with the LoRA.
@@ -43,11 +43,14 @@ class Policy(Driver):
             override.
     """
 
+    made_by = "Policy(pipe) makes one of a loaded pipeline"
+
     def __init__(self, pipeline, scheduler: SDESchedulerMixin | None = None, **call_kwargs: Any):
         super().__init__(pipeline, scheduler, call_kwargs)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
-                component.requires_grad_(False).eval()
+                for parameter in component.eval().parameters():  # but for the LoRA that another policy of the pipeline trains
+                    parameter.requires_grad_(parameter.requires_grad and getattr(parameter, lora.ADDED, False))
         self._layouts = Layouts(self)
         self._prediction = Prediction(self)
         self._carried, self.compared = CarriedState(self), False
@@ -101,6 +104,7 @@ class Policy(Driver):
             self.drive(condition, record, needs_denoiser=needs_denoiser)
         return tape.trajectory(condition)
 
+    @checked
     def replay(
         self,
         trajectory: Trajectory,
@@ -137,6 +141,7 @@ class Policy(Driver):
         self.replay(trajectory, lambda _, transition: found.append(transition), [k], condition)
         return found[0]
 
+    @checked
     @torch.no_grad()
     def transitions(self, trajectory: Trajectory, steps: list[int] | None = None, condition: Condition | None = None) -> dict[int, GaussianTransition]:
         """The kernels of `steps` (every stochastic one by default) without gradients, by solver step: of the reference, of the
@@ -212,6 +217,7 @@ class Policy(Driver):
         self._carried.refuse_caches("single evaluations")
         return self._prediction(latents, timesteps, condition, guidance)
 
+    @checked
     def guidance_off(self, condition: Condition) -> dict[str, Any]:
         """Arguments of the call that switch classifier-free guidance off, found by trying; {} where it is off.
 
@@ -222,6 +228,7 @@ class Policy(Driver):
 
     # --- pixels ----------------------------------------------------------------------------------------------------
 
+    @checked
     def decode(self, latents: Tensor, condition: Condition | None = None) -> Tensor:
         """Latents in the pipeline's layout to images (B, 3, H, W) or videos (B, F, 3, H, W) in [0, 1], or sounds (B, C, T) in [-1, 1], by the
         pipeline's own tail. Differentiable if autograd is on (values beyond these ranges are clamped and pass no gradient);

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,6 +38,7 @@ class Trajectory:
     log_probs: Tensor
     condition: Condition
     children: tuple[Trajectory, ...] = ()
+    made_by: ClassVar[str] = "policy.rollout(prompts) returns one"
 
     def __len__(self) -> int:
         return self.states.shape[0]

@@ -327,3 +327,13 @@ def test_policies_of_one_pipeline_do_not_disturb_each_other():
         assert torch.equal(policy.rollout(PROMPTS, seeds=SEEDS).final, walked.final)
         policy.predict(walked.final, torch.full((len(PROMPTS),), 500.0), policy.condition(PROMPTS))
     assert second.scheduler.config.sde_window is None, "a twin of the pipeline's own, not of the first one's"
+
+
+def test_a_second_policy_of_a_pipeline_leaves_the_lora_of_the_first_one_to_train():
+    pipeline = FAMILIES["sd3"].build()
+    first = Policy(pipeline, **FAMILIES["sd3"].call)
+    trajectory, parameters = first.rollout(PROMPTS, seeds=SEEDS), first.add_lora(rank=2)
+    second = Policy(pipeline, **FAMILIES["sd3"].call)
+    assert list(map(id, second.trainable_parameters())) == list(map(id, first.trainable_parameters())) == list(map(id, parameters))
+    first.transition(trajectory, 1).log_prob(trajectory.actions[:, 1]).sum().backward()
+    assert any(bool(parameter.grad.any()) for parameter in parameters)

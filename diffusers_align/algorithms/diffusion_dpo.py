@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..rl.matching import require_full_precision
+from ..rl.matching import check_errors
 from ..rl.pair_losses import pair_loss
 
 
@@ -45,7 +45,7 @@ def preference_logit(error_w: Tensor, error_l: Tensor, ref_error_w: Tensor, ref_
     Raises:
         TypeError: errors in half precision.
     """
-    require_full_precision(error_w, error_l, ref_error_w, ref_error_l)
+    check_errors(error_w, error_l, ref_error_w, ref_error_l)
     return -0.5 * beta * ((error_w - ref_error_w) - (error_l - ref_error_l))
 
 

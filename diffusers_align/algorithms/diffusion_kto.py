@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..rl.matching import require_full_precision
+from ..rl.matching import check_errors
 
 # What is lost at the signed logit: 1 - U.
 UTILITY_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -69,7 +69,7 @@ def kto_loss(
         TypeError: errors in half precision.
         ValueError: an unknown utility, or a label that is no probability.
     """
-    require_full_precision(error, ref_error)
+    check_errors(error, ref_error)
     if utility not in UTILITY_LOSSES:
         raise ValueError(f"Unknown utility {utility!r}; choose one of {', '.join(UTILITY_LOSSES)}.")
     y = desirable.to(error.dtype)

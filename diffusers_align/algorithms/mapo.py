@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..rl.matching import require_full_precision
+from ..rl.matching import check_errors
 
 
 def likelihood_score(error: Tensor, *, snr_value: float = 0.5) -> Tensor:
@@ -41,7 +41,7 @@ def mapo_margin(error_w: Tensor, error_l: Tensor, *, snr_value: float = 0.5, num
     Raises:
         TypeError: errors in half precision.
     """
-    require_full_precision(error_w, error_l)
+    check_errors(error_w, error_l)
     return num_timesteps * (likelihood_score(error_w, snr_value=snr_value) - likelihood_score(error_l, snr_value=snr_value))
 
 

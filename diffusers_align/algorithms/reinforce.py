@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..rl.importance import refuse_spread
+
 
 def reinforce_loss(log_prob: Tensor, advantage: Tensor, *, per_dim: int = 1) -> Tensor:
     """-A log p, (B,).
@@ -22,5 +24,9 @@ def reinforce_loss(log_prob: Tensor, advantage: Tensor, *, per_dim: int = 1) -> 
         log_prob: (B,) nats, summed over dimensions, of the actions taken at one step.
         advantage: (B,), without gradient.
         per_dim: divide the log-probability by this many dimensions, as the papers do.
+
+    Raises:
+        ValueError: they are of other samples.
     """
+    refuse_spread(log_prob, advantage=advantage)
     return -advantage * log_prob / per_dim

@@ -6,8 +6,9 @@ def search(prompt: str, *, num_candidates: Count = 4, cosine: Probability = 0.95
 ```
 
 `checked` refuses, with one sentence that names the argument, its range and the value: numbers that are not finite or out of range, numbers
-where whole ones are wanted, texts for numbers and switches, names that are not among the choices. Annotations of other types say nothing
-here. The standard library alone, so that every part of the package may use it.
+where whole ones are wanted, texts for numbers and switches, names that are not among the choices; and anything else for a tensor, or for a class
+that says how one gets it, in its attribute `made_by`. Annotations of other types say nothing here. The standard library alone, so that every
+part of the package may use it.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def checked(function: Function) -> Function:
     """A function whose arguments are checked against their annotations at each call.
 
     Raises:
-        ValueError: an argument that its annotation does not allow; from the function.
+        TypeError, ValueError: an argument that its annotation does not allow; from the function.
     """
     signature = inspect.signature(function)
 
@@ -97,6 +98,7 @@ def check_value(name: str, value: Any, annotation: Any) -> None:
     """Check one value.
 
     Raises:
+        TypeError: it is none of the class that is asked for.
         ValueError: it is not allowed.
     """
     kind, found, optional = _parts(annotation)
@@ -112,6 +114,9 @@ def check_value(name: str, value: Any, annotation: Any) -> None:
         allowed = str(found or "")
         words = "a whole number" if kind is int else "a number" if found is not None and found.infinite else "a finite number"
         raise ValueError(f"{name} must be {words}{allowed and f', {allowed}'}{', or None' if optional else ''}, got {value!r}.")
+    elif (hasattr(kind, "made_by") or getattr(kind, "__name__", None) == "Tensor") and not isinstance(value, kind):
+        how = f": {kind.made_by}" if hasattr(kind, "made_by") else ""
+        raise TypeError(f"{name} must be a {kind.__name__}{', or None' if optional else ''}, got a {type(value).__name__}{how}.")
 
 
 def check_call(arguments: dict[str, Any]) -> None:

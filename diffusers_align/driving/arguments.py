@@ -117,6 +117,8 @@ def checked_prompts(prompts: str | Iterable[str]) -> list[str]:
     Raises:
         ValueError: none, or something else than strings.
     """
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"Prompts are a list of strings, got {prompts!r}.")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ValueError("No prompts: give at least one.")

@@ -191,6 +191,7 @@ class Driver:
         """What conditions will ask for, until other prompts are announced: text encoders that are off the device encode them in one visit."""
         self.prompt_memory.expected = list(prompts)
 
+    @checked
     def prompt_features(self, condition: Condition) -> Tensor:
         """One vector a sample, (B, E) float32: the pipeline's encoded prompt, averaged over its tokens.
 

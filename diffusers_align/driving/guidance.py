@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..condition import Condition
 from .guiders import state_of
+from .of_driver import OfDriver
 from .scheduler_hook import Step
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ _SCALE = re.compile(r"(?<!embedded_)(guidance|cfg|pag|sag)_scale$")
 _FIRST = ("true_cfg_scale", "guidance_scale")
 
 
-class GuidanceSwitch:
+class GuidanceSwitch(OfDriver):
     """Finds the arguments that switch the guidance of a driver's pipeline off, once for each kind of call."""
 
     def __init__(self, driver: Driver):
-        self.driver = driver
+        super().__init__(driver)
         self._known: dict[tuple, dict[str, Any]] = {}
 
     def off(self, condition: Condition) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from ..condition import Condition, belongs_to_samples
 from .module_tree import device_of, modules_of
+from .of_driver import OfDriver
 from .pipeline_state import Enough
 from .replacements import replaced
 
@@ -61,9 +62,7 @@ class LatentLayout:
         Raises:
             ValueError: there is no `vae` to encode with, the map is not a permutation, its round trip fails, or the condition holds all latents.
         """
-        vae = getattr(driver.pipeline, "vae", None)
-        if vae is None or not hasattr(vae, "encode"):
-            raise ValueError(f"{type(driver.pipeline).__name__} has no autoencoder that encodes, so images cannot become latents.")
+        vae = encoder_of(driver.pipeline)
         tail = _Tail.of(driver, condition)
         zeros = tail(torch.zeros_like)
         scale = (tail(torch.ones_like) - zeros).flatten()
@@ -104,6 +103,18 @@ class LatentLayout:
         error = (received - expected).abs().max() / expected.abs().max()
         if not error <= tolerance:  # NaN fails too
             raise ValueError(f"The round trip through the pipeline's tail is off by {error:.1e}: it is not an affine map and a permutation.")
+
+
+def encoder_of(pipeline):
+    """The autoencoder of a pipeline.
+
+    Raises:
+        ValueError: there is none, or it encodes nothing.
+    """
+    vae = getattr(pipeline, "vae", None)
+    if vae is None or not hasattr(vae, "encode"):
+        raise ValueError(f"{type(pipeline).__name__} has no autoencoder that encodes, so images cannot become latents.")
+    return vae
 
 
 @dataclass
@@ -186,7 +197,7 @@ class _Tail:
             return self.driver.drive(self.condition, put, needs_denoiser=lambda k: False, output_type=output_type)
 
 
-class Layouts:
+class Layouts(OfDriver):
     """The layouts of a driver's pipeline, each found once: for a size of images and the names of the pictures that the call gets beside the prompts.
 
     Of one picture, a call keeps the same part whatever it shows (the first frame of a video, or nothing). What it keeps of several may lie in one of them, a
@@ -194,7 +205,8 @@ class Layouts:
     """
 
     def __init__(self, driver: Driver):
-        self._driver, self._known = driver, {}
+        super().__init__(driver)
+        self._known: dict[tuple, LatentLayout] = {}
 
     def encode(self, images: Tensor, condition: Condition | None) -> Tensor:
         """Images (B, 3, H, W) or (B, F, 3, H, W) in [0, 1] to the pipeline's latents; None: under a condition that has nothing but the driver's own arguments.
@@ -202,19 +214,19 @@ class Layouts:
         Raises:
             ValueError: see `LatentLayout.find`; a condition that holds a part, of another number of samples.
         """
-        given = _pictures(self._driver.call_kwargs if condition is None else {**condition.kwargs, **condition.per_sample})
+        given = _pictures(self.driver.call_kwargs if condition is None else {**condition.kwargs, **condition.per_sample})
         place = tuple(images.shape[1:]), given
         if place in self._known and len(given) < 2:
             return self._known[place].encode(images)
-        condition = condition or self._driver.any_condition(len(images))
+        condition = condition or self.driver.any_condition(len(images))
         first = None
-        if not (len(given) > 1 and holds_a_part(self._driver, condition)):
-            first = self._known.get(place) or LatentLayout.find(self._driver, condition.select([0]), images[:1])
+        if not (len(given) > 1 and holds_a_part(self.driver, condition)):
+            first = self._known.get(place) or LatentLayout.find(self.driver, condition.select([0]), images[:1])
             if not first.held.any():
                 self._known[place] = first
                 return first.encode(images)
         rows = [condition.of_samples(len(images), "images").select([i]) for i in range(len(images))]  # each sample holds its own
-        layouts = [first if i == 0 and first else LatentLayout.find(self._driver, row, images[i : i + 1]) for i, row in enumerate(rows)]
+        layouts = [first if i == 0 and first else LatentLayout.find(self.driver, row, images[i : i + 1]) for i, row in enumerate(rows)]
         return torch.cat([own.encode(image[None]) for own, image in zip(layouts, images)])
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..condition import Condition
 from .guidance import GuidanceSwitch, of_the_device
 from .initial_noise import prepared_latents
+from .of_driver import OfDriver
 from .scheduler_hook import Step
 
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Prediction:
+class Prediction(OfDriver):
     """`Policy.predict`, with what it has learned about the driver's pipeline."""
 
     def __init__(self, driver: Driver):
-        self.driver = driver
+        super().__init__(driver)
         self._guidance = GuidanceSwitch(driver)
         self._own_times: bool | None = None
         self._edits = False
@@ -56,8 +57,6 @@ class Prediction:
         return self._one_by_one(latents, timesteps, condition, overrides)
 
     def _check(self, latents: Tensor, timesteps: Tensor, number: int) -> None:
-        if not isinstance(latents, Tensor) or not isinstance(timesteps, Tensor):
-            raise ValueError(f"latents and timesteps are tensors, got a {type(latents).__name__} and a {type(timesteps).__name__}.")
         if len(latents) != number or timesteps.shape != (number,):
             raise ValueError(f"{number} prompts need latents and timesteps of as many, got {tuple(latents.shape)} and {tuple(timesteps.shape)}.")
         least, most = self.driver.scheduler.time_range

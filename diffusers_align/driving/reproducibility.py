@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..trajectory import Trajectory
 from .module_tree import caches
+from .of_driver import OfDriver
 from .pipeline_state import Enough
 from .scheduler_hook import Step
 from .tape import force, kind_of_call
@@ -57,12 +58,13 @@ def check_first_steps(driver: Driver, trajectory: Trajectory, steps: int = 2) ->
     logger.warning(f"{message} That is rounding: the kernels are not deterministic, and ratio_error will not be exactly 0.")
 
 
-class CarriedState:
+class CarriedState(OfDriver):
     """Finds out whether a pipeline carries something from step to step beside its latents, which gated steps do not see: the caches of
     denoisers by their hooks, anything else (a guider with momentum) by comparing one step alone with that of a whole pass, once for each kind of call."""
 
     def __init__(self, driver: Driver):
-        self.driver, self._off = driver, {}
+        super().__init__(driver)
+        self._off: dict[tuple, float] = {}
 
     def refuse(self, trajectory: Trajectory, wanted: Collection[int]) -> None:
         """Raise a ValueError if the steps `wanted` come out otherwise when those before them are gated."""

@@ -162,8 +162,7 @@ class _Session:
         if (clean := arguments.get("pred_original_sample")) is not None:
             output = implied_output(scheduler, clean, arguments["sample"])
         time = _first_of(arguments, "timestep", "sigma_hat")
-        step = Step(self.taken[child], child, scheduler, time, state, output, stock_step, arguments)
-        step.portion = len(self.begun[child]) - 1
+        step = Step(self.taken[child], child, scheduler, time, state, output, stock_step, arguments, portion=len(self.begun[child]) - 1)
         result = step.result(self.on_step(step))
         self.taken[child] += 1
         return result
@@ -220,8 +219,7 @@ def _hands_on(calls: Calls, name: str) -> bool:
 
 
 def _asks_first(calls: Calls) -> bool:
-    """Whether the pipeline guides clean samples: it has a step of the scheduler tell them, takes that step back, and hands the guided ones to the step
-    that counts, as `pred_original_sample`."""
+    """Whether the pipeline guides clean samples: a step tells them, is taken back, and the one that counts gets others as `pred_original_sample`."""
     return _hands_on(calls, "pred_original_sample")
 
 

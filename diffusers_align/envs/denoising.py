@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import gymnasium
 import numpy as np
@@ -11,7 +11,7 @@ from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from ..checks.ranges import Count, checked
+from ..checks.ranges import Count, CountOrNone, Range, check_value, checked
 from ..policy import Policy
 from .episodes import Episodes, Task, make_task
 
@@ -160,7 +160,7 @@ def drawn(task: Task, generator: np.random.Generator, options: dict[str, Any]) -
     row, seed = int(generator.integers(number)), int(generator.integers(2**62))
     if unknown := sorted(set(options) - {"row", "seed"}):
         raise ValueError(f"options are row and seed, got {', '.join(unknown)}.")
-    row = options.get("row", row)
-    if not 0 <= row < number:
-        raise ValueError(f"options row is the number of one of the {number} prompts, got {row}.")
-    return int(row), int(options.get("seed", seed))
+    row, seed = options.get("row", row), options.get("seed", seed)
+    check_value("options row", row, Annotated[int, Range(0, number - 1)])
+    check_value("options seed", seed, CountOrNone)
+    return int(row), int(seed)

@@ -125,7 +125,9 @@ class Episodes:
     def __init__(self, task: Task, rows: list[int], seeds: list[int]):
         self.task, self.rows, self.seeds = task, rows, seeds
         condition = replace(task.condition.select(rows), seeds=seeds)
-        self.walk = Walk(WrappedPipeline(task.policy.pipeline), condition, seeds)
+        wrapped = WrappedPipeline(task.policy.pipeline)
+        wrapped.prompt_memory = task.policy.prompt_memory  # so that prompts are encoded once, and not in each episode
+        self.walk = Walk(wrapped, condition, seeds)
         self.own = step_streams(seeds)
         self.left = list(task.trajectory.noisy_steps)
         self.potential: Tensor | None = None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks.ranges import checked
 from ..condition import Condition
 from ..policy import Policy
 from .rollout import DifferentiableRollout, count_steps, differentiable_rollout
@@ -30,6 +31,7 @@ class UnscoredError(GradientError):
     """The reward could score none of the images, so the check says nothing."""
 
 
+@checked
 def check_gradient(policy: Policy, condition: Condition, reward: Callable[[Tensor], Tensor], **rollout_options: Any) -> dict[str, float]:
     """Roll out, score and go back once; call it before training.
 

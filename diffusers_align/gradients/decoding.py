@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from ..checks.ranges import checked
 from ..condition import Condition
 from ..driving.replacements import replaced
 from ..policy import Policy
 from .recompute import without_activations
 
 
+@checked
 def decode_latents(policy: Policy, latents: Tensor, condition: Condition | None = None, *, checkpoint: bool = True, frames: list[int] | None = None) -> Tensor:
     """`policy.decode` that computes the autoencoder's activations again on the way back.
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks.ranges import checked
 from ..condition import Condition
 from ..driving.initial_noise import initial_noise
 from ..driving.outcome import Outcome, by_sample, images_of
@@ -75,6 +76,7 @@ def _solver(policy: Policy, condition: Condition, stochastic: bool) -> Iterator[
         yield
 
 
+@checked
 def differentiable_rollout(
     policy: Policy,
     condition: Condition,
@@ -128,6 +130,7 @@ def differentiable_rollout(
     return DifferentiableRollout(condition, images, walk.final[0], walk.states, walk.timesteps, walk.steps, stochastic, walk.actions, walk.call, start.noise)
 
 
+@checked
 @torch.no_grad()
 def count_steps(policy: Policy, condition: Condition, *, stochastic: bool = False) -> int:
     """How many solver steps the call takes: `num_inference_steps` for most, more for solvers of second order, fewer for a partial

@@ -257,6 +257,7 @@ class WrappedPipeline(DiffusionPipeline):
         modes = {m: m.training for m in modules}
         try:
             policy = Policy(self.pipeline, scheduler, **({} if condition is None else own_levels(condition.kwargs)))
+            policy.prompt_memory = self.prompt_memory
             with policy.schedulers_in_place():
                 yield policy
         finally:

@@ -29,6 +29,7 @@ from ..algorithms.guidance import Guidance
 from ..algorithms.guidance import preset as find_preset
 from ..checks.ranges import check_value
 from ..condition import Condition
+from ..data.images import in_srgb
 from ..driving.calls import calls_of
 from ..driving.outcome import WAVES, images_of, waveforms
 from ..rewards import load_reward
@@ -150,7 +151,7 @@ class BestOfNStep(ModularPipelineBlocks):
         if name is None:
             raise ValueError(f"No block before this one has left {' or '.join(_OUTPUTS)}: put it behind the one that decodes.")
         found, number = state.get(name), len(_prompts(state))
-        images = waveforms(torch.as_tensor(found)) if name in WAVES else _pixels(found)
+        images = waveforms(torch.as_tensor(found)) if name in WAVES else images_of([_pixels(found)])
         rewards = _judge(components, state, len(found))(images, list(range(len(found)))).reshape(number, -1)
         chosen = best(rewards)
         rows = (chosen.cpu() + rewards.shape[1] * torch.arange(number)).tolist()
@@ -229,11 +230,11 @@ def _judge(components: ModularPipeline, state: PipelineState, size: int) -> Judg
 
 
 def _pixels(found: Any) -> Tensor:
-    """(B, 3, H, W) or (B, F, 3, H, W) in [0, 1] of what a pipeline's blocks leave: tensors, arrays with channels last, or PIL."""
+    """(B, C, H, W) or (B, F, C, H, W) in [0, 1] of what a pipeline's blocks leave: tensors, arrays with channels last, or PIL."""
     if isinstance(found, Tensor):
         return found
     if isinstance(found, np.ndarray):
         return torch.from_numpy(found).movedim(-1, -3)
     if isinstance(found, (list, tuple)):
         return torch.stack([_pixels(one) for one in found])
-    return torch.from_numpy(np.array(found.convert("RGB"))).movedim(-1, -3).float() / 255  # a picture of PIL
+    return torch.from_numpy(np.array(in_srgb(found))).movedim(-1, -3).float() / 255  # a picture of PIL

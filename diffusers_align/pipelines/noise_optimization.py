@@ -125,8 +125,10 @@ class NoiseOptimizationPipeline(WrappedPipeline):
     def _differentiable(self):
         """Context: the pipeline inside as a policy."""
         pipeline = copy.copy(self.pipeline)
+        wrapped = WrappedPipeline(pipeline)
+        wrapped.prompt_memory = self.prompt_memory
         # Roll-outs walk the stock solver, so any twin stands in for it: solvers without one have their noise optimised as well.
-        return WrappedPipeline(pipeline).as_policy(DDIMSDEScheduler())
+        return wrapped.as_policy(DDIMSDEScheduler())
 
 
 class _Search:

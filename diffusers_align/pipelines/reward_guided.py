@@ -173,9 +173,16 @@ def _rows(generator: Generators, rows: list[int]) -> Generators:
 def noise_seeds(generator: Generators, size: int) -> list[int]:
     """Of the noise that guidance draws, so that the call's own draws stay what they are."""
     if isinstance(generator, list):
-        return [noise_seed(g.initial_seed(), "guidance") for g in generator]
-    start = torch.randint(2**62, ()).item() if generator is None else generator.initial_seed()
+        return [noise_seed(_number_of(g), "guidance") for g in generator]
+    start = torch.randint(2**62, ()).item() if generator is None else _number_of(generator)
     return [noise_seed(start, "guidance", i) for i in range(size)]
+
+
+def _number_of(generator: torch.Generator) -> int:
+    """Its seed; of one that has drawn since, what it would draw, so that one generator for several calls gives each of them noise of its own."""
+    own, seed = copied(generator), generator.initial_seed()
+    fresh = torch.equal(own.get_state(), torch.Generator(own.device).manual_seed(seed).get_state())
+    return seed if fresh else int(torch.randint(2**62, (), generator=own, device=own.device))
 
 
 def _shown(bar):

@@ -213,7 +213,7 @@ class ValueSteeringPipeline(WrappedPipeline):
         value = load_value(value).to(self.pipeline._execution_device)
         with self.as_policy(scheduler, condition) as plain:
             policy = SteeredPolicy(plain.pipeline, plain.scheduler)
-            policy.steering = Steering(value, num_noises, alpha)
+            policy.prompt_memory, policy.steering = plain.prompt_memory, Steering(value, num_noises, alpha)
             trajectory = policy.rollout(replace(condition, seeds=seeds))
         final, fresh = [trajectory.final, *(child.final for child in trajectory.children)], [torch.Generator().manual_seed(seed) for seed in seeds]
         output = self.finish(final, condition, fresh, output_type=output_type, return_dict=return_dict)

@@ -19,7 +19,7 @@ from ..algorithms import alignprop, draft, drtune, refl, vader
 from ..algorithms.adjoint_matching import matched_steps
 from ..condition import Condition
 from ..data.prompts import Prompt
-from ..driving.latent_layout import autoencoded
+from ..driving.latent_layout import autoencoded, encoder_of
 from ..gradients.rollout import differentiable_rollout
 from ..policy import Policy
 from ..training.gradient.adjoints import make_memoryless, matching_targets, noisy_steps, reward_gradient
@@ -186,7 +186,7 @@ def pairs(bench: Bench) -> list[Stage]:
 
 def _pictures(bench: Bench, latents: Tensor, sides: int) -> Stage:
     """The data set's pictures as latents: of every batch, or with `--cache_dir` in the first epoch alone."""
-    policy, vae = bench.policy, bench.policy.pipeline.vae
+    policy, vae = bench.policy, encoder_of(bench.policy.pipeline)
     with torch.no_grad():
         images = torch.zeros_like(policy.decode(latents, bench.condition()), dtype=torch.float32)
 

@@ -263,10 +263,12 @@ def _png_values(files: list[bytes]) -> int:
 def _from_png(files: list[bytes], frames: int | None) -> Tensor:
     import numpy as np
 
+    from ..data.images import in_srgb
+
     images = None
     for i, file in enumerate(files):
         with _png(file) as picture:
-            pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+            pixels = torch.from_numpy(np.array(in_srgb(picture))).permute(2, 0, 1)
         images = torch.empty(len(files), *pixels.shape) if images is None else images
         torch.div(pixels, 255, out=images[i])
     return images if frames is None else images.unflatten(0, (-1, frames))

@@ -16,8 +16,24 @@ from torch import Tensor
 ClipRange = float | Tensor | tuple[float | Tensor, float | Tensor]
 
 
+def refuse_spread(of_samples: Tensor, **others: Tensor) -> None:
+    """Refuse numbers that belong to other samples than `of_samples` (B,) or (B, K): of the shape (B, 1) beside (B,) torch would make each with each.
+
+    Raises:
+        ValueError: one of `others`, which has more of them or does not fit.
+    """
+    for name, x in others.items():
+        if any(size not in (1, own) for size, own in zip(reversed(x.shape), reversed(of_samples.shape))) or x.ndim > of_samples.ndim:
+            raise ValueError(f"{name} of shape {tuple(x.shape)} does not go with {tuple(of_samples.shape)}: one number a sample, as many of each.")
+
+
 def importance_ratio(log_prob: Tensor, old_log_prob: Tensor, per_dim: int = 1) -> Tensor:
-    r"""$\exp((\log p - \log p_{old}) / D)$, (B,). `log_prob` are sums over dimensions, in nats."""
+    r"""$\exp((\log p - \log p_{old}) / D)$, (B,). `log_prob` are sums over dimensions, in nats.
+
+    Raises:
+        ValueError: they are of other samples.
+    """
+    refuse_spread(log_prob, old_log_prob=old_log_prob)
     return torch.exp((log_prob - old_log_prob) / per_dim)
 
 
@@ -42,7 +58,11 @@ def clip_bounds(clip_range: ClipRange) -> tuple[float | Tensor, float | Tensor]:
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_range: ClipRange) -> Tensor:
     r"""PPO's pessimistic objective as a loss, (B,): $\max(-A\rho, -A\,\mathrm{clip}(\rho, 1 - c_-, 1 + c_+))$
     (https://arxiv.org/abs/1707.06347, eq. 7). Beyond the clip the gradient is 0 where the step would gain, and stays where it
-    would make up for a loss."""
+    would make up for a loss.
+
+    Raises:
+        ValueError: they are of other samples.
+    """
     return torch.maximum(-advantage * ratio, clamped_surrogate(ratio, advantage, clip_range))
 
 
@@ -50,7 +70,11 @@ def clamped_surrogate(ratio: Tensor, advantage: Tensor, clip_range: ClipRange) -
     r"""DPOK's loss (https://arxiv.org/abs/2305.16381, its official code at 1d49f2c), (B,): $-A\,\mathrm{clip}(\rho, 1 - c_-, 1 + c_+)$.
 
     The gradient is 0 beyond the clip on either side: a sample that moved the wrong way is not brought back.
+
+    Raises:
+        ValueError: they are of other samples.
     """
+    refuse_spread(ratio, advantage=advantage)
     low, high = clip_bounds(clip_range)
     # One bound at a time: torch.clamp takes no number beside a tensor.
     return -advantage * ratio.clamp(min=low).clamp(max=high)

@@ -36,12 +36,15 @@ def error_coefficients(loss: Callable[..., Tensor], *errors: Tensor) -> tuple[Te
     return value.detach(), coefficients
 
 
-def require_full_precision(*errors: Tensor) -> None:
-    """Refuse errors that were rounded to half precision: a loss looks at their small differences.
+def check_errors(*errors: Tensor) -> None:
+    """Refuse errors that were rounded to half precision: a loss looks at their small differences; and those that are not one a sample, (B,).
 
     Raises:
         TypeError: a tensor in float16 or bfloat16.
+        ValueError: one that has more dimensions than samples, or is of others.
     """
+    if len(shapes := {tuple(error.shape) for error in errors}) > 1 or errors[0].ndim > 1:
+        raise ValueError(f"Errors are one number a sample, (B,), the mean over all else (matching_error): got {', '.join(map(str, sorted(shapes)))}.")
     if any(error.dtype in (torch.float16, torch.bfloat16) for error in errors):
         raise TypeError(
             "Errors in half precision have lost the differences that a preference is learned from: at beta 5000 bfloat16 adds noise of std "

@@ -253,7 +253,7 @@ def test_a_step_that_there_is_not(k):
         with pytest.raises(ValueError, match=f"^{name} must be a whole number"):
             call()
     for options, name in (({"grad_steps": [k]}, "grad_steps"), ({"grad_steps": [0], "stop_step": k}, "stop_step")):
-        with pytest.raises(ValueError, match=f"^{name} (must be whole numbers|count solver steps|names step 99)"):
+        with pytest.raises(ValueError, match=f"^{name} (must be (a )?whole number|count solver steps|names step 99)"):
             differentiable_rollout(policy, trajectory.condition, **options)
 
 
@@ -270,7 +270,6 @@ def test_arguments_of_a_policy_that_would_be_taken_for_others():
         (lambda: policy.predict(latents, torch.tensor([NAN, 1]), condition), "timesteps are numbers from 0 to 1000"),
         (lambda: policy.predict(latents, torch.tensor([-1, 1]), condition), "timesteps are numbers from 0 to 1000"),
         (lambda: policy.predict(latents, torch.tensor([1001, 1]), condition), "timesteps are numbers from 0 to 1000"),
-        (lambda: policy.predict(latents, [5, 5], condition), "latents and timesteps are tensors"),
         (lambda: policy.predict(torch.randn(2, 4, 16, 16), times, condition), "those given .2, 4, 16, 16.: the condition's height, width"),
         (lambda: policy.encode((images * 255).byte()), "floats in .0, 1.; got torch.uint8"),
         (lambda: policy.encode(images * 255), "lie in .0, 1., got values from"),
@@ -281,6 +280,15 @@ def test_arguments_of_a_policy_that_would_be_taken_for_others():
         *((lambda b=b: policy.remember_prompts(b), "batches must be a whole number, at least 1") for b in (0, -1, NAN, "3", True)),
     ):
         with pytest.raises(ValueError, match=said):
+            call()
+    for call, said in (
+        (lambda: policy.predict(latents, [5, 5], condition), "timesteps must be a Tensor, got a list"),
+        (lambda: policy.predict(latents, times, ["a", "b"]), "condition must be a Condition, got a list: policy.condition"),
+        (lambda: policy.decode(trajectory, condition), "latents must be a Tensor, got a Trajectory"),
+        (lambda: policy.replay(condition, print), "trajectory must be a Trajectory, got a Condition: policy.rollout"),
+        (lambda: policy.prompt_features(["a"]), "condition must be a Condition"),
+    ):
+        with pytest.raises(TypeError, match=said):
             call()
     with pytest.raises(TypeError, match=r"Policy\(pipe.pipeline\)"):
         Policy(pipelines.BestOfNPipeline(policy.pipeline))

@@ -165,8 +165,6 @@ def test_what_is_wrong_is_said(policy):
     env = DenoisingEnv(policy, PROMPTS, brightness)
     with pytest.raises(ValueError, match="reset the environment"):
         env.step(np.zeros(env.task.shape))
-    with pytest.raises(ValueError, match="one of the 2 prompts"):
-        env.reset(options={"row": 2})
     with pytest.raises(ValueError, match="options are row and seed, got prompt"):
         env.reset(options={"prompt": "a cat"})
     env.reset(seed=0)
@@ -213,3 +211,30 @@ def test_without_gymnasium_the_package_works_and_envs_says_what_to_install():
     result = subprocess.run([sys.executable, "-c", WITHOUT], cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "pip install gymnasium" in result.stdout
+
+
+def test_prompts_are_encoded_once_and_not_in_each_episode(policy, monkeypatch):
+    env, encoded, encode = DenoisingEnv(policy, PROMPTS, brightness), [], policy.pipeline.encode_prompt
+    walked(env, [env.action_space.sample()], seed=0, options={"row": 0})
+    monkeypatch.setattr(policy.pipeline, "encode_prompt", lambda *args, **kwargs: encoded.append(1) or encode(*args, **kwargs))
+    walked(env, [env.action_space.sample()], seed=1, options={"row": 0})
+    assert not encoded
+
+
+@pytest.mark.parametrize("options", [{"row": 0.5}, {"row": "a cat"}, {"row": 2}, {"seed": 2.5}, {"seed": -1}])
+def test_options_that_are_no_whole_numbers_are_refused(policy, options):
+    with pytest.raises(ValueError, match=f"options {next(iter(options))} must be a whole number"):
+        DenoisingEnv(policy, PROMPTS, brightness).reset(seed=0, options=options)
+
+
+def test_features_are_a_tensor(policy):
+    with pytest.raises(TypeError, match="features must be a Tensor, or None, got a ndarray"):
+        DenoisingEnv(policy, PROMPTS, brightness, features=np.zeros((2, 3)))
+
+
+def test_what_is_no_policy_is_refused_with_what_to_give(policy):
+    for other in ("mini-sd", policy.pipeline):
+        with pytest.raises(TypeError, match=f"policy must be a Policy, got a {type(other).__name__}: Policy.pipe. makes one"):
+            DenoisingEnv(other, PROMPTS, brightness)
+        with pytest.raises(TypeError, match="policy must be a Policy"):
+            DenoisingVectorEnv(other, PROMPTS, brightness, num_envs=2)

@@ -11,6 +11,14 @@ from torch.utils.checkpoint import checkpoint
 from diffusers_align import Policy
 from diffusers_align.gradients.check import GradientError, UnscoredError, check_gradient, scaled_gradients
 
+
+def test_a_pipeline_in_the_place_of_a_policy_and_prompts_in_that_of_a_condition_are_told_what_to_give(sd3):
+    with pytest.raises(TypeError, match="policy must be a Policy, got a StableDiffusion3Pipeline: Policy.pipe. makes one"):
+        check_gradient(sd3.policy.pipeline, sd3.condition, brightness, grad_steps=[1])
+    with pytest.raises(TypeError, match=r"condition must be a Condition, got a list: policy.condition\(prompts, seeds="):
+        check_gradient(sd3.policy, PROMPTS, brightness, grad_steps=[1])
+
+
 # --- what cuts a gradient ------------------------------------------------------------------------------------------------
 
 

@@ -359,7 +359,7 @@ def test_stopping_saves_the_later_denoiser_calls(sd3):
         (2, {}, "grad_steps must be whole numbers"),
         ([4], {}, "grad_steps names step 4, but the call took 4 solver steps, 0 to 3"),
         ([0], {"stop_step": -1}, "stop_step count solver steps from 0"),
-        ([0], {"stop_step": 0.5}, "stop_step must be whole numbers"),
+        ([0], {"stop_step": 0.5}, "stop_step must be a whole number"),
         ([0], {"stop_step": 9}, "stop_step names step 9"),
         ([], {"noise": [0.0]}, "noise must be a tensor"),
         ([], {"noise": torch.zeros(2, 4, 8, 8, dtype=torch.long)}, "noise must be a tensor of finite floats"),

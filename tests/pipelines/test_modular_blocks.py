@@ -82,6 +82,19 @@ def test_the_best_of_each_prompts_outputs_is_kept(output_type):
         assert all(isinstance(image, Image.Image) for image in found.get("images"))
 
 
+@pytest.mark.parametrize("form", ["pil", "np", "pt"])
+def test_transparent_pictures_are_judged_as_they_are_seen(form):
+    """Black beneath what nobody sees is white, and brighter than grey."""
+    hidden, grey = torch.zeros(4, 8, 8), torch.cat([torch.full((3, 8, 8), 0.5), torch.ones(1, 8, 8)])
+    arrays = torch.stack([grey, hidden]).movedim(1, -1).numpy()
+    found = {"pt": torch.stack([grey, hidden]), "np": arrays, "pil": [Image.fromarray((array * 255).round().astype("uint8"), "RGBA") for array in arrays]}
+    state = PipelineState()
+    for name, value in {"prompt": "a cat", "reward": brightness, "images": found[form]}.items():
+        state.set(name, value)
+    BestOfNStep()(SimpleNamespace(device=torch.device("cpu")), state)
+    torch.testing.assert_close(state.get("rewards"), torch.tensor([[0.5, 1.0]]), rtol=0, atol=3e-3)
+
+
 def test_the_sound_of_the_best_is_kept_with_its_pictures():
     state, videos = PipelineState(), torch.rand(4, 2, 3, 8, 8)
     for name, value in {"prompt": PROMPTS, "reward": brightness, "videos": videos, "audio": torch.arange(8.0).reshape(4, 1, 2)}.items():

@@ -17,6 +17,7 @@ from diffusers_align.embedded.noisy_classifier import CLASSES, NoisySceneClassif
 from diffusers_align.embedded.teaching import make_scenes
 from diffusers_align.pipelines import NoiseOptimizationPipeline, ParticleSteeringPipeline, RewardGuidedPipeline, guided_sampling, path
 from diffusers_align.pipelines.guided_sampling import GuidanceError
+from diffusers_align.pipelines.reward_guided import noise_seeds
 from tests.families.cases import CASES
 
 CALLS = {"mini-sd": {}, "mini-sd3": {"max_sequence_length": 1}}
@@ -475,3 +476,13 @@ def test_a_pipeline_that_knows_one_number_of_steps_is_guided():
         for scale in (0.0, 5.0)
     )
     assert steered.isfinite().all() and float(steered) > float(plain)
+
+
+def test_a_generator_of_several_calls_gives_each_of_them_other_noise_of_guidance():
+    fresh, used = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    first = noise_seeds(fresh, 2)
+    assert first == noise_seeds(fresh, 2) == noise_seeds(torch.Generator().manual_seed(3), 2)
+    torch.rand(5, generator=used)
+    before = used.get_state()
+    assert not set(first) & set(noise_seeds(used, 2)) and torch.equal(used.get_state(), before)
+    assert noise_seeds([fresh], 1) != noise_seeds([used], 1)

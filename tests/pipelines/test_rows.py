@@ -10,6 +10,7 @@ from wrapping import brightness, g
 from diffusers_align import Condition
 from diffusers_align.pipelines import BestOfNPipeline, ParticleSteeringPipeline, RewardGuidedPipeline
 from diffusers_align.pipelines.rows import with_own_rows
+from tests.families.cases import CASES
 from tests.families.parts import photograph
 
 PICTURES = torch.cat([photograph(), photograph().flip(-1) * 0.3])
@@ -67,3 +68,12 @@ def test_nothing_is_called_where_nothing_is_as_long():
         assert with_own_rows(None, condition) is condition
     condition = Condition(["a"], {"image": PICTURES[:1]})
     assert with_own_rows(None, condition) is condition
+
+
+def test_a_second_call_reads_lists_as_the_first_one_does():
+    """The denoiser alone refuses rows that do not fit, and is known by then."""
+    case = CASES["KandinskyV22Pipeline"][0]
+    make = BestOfNPipeline(case.build(), brightness)
+    options = {"num_candidates": 2, "batch_size": 1, "output_type": "pt", **case.call, **case.per_sample}
+    first, second = (make(["a", "b"], generator=g(), **options).rewards for _ in range(2))
+    assert torch.equal(first, second)

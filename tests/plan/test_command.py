@@ -9,6 +9,7 @@ from diffusers_align.__main__ import main
 from diffusers_align.plan import plan, report
 from diffusers_align.plan.command import memory
 from diffusers_align.plan.steps import FAMILIES, stages
+from tests.families.cases import CASES
 
 
 def test_a_cards_memory_is_read():
@@ -71,3 +72,11 @@ def test_families_are_scripts():
     assert set(FAMILIES) <= set(names("training_scripts"))
     with pytest.raises(ValueError, match="A script of the same kind"):
         stages("train_spo", None)
+
+
+def test_a_pipeline_that_encodes_no_pictures_is_told_as_the_run_tells_it(tmp_path):
+    case = CASES["Kandinsky3Pipeline"][0]
+    case.build().save_pretrained(tmp_path)
+    sizes = {name: case.call[name] for name in ("height", "width", "num_inference_steps")}
+    with pytest.raises(ValueError, match="Kandinsky3Pipeline has no autoencoder that encodes"):
+        plan(script="train_dpo", pretrained_model_name_or_path=str(tmp_path), num_samples_per_epoch=2, train_batch_size=2, **sizes)

@@ -97,6 +97,18 @@ def test_what_json_cannot_say_is_named():
         encode_request(torch.full((1, 3, 4, 4), torch.nan), ["a"], {}, "png")
 
 
+def test_pictures_of_other_clients_are_read_as_they_are_seen():
+    def packed(picture):
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    pictures = [Image.new("RGBA", (4, 4), (0, 0, 0, 0)), Image.new("I;16", (4, 4), 32768)]
+    body = {"format": "png", "images": [packed(p) for p in pictures], "frames": None, "prompts": ["a", "b"], "columns": {}}
+    images, *_ = decode_request(json.dumps(body).encode())
+    torch.testing.assert_close(images.flatten(1).mean(1), torch.tensor([1.0, 0.5]), rtol=0, atol=3e-3)
+
+
 def bomb(side):
     buffer = io.BytesIO()
     Image.new("1", (side, side)).save(buffer, format="PNG")

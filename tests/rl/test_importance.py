@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from diffusers_align.algorithms.reinforce import reinforce_loss
 from diffusers_align.rl import clamped_surrogate, clipped_surrogate, importance_ratio, true_ratio_bound
 
 
@@ -84,3 +85,20 @@ def test_clip_ranges_of_each_sample_and_each_side(surrogate):
             singles.append(surrogate(ratio[i], advantage[i], tuple(float(c[i]) if torch.is_tensor(c) else c for c in pair)))
         torch.testing.assert_close(surrogate(ratio, advantage, clip_range), torch.stack(singles))
     assert torch.equal(surrogate(ratio, advantage, [0.1, 0.3]), surrogate(ratio, advantage, (0.1, 0.3)))
+
+
+def test_numbers_of_other_samples_are_refused_and_those_that_all_steps_share_are_not():
+    column, row = torch.zeros(3, 1), torch.zeros(3)
+    for call in (
+        lambda: importance_ratio(row, column),
+        lambda: importance_ratio(column, row),
+        lambda: importance_ratio(row, row[:2]),
+        lambda: clipped_surrogate(row.exp(), column, 0.1),
+        lambda: clamped_surrogate(row.exp(), column, 0.1),
+        lambda: reinforce_loss(row, column),
+        lambda: reinforce_loss(column, row),
+    ):
+        with pytest.raises(ValueError, match="does not go with .* one number a sample"):
+            call()
+    assert clipped_surrogate(torch.ones(3, 4), column, 0.1).shape == (3, 4)
+    assert importance_ratio(row, torch.tensor(0.0)).shape == (3,)

@@ -87,3 +87,16 @@ def test_matching_error_is_in_float32_at_least():
     output[1] = 3
     error = matching_error(output, target)
     assert error.dtype == torch.float32 and error.tolist() == [1.0, 9.0]
+
+
+def test_errors_that_are_not_one_a_sample_are_refused():
+    """Of images as they come from mse_loss(reduction="none"), each pixel would be a pair of its own; (B, 1) beside (B,) makes each pair with each."""
+    errors, images = torch.rand(2), torch.rand(2, 3, 4, 4)
+    for call in (
+        lambda: diffusion_dpo_loss(images, images, images, images, beta=1.0),
+        lambda: diffusion_dpo_loss(errors, errors, errors[:, None], errors, beta=1.0),
+        lambda: kto_loss(images, images, torch.ones(2), 0.0, beta=1.0),
+        lambda: mapo_loss(errors, errors[:1]),
+    ):
+        with pytest.raises(ValueError, match=r"Errors are one number a sample, \(B,\)"):
+            call()

@@ -9,8 +9,9 @@ import torch
 from policies import PROMPTS, SEEDS, make
 from wrapping import brightness
 
+from diffusers_align import Policy
 from diffusers_align.gradients.rollout import differentiable_rollout
-from diffusers_align.pipelines import BestOfNPipeline, RewardGuidedPipeline
+from diffusers_align.pipelines import BestOfNPipeline, NoiseOptimizationPipeline, ParticleSteeringPipeline, RewardGuidedPipeline
 
 
 def left_to_the_collector(work: Callable[[], object]) -> list[torch.Tensor]:
@@ -55,7 +56,20 @@ def test_states_and_graphs_of_a_policys_calls(family):
         assert {name: len(left_to_the_collector(call)) for name, call in calls.items()} == dict.fromkeys(calls, 0)
 
 
-@pytest.mark.parametrize("cls, options", [(BestOfNPipeline, {"num_candidates": 2}), (RewardGuidedPipeline, {"preset": "dps", "reward_scale": 0.1})])
+CALLS = [
+    (BestOfNPipeline, {"num_candidates": 2}),
+    (RewardGuidedPipeline, {"preset": "dps", "reward_scale": 0.1}),
+    (ParticleSteeringPipeline, {"num_particles": 2}),
+    (NoiseOptimizationPipeline, {"num_iterations": 1}),
+]
+
+
+def test_encoded_prompts_go_with_their_policy():
+    policy, *_ = make("sd3")
+    assert not left_to_the_collector(lambda: Policy(policy.pipeline, **policy.call_kwargs).rollout(PROMPTS, seeds=SEEDS))
+
+
+@pytest.mark.parametrize("cls, options", CALLS)
 def test_those_of_a_pipelines_call(cls, options):
     policy, trajectory, _ = make("sd3")
     wrapped = cls(policy.pipeline, brightness)
