@@ -70,7 +70,7 @@ PAGES = {
     "ddpo": Page(
         "train_ddpo",
         ("ddpo_mini_sd", "ddpo_sd15"),
-        rows=("DDPO-IS", "DDPO-IS, noise in five steps", "TRPO", "TRPO, noise in five steps"),
+        rows=("DDPO-IS", "DDPO-IS, noise in five steps", "TRPO", "TRPO, noise in two steps"),
         picture=("ddpo_before_after.png", "mini-sd before and after `make demo-ddpo`, at equal prompts and seeds"),
         note="`--update trpo` replaces the clipped steps by natural-gradient steps with a line search on the exact KL (`diffusers_align.rl.trust_region`).",
     ),
