@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from diffusers.utils import logging
 from torch import Tensor
 
 from ..algorithms.best_of_n import best, neighbour
@@ -20,6 +21,8 @@ from .base import WrappedPipeline, copies_asked
 from .draws import Generators, copied, noted
 from .judge import Judge
 from .outputs import rows_of
+
+logger = logging.get_logger(__name__)
 
 
 class BestOfNPipeline(WrappedPipeline):
@@ -60,7 +63,7 @@ class BestOfNPipeline(WrappedPipeline):
             cosine: of a neighbour's initial noise and the best one's: from 0, fresh noise, to 1, the best noise itself.
             batch_size: samples a call, for all but the first, which is the stock pipeline's own; a whole round if absent.
             columns: other arguments of the reward, a list for each with an entry per prompt.
-            on_invalid: a candidate without a reward (NaN): "error", or "mask" to pass it over.
+            on_invalid: a candidate without a reward (NaN): "error", or "mask" to pass it over; the stock sample is returned, and a warning given, where no candidate has one.
 
         Returns:
             The stock output with `rewards` (P, candidates) in the order drawn and `chosen` (P,), which of them are returned.
@@ -83,6 +86,8 @@ class BestOfNPipeline(WrappedPipeline):
                 for i in range(0, len(pairs), size):
                     self._draw(pairs[i : i + size], bases, condition, judge, found, pivot, cosine)
                 bar.update(len(drawn))
+        if none := [prompt for prompt, row in zip(condition.prompts, found.rewards.isnan().all(1).tolist()) if row]:
+            logger.warning(f"No candidate has a reward for {len(none)} of {len(condition)} outputs: the stock sample is returned there. Prompts: {none[:3]}.")
         output = self._finished(found, condition, start, output_type=output_type, return_dict=return_dict)
         return self.extended(output, rewards=found.rewards, chosen=found.chosen)
 

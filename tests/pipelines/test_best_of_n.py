@@ -107,6 +107,18 @@ def test_candidates_without_a_reward_are_passed_over_or_refused(pipes):
     assert found.rewards.isnan().any() and not found.rewards[0, found.chosen].isnan()
 
 
+def test_a_choice_among_none_is_said_and_is_the_stock_sample(pipes, caplog):
+    pipe, call = pipes("sd15")
+
+    def no_dogs(images, prompts, **columns):
+        return torch.tensor([float("nan") if "dog" in prompt else 1.0 for prompt in prompts])
+
+    tensors = {**call, "output_type": "pt"}
+    found = BestOfNPipeline(pipe, no_dogs)(["a cat", "a dog"], num_candidates=2, on_invalid="mask", generator=g(), **tensors)
+    assert torch.equal(found.images, pipe(["a cat", "a dog"], generator=g(), **tensors).images) and found.chosen.tolist() == [0, 0]
+    assert caplog.messages == ["No candidate has a reward for 1 of 2 outputs: the stock sample is returned there. Prompts: ['a dog']."]
+
+
 def test_the_picture_that_was_scored_comes_back_where_the_pipeline_draws_beside_the_noise():
     """Inpainting encodes the kept region with a draw, and puts it back behind the last step: torch's global generator and a single one draw it for all
     samples together, of which one may keep its first candidate and another not."""
