@@ -63,7 +63,7 @@ class BestOfNPipeline(WrappedPipeline):
             cosine: of a neighbour's initial noise and the best one's: from 0, fresh noise, to 1, the best noise itself.
             batch_size: samples a call, for all but the first, which is the stock pipeline's own; a whole round if absent.
             columns: other arguments of the reward, a list for each with an entry per prompt.
-            on_invalid: a candidate without a reward (NaN): "error", or "mask" to pass it over; the stock sample is returned, and a warning given, where no candidate has one.
+            on_invalid: a candidate without a reward (NaN): "error", or "mask" to pass it over; where none has one, the stock sample is returned with a warning.
 
         Returns:
             The stock output with `rewards` (P, candidates) in the order drawn and `chosen` (P,), which of them are returned.

@@ -96,7 +96,8 @@ def test_the_script_takes_the_settings_of_every_method(name, model, tmp_path):
         found |= {"dataset_name": "data"} if method.data else {}
         (tmp_path / "settings.yaml").write_text(yaml.safe_dump(found))
         args = load_script(method.script).parse_args(["--config", str(tmp_path / "settings.yaml")])
-        assert (args.pretrained_model_name_or_path, args.lr_scheduler, args.seed) == (model, "constant" if method.settings.get("update") == "trpo" else "linear", 3)
+        schedule = "constant" if method.settings.get("update") == "trpo" else "linear"
+        assert (args.pretrained_model_name_or_path, args.lr_scheduler, args.seed) == (model, schedule, 3)
         for key, factor in zip(method.tuned.values(), grid(method)[0].values()):
             assert getattr(args, key) == pytest.approx(factor * settings(method, task, model, "mini_train", {})[key]), "the search moves what the script reads"
 
