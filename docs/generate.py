@@ -73,7 +73,7 @@ PAGES = {
         rows=("DDPO-IS", "DDPO-IS, noise in five steps", "TRPO", "TRPO, noise in two steps"),
         picture=("ddpo_before_after.png", "mini-sd before and after `make demo-ddpo`, at equal prompts and seeds"),
         note="`--update trpo` replaces the clipped steps by natural-gradient steps with a line search on the exact KL (`diffusers_align.rl.trust_region`). Its "
-        "radius is shared by the steps with noise: 20 nats on two of them broke the pictures in three of four runs, on five in none. With the recipe above, add "
+        "radius is shared by the steps with noise: 20 nats on two of them broke the pictures in three of four runs, on five in none. With the recipe above add "
         "`--sde_window 0 5`.",
     ),
     "dense_grpo": Page("train_dense_grpo", ("dense_grpo_mini_sd3", "dense_grpo_sd35"), rows=("DenseGRPO",)),
