@@ -29,7 +29,7 @@ demo-ddpo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q $(TWO) -m "not long"
 
-# What needs several processes or a whole training, method by method.
+# What needs several processes or whole trainings, method by method and model by model.
 test-long: $(VENV)/installed
 	$(BIN)/python -m pytest -q $(TWO) -m long
 

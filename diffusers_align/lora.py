@@ -29,7 +29,6 @@ from .files.lora_finder import METADATA, WEIGHTS
 logger = diffusers_logging.get_logger(__name__)
 
 ADAPTER = "default"
-ADDED = "added_by_diffusers_align"  # on a parameter: `add` has handed it out, to be trained
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 _NO_MATRIX = (".alpha", "dora_scale", "lora_magnitude_vector")
 
@@ -76,7 +75,7 @@ def add(denoisers: dict[str, nn.Module], rank: int = 16, alpha: int | None = Non
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-                setattr(parameter, ADDED, True)
+                parameter.of_diffusers_align = True  # handed out to be trained: see `Policy`
                 parameters.append(parameter)
     return parameters
 

@@ -50,7 +50,7 @@ class Policy(Driver):
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
                 for parameter in component.eval().parameters():  # but for the LoRA that another policy of the pipeline trains
-                    parameter.requires_grad_(parameter.requires_grad and getattr(parameter, lora.ADDED, False))
+                    parameter.requires_grad_(parameter.requires_grad and getattr(parameter, "of_diffusers_align", False))
         self._layouts = Layouts(self)
         self._prediction = Prediction(self)
         self._carried, self.compared = CarriedState(self), False

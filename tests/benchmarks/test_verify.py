@@ -164,7 +164,7 @@ def in_this_process(command, log, place, progress=None):
     load_script(Path(command[1]).stem.removeprefix("train_")).main(command[2:])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_numbers(tmp_path, monkeypatch):
     small = ("--num_samples_per_epoch", "4", "--train_batch_size", "2", "--num_eval_samples", "4", "--num_validation_images", "2")
     flags = (*small, "--num_inference_steps", "2", "--eval_num_inference_steps", "2", "--truncation", "1", "--num_epochs", "2")

@@ -31,7 +31,7 @@ def test_a_command_that_makes_no_sense_is_refused(words, message, tmp_path, caps
     assert not (tmp_path / "models").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 @pytest.mark.parametrize("stage, module", [("sd3", mini_sd3), ("sd", mini_sd)])
 def test_shipped_models_are_trained_further_killed_and_resumed(stage, module, tmp_path, monkeypatch, capsys):

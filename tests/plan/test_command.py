@@ -51,7 +51,7 @@ def test_what_no_plan_can_be_made_of_is_said(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_script_needs_no_recipe_and_flags_that_are_not_looked_at_may_be_left_out(shallow):  # noqa: F811
     small = {
         "pretrained_model_name_or_path": shallow["mini-sd3"],

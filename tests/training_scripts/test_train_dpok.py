@@ -175,6 +175,7 @@ def value_state(checkpoint):
     return read_state(checkpoint, "value_baseline")
 
 
+@pytest.mark.long
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(train):
     expected = train("whole", num_epochs=3)
     train("parts", num_epochs=1)

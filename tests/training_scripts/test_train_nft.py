@@ -44,6 +44,7 @@ def train(name, out, model="mini-sd3", **flags):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name, flags", [("train_nft", {"kl_weight": 0.1, "beta": 0.5}), ("train_awm", {"kl_weight": 0.1, "lag_decay": 0.2})])
 def test_a_script_trains_flow_and_diffusion_models_and_resumes_exactly(tmp_path, name, flags, model):

@@ -38,7 +38,7 @@ def test_the_collector_finds_a_cycle():
     assert [x.shape for x in left_to_the_collector(work)] == [(3,)]
 
 
-@pytest.mark.parametrize("family", ["sd3", "sd15", "flux_kontext", "wan"])
+@pytest.mark.parametrize("family", ["sd3", pytest.param("wan", marks=pytest.mark.long)])
 def test_states_and_graphs_of_a_policys_calls(family):
     policy, trajectory, _ = make(family)
     condition = trajectory.condition

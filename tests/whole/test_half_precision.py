@@ -99,6 +99,7 @@ def train(name, out, task, precision):
 FLOAT16 = ("flow_grpo", "ddpo", "spo", "nft", "adjoint_matching", "draft", "refl", "dpo", "kto", "rwr")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, precision", [*((name, "bf16") for name in RUNS), *((name, "fp16") for name in FLOAT16)])
 def test_scripts_train(name, precision, task, tmp_path):
     out = train(name, tmp_path / "run", task, precision)
@@ -127,6 +128,7 @@ def test_a_preference_flow_trains_in_bf16(task, tmp_path):
     assert math.isfinite(row["loss"]) and row["grad_norm"] > 0
 
 
+@pytest.mark.long
 def test_a_value_that_steers_trains_in_bf16(task, tmp_path):
     """Its network is in float32 whatever the pipeline is in."""
     values = {"output_dir": tmp_path / "run", "prompts": task / "prompts.jsonl", "reward": f"{task / 'rewards.py'}:brightness", "num_epochs": 1}
@@ -139,6 +141,7 @@ def test_a_value_that_steers_trains_in_bf16(task, tmp_path):
     assert all(weight.dtype == torch.float32 and weight.isfinite().all() for weight in weights.values())
 
 
+@pytest.mark.long
 def test_a_reward_trains_in_bf16(task, tmp_path):
     """On images that the model predicts in bf16, where there is a generator to make them."""
     argv = ["--dataset_name", task / "pair.jsonl", "--kind", "pair", "--model", "mini-clip", "--output_dir", tmp_path / "mine", "--num_epochs", "2"]

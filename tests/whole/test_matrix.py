@@ -54,6 +54,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", KINDS, ids=[f"{name}: {kind}" for name, kind in KINDS.items()])
 def test_a_pipeline_of_each_kind_keeps_its_promises(name):
     if OLDER and not hasattr(diffusers, name):

@@ -58,6 +58,7 @@ def test_without_noise_all_is_as_in_the_stock_call(name, dtype):
     assert len(ends) == 8 and torch.equal(ends[3], ends[7])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_roll_out_is_replayed_to_the_bit(name, dtype):

@@ -76,14 +76,14 @@ def test_an_installed_copy_works_from_a_clean_folder_and_from_the_repository_roo
     python("-c", USE, cwd=ROOT, PYTHONPATH=str(site))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["sdist", "folder"])
 def test_other_sources_install_the_same_copy(built, site, kind, tmp_path):
     """Byte for byte, so what works of the wheel's works of theirs."""
     assert files_of(install({"sdist": built[1], "folder": ROOT}[kind], tmp_path / "site")) == files_of(site)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_editable_install_works_from_anywhere(tmp_path):
     python("-m", "venv", "--system-site-packages", "--without-pip", str(tmp_path / "venv"), cwd=tmp_path)  # pip is inherited, too
     interpreter = tmp_path / "venv" / "bin" / "python"

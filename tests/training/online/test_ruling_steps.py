@@ -100,6 +100,7 @@ SCRIPTS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_each_script_says_it_and_a_window_leaves_the_step_out(name, tmp_path, capsys):
     script, flags = SCRIPTS[name]

@@ -102,7 +102,7 @@ def wait_for(condition, seconds=120):
         time.sleep(0.01)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", KILLED)
 def test_killed_at_a_random_moment_and_resumed_equals_uninterrupted(finished, processes, task, tmp_path, name):  # noqa: F811
     out, flags = tmp_path / "run", {**STATEFUL[name], **EPOCHS}
@@ -123,7 +123,7 @@ def test_killed_at_a_random_moment_and_resumed_equals_uninterrupted(finished, pr
     assert_same_run(out, whole, "checkpoint-3")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", KILLED)
 def test_killed_while_it_wrote_a_checkpoint_and_resumed_equals_uninterrupted(finished, processes, task, tmp_path, name):  # noqa: F811
     out, flags = tmp_path / "run", {**STATEFUL[name], **EPOCHS}

@@ -57,7 +57,7 @@ def reference_of(policy, trajectory):
 # --- compiled ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["flux", "sd15"])
 def test_rollouts_replays_and_the_reference_are_those_of_one_graph(name):
     """Block by block in the first, whole in the second. Gated calls and switched LoRAs come by the same graphs again, and log-probabilities are equal."""

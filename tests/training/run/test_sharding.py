@@ -93,7 +93,7 @@ def assert_same_training(actual, expected):
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["flow_grpo", "ddpo"])
 def test_two_processes_train_what_one_does(two, seen, one, name):
     """The same two samples make each of an epoch's two optimizer steps, one on each process."""
