@@ -28,6 +28,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..rl.importance import refuse_spread
 from ..rl.pair_losses import pair_loss
 
 CLIPS = ("one_sided", "official", "none")
@@ -55,8 +56,9 @@ def step_logit(
         clip_range: c, 0.1 in the official code.
 
     Raises:
-        ValueError: an unknown clip.
+        ValueError: an unknown clip; log-probabilities of other samples.
     """
+    refuse_spread(log_prob_w, log_prob_l=log_prob_l, ref_log_prob_w=ref_log_prob_w, ref_log_prob_l=ref_log_prob_l)
     if clip not in CLIPS:
         raise ValueError(f"Unknown clip {clip!r}; choose one of {', '.join(CLIPS)}.")
     gain_w, gain_l = (log_prob_w - ref_log_prob_w) / per_dim, (log_prob_l - ref_log_prob_l) / per_dim

@@ -44,6 +44,7 @@ def preference_logit(error_w: Tensor, error_l: Tensor, ref_error_w: Tensor, ref_
 
     Raises:
         TypeError: errors in half precision.
+        ValueError: errors that are not one a sample, of the same samples.
     """
     check_errors(error_w, error_l, ref_error_w, ref_error_l)
     return -0.5 * beta * ((error_w - ref_error_w) - (error_l - ref_error_l))

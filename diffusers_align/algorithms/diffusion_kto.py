@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..rl.importance import refuse_spread
 from ..rl.matching import check_errors
 
 # What is lost at the signed logit: 1 - U.
@@ -67,9 +68,10 @@ def kto_loss(
 
     Raises:
         TypeError: errors in half precision.
-        ValueError: an unknown utility, or a label that is no probability.
+        ValueError: an unknown utility, a label that is no probability, or numbers that are not one a sample, of the same samples.
     """
     check_errors(error, ref_error)
+    refuse_spread(error, desirable=desirable)
     if utility not in UTILITY_LOSSES:
         raise ValueError(f"Unknown utility {utility!r}; choose one of {', '.join(UTILITY_LOSSES)}.")
     y = desirable.to(error.dtype)

@@ -24,6 +24,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..rl.importance import refuse_spread
+
 ADVANTAGE_MODES = ("all", "positive_only", "negative_only", "one_only", "binary")
 
 
@@ -57,10 +59,15 @@ def nft_loss(x0_hat: Tensor, old_x0_hat: Tensor, x0: Tensor, r: Tensor, *, beta:
         beta: strength of the guidance, the smaller the stronger: 1, or 0.1 for the official OCR and multi-reward runs.
         adv_clip_max: scale of the loss, that of `optimality`.
         adaptive: divide by the mean absolute error (section 4.4 of the paper); the plain squared error otherwise.
+
+    Raises:
+        ValueError: `r` is of other samples.
     """
     positive = beta * x0_hat + (1 - beta) * old_x0_hat
     negative = (1 + beta) * old_x0_hat - beta * x0_hat
-    loss = r * _error(positive, x0, adaptive) + (1 - r) * _error(negative, x0, adaptive)
+    toward, away = _error(positive, x0, adaptive), _error(negative, x0, adaptive)
+    refuse_spread(toward, r=r)
+    loss = r * toward + (1 - r) * away
     return adv_clip_max / beta * loss
 
 

@@ -36,7 +36,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..rl.importance import clamped_surrogate, clipped_surrogate, importance_ratio
+from ..rl.importance import clamped_surrogate, clipped_surrogate, importance_ratio, refuse_spread
 
 SURROGATES = {"ppo": clipped_surrogate, "clamp": clamped_surrogate}
 
@@ -63,8 +63,12 @@ def dpok_loss(
         clip_range: 1e-4, the official default.
         clip_mode: "ppo", or "clamp" as in the official code.
         reward_weight, kl_weight: the paper's alpha and beta, at the official values for a single prompt (1000 and 0.1 for many).
+
+    Raises:
+        ValueError: they are of other samples.
     """
     ratio = importance_ratio(log_prob, old_log_prob, per_dim)
+    refuse_spread(ratio, kl=kl)
     return reward_weight * SURROGATES[clip_mode](ratio, advantage, clip_range) + kl_weight * kl
 
 

@@ -40,6 +40,7 @@ def mapo_margin(error_w: Tensor, error_l: Tensor, *, snr_value: float = 0.5, num
 
     Raises:
         TypeError: errors in half precision.
+        ValueError: errors that are not one a sample, of the same samples.
     """
     check_errors(error_w, error_l)
     return num_timesteps * (likelihood_score(error_w, snr_value=snr_value) - likelihood_score(error_l, snr_value=snr_value))

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..rl.diagnostics import effective_sample_size
+from ..rl.importance import refuse_spread
 
 KINDS = ("softmax", "rank", "top_k", "top_q", "exp_clipped", "raw")
 
@@ -154,5 +155,9 @@ def reward_weighted_loss(
         ref_distance: (B,) mean squared difference of the outputs of model and reference there.
         pretraining_error: (B,) or a number, the error on real images.
         kl_weight, pretrain_weight: weights of these two, both 0: plain RWR.
+
+    Raises:
+        ValueError: one of them is of other samples.
     """
+    refuse_spread(error, weight=weight, ref_distance=ref_distance, pretraining_error=pretraining_error)
     return weight.to(error) * error + kl_weight * ref_distance + pretrain_weight * pretraining_error

@@ -16,13 +16,15 @@ from torch import Tensor
 ClipRange = float | Tensor | tuple[float | Tensor, float | Tensor]
 
 
-def refuse_spread(of_samples: Tensor, **others: Tensor) -> None:
+def refuse_spread(of_samples: Tensor, **others: Tensor | float) -> None:
     """Refuse numbers that belong to other samples than `of_samples` (B,) or (B, K): of the shape (B, 1) beside (B,) torch would make each with each.
 
     Raises:
         ValueError: one of `others`, which has more of them or does not fit.
     """
     for name, x in others.items():
+        if not isinstance(x, Tensor):
+            continue  # a number for all
         if any(size not in (1, own) for size, own in zip(reversed(x.shape), reversed(of_samples.shape))) or x.ndim > of_samples.ndim:
             raise ValueError(f"{name} of shape {tuple(x.shape)} does not go with {tuple(of_samples.shape)}: one number a sample, as many of each.")
 

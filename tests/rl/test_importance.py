@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
+from diffusers_align.algorithms.d3po import d3po_loss
+from diffusers_align.algorithms.diffusion_kto import kto_loss
+from diffusers_align.algorithms.diffusion_nft import nft_loss
+from diffusers_align.algorithms.dpok import dpok_loss
 from diffusers_align.algorithms.reinforce import reinforce_loss
+from diffusers_align.algorithms.reward_weighted_regression import reward_weighted_loss
+from diffusers_align.algorithms.spo import spo_loss
 from diffusers_align.rl import clamped_surrogate, clipped_surrogate, importance_ratio, true_ratio_bound
 
 
@@ -88,7 +94,7 @@ def test_clip_ranges_of_each_sample_and_each_side(surrogate):
 
 
 def test_numbers_of_other_samples_are_refused_and_those_that_all_steps_share_are_not():
-    column, row = torch.zeros(3, 1), torch.zeros(3)
+    column, row, images = torch.zeros(3, 1), torch.zeros(3), torch.zeros(3, 1, 2, 2)
     for call in (
         lambda: importance_ratio(row, column),
         lambda: importance_ratio(column, row),
@@ -97,6 +103,13 @@ def test_numbers_of_other_samples_are_refused_and_those_that_all_steps_share_are
         lambda: clamped_surrogate(row.exp(), column, 0.1),
         lambda: reinforce_loss(row, column),
         lambda: reinforce_loss(column, row),
+        lambda: dpok_loss(row, row, row, column, per_dim=1),
+        lambda: d3po_loss(row, row, column, row, per_dim=1),
+        lambda: spo_loss(row, row[:2], row, row, per_dim=1),
+        lambda: nft_loss(images, images, images, column),
+        lambda: reward_weighted_loss(row, column),
+        lambda: reward_weighted_loss(row, row, column),
+        lambda: kto_loss(row, row, column, 0.0, beta=1.0),
     ):
         with pytest.raises(ValueError, match="does not go with .* one number a sample"):
             call()
